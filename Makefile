@@ -1,0 +1,43 @@
+# make quickstart: environment, data, training, evaluation, a page to look at.   make test: environment, the test suite.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help env data quickstart test test-slow check clean
+
+help:
+	@echo "make quickstart   train, evaluate and look at a model of pictures, captions and speech (6 minutes on 2 cores)"
+	@echo "make data         build its corpus, data/glyphs"
+	@echo "make test         the test suite;  make test-slow: the longer part of it"
+	@echo "make check        ruff and mypy"
+	@echo "make clean        remove the environment (data/ and runs/ stay)"
+
+env: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmcontrast needs Python 3.11 or later; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[all]'
+	touch $@
+
+data: env
+	$(BIN)/mmcontrast data build data_pipelines/glyphs/glyphs.yaml
+
+quickstart: data
+	$(BIN)/mmcontrast train configs/quickstart.yaml --overwrite
+
+test: env
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)

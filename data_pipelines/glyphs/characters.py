@@ -1,0 +1,99 @@
+"""Which characters the corpus draws, what they are called, and in which font files: Unicode's names are the captions."""
+
+import unicodedata
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from fontTools.ttLib import TTFont
+
+FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+TRAIN_FONTS = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
+    *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
+    *("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
+)
+HELD_OUT_FONT = "DejaVuSerif-Bold"  # of a family that is trained on
+HELD_OUT_FAMILY = "STIXGeneral"
+
+SCRIPTS = ("Latin", "Greek", "Cyrillic", "Armenian", "Georgian")
+COMMON = "Common"  # the script of every character whose name opens with none of them, as Unicode calls it
+CATEGORIES = {
+    "Lu": "capital letter",
+    "Ll": "small letter",
+    "Lt": "titlecase letter",
+    "Lm": "modifier letter",
+    "Lo": "letter",
+    "Nd": "digit",
+    "Nl": "number letter",
+    "No": "number",
+    **dict.fromkeys(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po"), "punctuation mark"),
+    "Sm": "mathematical symbol",
+    "Sc": "currency symbol",
+    "Sk": "modifier symbol",
+    "So": "pictorial symbol",
+}
+SPECIFIC = ("{name}", "{name}", "a picture of {name}", "the character {name}", "{name}, a {kind}", "{kind}: {name}")
+GENERIC = ("a {kind}", "{kind}", "a picture of a {kind}")  # some people write no more
+
+
+@dataclass(frozen=True)
+class Character:
+    """One character: its name in lower case, the script its name opens with, and its Unicode category in words."""
+
+    code: int
+
+    @property
+    def name(self) -> str:
+        return unicodedata.name(chr(self.code)).lower()
+
+    @property
+    def script(self) -> str:
+        return next((s for s in SCRIPTS if self.name.startswith(s.lower())), COMMON)
+
+    @property
+    def category(self) -> str:
+        return CATEGORIES[unicodedata.category(chr(self.code))]
+
+    @property
+    def unseen(self) -> bool:
+        """One character in ten, chosen by a checksum, is never trained on."""
+        return zlib.crc32(str(self.code).encode()) % 10 == 0
+
+    @property
+    def kind(self) -> str:
+        """ "Greek small letter", or "mathematical symbol" for a character of no script."""
+        return self.category if self.script == COMMON else f"{self.script} {self.category}"
+
+    def caption(self, rng: np.random.Generator, specific: bool) -> str:
+        """In one of a few natural templates; one in ten says only of what kind the character is, unless `specific`."""
+        templates = SPECIFIC if specific or rng.random() < 0.9 else GENERIC
+        return templates[rng.integers(len(templates))].format(name=self.name, kind=self.kind)
+
+
+@cache
+def characters_of(font: str) -> frozenset[int]:
+    """Code points that a font file draws and that have a name: letters, numbers, punctuation and symbols, but no
+    braille (256 patterns of dots that are a code more than a shape)."""
+    codes = TTFont(FONT_FOLDER / f"{font}.ttf").getBestCmap()
+    return frozenset(
+        code
+        for code in codes
+        if unicodedata.category(chr(code)) in CATEGORIES and unicodedata.name(chr(code), "BRAILLE").split()[0] != "BRAILLE"
+    )
+
+
+def splits() -> dict[str, list[tuple[Character, str]]]:
+    """(character, font file) of every sample of every split: one picture each."""
+    trained = sorted(characters_of("DejaVuSerif") & characters_of("DejaVuSans"))
+    seen = [Character(code) for code in trained if not Character(code).unseen]
+    unseen = [Character(code) for code in trained if Character(code).unseen]
+    return {
+        "train": [(c, font) for font in TRAIN_FONTS for c in seen if c.code in characters_of(font)],
+        "val": [(c, HELD_OUT_FONT) for c in seen if c.code in characters_of(HELD_OUT_FONT)],
+        "val_family": [(c, HELD_OUT_FAMILY) for c in seen if c.code in characters_of(HELD_OUT_FAMILY)],
+        "val_unseen": [(c, "DejaVuSans") for c in unseen],
+    }

@@ -1,0 +1,163 @@
+"""The `mmcontrast` command. Each command parses, builds, runs; mistakes are one line and exit code 2."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmcontrast.errors import UserError
+
+app = typer.Typer(
+    name="mmcontrast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Pretrain, evaluate and fine-tune multimodal contrastive models. Start with: [bold]mmcontrast train"
+    " configs/quickstart.yaml[/]", rich_markup_mode="rich",
+    epilog="Exit codes: 0 done, 2 a mistake in what was given, 3 training stopped on a non-finite loss, 130 interrupted.",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Build and look into webdataset shards.")
+app.add_typer(data_app, name="data")
+console = Console(stderr=True, soft_wrap=True)
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: train.steps=50 objective=siglip")]
+ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/", metavar="CONFIG")]
+RunFolder = Annotated[Path, typer.Argument(help="a run's folder: runs/NAME", metavar="RUN")]
+Checkpoint = Annotated[str, typer.Option(help="last, best, or a step's number")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if there is one")]
+
+
+def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose user's mistakes end in one line instead of a traceback."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except UserError as error:
+                console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+                stopped = type(error).__name__ == "TrainingStopped"  # its module is not imported for other commands
+                raise typer.Exit(3 if stopped else 2) from None
+            except KeyboardInterrupt:
+                console.print("interrupted; a training run continues from its last checkpoint with --resume")
+                raise typer.Exit(130) from None
+
+        return group.command(name)(run)
+
+    return decorate
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))
+
+
+@command(app, "train")
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run of this name, then start it")] = False,
+) -> None:
+    """Train a model, evaluate it, and write its page.
+
+    The run's folder is run.dir/run.name; it holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/, results.json
+    and report.html. On several GPUs: torchrun --nproc-per-node 8 -m mmcontrast train CONFIG
+    """
+    from accelerate import PartialState
+
+    from mmcontrast.config import load_config
+    from mmcontrast.runs import check_folder, make_job, prepare_folder
+    from mmcontrast.training.loop import train as run_training
+
+    loaded = load_config(config, overrides or ())
+    state = PartialState()
+    if state.is_main_process:
+        check_folder(loaded, resume, overwrite)
+        console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
+    job = make_job(loaded)
+    if state.is_main_process:
+        prepare_folder(loaded, overwrite)
+    state.wait_for_everyone()
+    results = run_training(job, resume)
+    if state.is_main_process and results:
+        console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)
+
+
+@command(app, "evaluate")
+def evaluate(run: RunFolder, checkpoint: Checkpoint = "last", device: Device = None) -> None:
+    """Evaluate a trained run again: writes its results.json and report.html, and prints the table."""
+    from mmcontrast.runs import evaluate_run
+
+    console.print(evaluate_run(run, checkpoint, device))
+
+
+@command(app, "embed")
+def embed(
+    run: RunFolder,
+    data: Annotated[str, typer.Argument(help="shards: a path, a glob, or a brace range", metavar="DATA")],
+    out: Annotated[Path, typer.Argument(help="a new folder for the table", metavar="OUT")],
+    checkpoint: Checkpoint = "last",
+    device: Device = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    num_workers: Annotated[int, typer.Option(min=0, help="decoding processes")] = 0,
+) -> None:
+    """Embed every sample of DATA with a trained run.
+
+    OUT gets part-*.safetensors (one tensor a field), part-*.parquet (key, sample_id, group_id, metadata) and, when it is
+    complete, manifest.json.
+    """
+    from mmcontrast.runs import embed_shards
+
+    table = embed_shards(run, data, out, checkpoint, device, batch_size, num_workers)
+    console.print(f"{len(table)} samples, fields {', '.join(table.fields)}: {out}", highlight=False)
+
+
+@command(app, "config")
+def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print a config in full, with overrides applied and every default filled in; fails as `train` would."""
+    from mmcontrast.config import load_config
+    from mmcontrast.runs import check_components
+
+    loaded = load_config(config, overrides or ())
+    check_components(loaded)
+    print(loaded.to_yaml(), end="")
+
+
+@command(data_app, "build")
+def data_build(
+    config: ConfigFile,
+    out: Annotated[Path | None, typer.Option(help="another folder than the config's")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="build again what is there")] = False,
+) -> None:
+    """Build a corpus of webdataset shards, as data_pipelines/glyphs/glyphs.yaml describes one.
+
+    A corpus that is complete and of the same description is left as it is.
+    """
+    from mmcontrast.data.build import build_corpus
+
+    console.print(build_corpus(config, out, workers, overwrite), highlight=False)
+
+
+@command(data_app, "inspect")
+def data_inspect(
+    shards: Annotated[list[str], typer.Argument(help="paths, globs or brace ranges", metavar="SHARDS")],
+    decode: Annotated[bool, typer.Option("--decode", help="decode every member, and list those that cannot be")] = False,
+) -> None:
+    """Show what shards hold: samples, members by extension with their sizes, groups, and a sample.
+
+    Exit code 2 if a shard is damaged or, with --decode, a member cannot be decoded.
+    """
+    from mmcontrast.data.inspect import inspect_shards
+
+    for part in inspect_shards(shards, decode):
+        console.print(part, highlight=False)
+
+
+def main() -> None:
+    sys.path.insert(0, os.getcwd())  # `type: my_lab.losses:MyObjective` is found beside the user, as `python -m` finds it
+    app()

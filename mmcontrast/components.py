@@ -1,0 +1,69 @@
+"""Components by name: `type` is one of ours or an import path (`my_lab.losses:MyObjective`), the rest its options."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from mmcontrast.errors import UserError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean 'steps'?", or the list of what there is when nothing comes close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known)}"
+
+
+def import_by_path(path: str, kind: str) -> Any:
+    """The object named `package.module:attribute`.
+
+    Raises:
+        UserError: if the module or the attribute is not there.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{kind} {path!r} cannot be imported: {error}") from error
+
+
+def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, **context: Any) -> Any:
+    """Builds one component from a name, a mapping with `type` and options, or returns the object that it already is.
+
+    Args:
+        spec: "infonce", {"type": "siglip"}, {"type": "my_lab.losses:MyObjective", "beta": 0.5}, or an instance.
+        known: the components that this package names itself.
+        kind: what it is, for messages: "objective", "tower".
+        context: further arguments that the caller, not the user, provides.
+
+    Raises:
+        UserError: for an unknown type or option, with the nearest valid one, or options that the component refuses.
+    """
+    if isinstance(spec, str):
+        spec = {"type": spec}
+    if not isinstance(spec, Mapping):
+        return spec
+    options = dict(spec)
+    name = options.pop("type", None)
+    if name is None:
+        raise UserError(f"{kind} {dict(spec)} has no 'type'; {nearest('', known)}")
+    if ":" in name:
+        constructor = import_by_path(name, kind)
+    elif name in known:
+        constructor = known[name]
+    else:
+        raise UserError(f"unknown {kind} type {name!r}; {nearest(name, known)} (or an import path 'package.module:Name')")
+    signature = inspect.signature(constructor)
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    valid = [p for p in signature.parameters if p not in context]
+    for option in options:
+        if option not in valid and not accepts_any:
+            hint = nearest(option, valid) if valid else "it takes none"
+            raise UserError(f"{kind} {name!r} has no option {option!r}; {hint}")
+    try:
+        signature.bind(**options, **context)
+    except TypeError as error:
+        raise UserError(f"{kind} {name!r}: {error}") from error
+    return constructor(**options, **context)

@@ -1,0 +1,112 @@
+"""A run's whole configuration: YAML with dotted overrides, typed and frozen, unknown keys refused with the nearest one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from mmcontrast.components import nearest
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation import EvaluationOptions
+from mmcontrast.options import Component, Options
+from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, TrainOptions
+from mmcontrast.yaml_files import parse_yaml, read_yaml
+
+
+class RunOptions(Options):
+    """Where a run is kept: the folder `dir`/`name`.
+
+    Attributes:
+        name: default: the config file's name.
+    """
+
+    name: str
+    dir: str = "runs"
+
+
+class RunConfig(Options):
+    """All that determines a run. Saved with it as config.yaml, which is enough to rebuild it."""
+
+    run: RunOptions
+    fields: dict[str, FieldOptions] = Field(min_length=2)
+    towers: dict[str, Component]
+    model: ModelOptions = ModelOptions()
+    objective: Component = "infonce"
+    pairing: Component = "all_pairs"
+    data: DataOptions
+    train: TrainOptions
+    evaluation: EvaluationOptions = EvaluationOptions()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config, applies overrides like "train.steps=50", and validates all of it.
+
+    Raises:
+        UserError: in one line, for the first thing that is wrong, naming its dotted path.
+    """
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no mapping of options")
+    for override in overrides:
+        _apply(tree, override)
+    tree.setdefault("run", {})
+    if isinstance(tree["run"], dict):
+        tree["run"].setdefault("name", Path(path).stem)
+    tasks = (tree.get("evaluation") or {}).get("zero_shot") or {}
+    for task, given in tasks.items():
+        if isinstance(given, str):
+            tasks[task] = read_yaml(given)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_error(error)}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {override!r} is not of the form key.key=value, like train.steps=50")
+    *parents, last = path.split(".")
+    for parent in parents:
+        if isinstance(tree.get(parent), str):  # a component by its name alone: objective=infonce
+            tree[parent] = {"type": tree[parent]}
+        elif tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {parent!r} holds no options")
+    try:
+        tree[last] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    """Pydantic's first complaint as one line, with the nearest valid key for an unknown one."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {'.'.join(place)!r}; {nearest(place[-1], _valid_keys(place[:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:60]!r})"
+    return f"{'.'.join(place) or 'config'}: {message[:1].lower()}{message[1:]}{found}"
+
+
+def _valid_keys(place: Sequence[str]) -> list[str]:
+    """The options that exist at a dotted place."""
+    options: type[BaseModel] = RunConfig
+    for part in place:
+        if part in options.model_fields:
+            annotation = options.model_fields[part].annotation
+            nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            options = nested[0] if nested else options
+    return list(options.model_fields)

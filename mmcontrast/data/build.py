@@ -1,0 +1,39 @@
+"""`mmcontrast data build`: a corpus from a YAML that names its source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmcontrast.components import build
+from mmcontrast.data.writer import MANIFEST, write_corpus
+from mmcontrast.errors import UserError
+from mmcontrast.yaml_files import read_yaml
+
+
+def build_corpus(config: Path, out: Path | None = None, workers: int | None = None, overwrite: bool = False) -> str:
+    """Builds what `config` describes: `out`, `samples_per_shard` and `source`, a component of `Source`'s interface.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        UserError: if another corpus is in the folder, or the description is wrong.
+    """
+    described: dict[str, Any] = read_yaml(config)
+    if not isinstance(described, dict) or not {"out", "source"} <= described.keys():
+        raise UserError(f"{config}: a corpus needs the keys 'out' and 'source' (and may have 'samples_per_shard')")
+    if unknown := described.keys() - {"out", "source", "samples_per_shard"}:
+        raise UserError(f"{config}: unknown key {sorted(unknown)[0]!r}; there is: out, samples_per_shard, source")
+    folder, about = out or Path(described["out"]), {"built_from": described}
+    manifest = folder / MANIFEST
+    if manifest.exists() and not overwrite:
+        if json.loads(manifest.read_text()).get("built_from") == described:
+            return f"{folder} is complete: nothing to do (--overwrite builds it again)"
+        raise UserError(f"{folder} holds a corpus of another description: --overwrite it, or choose another --out")
+    source = build(described["source"], {}, f"{config}: source")
+    manifest.unlink(missing_ok=True)  # until the new one is complete
+    written = write_corpus(
+        folder, source, samples_per_shard=described.get("samples_per_shard", 1000), workers=workers, about=about
+    )
+    counts = ", ".join(f"{split} {entry['samples']}" for split, entry in written["splits"].items())
+    return f"{folder}: {counts} samples"

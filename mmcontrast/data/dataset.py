@@ -1,0 +1,122 @@
+"""Samples of shards, decoded and transformed per field, collated into a `Batch`; loaders for training and evaluation."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mmcontrast.data.index import ShardIndex, expand_shards, index_shard
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import DecodeError, Modality
+from mmcontrast.types import Batch
+
+MAX_MEMBER_BYTES = 256 * 2**20  # a member larger than this is no sample of a contrastive corpus
+
+
+@dataclass
+class Sample:
+    """One sample in a worker: transformed fields, or the reason why it cannot be used."""
+
+    values: dict[str, torch.Tensor]
+    sample_id: int
+    group_id: int
+    metadata: dict[str, Any]
+    error: str | None = None
+
+
+class ShardDataset(Dataset[Sample]):
+    """Random access to the samples of webdataset shards, by position in the concatenated shards.
+
+    A sample is its members of one key. `json` may hold `sample_id` and `group_id`; without them the sample id is a hash
+    of the key and the group id equals it, so that all samples are different.
+
+    Args:
+        shards: paths, globs or brace ranges.
+        modalities: per field.
+        keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own.
+        seed: of augmentation, with the epoch and the sample's id.
+        training: augment.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        modalities: Mapping[str, Modality],
+        keys: Mapping[str, Sequence[str]],
+        seed: int = 0,
+        training: bool = False,
+    ) -> None:
+        self.shards: list[ShardIndex] = [index_shard(path) for path in expand_shards(shards)]
+        self.modalities, self.seed, self.training = dict(modalities), seed, training
+        self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        self.starts = np.cumsum([0, *map(len, self.shards)])
+        there = {extension for shard in self.shards for extension in shard.extensions}
+        for field, extensions in self.keys.items():
+            if not there & set(extensions):
+                raise UserError(
+                    f"field {field!r}: no sample of {shards} has a member {' or '.join('.' + e for e in extensions)}; "
+                    f"they have {', '.join('.' + e for e in sorted(there))}: set fields.{field}.keys, or drop the field"
+                )
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def members(self, position: int, extensions: Sequence[str]) -> tuple[ShardIndex, str, dict[str, bytes]]:
+        """(shard, key, bytes per extension) of a sample."""
+        number = int(np.searchsorted(self.starts, position, side="right")) - 1
+        shard, row = self.shards[number], position - int(self.starts[number])
+        if shard.sizes[row].max() > MAX_MEMBER_BYTES:
+            return shard, shard.keys[row], {}
+        return shard, shard.keys[row], shard.read(row, extensions)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Sample:
+        """The sample at (epoch, position), or at position."""
+        epoch, position = place if isinstance(place, tuple) else (0, place)
+        wanted = [extension for extensions in self.keys.values() for extension in extensions]
+        shard, key, members = self.members(position, [*wanted, "json"])
+        sample = Sample({}, _hash(key), _hash(key), {"key": key})
+        extension = "json"
+        try:
+            if "json" in members:
+                about = json.loads(members["json"])
+                sample.metadata |= about
+                sample.sample_id = int(about.get("sample_id", sample.sample_id))
+                sample.group_id = int(about.get("group_id", sample.sample_id))
+                if sample.group_id < 0:
+                    raise DecodeError(f"group_id {sample.group_id} is negative")
+            if self.training:
+                torch.default_generator.manual_seed(_hash(f"{self.seed} {epoch} {sample.sample_id}"))
+            for field, modality in self.modalities.items():
+                extension = next((e for e in self.keys[field] if e in members), "")
+                if extension:
+                    sample.values[field] = modality.transform(modality.decode(members[extension]), self.training)
+        except (DecodeError, ValueError, TypeError, AttributeError) as error:
+            sample.error = f"shard {shard.path}, sample {key!r}, member .{extension}: {error}"
+        return sample
+
+    def collate(self, samples: list[Sample]) -> Batch | str:
+        """The batch, or the first bad sample's error: workers cannot raise it in one line."""
+        for sample in samples:
+            if sample.error:
+                return sample.error
+        values = {}
+        for field, modality in self.modalities.items():
+            rows = [s.values[field] for s in samples if field in s.values]
+            values[field] = modality.collate(rows or [modality.blank()])
+        return Batch(
+            values,
+            {field: torch.tensor([field in s.values for s in samples]) for field in self.modalities},
+            torch.tensor([s.sample_id for s in samples]),
+            torch.tensor([s.group_id for s in samples]),
+            [s.metadata for s in samples],
+        )
+
+
+def _hash(text: str) -> int:
+    """A stable id in [0, 2^63)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

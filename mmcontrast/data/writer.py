@@ -1,0 +1,81 @@
+"""Writes webdataset shards that appear only when they are complete, in parallel, with a manifest."""
+
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import webdataset
+from rich.console import Console
+from rich.progress import track
+
+MANIFEST = "manifest.json"
+Sample = dict[str, Any]  # "__key__" and one value per extension: bytes, str (txt) or a dict (json)
+
+
+def write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
+    """Writes one tar under a temporary name, flushes it to the disk, then gives it its own; returns its manifest entry."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        writer = webdataset.TarWriter(file, mtime=0)
+        for sample in samples:
+            writer.write(sample)
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+    data = partial.read_bytes()
+    os.replace(partial, path)
+    return {"name": path.name, "samples": len(samples), "bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+class Source(Protocol):
+    """What a corpus is made from. Sent to worker processes: keep it small, and open what is large in `make_sample`."""
+
+    def splits(self) -> dict[str, Sequence[Any]]:
+        """Per split, one item per sample, in the order in which they are written."""
+        ...
+
+    def make_sample(self, split: str, item: Any) -> Sample: ...
+
+
+def write_corpus(
+    folder: Path,
+    source: Source,
+    *,
+    samples_per_shard: int = 1000,
+    workers: int | None = None,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Makes every sample of every split and writes `<split>-<number>.tar`, and last `manifest.json`; returns the manifest.
+
+    Args:
+        folder: made if it is not there. Shards of the same names are replaced, one by one, whole.
+        workers: processes; all cores by default.
+        about: further entries of the manifest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = source.splits()
+    jobs = [
+        (folder / f"{split}-{number:05d}.tar", source, split, items[start : start + samples_per_shard])
+        for split, items in splits.items()
+        for number, start in enumerate(range(0, len(items), samples_per_shard))
+    ]
+    with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
+        written = track(pool.imap(_run_job, jobs), f"writing {folder}", total=len(jobs), console=Console(stderr=True))
+        entries = list(written)
+    manifest: dict[str, Any] = {**(about or {}), "splits": {split: {"samples": 0, "shards": []} for split in splits}}
+    for (_, _, split, _), entry in zip(jobs, entries, strict=True):
+        manifest["splits"][split]["samples"] += entry["samples"]
+        manifest["splits"][split]["shards"].append(entry)
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1))
+    os.replace(partial, folder / MANIFEST)  # last: a corpus with a manifest is complete
+    return manifest
+
+
+def _run_job(job: tuple[Path, Source, str, Sequence[Any]]) -> dict[str, Any]:
+    path, source, split, items = job
+    return write_shard(path, [source.make_sample(split, item) for item in items])

@@ -1,0 +1,154 @@
+"""Embedding tables: what a model makes of a data set, in memory and on disk."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmcontrast.data import ShardDataset, all_batches
+from mmcontrast.errors import UserError
+from mmcontrast.model import ContrastiveModel
+
+PART_ROWS = 100_000
+
+
+@dataclass
+class EmbeddingTable:
+    """N samples.
+
+    Attributes:
+        fields: per field, unit rows float32 [N, D], zero where absent.
+        present: per field, bool [N].
+        sample_ids, group_ids: int64 [N].
+        metadata: N dictionaries, each with the sample's `key`.
+    """
+
+    fields: dict[str, Tensor]
+    present: dict[str, Tensor]
+    sample_ids: Tensor
+    group_ids: Tensor
+    metadata: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def write(self, folder: Path, about: dict[str, Any] | None = None) -> None:
+        """`part-00000.safetensors` (one tensor a field, `present.<field>`), `part-00000.parquet` (key, sample_id,
+        group_id, metadata as JSON) and so on, and last `manifest.json`.
+
+        Raises:
+            UserError: if the folder already holds a table.
+        """
+        self.refuse_to_overwrite(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = []
+        for number, start in enumerate(range(0, max(len(self), 1), PART_ROWS)):
+            rows, name = slice(start, start + PART_ROWS), f"part-{number:05d}"
+            tensors = {field: values[rows].contiguous() for field, values in self.fields.items()}
+            tensors |= {f"present.{field}": here[rows].contiguous() for field, here in self.present.items()}
+            save_file(tensors, folder / f"{name}.safetensors")
+            columns = {
+                "key": [entry.get("key") for entry in self.metadata[rows]],
+                "sample_id": self.sample_ids[rows].tolist(),
+                "group_id": self.group_ids[rows].tolist(),
+                "metadata": [json.dumps(entry, ensure_ascii=False) for entry in self.metadata[rows]],
+            }
+            pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+            parts.append({"name": name, "rows": len(columns["key"])})
+        manifest = {
+            "format": "mmcontrast embedding table 1",
+            "rows": len(self),
+            "parts": parts,
+            "fields": sorted(self.fields),
+            "dim": next(iter(self.fields.values())).shape[1],
+            "dtype": "float32",
+            **(about or {}),
+        }
+        partial = folder / ".manifest.partial"
+        partial.write_text(json.dumps(manifest, indent=1))
+        os.replace(partial, folder / "manifest.json")  # last: a table with a manifest is complete
+
+    @staticmethod
+    def refuse_to_overwrite(folder: Path) -> None:
+        if (folder / "manifest.json").exists():
+            raise UserError(f"{folder} already holds an embedding table: remove it, or choose another folder")
+
+    @classmethod
+    def read(cls, folder: Path) -> "EmbeddingTable":
+        """
+        Raises:
+            UserError: if the folder holds no complete table.
+        """
+        if not (folder / "manifest.json").exists():
+            raise UserError(f"{folder} holds no complete embedding table (no manifest.json)")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        tensors = [load_file(folder / f"{part['name']}.safetensors") for part in manifest["parts"]]
+        rows = pa.concat_tables([pq.read_table(folder / f"{part['name']}.parquet") for part in manifest["parts"]])
+        return cls(
+            {field: torch.cat([part[field] for part in tensors]) for field in manifest["fields"]},
+            {field: torch.cat([part[f"present.{field}"] for part in tensors]) for field in manifest["fields"]},
+            torch.tensor(rows["sample_id"].to_pylist()),
+            torch.tensor(rows["group_id"].to_pylist()),
+            [json.loads(entry) for entry in rows["metadata"].to_pylist()],
+        )
+
+
+@torch.no_grad()
+def embed_dataset(
+    model: ContrastiveModel,
+    dataset: ShardDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    label: str = "embedding",
+) -> EmbeddingTable:
+    """Every sample of a data set, in order. The model is put in evaluation mode and left as it was."""
+    was_training = model.training
+    model.eval()
+    task = progress.add_task(label, total=len(dataset)) if progress else None
+    rows: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
+    fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
+    present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
+    for batch in all_batches(dataset, batch_size, num_workers):
+        embeddings = model(batch.to(torch.device(device)))
+        for field in fields:
+            fields[field].append(embeddings.fields[field].float().cpu())
+            present[field].append(batch.present[field])
+        rows["sample_ids"].append(batch.sample_ids)
+        rows["group_ids"].append(batch.group_ids)
+        rows["metadata"].extend(batch.metadata)
+        if progress and task is not None:
+            progress.advance(task, len(batch))
+    if progress and task is not None:
+        progress.remove_task(task)
+    model.train(was_training)
+    return EmbeddingTable(
+        {field: torch.cat(parts) for field, parts in fields.items()},
+        {field: torch.cat(parts) for field, parts in present.items()},
+        torch.cat(rows["sample_ids"]),
+        torch.cat(rows["group_ids"]),
+        rows["metadata"],
+    )
+
+
+@torch.no_grad()
+def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
+    """Unit embeddings [N, D] of prompts, read by a text field's modality and tower. Puts the model in evaluation mode."""
+    modality = model.modality(field)
+    batch = modality.collate([modality.transform(modality.encode(text), False) for text in texts])
+    was_training = model.training
+    model.eval()
+    embeddings = model.encode(field, batch.to(device)).cpu()
+    model.train(was_training)
+    return embeddings

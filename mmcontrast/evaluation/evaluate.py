@@ -1,0 +1,99 @@
+"""All of a run's evaluation: every split embedded, every ordered pair of fields retrieved, every task classified."""
+
+from collections.abc import Mapping
+from itertools import permutations
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from mmcontrast.data import ShardDataset
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts
+from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
+from mmcontrast.evaluation.retrieval import first_of_each_group, ranks, retrieval_metrics
+from mmcontrast.evaluation.zero_shot import class_embedding, prompts_of, zero_shot_metrics
+from mmcontrast.modalities import TextModality
+from mmcontrast.model import ContrastiveModel
+
+Results = dict[str, float]  # "val/retrieval/image_to_text/recall_at_1": 0.5
+
+
+def evaluate(
+    model: ContrastiveModel,
+    datasets: Mapping[str, ShardDataset],
+    options: EvaluationOptions,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Results, dict[str, EmbeddingTable]]:
+    """The results as one flat dictionary, and each split's embeddings."""
+    results: Results = {}
+    tables: dict[str, EmbeddingTable] = {}
+    for split, dataset in datasets.items():
+        table = tables[split] = embed_dataset(
+            model,
+            dataset,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            device=device,
+            progress=progress,
+            label=f"embedding {split}",
+        )
+        for query, candidate in permutations(table.fields, 2):
+            found, candidates = retrieve(table, query, candidate, isinstance(model.modality(candidate), TextModality))
+            metrics = retrieval_metrics(found, len(candidates), options.retrieval_at)
+            results |= {f"{split}/retrieval/{query}_to_{candidate}/{name}": value for name, value in metrics.items()}
+        first = f"recall_at_{options.retrieval_at[0]}"
+        recalls = [value for name, value in results.items() if name.startswith(f"{split}/retrieval/") and name.endswith(first)]
+        results[f"{split}/retrieval/mean_{first}"] = sum(recalls) / len(recalls)
+        for task, zero_shot in options.zero_shot.items():
+            metrics = classify(model, table, zero_shot, device)
+            results |= {f"{split}/zero_shot/{task}/{name}": value for name, value in metrics.items()}
+    return results, tables
+
+
+def retrieve(table: EmbeddingTable, query: str, candidate: str, once_a_group: bool) -> tuple[Tensor, Tensor]:
+    """(ranks of the queries that have the field, the candidates' rows in the table)."""
+    queries = table.present[query].nonzero().squeeze(1)
+    candidates = table.present[candidate].nonzero().squeeze(1)
+    if once_a_group:
+        candidates = candidates[first_of_each_group(table.group_ids[candidates])]
+    found = ranks(
+        table.fields[query][queries],
+        table.fields[candidate][candidates],
+        table.group_ids[queries],
+        table.group_ids[candidates],
+    )
+    return found, candidates
+
+
+def classify(
+    model: ContrastiveModel, table: EmbeddingTable, task: ZeroShotOptions, device: torch.device | str
+) -> dict[str, float]:
+    """Zero-shot metrics of one task on one split."""
+    for field in (task.field, task.prompt_field):
+        if field not in table.fields:
+            raise UserError(
+                f"zero-shot task of label {task.label!r}: the model has no field {field!r}; it has {', '.join(table.fields)}"
+            )
+    prompts = prompts_of(task.classes, task.templates).values()
+    classes = torch.stack([class_embedding(embed_texts(model, task.prompt_field, texts, device)) for texts in prompts])
+    number = {label: k for k, label in enumerate(task.classes)}
+    if table.metadata and not any(task.label in entry for entry in table.metadata):
+        raise UserError(f"zero-shot task: no sample has the label {task.label!r} in its json")
+    labels = torch.tensor([number.get(entry.get(task.label, ""), -1) for entry in table.metadata])
+    kept = table.present[task.field] & (labels >= 0)
+    return zero_shot_metrics(table.fields[task.field][kept], classes, labels[kept])
+
+
+def results_table(results: Results) -> Table:
+    """What a person wants to see of the results: a row a task, a column a split."""
+    splits = list(dict.fromkeys(name.split("/")[0] for name in results))
+    table = Table("", *splits, title="evaluation")
+    shown = [n for n in dict.fromkeys(name.partition("/")[2] for name in results) if "/num_" not in n]
+    for name in shown:
+        row = [results.get(f"{split}/{name}") for split in splits]
+        digits = 0 if name.endswith("median_rank") else 3
+        table.add_row(name, *("" if value is None else f"{value:.{digits}f}" for value in row))
+    return table

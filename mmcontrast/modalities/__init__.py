@@ -1,0 +1,11 @@
+"""Modalities by the name a config gives them. A new one is a file here and a line below."""
+
+from mmcontrast.modalities.audio import AudioModality
+from mmcontrast.modalities.base import DecodeError, Modality
+from mmcontrast.modalities.image import ImageModality
+from mmcontrast.modalities.text import TextModality
+from mmcontrast.modalities.vector import VectorModality
+
+MODALITIES = {"image": ImageModality, "text": TextModality, "audio": AudioModality, "vector": VectorModality}
+
+__all__ = ["MODALITIES", "AudioModality", "DecodeError", "ImageModality", "Modality", "TextModality", "VectorModality"]

@@ -1,0 +1,80 @@
+"""Sound: decoded by soundfile, resampled by soxr, cut or padded to one length; log-mel spectrograms on the device."""
+
+import io
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+from transformers.audio_utils import mel_filter_bank
+
+from mmcontrast.modalities.base import DecodeError, Modality
+
+
+class AudioModality(Modality):
+    """int16 [samples] in the worker; on the device a log-mel spectrogram [1, mels, frames], about unit variance.
+
+    Args:
+        sample_rate: Hz; other rates are resampled.
+        seconds: shorter sounds are padded, longer ones cut (at a random place in training, in the middle otherwise).
+        mels, window, hop: bands of the mel scale, and the short-time Fourier transform's window and step in samples.
+        shift: in training, the padded sound starts up to this many seconds late.
+        max_seconds: longer members are refused before they are decoded.
+    """
+
+    filters: Tensor
+    hann: Tensor
+    extensions = ("flac", "wav", "ogg", "mp3")
+
+    def __init__(
+        self,
+        sample_rate: int = 16_000,
+        seconds: float = 10.0,
+        mels: int = 64,
+        window: int = 1024,
+        hop: int = 320,
+        shift: float = 0.0,
+        max_seconds: float = 3600.0,
+    ) -> None:
+        super().__init__()
+        self.sample_rate, self.length, self.max_seconds = sample_rate, round(seconds * sample_rate), max_seconds
+        self.window, self.hop, self.shift = window, hop, round(shift * sample_rate)
+        filters = mel_filter_bank(window // 2 + 1, mels, 0.0, sample_rate / 2, sample_rate, norm="slaney", mel_scale="slaney")
+        self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32), persistent=False)
+        self.register_buffer("hann", torch.hann_window(window), persistent=False)
+
+    def decode(self, data: bytes) -> Tensor:
+        """int16 [samples], one channel, at `sample_rate`."""
+        try:
+            with soundfile.SoundFile(io.BytesIO(data)) as file:
+                if file.frames > self.max_seconds * file.samplerate:
+                    raise DecodeError(f"{file.frames / file.samplerate:.0f} s of sound, more than {self.max_seconds}")
+                sound, rate = file.read(dtype="int16", always_2d=True), file.samplerate
+        except (soundfile.SoundFileError, ValueError) as error:
+            raise DecodeError(f"not a sound that can be decoded ({error})") from error
+        if not len(sound):
+            raise DecodeError("an empty sound")
+        mono = sound[:, 0] if sound.shape[1] == 1 else sound.mean(1).astype(np.int16)
+        return torch.from_numpy(mono if rate == self.sample_rate else soxr.resample(mono, rate, self.sample_rate))
+
+    def transform(self, raw: Tensor, training: bool) -> Tensor:
+        spare = len(raw) - self.length
+        if spare >= 0:
+            start = int(torch.randint(spare + 1, ())) if training else spare // 2
+            return raw[start : start + self.length]
+        late = int(torch.randint(min(self.shift, -spare) + 1, ())) if training else 0
+        padded = torch.zeros(self.length, dtype=torch.int16)
+        padded[late : late + len(raw)] = raw
+        return padded
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.length, dtype=torch.int16)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, enabled=False):  # a spectrum's range is beyond bf16's precision
+            wave = batch.float() / 32768
+            spectrum = torch.stft(wave, self.window, self.hop, window=self.hann, return_complex=True)
+            power = spectrum.real.square() + spectrum.imag.square()
+            mel = self.filters.T @ power
+            return ((mel + 1e-6).log().unsqueeze(1) + 7) / 4  # about zero mean and unit variance for speech

@@ -1,0 +1,43 @@
+"""What a modality is: how one field's bytes become a tensor in a data worker, and what is left to do on the device."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class DecodeError(Exception):
+    """A member's bytes are not what its name says, or are beyond a limit. The message says which."""
+
+
+class Modality(nn.Module):
+    """Bytes → `decode` → `transform` → `collate` → (device) `forward` → the tower's input.
+
+    The first three run in data workers on one sample; randomness comes from torch's generator, which the dataset seeds
+    by (seed, epoch, sample id). `forward` runs on the device, on a batch: normalisation, spectrograms.
+    """
+
+    extensions: ClassVar[tuple[str, ...]]  # members of a sample that it reads, the first one present
+
+    @abstractmethod
+    def decode(self, data: bytes) -> Any:
+        """Raises DecodeError if the bytes cannot be decoded safely."""
+
+    @abstractmethod
+    def transform(self, raw: Any, training: bool) -> Tensor:
+        """One decoded value as a tensor; augmented if training."""
+
+    @abstractmethod
+    def blank(self) -> Tensor:
+        """A transformed sample that means nothing, of a valid shape: it stands in where a whole batch lacks a field."""
+
+    def encode(self, value: Any) -> Any:
+        """A value as a person has it in a program (a string, a PIL image) as `decode` would give it."""
+        return value
+
+    def collate(self, samples: list[Tensor]) -> Tensor:
+        return torch.stack(samples)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return batch

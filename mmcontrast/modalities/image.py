@@ -1,0 +1,78 @@
+"""Images: decoded by Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from mmcontrast.components import build
+from mmcontrast.modalities.base import DecodeError, Modality
+
+FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is tried: Pillow would hand EPS to Ghostscript
+Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the header, before any pixel is decoded
+AUGMENTATIONS = {name: value for name, value in vars(v2).items() if isinstance(value, type)}
+
+
+class ImageModality(Modality):
+    """uint8 [channels, size, size] in the worker; float, normalised, on the device.
+
+    Args:
+        size: side in pixels.
+        channels: 3 (RGB) or 1 (grey).
+        mean, std: per channel, of pixel values in [0, 1]. Default: 0.5 and 0.5.
+        augment: torchvision v2 transforms for training, in order, e.g. [{type: RandomAffine, degrees: 5}]; default:
+            RandomResizedCrop to 0.9–1.0 of the area, as open_clip does. They end at `size`, or a resize is added.
+        max_pixels: larger pictures are refused before they are decoded.
+    """
+
+    mean: Tensor
+    std: Tensor
+    extensions = ("jpg", "jpeg", "png", "webp")
+
+    def __init__(
+        self,
+        size: int,
+        channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: Sequence[Any] | None = None,
+        max_pixels: int = 64_000_000,
+    ) -> None:
+        super().__init__()
+        self.size, self.channels, self.max_pixels = size, channels, max_pixels
+        bicubic = v2.InterpolationMode.BICUBIC
+        fit = [v2.Resize(size, interpolation=bicubic, antialias=True), v2.CenterCrop(size)]
+        if augment is None:
+            train = [v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic, antialias=True)]
+        else:
+            train = [*(build(spec, AUGMENTATIONS, "augmentation") for spec in augment), *fit]
+        self.train_transform, self.eval_transform = v2.Compose(train), v2.Compose(fit)
+        for name, values in (("mean", mean), ("std", std)):
+            tensor = torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def decode(self, data: bytes) -> Tensor:
+        """uint8 [channels, height, width]."""
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > self.max_pixels:
+                    raise DecodeError(f"{image.width}×{image.height} pixels, more than max_pixels={self.max_pixels}")
+                return self.encode(image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise DecodeError(f"not a picture that can be decoded ({error})") from error
+
+    def encode(self, value: Image.Image) -> Tensor:
+        return v2.functional.pil_to_tensor(value.convert("RGB" if self.channels == 3 else "L"))
+
+    def transform(self, raw: Tensor, training: bool) -> Tensor:
+        return self.train_transform(raw) if training else self.eval_transform(raw)
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return (batch.float() / 255 - self.mean) / self.std

@@ -1,0 +1,65 @@
+"""Text: UTF-8, tokenized by open_clip's byte-pair encoding or by a Hugging Face tokenizer."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcontrast.modalities.base import DecodeError, Modality
+
+OPEN_CLIP = "open_clip"
+
+
+class TextModality(Modality):
+    """int64 [length] token ids; a batch is padded to its longest text.
+
+    Args:
+        tokenizer: "open_clip" (its byte-pair encoding, shipped in its wheel), or a Hugging Face name or folder.
+        context_length: longer texts are cut to this many tokens.
+        max_bytes: longer members are refused.
+    """
+
+    extensions = ("txt", "caption")
+
+    def __init__(self, tokenizer: str = OPEN_CLIP, context_length: int = 77, max_bytes: int = 1_000_000) -> None:
+        super().__init__()
+        self.name, self.context_length, self.max_bytes = tokenizer, context_length, max_bytes
+        self.pad_id = 0 if tokenizer == OPEN_CLIP else (self.tokenizer.pad_token_id or 0)
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker process makes its own tokenizer
+        return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self.name == OPEN_CLIP:
+            from open_clip.tokenizer import SimpleTokenizer
+
+            return SimpleTokenizer(context_length=self.context_length)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.name)
+
+    def decode(self, data: bytes) -> str:
+        if len(data) > self.max_bytes:
+            raise DecodeError(f"{len(data)} bytes of text, more than max_bytes={self.max_bytes}")
+        try:
+            text = data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DecodeError(f"not UTF-8 ({error})") from error
+        if not text:
+            raise DecodeError("an empty text")
+        return text
+
+    def transform(self, raw: str, training: bool) -> Tensor:
+        if self.name == OPEN_CLIP:
+            tokens = self.tokenizer(raw)[0]
+            return tokens[: int(tokens.count_nonzero())]
+        ids = self.tokenizer(raw, truncation=True, max_length=self.context_length)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def blank(self) -> Tensor:
+        return self.transform("blank", False)
+
+    def collate(self, samples: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=self.pad_id)

@@ -1,0 +1,93 @@
+"""The model: fields → towers → projections → unit embeddings, with the logit scale and bias of the scores."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcontrast.modalities import Modality
+from mmcontrast.towers import Tower
+from mmcontrast.types import Batch
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What the model makes of a batch.
+
+    Attributes:
+        fields: per field, unit rows [N, D], zero where the sample lacks the field.
+        logit_scale: scalar, 1/τ. logit_bias: scalar, or None.
+    """
+
+    fields: dict[str, Tensor]
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+
+class ContrastiveModel(nn.Module):
+    """Any number of fields, each with a modality and a tower; fields may share a tower, with its projection.
+
+    Args:
+        modalities: per field.
+        towers: by name.
+        tower_of: per field, the name of its tower.
+        embed_dim: D.
+        projection: "linear", or "mlp" (one hidden layer of the tower's width, GELU).
+        logit_scale, logit_bias: initial values; the scale is learnt as its logarithm, a bias of None is not learnt.
+        max_logit_scale: `clamp_logit_scale` keeps the scale in [1, this] (CLIP clamps at 100).
+    """
+
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality],
+        towers: Mapping[str, Tower],
+        tower_of: Mapping[str, str],
+        embed_dim: int,
+        projection: str = "linear",
+        logit_scale: float = 1 / 0.07,
+        logit_bias: float | None = None,
+        max_logit_scale: float = 100.0,
+    ) -> None:
+        super().__init__()
+        self.modalities, self.towers, self.tower_of = nn.ModuleDict(modalities), nn.ModuleDict(towers), dict(tower_of)
+        self.projections = nn.ModuleDict({name: _head(t.width, embed_dim, projection) for name, t in towers.items()})
+        self.embed_dim, self.max_logit_scale = embed_dim, max_logit_scale
+        # shape [1]: sharded data parallelism refuses parameters without a dimension
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)]))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([float(logit_bias)]))
+
+    def modality(self, field: str) -> Modality:
+        modality = self.modalities[field]
+        assert isinstance(modality, Modality)
+        return modality
+
+    def encode(self, field: str, values: Tensor) -> Tensor:
+        """Unit embeddings [P, D] of P collated values of one field; fp32 whatever the towers computed in."""
+        tower = self.tower_of[field]
+        features = self.towers[tower](self.modalities[field](values))
+        return F.normalize(self.projections[tower](features).float(), dim=1)
+
+    def forward(self, batch: Batch) -> Embeddings:
+        fields = {}
+        for field, values in batch.values.items():
+            here, embeddings = batch.present[field], self.encode(field, values)
+            if len(values) == len(batch):
+                fields[field] = embeddings * here.unsqueeze(1)
+            else:
+                blank = embeddings.new_zeros(len(batch), self.embed_dim) + 0 * embeddings[:1]
+                fields[field] = blank.masked_scatter(here.unsqueeze(1), embeddings) if here.any() else blank
+        bias = None if self.logit_bias is None else self.logit_bias.squeeze(0)
+        return Embeddings(fields, self.log_logit_scale.exp().squeeze(0), bias)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        self.log_logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
+
+
+def _head(width: int, embed_dim: int, kind: str) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(width, embed_dim, bias=False)
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, embed_dim, bias=False))

@@ -1,0 +1,20 @@
+"""Objectives and pairings by the name a config gives them. A new one is a file here and a line below."""
+
+from mmcontrast.objectives.base import Objective
+from mmcontrast.objectives.contrastive import contrastive_loss
+from mmcontrast.objectives.infonce import InfoNCE
+from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
+from mmcontrast.objectives.pairing import AllPairs, Anchor, Pairing
+from mmcontrast.objectives.siglip import SigLIP
+
+__all__ = [
+    "OBJECTIVES",
+    "PAIRINGS",
+    "AllPairs",
+    "Anchor",
+    "InfoNCE",
+    "Objective",
+    "Pairing",
+    "SigLIP",
+    "contrastive_loss",
+]

@@ -1,0 +1,171 @@
+"""Pairing × objective → one loss: the public function that drops into any training script."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmcontrast.components import build
+from mmcontrast.objectives.base import Objective
+from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
+from mmcontrast.objectives.pairing import Pairing
+from mmcontrast.score import score_statistics
+from mmcontrast.score.ring import exchange
+from mmcontrast.types import ABSENT
+
+Scalars = Tensor | float | Mapping[tuple[str, str], Tensor | float]
+NO_GROUP = -2  # the id of an extra negative that is of nobody's group
+
+
+def contrastive_loss(
+    embeddings: Mapping[str, Tensor],
+    *,
+    objective: str | Mapping[str, Any] | Objective = "infonce",
+    pairing: str | Mapping[str, Any] | Pairing = "all_pairs",
+    logit_scale: Scalars,
+    logit_bias: Scalars | None = None,
+    ids: Tensor | Mapping[str, Tensor] | None = None,
+    sample_ids: Tensor | None = None,
+    extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
+    backend: str = "auto",
+    tile_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The contrastive loss of N samples in any number of fields, in O(N·D) memory, exact, over the ranks of a group.
+
+    The mean over the pairs of fields that are not empty of the mean over their anchors, of both directions where the
+    objective has two.
+
+    Args:
+        embeddings: per field, unit rows [N, D]. Every rank has the same fields; N may differ between ranks, or be 0.
+        objective: a name, a mapping like {"type": "siglip"}, or an Objective.
+        pairing: a name, a mapping like {"type": "anchor", "field": "image"}, or a Pairing.
+        logit_scale: 1/τ, a scalar (tensor or float); or one for each pair, {(field, field): scalar}.
+        logit_bias: added to every score (SigLIP: −10 at the start), likewise; None: no bias.
+        ids: group ids, int64 [N], or one [N] per field. Equal ids are not negatives of each other; −1: the sample
+            lacks the field. Default: all samples of all ranks are different, and complete.
+        sample_ids: int64 [N], unique and stable, for objectives that keep state per sample.
+        extra_negatives: per field, more candidates for the anchors of every field it is paired with: [K, D], or with
+            group ids ([K, D], [K]).
+        backend, tile_size: see `score_statistics`.
+        group: a torch.distributed group; None: this process alone. Every rank must call this, and its backward.
+
+    Returns:
+        Scalar, fp32 (float64 for float64 embeddings). With a group, the mean over ranks is the loss of the whole
+        batch, and the mean over ranks of the gradients is its gradient, as data parallelism takes it.
+
+    Raises:
+        ValueError: for shapes, names, ids or options that do not fit; it names the field.
+    """
+    scorer: Objective = build(objective, OBJECTIVES, "objective")
+    ids_of = _ids_by_field(embeddings, ids)
+    extras = _extras(embeddings, extra_negatives or {})
+    if sample_ids is not None and len(sample_ids) != len(next(iter(embeddings.values()))):
+        raise ValueError(f"sample_ids has {len(sample_ids)} entries for {len(next(iter(embeddings.values())))} samples")
+
+    pairs = build(pairing, PAIRINGS, "pairing").pairs(list(embeddings))
+    kept = {pair: _both_present(ids_of, *pair) for pair in pairs}
+    device = next(iter(embeddings.values())).device
+    local = [len(embeddings[a]) if (keep := kept[a, b]) is None else int(keep.sum()) for a, b in pairs]
+    total = [sum(counts) for counts in zip(*exchange(local, group, device), strict=True)]
+    ranks = 1 if group is None else dist.get_world_size(group)
+    options: dict[str, Any] = {"backend": backend, "tile_size": tile_size, "group": group}
+
+    losses = []
+    for (a, b), anchors in zip(pairs, total, strict=True):
+        if anchors == 0:
+            continue
+        keep = kept[a, b]
+        x, y = (embeddings[f] if keep is None else embeddings[f][keep] for f in (a, b))
+        group_ids = None if ids_of is None else ids_of[a] if keep is None else ids_of[a][keep]
+        options["scale"] = _of_pair(logit_scale, a, b, "logit_scale")
+        options["bias"] = _of_pair(logit_bias, a, b, "logit_bias")
+        directions = score_statistics(x, y, scorer.reductions, ids=group_ids, columns=scorer.both_directions, **options)
+        terms = []
+        for direction, rows, others in zip(directions, (x, y), (b, a), strict=True):
+            if direction is None:
+                continue
+            if others in extras:
+                more, more_ids = extras[others]
+                row_ids = torch.full_like(more_ids[:1], NO_GROUP - 1).expand(len(rows)) if group_ids is None else group_ids
+                further, _ = score_statistics(
+                    rows, more, scorer.reductions, ids=row_ids, column_ids=more_ids, paired=False, columns=False, **options
+                )
+                direction = direction.with_more(further)
+            terms.append(scorer(direction).sum() * (ranks / anchors))
+        losses.append(sum(terms) / len(terms))
+    unused = sum(e.sum() for e in embeddings.values()) * 0.0 if len(losses) < len(pairs) else 0.0
+    loss = sum(losses) / max(len(losses), 1) + unused
+    return loss if torch.is_tensor(loss) else torch.zeros((), device=device)
+
+
+def _ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Group ids [N] of every field, checked."""
+    if len(embeddings) < 2:
+        raise ValueError(f"a contrastive loss needs two fields at least, not {list(embeddings)}")
+    first, reference = next(iter(embeddings.items()))
+    for field, rows in embeddings.items():
+        if rows.dim() != 2 or rows.shape != reference.shape or rows.dtype != reference.dtype:
+            raise ValueError(
+                f"field {field!r} is {tuple(rows.shape)} {rows.dtype}, field {first!r} {tuple(reference.shape)}"
+                f" {reference.dtype}: all fields are [N, D] of one dtype, absent samples marked by an id of −1"
+            )
+        if not rows.is_floating_point():
+            raise ValueError(f"field {field!r} is {rows.dtype}: embeddings are floating point")
+    if ids is None:
+        return None
+    given = dict.fromkeys(embeddings, ids) if isinstance(ids, Tensor) else dict(ids)
+    for field, values in given.items():
+        if field not in embeddings:
+            raise ValueError(f"ids names a field {field!r} that embeddings lack; they have {', '.join(embeddings)}")
+        if values.dtype != torch.int64 or values.shape != reference.shape[:1]:
+            raise ValueError(
+                f"ids of field {field!r} must be int64 [{len(reference)}], not {values.dtype} {tuple(values.shape)}"
+            )
+    stacked = torch.stack(list(given.values()))
+    owner = stacked.amax(0)
+    if ((stacked != ABSENT) & ((stacked != owner) | (stacked < 0))).any():
+        raise ValueError("ids: a group id is ≥ 0, or −1 where a sample lacks the field, and a sample has one id in all fields")
+    if len(given) < len(embeddings) and (owner == ABSENT).any():
+        raise ValueError(f"ids: name every field, as some sample lacks all of {', '.join(given)}")
+    return {field: given.get(field, owner) for field in embeddings}
+
+
+def _both_present(ids_of: dict[str, Tensor] | None, a: str, b: str) -> Tensor | None:
+    """bool [N], or None if everybody has both fields."""
+    if ids_of is None:
+        return None
+    keep = (ids_of[a] != ABSENT) & (ids_of[b] != ABSENT)
+    return None if keep.all() else keep
+
+
+def _of_pair(value: Scalars | None, a: str, b: str, name: str) -> Tensor | float | None:
+    if not isinstance(value, Mapping):
+        return value
+    for pair in ((a, b), (b, a)):
+        if pair in value:
+            return value[pair]
+    raise ValueError(f"{name} has no entry for the pair ({a!r}, {b!r})")
+
+
+def _extras(
+    embeddings: Mapping[str, Tensor], extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    extras = {}
+    for field, given in extra_negatives.items():
+        rows, ids = given if isinstance(given, Sequence) else (given, None)
+        if field not in embeddings:
+            raise ValueError(f"extra_negatives names a field {field!r} that embeddings lack")
+        if rows.dim() != 2 or rows.shape[1:] != embeddings[field].shape[1:] or rows.dtype != embeddings[field].dtype:
+            raise ValueError(
+                f"extra_negatives of field {field!r} are {tuple(rows.shape)} {rows.dtype}, its embeddings"
+                f" {tuple(embeddings[field].shape)} {embeddings[field].dtype}"
+            )
+        if ids is None:
+            ids = torch.full((len(rows),), NO_GROUP, device=rows.device)
+        elif ids.shape != rows.shape[:1] or ids.dtype != torch.int64:
+            raise ValueError(f"extra_negatives of field {field!r}: ids must be int64 [{len(rows)}]")
+        extras[field] = (rows, ids)
+    return extras

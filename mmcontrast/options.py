@@ -1,0 +1,16 @@
+"""The base of all options that a config file sets: typed, frozen, unknown keys refused."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """See `mmcontrast.config` for the whole tree and for the errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+Component = str | dict[str, Any]  # a name, or a mapping with `type` and options
+Patterns = str | list[str]  # of shards: paths, globs, brace ranges
+Positive = Annotated[int, Field(gt=0)]

@@ -1,0 +1,157 @@
+"""A run and its folder: made from a config for training, or opened again for evaluation and embedding."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from mmcontrast.components import build
+from mmcontrast.config import RunConfig, load_config
+from mmcontrast.data import ShardDataset
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation import EmbeddingTable, embed_dataset, evaluate, results_table
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
+from mmcontrast.options import Patterns
+from mmcontrast.training import checkpoint
+from mmcontrast.training.log import make_progress
+from mmcontrast.training.loop import Job, finish, load_weights
+from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_order
+
+CONFIG = "config.yaml"
+
+
+def make_job(config: RunConfig) -> Job:
+    """Everything that training needs, checked against each other; nothing is written.
+
+    Raises:
+        UserError: for anything that does not fit, by its place in the config.
+    """
+    objective, pairing = check_components(config)
+    model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    dataset = make_dataset(config.data.train, config.fields, model, seed=config.train.seed, training=True)
+    return Job(
+        name=config.run.name,
+        folder=config.folder,
+        config=config.to_yaml(),
+        model=model,
+        objective=objective,
+        pairing=pairing,
+        dataset=dataset,
+        order=make_order(dataset, config.data, config.train.batch_size, config.train.seed),
+        num_workers=config.data.num_workers,
+        eval_datasets=eval_datasets(config, model),
+        evaluation=config.evaluation,
+        options=config.train,
+    )
+
+
+def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
+    """The objective and the pairing, which cost nothing to build; towers are built when they are needed.
+
+    Raises:
+        UserError: for an unknown type or option of theirs or of a field's modality.
+    """
+    make_modalities(config.fields)
+    objective, pairing = build(config.objective, OBJECTIVES, "objective"), build(config.pairing, PAIRINGS, "pairing")
+    try:
+        pairing.pairs(list(config.fields))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return objective, pairing
+
+
+def eval_datasets(config: RunConfig, model: ContrastiveModel) -> dict[str, ShardDataset]:
+    splits = config.evaluation.splits
+    if config.evaluation.report_split not in (None, *splits):
+        raise UserError(f"evaluation.report_split={config.evaluation.report_split!r} is none of {', '.join(splits)}")
+    return {split: make_dataset(shards, config.fields, model) for split, shards in splits.items()}
+
+
+def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: if the run exists and neither is set, or does not and `resume` is.
+    """
+    folder = config.folder
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if resume and not (folder / CONFIG).exists():
+        raise UserError(f"no run at {folder} to resume: start it without --resume")
+    if folder.exists() and not resume and not (overwrite and (folder / CONFIG).exists()):
+        raise UserError(f"{folder} exists: continue it with --resume, replace it with --overwrite, or set run.name")
+
+
+def prepare_folder(config: RunConfig, overwrite: bool) -> None:
+    """Makes the run's folder, anew if `overwrite`, with its config."""
+    if overwrite:
+        shutil.rmtree(config.folder, ignore_errors=True)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+
+
+@dataclass
+class TrainedRun:
+    """A run's config and its model with trained weights, in evaluation mode."""
+
+    folder: Path
+    config: RunConfig
+    model: ContrastiveModel
+    device: torch.device
+
+
+def open_run(folder: Path, which: str = "last", device: str | None = None) -> TrainedRun:
+    """Rebuilds a model from its run's folder.
+
+    Args:
+        which: the checkpoint: "last", "best" or a step's number.
+        device: default: a GPU if there is one.
+
+    Raises:
+        UserError: if the folder holds no run, or the run no such checkpoint.
+    """
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is not a run's folder (no {CONFIG})")
+    config = load_config(folder / CONFIG)
+    saved = checkpoint.find(folder / "checkpoints", which)
+    model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    load_weights(model, checkpoint.load_weights(saved), str(saved))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return TrainedRun(folder, config, model.eval().to(where), where)
+
+
+def evaluate_run(folder: Path, which: str, device: str | None) -> Table:
+    """Evaluates a run again; writes results.json and report.html, and returns the table to print.
+
+    Raises:
+        UserError: as `open_run`, or if the run's config names no split.
+    """
+    run = open_run(folder, which, device)
+    datasets = eval_datasets(run.config, run.model)
+    if not datasets:
+        raise UserError(f"{folder}: its config has no evaluation.splits")
+    with make_progress() as progress:
+        results, tables = evaluate(run.model, datasets, run.config.evaluation, run.device, progress)
+    finish(folder, run.config.run.name, results, tables, run.model, datasets, run.config.evaluation)
+    return results_table(results)
+
+
+def embed_shards(
+    folder: Path, shards: Patterns, out: Path, which: str, device: str | None, batch_size: int, num_workers: int
+) -> EmbeddingTable:
+    """Embeds shards with a trained run and writes the table.
+
+    Raises:
+        UserError: as `open_run`; for shards that are not there; if `out` holds a table.
+    """
+    EmbeddingTable.refuse_to_overwrite(out)
+    run = open_run(folder, which, device)
+    dataset = make_dataset(shards, run.config.fields, run.model)
+    with make_progress() as progress:
+        table = embed_dataset(
+            run.model, dataset, batch_size=batch_size, num_workers=num_workers, device=run.device, progress=progress
+        )
+    table.write(out, {"run": str(folder), "checkpoint": which, "shards": shards})
+    return table

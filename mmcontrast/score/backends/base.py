@@ -1,0 +1,132 @@
+"""What a backend computes: the statistics of one rectangle of scores, and the gradients that flow back through them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmcontrast.score.reductions import Reduction
+
+SPARSE_PAIRS = 8  # same-group pairs a row and column up to which they are listed rather than compared tile by tile
+
+
+@dataclass(frozen=True)
+class SameGroup:
+    """Which row and column of a rectangle are of the same group: row_ids [n] against column_ids [m], int64.
+
+    Usually a few pairs (the diagonal), which are listed once; with large groups, a comparison in each tile.
+    """
+
+    row_ids: Tensor
+    column_ids: Tensor
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns in the order of their ids, and for each row the first of its own there, and how many."""
+        ids, order = torch.sort(self.column_ids)
+        rows = self.row_ids.contiguous()
+        first = torch.searchsorted(ids, rows)
+        return order, first, torch.searchsorted(ids, rows, right=True) - first
+
+    @cached_property
+    def row_counts(self) -> Tensor:
+        """[n]: columns of each row's group."""
+        return self._sorted[2]
+
+    @cached_property
+    def column_counts(self) -> Tensor:
+        """[m]: rows of each column's group."""
+        return SameGroup(self.column_ids, self.row_ids).row_counts
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor, list[int]] | None:
+        """(rows, columns) of all pairs by row, and where each row's begin; None if they are too many to list, or on a
+        device where looking them up would wait for it."""
+        order, first, counts = self._sorted
+        n, m = len(self.row_ids), len(self.column_ids)
+        total = int(counts.sum()) if counts.device.type == "cpu" else n * m
+        if total > SPARSE_PAIRS * (n + m):
+            return None
+        rows = torch.repeat_interleave(torch.arange(n), counts)
+        ends = counts.cumsum(0)
+        within = torch.arange(total) - (ends - counts)[rows]
+        return rows, order[first[rows] + within], [0, *ends.tolist()]
+
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | Tensor | None:
+        """The pairs in a tile, ready to index it: (row, column) positions, a bool mask, or None if there are none."""
+        if self._pairs is None:
+            return self.row_ids[rows, None] == self.column_ids[columns]
+        pair_rows, pair_columns, starts = self._pairs
+        strip = slice(starts[rows.start], starts[rows.stop])
+        inside = (pair_columns[strip] >= columns.start) & (pair_columns[strip] < columns.stop)
+        if not inside.any():
+            return None
+        return pair_rows[strip][inside] - rows.start, pair_columns[strip][inside] - columns.start
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of scores z_ij = scale · x_i·y_j + bias.
+
+    Attributes:
+        x, y: [n, D] and [m, D].
+        row_scale: [] for both directions, or [n] for the row direction with column_scale [m] for the columns'.
+        bias: [], or None.
+        same: who is of whose group.
+        reductions: of every row and, if `both`, of every column.
+        tile_size: rows and columns of a tile; None: the backend's own.
+    """
+
+    x: Tensor
+    y: Tensor
+    row_scale: Tensor
+    column_scale: Tensor | None
+    bias: Tensor | None
+    same: SameGroup
+    reductions: tuple[Reduction, ...]
+    both: bool
+    tile_size: tuple[int, int] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scores, statistics and accumulators: float64 for float64 inputs, else float32."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Statistics:
+    """The reductions of a block's rows ([n] each) and columns ([m] each; none for the row direction alone)."""
+
+    rows: list[Tensor]
+    columns: list[Tensor]
+
+
+@dataclass
+class Gradients:
+    """Of a block's inputs; shapes as theirs. `dx` is added to in place, the others are the block's own share."""
+
+    dx: Tensor
+    dy: Tensor
+    row_scale: Tensor
+    column_scale: Tensor | None
+    bias: Tensor
+
+
+class Backend(Protocol):
+    """Two functions. `final` are the statistics over all blocks, `grads` the loss's gradients by them."""
+
+    def forward(self, block: Block) -> Statistics: ...
+
+    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients: ...
+
+
+def finite(values: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Statistics over no candidate at all (−inf) have no gradient: both become 0 there."""
+    empty = [value.isneginf() for value in values]
+    return (
+        [value.masked_fill(none, 0.0) for value, none in zip(values, empty, strict=True)],
+        [grad.masked_fill(none, 0.0) for grad, none in zip(grads, empty, strict=True)],
+    )

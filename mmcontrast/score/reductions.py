@@ -1,0 +1,70 @@
+"""The reductions of scores that objectives are made of: over an anchor's negatives, its positives, or all candidates."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Over = Literal["negatives", "positives", "all"]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One number an anchor, made of its scores z with a set of candidates.
+
+    Attributes:
+        over: "negatives" (candidates of another group), "positives" (of its own group) or "all" of them.
+    """
+
+    over: Over = field(default="negatives", kw_only=True)
+
+    @property
+    def identity(self) -> float:
+        """The value over no candidate at all."""
+        return 0.0
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        """The value over the union of two disjoint sets of candidates."""
+        return a + b
+
+
+@dataclass(frozen=True)
+class LogSumExp(Reduction):
+    """log Σ exp(exponent · z); −inf over no candidate. Exponent 0 gives the logarithm of their number."""
+
+    exponent: float = 1.0
+
+    @property
+    def identity(self) -> float:
+        return float("-inf")
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([a, b]).logsumexp(0)  # `logaddexp` has NaN gradients where both are −inf
+
+
+@dataclass(frozen=True)
+class SoftplusSum(Reduction):
+    """Σ log(1 + exp(z))."""
+
+
+@dataclass(frozen=True)
+class Sum(Reduction):
+    """Σ z."""
+
+
+@dataclass(frozen=True)
+class Maximum(Reduction):
+    """max z, without gradient; −inf over no candidate."""
+
+    @property
+    def identity(self) -> float:
+        return float("-inf")
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b)
+
+
+def log1pexp(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact for every x (`F.softplus` turns linear above 20)."""
+    return torch.logaddexp(x, x.new_zeros(()))

@@ -1,0 +1,220 @@
+"""The primitive: streaming reductions of a score matrix that is never stored, with exact gradients, over any ranks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmcontrast.score.backends import BACKENDS, Block, SameGroup, Statistics
+from mmcontrast.score.reductions import Maximum, Reduction
+from mmcontrast.score.ring import Accumulator, Ring, exchange
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What an objective sees: one side of a pair as anchors, N of them, each with its positive and its reductions.
+
+    Attributes:
+        positives: [N] scores z_ii of the matched pairs.
+        num_negatives: [N] int64, candidates of other groups.
+        scale: [] or [N], inside the scores.
+        values: [N] for each reduction; read them as `direction[LogSumExp()]`.
+        sample_ids: [N] int64 or None, the key of per-sample state.
+    """
+
+    positives: Tensor
+    num_negatives: Tensor
+    scale: Tensor
+    values: dict[Reduction, Tensor]
+    sample_ids: Tensor | None = None
+
+    def __getitem__(self, reduction: Reduction) -> Tensor:
+        return self.values[reduction]
+
+    def with_more(self, other: "Direction") -> "Direction":
+        """The same anchors against further candidates, whose statistics are `other`."""
+        return replace(
+            self,
+            num_negatives=self.num_negatives + other.num_negatives,
+            values={r: r.merge(value, other[r]) for r, value in self.values.items()},
+        )
+
+
+def score_statistics(
+    x: Tensor,
+    y: Tensor,
+    reductions: Sequence[Reduction],
+    *,
+    scale: Tensor | float,
+    column_scale: Tensor | None = None,
+    bias: Tensor | float | None = None,
+    ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    paired: bool = True,
+    columns: bool = True,
+    backend: str = "auto",
+    tile_size: int | tuple[int, int] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Direction, Direction | None]:
+    """Reductions of the scores z_ij = scale · x_i·y_j + bias along every row and, with `columns`, every column.
+
+    Row i's candidates are the columns of all ranks of `group`; its positive is y_i. O((N + M)·D) memory; differentiable
+    once by x, y, scale, column_scale and bias. With a group, every rank must call this and its backward, and gradients
+    are those of the sum of what the ranks derive from it.
+
+    Args:
+        x, y: [N, D] and [M, D], this rank's rows and columns, of one dtype.
+        reductions: what to compute; see `mmcontrast.score.reductions`.
+        scale: scalar; or [N] for the row direction, with column_scale [M] for the columns' if `columns`.
+        bias: scalar added to every score.
+        ids: [N] int64 ≥ 0, the rows' groups; default: all different, over all ranks, i-th row and column alike.
+        column_ids: [M] int64; default: `ids` if paired, else of no row's group.
+        paired: y_i is x_i's positive; otherwise the positives are 0.
+        columns: also the reductions along columns, from the same pass.
+        backend: "torch" (tiled; what "auto" takes) or "dense" (the oracle).
+        tile_size: rows and columns of a tile (one number, or two), for the tiled backends.
+        group: a torch.distributed group; None: this process alone.
+
+    Returns:
+        The rows' direction, and the columns' (positives shared; None without `columns`).
+
+    Raises:
+        ValueError: for shapes or options that do not fit.
+    """
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or x.dtype != y.dtype:
+        raise ValueError(
+            f"x and y must be [N, D] and [M, D] of one dtype, not {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}"
+        )
+    if (paired and len(x) != len(y)) or (columns and not paired):
+        raise ValueError(f"{len(x)} rows and {len(y)} columns: with paired or columns they must be matched pairs")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: there is {', '.join(BACKENDS)}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = torch.as_tensor(scale, device=x.device).to(dtype)
+    scale = scale.squeeze() if scale.numel() == 1 and column_scale is None else scale
+    per_anchor = scale.dim() == 1
+    if columns and per_anchor and column_scale is None:
+        raise ValueError("a scale per row needs column_scale for the columns' direction")
+    everyone = exchange([len(x), len(y)], group, x.device)
+    rank = dist.get_rank(group) if group is not None else 0
+    if ids is None:
+        ids = torch.arange(len(x), device=x.device) + sum(rows for rows, _ in everyone[:rank])
+    if column_ids is None:
+        column_ids = ids if paired else torch.full((len(y),), -2, device=x.device)
+    plan = _Plan(
+        tuple(reductions),
+        columns,
+        backend,
+        (tile_size, tile_size) if isinstance(tile_size, int) else tile_size,
+        Ring(group, [m for _, m in everyone]),
+        ids,
+        column_ids,
+        per_anchor,
+        paired,
+    )
+    bias = None if bias is None else torch.as_tensor(bias, device=x.device).to(dtype).squeeze()
+    if per_anchor and columns:
+        assert column_scale is not None
+        column_scale = column_scale.to(dtype)
+    else:
+        column_scale = scale.new_zeros(len(y)) if per_anchor else None
+    positives, row_negatives, column_negatives, *values = _Scores.apply(x, y, scale, column_scale, bias, plan)
+    offset = 0.0 if bias is None else bias
+    k = len(plan.reductions)
+    rows = Direction(positives * scale + offset, row_negatives, scale, dict(zip(plan.reductions, values[:k], strict=True)))
+    if not columns:
+        return rows, None
+    scale = scale if column_scale is None else column_scale
+    return rows, Direction(
+        positives * scale + offset, column_negatives, scale, dict(zip(plan.reductions, values[k:], strict=True))
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that the passes need beside the differentiable inputs."""
+
+    reductions: tuple[Reduction, ...]
+    both: bool
+    backend: str
+    tile_size: tuple[int, int] | None
+    ring: Ring
+    ids: Tensor
+    column_ids: Tensor
+    per_anchor: bool
+    paired: bool
+
+    def block(
+        self, x: Tensor, y: Tensor, ids: Tensor, scale: Tensor, column_scale: Tensor | None, bias: Tensor | None
+    ) -> Block:
+        return Block(x, y, scale, column_scale, bias, SameGroup(self.ids, ids), self.reductions, self.both, self.tile_size)
+
+
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
+class _Scores(torch.autograd.Function):
+    """(x·y of the pairs, negatives of rows, of columns, row reductions …, column reductions …)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        x, y, scale, column_scale, bias, plan = inputs
+        backend, dtype = BACKENDS[plan.backend], scale.dtype
+        rows = [x.new_full((len(x),), r.identity, dtype=dtype) for r in plan.reductions]
+        row_negatives = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        home = Accumulator(plan.ring)
+        merge: list[Callable[[Tensor, Tensor], Tensor]] = [_add, *(r.merge for r in plan.reductions if plan.both)]
+        travelling = [y, plan.column_ids] + ([column_scale] if plan.per_anchor else [])
+        for step, (y_block, ids, *more) in plan.ring.visits(travelling):
+            block = plan.block(x, y_block, ids, scale, more[0] if more else None, bias)
+            part = backend.forward(block)
+            row_negatives += len(y_block) - block.same.row_counts
+            rows = [r.merge(a, b) for r, a, b in zip(plan.reductions, rows, part.rows, strict=True)]
+            if plan.both:
+                home.add(step, merge, [len(x) - block.same.column_counts, *part.columns])
+        column_negatives, *columns = home.home() if plan.both else [row_negatives]
+        dots = torch.linalg.vecdot(x.to(dtype), y.to(dtype)) if plan.paired else x.new_zeros(len(x), dtype=dtype)
+        ctx.plan = plan
+        ctx.save_for_backward(x, y, scale, column_scale, bias, *rows, *columns)
+        maxima = [v for r, v in zip(plan.reductions * 2, rows + columns, strict=False) if isinstance(r, Maximum)]
+        ctx.mark_non_differentiable(row_negatives, column_negatives, *maxima)
+        return dots, row_negatives, column_negatives, *rows, *columns
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        d_dots, _, _, *grads = upstream
+        x, y, scale, column_scale, bias, *values = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        backend, k = BACKENDS[plan.backend], len(plan.reductions)
+        row_values, column_values = values[:k], values[k:]
+        row_grads, column_grads = list(grads[:k]), list(grads[k:])
+        dx = torch.zeros(x.shape, dtype=scale.dtype, device=x.device)
+        d_scale, d_bias = torch.zeros_like(scale), scale.new_zeros(())
+        home = Accumulator(plan.ring)
+        travelling = [y, plan.column_ids, *column_values, *column_grads] + ([column_scale] if plan.per_anchor else [])
+        for step, (y_block, ids, *more) in plan.ring.visits(travelling):
+            final = Statistics(row_values, more[: len(column_values)])
+            grad = Statistics(row_grads, more[len(column_values) : 2 * len(column_values)])
+            block = plan.block(x, y_block, ids, scale, more[-1] if plan.per_anchor else None, bias)
+            part = backend.backward(block, final, grad, dx)
+            d_scale += part.row_scale
+            d_bias += part.bias
+            parts = [part.dy] if part.column_scale is None else [part.dy, part.column_scale]
+            home.add(step, [_add] * len(parts), parts)
+        dy, *d_column_scale = home.home()
+        if plan.paired:
+            dx.addcmul_(d_dots.unsqueeze(1), y.to(scale.dtype))
+            dy.addcmul_(d_dots.unsqueeze(1), x.to(scale.dtype))
+        return (
+            dx.to(x.dtype),
+            dy.to(y.dtype),
+            d_scale,
+            d_column_scale[0] if d_column_scale else None,
+            None if bias is None else d_bias,
+            None,
+        )

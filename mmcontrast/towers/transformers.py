@@ -1,0 +1,80 @@
+"""Any Hugging Face encoder as a tower: text, pictures, or spectrograms."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from mmcontrast.errors import UserError
+from mmcontrast.towers.base import Tower
+
+INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
+
+
+class TransformersTower(Tower):
+    """The pooled last hidden state of a transformers model.
+
+    Args:
+        model: a name or folder with weights (`pretrained`) or with a config alone, or a model type like "bert".
+        config: overrides of its config; with a model type, the whole of it: {hidden_size: 192, num_hidden_layers: 3}.
+        pretrained: load the weights.
+        pooling: "mean" over the tokens that are not padding, "first", or "last" of them.
+        input: the name of the model's argument; by default its own main input.
+        length_chunks: texts of a batch are sorted by length and computed in so many parts, each padded to its own
+            longest: the same features, less padding computed. Reading the lengths makes a GPU wait.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+        pooling: Literal["mean", "first", "last"] = "mean",
+        input: str | None = None,
+        length_chunks: int = 1,
+    ) -> None:
+        super().__init__()
+        overrides = dict(config or {})
+        try:
+            if pretrained:
+                self.network = AutoModel.from_pretrained(model, **overrides)
+            elif "/" in model or "." in model:
+                self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
+            else:
+                self.network = AutoModel.from_config(AutoConfig.for_model(model, **overrides))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"transformers tower {model!r}: {str(error).splitlines()[0]}") from error
+        if pooling not in ("mean", "first", "last"):
+            raise UserError(f"transformers tower: pooling must be mean, first or last, not {pooling!r}")
+        self.pooling, self.input = pooling, input or self.network.main_input_name
+        self.width, self.length_chunks = self.network.config.hidden_size, length_chunks
+
+    def forward(self, batch: Tensor) -> Tensor:
+        if self.input != "input_ids" or self.length_chunks == 1:
+            return self._features(batch)
+        lengths = self._mask(batch).sum(1)
+        order = lengths.argsort()
+        parts = [self._features(batch[rows, : int(lengths[rows[-1]])]) for rows in order.chunk(self.length_chunks)]
+        return torch.cat(parts)[order.argsort()]
+
+    def _mask(self, tokens: Tensor) -> Tensor:
+        return torch.ne(tokens, self.network.config.pad_token_id or 0)
+
+    def _features(self, batch: Tensor) -> Tensor:
+        inputs: dict[str, Tensor] = {self.input: batch}
+        if self.input == "input_ids":
+            mask = self._mask(batch)
+            inputs["attention_mask"] = mask.long()
+        hidden = self.network(**inputs).last_hidden_state
+        if hidden.dim() == 4:  # a convolutional model's map: [N, C, H, W] → [N, H·W, C]
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if self.input != "input_ids":
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).clamp(min=1) - 1]
+        weight = mask.unsqueeze(2).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)

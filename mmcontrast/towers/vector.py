@@ -1,0 +1,18 @@
+"""The tower of a field that already is a vector: one linear layer."""
+
+from torch import nn
+
+from mmcontrast.towers.base import Tower
+
+
+class LinearTower(Tower):
+    """[N, inputs] → [N, width].
+
+    Args:
+        inputs: components of the vectors.
+        width: features.
+    """
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.network, self.width = nn.Linear(inputs, width), width

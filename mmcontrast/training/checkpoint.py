@@ -1,0 +1,116 @@
+"""Checkpoints: complete or absent, never half. A folder `step-00000500` with weights, state and the config.
+
+Written under a temporary name, flushed to the disk, renamed: a folder of the right name is complete.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmcontrast.errors import UserError
+
+WEIGHTS, STATE, CONFIG = "model.safetensors", "state.pt", "config.yaml"
+BEST = "best.json"  # the name of the best checkpoint, and by what value
+
+
+def save(folder: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], config: str) -> Path:
+    """Writes the checkpoint of a step; `state` is anything that `torch.load(weights_only=True)` admits.
+
+    Raises:
+        UserError: if it cannot be written (a full disk); earlier checkpoints stay as they were.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = folder / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / WEIGHTS)
+        torch.save(state, partial / STATE)
+        (partial / CONFIG).write_text(config)
+        for file in (*partial.iterdir(), partial):
+            _flush(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        _flush(folder)
+    except (OSError, RuntimeError) as error:  # torch.save and safetensors report a full disk as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}; the earlier ones are"
+            " untouched: make room, then continue with --resume"
+        ) from error
+    return target
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete(folder: Path) -> list[Path]:
+    """All checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the last `keep` and the best."""
+    best = best_of(folder)
+    for checkpoint in complete(folder)[:-keep]:
+        if checkpoint != best:
+            shutil.rmtree(checkpoint)
+
+
+def mark_best(folder: Path, checkpoint: Path, value: float) -> None:
+    """Takes note of a checkpoint if its value is higher than any before."""
+    file = folder / BEST
+    if file.exists() and json.loads(file.read_text())["value"] >= value:
+        return
+    partial = folder / f".{BEST}.partial"
+    partial.write_text(json.dumps({"checkpoint": checkpoint.name, "value": value}))
+    os.replace(partial, file)
+
+
+def best_of(folder: Path) -> Path | None:
+    file = folder / BEST
+    return folder / json.loads(file.read_text())["checkpoint"] if file.exists() else None
+
+
+def find(folder: Path, which: str) -> Path:
+    """The checkpoint named "last", "best" or a step's number.
+
+    Raises:
+        UserError: if there is none.
+    """
+    checkpoints = complete(folder)
+    if which == "last" and checkpoints:
+        return checkpoints[-1]
+    if which == "best" and (best := best_of(folder)):
+        return best
+    if which.isdigit() and (folder / f"step-{int(which):08d}").exists():
+        return folder / f"step-{int(which):08d}"
+    have = ", ".join(str(int(c.name.removeprefix("step-"))) for c in checkpoints) or "none"
+    raise UserError(f"no checkpoint {which!r} in {folder}; there are steps: {have}")
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Of a checkpoint's folder, or of a .safetensors file.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no weights at {file}")
+    return load_file(file)
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)

@@ -1,0 +1,73 @@
+"""What a run tells while it runs: a line a step to metrics.jsonl and the trackers, a live line to the console."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device if it is a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make_progress(enabled: bool = True) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+
+
+class StepLog:
+    """`metrics.jsonl`, one object per logged step; cut back to the step that a run resumes from."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        kept = []
+        if path.exists() and resumed_at:
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.started = self.waited = time.perf_counter()
+        self.data_seconds, self.samples = 0.0, 0
+
+    def waiting(self) -> None:
+        """Called before a batch is asked for."""
+        self.waited = time.perf_counter()
+
+    def arrived(self, samples: int) -> None:
+        """Called when it has come."""
+        self.data_seconds += time.perf_counter() - self.waited
+        self.samples += samples
+
+    def write(self, values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Adds the rates since the last line, and writes one."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        values = values | {
+            "samples_per_second": self.samples / elapsed,
+            "data_seconds": self.data_seconds,
+            "peak_memory_bytes": peak_memory(device),
+        }
+        self.file.write(json.dumps(values) + "\n")
+        self.started, self.data_seconds, self.samples = time.perf_counter(), 0.0, 0
+        return values
+
+    def write_evaluation(self, step: int, results: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, "evaluation": results}) + "\n")
+        self.started = time.perf_counter()

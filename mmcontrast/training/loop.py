@@ -1,0 +1,213 @@
+"""The training loop: the only one. Read it from top to bottom."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from mmcontrast.data import SampleOrder, ShardDataset, training_batches
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, Results, evaluate, results_table
+from mmcontrast.evaluation.report import read_log, write_report
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.objectives import Objective, Pairing
+from mmcontrast.training import checkpoint
+from mmcontrast.training.log import StepLog, make_progress
+from mmcontrast.training.optim import make_optimizer
+from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.step import training_step
+
+LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "results.json", "report.html"
+
+
+@dataclass
+class Job:
+    """All that a run is made of. `config` is the resolved config as YAML, saved with every checkpoint."""
+
+    name: str
+    folder: Path
+    config: str
+    model: ContrastiveModel
+    objective: Objective
+    pairing: Pairing
+    dataset: ShardDataset
+    order: SampleOrder
+    num_workers: int
+    eval_datasets: Mapping[str, ShardDataset]
+    evaluation: EvaluationOptions
+    options: TrainOptions
+
+
+def train(job: Job, resume: bool = False) -> Results:
+    """Trains, evaluates, and writes the run's folder; returns the last results.
+
+    Raises:
+        TrainingStopped: if the loss or the gradients cease to be finite.
+        UserError: for data that cannot be decoded, a checkpoint that does not fit, a full disk.
+    """
+    options, checkpoints = job.options, job.folder / "checkpoints"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    accelerator = make_accelerator(options, job.folder)
+    if options.channels_last:
+        job.model.to(memory_format=torch.channels_last)
+    objective = job.objective.to(accelerator.device)
+    model, optimizer = accelerator.prepare(job.model, make_optimizer(job.model, options))
+
+    start = 0
+    if resume:
+        start = restore(checkpoint.find(checkpoints, "last"), job, optimizer)
+    elif options.init_from:
+        load_weights(job.model, checkpoint.load_weights(weights_path(options.init_from)), options.init_from)
+    log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
+    batches = training_batches(
+        job.dataset,
+        job.order,
+        range(start, options.steps),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=job.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+    results: Results = {}
+    with make_progress(accelerator.is_main_process) as progress:
+        bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
+        for step in range(start, options.steps):
+            if log:
+                log.waiting()
+            batch = next(batches).to(accelerator.device)
+            if log:
+                log.arrived(options.batch_size)
+            values = training_step(step, batch, model, objective, job.pairing, optimizer, accelerator, options)
+            done = step + 1
+
+            if log and (done % options.log_every == 0 or done == options.steps):
+                seen = {"step": done, "samples_seen": done * options.batch_size}
+                line = log.write(seen | values, accelerator.device)
+                accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)
+                note = f"loss {line['loss']:.3f}  scale {line['logit_scale']:.1f}  {line['samples_per_second']:.0f} samples/s"
+                progress.update(bar, note=note)
+            progress.update(bar, completed=done)
+            evaluating = due(done, options.evaluate_every, options.steps)
+            if due(done, options.checkpoint_every, options.steps) or evaluating:
+                saved = save(done, job, checkpoints, optimizer, accelerator)
+                if evaluating and accelerator.is_main_process:
+                    results = evaluate_now(job, done, saved, accelerator, progress, last=done == options.steps)
+                if accelerator.is_main_process:
+                    checkpoint.prune(checkpoints, options.keep_checkpoints)
+                accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
+    """accelerate's device, precision, data parallelism and trackers."""
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
+    )
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def due(done: int, every: int, total: int) -> bool:
+    return done == total or (every > 0 and done % every == 0)
+
+
+def save(done: int, job: Job, folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Path | None:
+    """The checkpoint after a number of steps, written by the main process."""
+    if not accelerator.is_main_process:
+        return None
+    state = {
+        "step": done,
+        "optimizer": optimizer.state_dict(),
+        "objective": job.objective.state_dict(),
+        "order": asdict(job.order),
+        "threads": torch.get_num_threads(),
+    }
+    return checkpoint.save(folder, done, job.model.state_dict(), state, job.config)
+
+
+def restore(path: Path, job: Job, optimizer: torch.optim.Optimizer) -> int:
+    """Loads a checkpoint into a job; returns the steps that are done.
+
+    Raises:
+        UserError: if the checkpoint is of another model or another order of the data; it says what differs.
+    """
+    state: dict[str, Any] = checkpoint.load_state(path)
+    for name, value in asdict(job.order).items():
+        if state["order"][name] != value:
+            raise UserError(
+                f"cannot resume {job.folder}: its data order had {name}={state['order'][name]}, now {value};"
+                " give it back, or start another run with train.init_from"
+            )
+    if state["step"] >= job.options.steps:
+        raise UserError(f"{job.folder} already has its {state['step']} steps: raise train.steps, or `mmcontrast evaluate`")
+    load_weights(job.model, checkpoint.load_weights(path), str(path))
+    optimizer.load_state_dict(state["optimizer"])
+    job.objective.load_state_dict(state["objective"])
+    return state["step"]
+
+
+def load_weights(model: ContrastiveModel, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """
+    Raises:
+        UserError: if names or shapes differ; it names the first.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ weights.keys()):
+        raise UserError(f"{source}: {name} is {'missing in it' if name in own else 'not in the model'}: another architecture")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
+    model.load_state_dict(dict(weights))
+
+
+def weights_path(source: str) -> Path:
+    """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder."""
+    path = Path(source)
+    return checkpoint.find(path / "checkpoints", "last") if (path / "checkpoints").is_dir() else path
+
+
+def evaluate_now(job: Job, done: int, saved: Path | None, accelerator: Accelerator, progress: Any, last: bool) -> Results:
+    """Evaluates the weights at hand, keeps score of the best checkpoint, and at the end writes results and page."""
+    results, tables = evaluate(job.model, job.eval_datasets, job.evaluation, accelerator.device, progress)
+    if not results:
+        return results
+    with (job.folder / EVALUATIONS).open("a") as file:
+        file.write(json.dumps({"step": done} | results) + "\n")
+    accelerator.log(results, step=done)
+    key = job.evaluation.best or next(name for name in results if "/mean_recall_at_" in name)
+    if key not in results:
+        raise UserError(f"evaluation.best={key!r} is no result; there is: {', '.join(results)}")
+    assert saved is not None
+    checkpoint.mark_best(job.folder / "checkpoints", saved, results[key])
+    if last:
+        finish(job.folder, job.name, results, tables, job.model, job.eval_datasets, job.evaluation)
+        progress.console.print(results_table(results))
+    return results
+
+
+def finish(
+    folder: Path,
+    name: str,
+    results: Results,
+    tables: Mapping[str, EmbeddingTable],
+    model: ContrastiveModel,
+    datasets: Mapping[str, ShardDataset],
+    options: EvaluationOptions,
+) -> None:
+    """Writes results.json and report.html."""
+    partial = folder / f".{RESULTS}.partial"
+    partial.write_text(json.dumps(results, indent=1))
+    os.replace(partial, folder / RESULTS)
+    split = options.report_split or next(iter(tables))
+    write_report(folder / REPORT, name, results, read_log(folder / LOG), split, model, datasets[split], tables[split])

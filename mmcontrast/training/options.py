@@ -1,0 +1,86 @@
+"""The options of training: `train`, `data` and `model` of a config."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmcontrast.options import Component, Options, Patterns, Positive
+
+
+class FieldOptions(Options):
+    """One field of a sample.
+
+    Attributes:
+        modality: how its bytes are decoded: image, text, audio, vector, with options.
+        tower: the name of the tower that encodes it, under `towers`.
+        keys: extensions of its member in a shard, tried in turn; default: the modality's own.
+    """
+
+    modality: Component
+    tower: str
+    keys: list[str] = []
+
+
+class ModelOptions(Options):
+    """What follows the towers. See `mmcontrast.model.ContrastiveModel`."""
+
+    embed_dim: Positive = 512
+    projection: Literal["linear", "mlp"] = "linear"
+    logit_scale: Annotated[float, Field(gt=0)] = 1 / 0.07
+    logit_bias: float | None = None
+    max_logit_scale: Annotated[float, Field(ge=1)] = 100.0
+
+
+class DataOptions(Options):
+    """Where training samples come from, and in which order. See `mmcontrast.data.order`.
+
+    Attributes:
+        train: shards.
+        num_workers: decoding processes of each rank; 0: decode in the training process.
+        lanes: a multiple of every number of ranks the run may ever have; default: the largest power of two up to 64
+            that divides the batch.
+        block, window: samples that stay together until they are shuffled, and that are shuffled together, in a lane.
+    """
+
+    train: Patterns
+    num_workers: Annotated[int, Field(ge=0)] = 4
+    lanes: Positive | None = None
+    block: Positive = 256
+    window: Positive = 8192
+
+
+class TrainOptions(Options):
+    """The training loop.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: samples a step, over all ranks.
+        seed: of weights, order and augmentation.
+        lr, weight_decay, betas, eps: AdamW's; biases, norms, the logit scale and bias do not decay.
+        warmup_steps: of linear warm-up, before the cosine to zero.
+        clip_grad_norm: largest gradient norm; null: no clipping.
+        precision: of the towers. Losses and statistics are fp32 always.
+        channels_last: memory format of convolutions.
+        threads: of torch in each process; null: torch's default.
+        init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
+        log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
+        keep_checkpoints: the last so many, and the best.
+    """
+
+    steps: Positive
+    batch_size: Positive
+    seed: int = 0
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    threads: Positive | None = None
+    init_from: str | None = None
+    log_every: Positive = 10
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    keep_checkpoints: Positive = 2

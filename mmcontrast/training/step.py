@@ -1,0 +1,75 @@
+"""One optimizer step: forward, loss over all ranks, backward, the check that all is finite, update."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from mmcontrast.errors import UserError
+from mmcontrast.objectives import Objective, Pairing, contrastive_loss
+from mmcontrast.training.optim import learning_rate
+from mmcontrast.training.options import TrainOptions
+from mmcontrast.types import Batch
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on: the loss or the gradients are not finite. Raised before the weights change."""
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout and the like are a function of (seed, step, rank), so a resumed run needs no generator's state."""
+    value = hash((seed, step, rank)) & (2**63 - 1)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(value)
+
+
+def training_step(
+    step: int,
+    batch: Batch,
+    model: nn.Module,
+    objective: Objective,
+    pairing: Pairing,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    options: TrainOptions,
+) -> dict[str, Any]:
+    """Trains on one batch and returns what there is to log.
+
+    Raises:
+        TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
+    """
+    seed_step(options.seed, step, accelerator.process_index)
+    lr = learning_rate(step, options)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    embeddings = model(batch)
+    loss = contrastive_loss(
+        embeddings.fields,
+        objective=objective,
+        pairing=pairing,
+        logit_scale=embeddings.logit_scale,
+        logit_bias=embeddings.logit_bias,
+        ids=batch.ids,
+        sample_ids=batch.sample_ids,
+        group=dist.group.WORLD if accelerator.num_processes > 1 else None,
+    )
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(model.parameters(), options.clip_grad_norm or math.inf)
+
+    value = float(accelerator.reduce(loss.detach(), "mean"))
+    # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
+    if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(float(norm))):
+        raise TrainingStopped(
+            f"step {step + 1}: the loss is {value}, the gradient norm {float(norm)}: stopped before the update. Samples of"
+            f" rank {accelerator.process_index}: {batch.sample_ids.tolist()[:8]}…; lower train.lr or look at the samples,"
+            " then continue from the last checkpoint with --resume"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.unwrap_model(model).clamp_logit_scale()
+    return {"loss": value, "lr": lr, "logit_scale": float(embeddings.logit_scale), "grad_norm": float(norm)}

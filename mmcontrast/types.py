@@ -1,0 +1,53 @@
+"""What travels between the layers: a batch of samples with any number of fields, and the embeddings made of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABSENT = -1  # the group id of a sample in a field that it lacks
+
+
+@dataclass
+class Batch:
+    """N samples. A sample may lack fields; `values[field]` holds the rows of those that have it, in order.
+
+    Attributes:
+        values: per field, what its modality collates, P ≤ N rows. If nobody in the batch has the field, one blank row
+            stands there, so that every tower takes part in every step.
+        present: per field, bool [N].
+        sample_ids: int64 [N], unique and stable: the key of audit, augmentation and per-sample state.
+        group_ids: int64 [N], what a sample is about; equal ones are not negatives of each other.
+        metadata: per sample, what its shard says of it, with its `key`.
+    """
+
+    values: dict[str, Tensor]
+    present: dict[str, Tensor]
+    sample_ids: Tensor
+    group_ids: Tensor
+    metadata: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def ids(self) -> dict[str, Tensor]:
+        """Per field, int64 [N]: the group id, or −1 where the sample lacks the field."""
+        return {field: torch.where(here, self.group_ids, ABSENT) for field, here in self.present.items()}
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            values={field: move(value) for field, value in self.values.items()},
+            present={field: move(here) for field, here in self.present.items()},
+            sample_ids=move(self.sample_ids),
+            group_ids=move(self.group_ids),
+        )

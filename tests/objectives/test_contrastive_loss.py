@@ -1,0 +1,179 @@
+"""`contrastive_loss` against open_clip and against dense textbook forms, in value and every gradient."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+
+from mmcontrast import contrastive_loss
+from mmcontrast.objectives import OBJECTIVES
+
+
+def unit(*shape, seed, dtype=torch.float64):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+
+
+def value_and_grads(function, *leaves):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
+
+
+def assert_all_close(got, want, **tolerance):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 256])
+def test_infonce_is_open_clips(n):
+    x, y, scale = unit(n, 32, seed=n, dtype=torch.float32), unit(n, 32, seed=n + 1, dtype=torch.float32), torch.tensor(14.3)
+    want = value_and_grads(lambda x, y, s: ClipLoss()(x, y, s), x, y, scale)
+    got = value_and_grads(lambda x, y, s: contrastive_loss({"image": x, "text": y}, logit_scale=s), x, y, scale)
+    assert_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 256])
+def test_siglip_is_open_clips(n):
+    x, y = unit(n, 32, seed=n, dtype=torch.float32), unit(n, 32, seed=n + 1, dtype=torch.float32)
+    leaves = x, y, torch.tensor(10.0), torch.tensor(-10.0)
+    want = value_and_grads(lambda x, y, s, b: SigLipLoss()(x, y, s, b), *leaves)
+    got = value_and_grads(
+        lambda x, y, s, b: contrastive_loss({"a": x, "b": y}, objective="siglip", logit_scale=s, logit_bias=b), *leaves
+    )
+    assert_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def textbook_anchor_loss(objective, z, i, same):
+    """One anchor i of scores z [m] in which `same` [m] marks its group: straight from the papers."""
+    if objective == "infonce":
+        return -z[i] + torch.logsumexp(torch.cat([z[i : i + 1], z[~same]]), 0)
+    return -F.logsigmoid(z[i]) - F.logsigmoid(-z[~same]).sum()
+
+
+def textbook_loss(objective, fields, ids, pairs, scale, bias):
+    losses = []
+    for a, b in pairs:
+        keep = (ids[a] >= 0) & (ids[b] >= 0)
+        if not keep.any():
+            continue
+        z, group = scale * fields[a][keep] @ fields[b][keep].T + bias, ids[a][keep]
+        directions = [z, z.T] if objective == "infonce" else [z]
+        losses.append(
+            sum(textbook_anchor_loss(objective, d[i], i, group == group[i]) for d in directions for i in range(len(group)))
+            / len(group)
+            / len(directions)
+        )
+    return sum(losses) / len(losses)
+
+
+IDS = {
+    "all different": [[0, 1, 2, 3, 4, 5, 6]] * 3,
+    "shared": [[0, 0, 1, 2, 1, 1, 3]] * 3,
+    "absent": [[0, 1, -1, 3, 3, 5, 6], [0, -1, 2, 3, 3, -1, 6], [-1, 1, 2, 3, 3, -1, -1]],
+    "one field wholly absent": [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 3, 5, 6], [-1] * 7],
+    "a single one": [[9, -1, -1, -1, -1, -1, -1]] * 3,
+    "no negatives": [[4] * 7] * 3,
+}
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("pairing", ["all_pairs", {"type": "anchor", "field": "b"}], ids=["all_pairs", "anchor"])
+@pytest.mark.parametrize("case", IDS)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_every_objective_is_the_textbooks(objective, pairing, case, scale, backend):
+    ids = dict(zip("abc", map(torch.tensor, IDS[case]), strict=True))
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")] if pairing == "all_pairs" else [("b", "a"), ("b", "c")]
+    leaves = [*(unit(7, 6, seed=k) for k in range(3)), torch.tensor(scale).double(), torch.tensor(-0.5).double()]
+    want = value_and_grads(
+        lambda *t: textbook_loss(objective, dict(zip("abc", t[:3], strict=True)), ids, pairs, *t[3:]), *leaves
+    )
+    got = value_and_grads(
+        lambda *t: contrastive_loss(
+            dict(zip("abc", t[:3], strict=True)),
+            objective=objective,
+            pairing=pairing,
+            logit_scale=t[3],
+            logit_bias=t[4],
+            ids=ids,
+            backend=backend,
+            tile_size=3,
+        ),
+        *leaves,
+    )
+    assert_all_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_present_is_zero_and_still_steps():
+    x, y = unit(3, 4, seed=0), unit(3, 4, seed=1)
+    ids = {"a": torch.tensor([-1, 2, -1]), "b": torch.tensor([1, -1, -1])}
+    loss, dx, dy = value_and_grads(lambda x, y: contrastive_loss({"a": x, "b": y}, logit_scale=10.0, ids=ids), x, y)
+    assert loss == 0 and not dx.any() and not dy.any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_extra_negatives_are_further_candidates(objective):
+    """Equal to writing them into the textbook's sums; those of an anchor's own group are left out."""
+    ids, extra_ids = torch.tensor([0, 1, 2, 2, 4]), torch.tensor([1, 7, 4])
+    leaves = [unit(5, 6, seed=0), unit(5, 6, seed=1), unit(3, 6, seed=2), unit(4, 6, seed=3), torch.tensor(9.0).double()]
+
+    def textbook(x, y, more_y, more_x, scale):
+        total = 0.0
+        for rows, columns, more, more_ids in ((x, y, more_y, extra_ids), (y, x, more_x, torch.full((4,), 99))):
+            if objective == "siglip" and rows is y:
+                continue
+            z = scale * torch.cat([rows @ columns.T, rows @ more.T], 1)
+            group = torch.cat([ids, more_ids])
+            total += sum(textbook_anchor_loss(objective, z[i], i, group == ids[i]) for i in range(5)) / 5
+        return total / (2 if objective == "infonce" else 1)
+
+    def ours(x, y, more_y, more_x, scale):
+        extras = {"b": (more_y, extra_ids), "a": more_x}
+        return contrastive_loss(
+            {"a": x, "b": y}, objective=objective, logit_scale=scale, ids=ids, extra_negatives=extras, tile_size=2
+        )
+
+    assert_all_close(value_and_grads(ours, *leaves), value_and_grads(textbook, *leaves), rtol=1e-10, atol=1e-10)
+
+
+def test_scales_per_pair():
+    fields = {name: unit(6, 4, seed=k) for k, name in enumerate("abc")}
+    scales = {("b", "a"): 3.0, ("a", "c"): 5.0, ("b", "c"): 7.0}
+    got = contrastive_loss(fields, logit_scale=scales)
+    parts = [
+        contrastive_loss({a: fields[a], b: fields[b]}, logit_scale=scales.get((a, b), scales.get((b, a))))
+        for a, b in itertools.combinations("abc", 2)
+    ]
+    torch.testing.assert_close(got, sum(parts) / 3)
+    with pytest.raises(ValueError, match=r"no entry for the pair \('a', 'c'\)"):
+        contrastive_loss(fields, logit_scale={("a", "b"): 1.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.tensor([0, 1, -2])}, "≥ 0, or −1"),
+        ({"ids": {"a": torch.tensor([0, 1, 2]), "b": torch.tensor([0, 1, 3])}}, "one id in all fields"),
+        ({"ids": {"c": torch.tensor([0, 1, 2])}}, "field 'c'"),
+        ({"ids": torch.tensor([0.0, 1, 2])}, r"int64 \[3\]"),
+        ({"objective": "infonse"}, "did you mean 'infonce'"),
+        ({"objective": {"type": "infonce", "beta": 1}}, "no option 'beta'"),
+        ({"pairing": {"type": "anchor"}}, "missing a required argument: 'field'"),
+        ({"pairing": {"type": "anchor", "field": "c"}}, "no field 'c'"),
+        ({"extra_negatives": {"a": torch.zeros(2, 5)}}, "extra_negatives of field 'a'"),
+        ({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for 3"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    fields = {"a": unit(3, 4, seed=0), "b": unit(3, 4, seed=1)}
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(fields, **({"logit_scale": 10.0} | change))
+
+
+def test_shapes_are_checked_by_field():
+    with pytest.raises(ValueError, match="field 'b'"):
+        contrastive_loss({"a": torch.zeros(3, 4), "b": torch.zeros(2, 4)}, logit_scale=1.0)
+    with pytest.raises(ValueError, match="two fields"):
+        contrastive_loss({"a": torch.zeros(3, 4)}, logit_scale=1.0)
