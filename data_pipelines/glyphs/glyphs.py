@@ -37,9 +37,13 @@ class Glyphs:
         rng = np.random.default_rng(self.seed)
         return {split: [pairs[k] for k in rng.permutation(len(pairs))] for split, pairs in characters.splits().items()}
 
+    def sample_id(self, item: tuple[characters.Character, str]) -> int:
+        """Unique and stable."""
+        return item[0].code << 8 | FONTS.index(item[1])
+
     def make_sample(self, split: str, item: tuple[characters.Character, str]) -> Sample:
         character, name = item
-        sample_id = character.code << 8 | FONTS.index(name)  # unique and stable
+        sample_id = self.sample_id(item)
         rng = np.random.default_rng(sample_id)
         voices = speech.TRAIN_VOICES if split in ("train", "val_unseen") else speech.HELD_OUT_VOICES
         picture, sound = io.BytesIO(), io.BytesIO()

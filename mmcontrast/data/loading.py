@@ -13,9 +13,9 @@ from mmcontrast.types import Batch
 
 
 def _start_worker(_: int) -> None:
-    """Workers compute on one thread, and leave signals to the process that owns them."""
+    """Workers compute on one thread, and leave interrupts to the process that owns them."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -116,7 +116,7 @@ def embed_dataset(
     """Every sample of a data set, in order. The model is put in evaluation mode and left as it was."""
     was_training = model.training
     model.eval()
-    task = progress.add_task(label, total=len(dataset)) if progress else None
+    task = progress.add_task(label, total=len(dataset), note="") if progress else None
     rows: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}

@@ -19,6 +19,9 @@ class Objective(nn.Module):
     reductions: tuple[Reduction, ...]
     both_directions: ClassVar[bool] = True
 
+    def __init__(self) -> None:  # no options, unless a subclass takes some
+        super().__init__()
+
     @abstractmethod
     def forward(self, d: Direction) -> Tensor:
         """[N], one value per anchor."""

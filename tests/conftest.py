@@ -1,0 +1,64 @@
+"""Small real data for every test: a few glyphs drawn, spoken and written as shards, once a session."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipelines.glyphs.characters import SCRIPTS, Character
+from data_pipelines.glyphs.glyphs import Glyphs
+from mmcontrast.data import write_shard
+
+TRAIN, VAL = 96, 24
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """train-0000{0,1,2}.tar of 32 samples each, and val-00000.tar of 24."""
+    folder = tmp_path_factory.mktemp("corpus")
+    glyphs, splits = Glyphs(side=24), Glyphs().splits()
+    letters = [item for item in splits["val"] if item[0].script in SCRIPTS[:3]][:VAL]
+    chosen = {item[0].code for item in letters}
+    train = [item for item in splits["train"] if item[0].code in chosen][:TRAIN]
+    assert (len(train), len(letters)) == (TRAIN, VAL)
+    for number in range(3):
+        samples = [glyphs.make_sample("train", item) for item in train[number::3]]
+        write_shard(folder / f"train-{number:05d}.tar", samples)
+    write_shard(folder / "val-00000.tar", [glyphs.make_sample("val", item) for item in letters])
+    return folder
+
+
+@pytest.fixture
+def config_file(corpus, tmp_path) -> Path:
+    """A complete config of the quickstart's shape, small enough to train in seconds."""
+    resnet = {"type": "timm", "model": "resnet18", "in_chans": 1, "layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    bert = {"vocab_size": 49408, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "run": {"name": "small", "dir": str(tmp_path / "runs")},
+        "fields": {
+            "image": {"modality": {"type": "image", "size": 24, "channels": 1}, "tower": "image"},
+            "text": {"modality": {"type": "text", "context_length": 24}, "tower": "text"},
+            "audio": {"modality": {"type": "audio", "seconds": 0.8, "mels": 16, "hop": 640}, "tower": "audio"},
+        },
+        "towers": {
+            "image": resnet,
+            "audio": resnet,
+            "text": {"type": "transformers", "model": "bert", "config": {**bert, "intermediate_size": 32}},
+        },
+        "model": {"embed_dim": 16},
+        "objective": "infonce",
+        "data": {"train": str(corpus / "train-*.tar"), "num_workers": 0, "block": 8, "window": 32},
+        "train": {"steps": 6, "batch_size": 16, "log_every": 1, "checkpoint_every": 2, "warmup_steps": 1, "threads": 1},
+        "evaluation": {
+            "splits": {"val": str(corpus / "val-*.tar")},
+            "zero_shot": {"script": {"label": "script", "classes": {s: [f"{s} small letter"] for s in SCRIPTS[:3]}}},
+        },
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def a_character() -> Character:
+    return Character(ord("é"))

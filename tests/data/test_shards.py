@@ -1,0 +1,140 @@
+"""Indexing, reading and refusing tars; samples with and without all their members."""
+
+import io
+import tarfile
+
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from mmcontrast.data import ShardDataset, all_batches, expand_shards, index_shard, write_shard
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import ImageModality, TextModality
+
+
+def png(color=0, size=(8, 8)):
+    target = io.BytesIO()
+    Image.new("RGB", size, (color, 0, 0)).save(target, "PNG")
+    return target.getvalue()
+
+
+MODALITIES = {"image": ImageModality(8), "text": TextModality(context_length=8)}
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """Four samples; 1 lacks its picture, 2 its text."""
+    samples = [
+        {"__key__": f"s{k}", "png": png(k), "txt": f"number {k}", "json": {"sample_id": 10 + k, "group_id": k // 2}}
+        for k in range(4)
+    ]
+    del samples[1]["png"], samples[2]["txt"]
+    write_shard(tmp_path / "a.tar", samples)
+    return tmp_path / "a.tar"
+
+
+def test_the_index_reads_what_webdataset_reads(corpus):
+    for path in expand_shards(str(corpus / "*.tar")):
+        index = index_shard(path)
+        for row, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False)):
+            assert index.keys[row] == sample["__key__"]
+            members = {name: data for name, data in sample.items() if not name.startswith("__")}
+            assert index.read(row, index.extensions) == members
+
+
+def test_long_names_and_folders(tmp_path):
+    names = ["folder/" + "n" * 180 + ".txt", "./plain.seg.png", "folder/" + "é" * 60 + ".txt"]
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "t.tar", "w", format=format) as tar:
+            for name in names:
+                entry = tarfile.TarInfo(name)
+                entry.size = 3
+                tar.addfile(entry, io.BytesIO(b"abc"))
+        index = index_shard(tmp_path / "t.tar")
+        assert index.keys == ("folder/" + "n" * 180, "plain", "folder/" + "é" * 60)
+        assert index.extensions == ("seg.png", "txt")
+
+
+def test_absent_members_are_absent_fields(shard):
+    dataset = ShardDataset(str(shard), MODALITIES, {})
+    (batch,) = all_batches(dataset, 4)
+    assert batch.ids["image"].tolist() == [0, -1, 1, 1] and batch.ids["text"].tolist() == [0, 0, -1, 1]
+    assert len(batch.values["image"]) == 3 and batch.sample_ids.tolist() == [10, 11, 12, 13]
+    lonely = dataset.collate([dataset[1]])
+    assert not lonely.present["image"].any() and len(lonely.values["image"]) == 1  # a blank stands in
+
+
+def test_a_truncated_tar_is_refused(shard):
+    data = shard.read_bytes()
+    content = len(data.rstrip(b"\0"))  # then come the last block's padding and the end mark
+    for cut in (0, 100, 512, 5000, content - 200, content, -(-content // 512) * 512, -(-content // 512) * 512 + 512):
+        shard.write_bytes(data[:cut])
+        with pytest.raises(UserError, match="not a whole tar"):
+            index_shard(shard)
+
+
+def test_overwritten_and_scattered_tars_are_refused(shard, tmp_path):
+    data = bytearray(shard.read_bytes())
+    data[600:5000] = b"x" * 4400
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="not a whole tar"):
+        index_shard(shard)
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for name in ("a.txt", "b.txt", "a.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match="'a' are not adjacent"):
+        index_shard(tmp_path / "b.tar")
+
+
+def test_missing_shards_and_fields_are_named(shard):
+    with pytest.raises(UserError, match=r"no shard at .*nowhere-1\.tar"):
+        expand_shards(str(shard.parent / "nowhere-{1..3}.tar"))
+    with pytest.raises(UserError, match=r"field 'text': no sample .* has a member .caption"):
+        ShardDataset(str(shard), MODALITIES, {"text": ["caption"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"png": b"not a picture"}, r"sample 'bad', member .png: not a picture"),
+        ({"png": png()[:45]}, "member .png: not a picture"),
+        ({"png": b"%!PS-Adobe-3.0 EPSF-3.0\n"}, "member .png: not a picture"),
+        ({"txt": b"\xff\xfe"}, "member .txt: not UTF-8"),
+        ({"txt": b"  "}, "member .txt: an empty text"),
+        ({"json": b"{"}, "member .json"),
+        ({"json": b'{"group_id": -4}'}, "group_id -4 is negative"),
+    ],
+)
+def test_a_bad_sample_is_one_clear_error(tmp_path, change, message):
+    good = {"__key__": "good", "png": png(), "txt": "fine"}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for sample in (good, {**good, "__key__": "bad", **change}):
+            for extension in ("png", "txt", "json"):
+                if extension in sample:
+                    data = sample[extension].encode() if isinstance(sample[extension], str) else sample[extension]
+                    entry = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    for num_workers in (0, 1):
+        with pytest.raises(UserError, match=message):
+            list(all_batches(ShardDataset(str(tmp_path / "a.tar"), MODALITIES, {}), 2, num_workers))
+
+
+def test_a_huge_picture_is_refused_by_its_header():
+    modality = ImageModality(8, max_pixels=1000)
+    with pytest.raises(Exception, match="1600 pixels|40×40"):
+        modality.decode(png(size=(40, 40)))
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(shard):
+    dataset = ShardDataset(str(shard), {"image": ImageModality(4)}, {}, seed=5, training=True)
+    first, again, later = dataset[(0, 0)], dataset[(0, 0)], dataset[(1, 0)]
+    assert torch.equal(first.values["image"], again.values["image"])
+    assert first.sample_id == later.sample_id == 10
+
+
+def test_a_half_written_shard_never_has_its_name(tmp_path):
+    with pytest.raises(Exception, match=r".+"):
+        write_shard(tmp_path / "a.tar", [{"__key__": "a", "txt": "fine"}, {"__key__": "b", "txt": object()}])
+    assert not (tmp_path / "a.tar").exists()

@@ -1,0 +1,90 @@
+"""Decoding and transforming; limits; what a batch looks like to a tower."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, TextModality, VectorModality
+
+
+def encoded(write):
+    target = io.BytesIO()
+    write(target)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("RGBA", 3), ("P", 3)])
+def test_images(format, mode, channels):
+    if format == "JPEG" and mode in ("RGBA", "P"):
+        return
+    picture = Image.new("RGB", (40, 20), (255, 255, 255)).convert(mode)
+    modality = ImageModality(16, channels=channels)
+    raw = modality.decode(encoded(lambda f: picture.save(f, format)))
+    for training in (True, False):
+        batch = modality.collate([modality.transform(raw, training)])
+        assert batch.dtype == torch.uint8 and batch.shape == (1, channels, 16, 16)
+        torch.testing.assert_close(modality(batch), torch.ones(1, channels, 16, 16))  # white is (1 − 0.5) / 0.5
+    assert modality.blank().shape == (channels, 16, 16)
+
+
+@pytest.mark.parametrize("format", ["FLAC", "WAV", "OGG"])
+def test_audio_is_one_channel_at_one_rate(format):
+    time = np.arange(8000) / 8000
+    stereo = np.stack([np.sin(2 * np.pi * 440 * time)] * 2, 1) * 0.5
+    modality = AudioModality(sample_rate=16_000, seconds=1.5, mels=32, window=512, hop=256)
+    raw = modality.decode(encoded(lambda f: soundfile.write(f, stereo, 8000, format=format)))
+    assert raw.dtype == torch.int16 and abs(len(raw) - 16_000) < 50
+    batch = modality.collate([modality.transform(raw, False), modality.blank()])
+    mel = modality(batch)
+    assert mel.shape == (2, 1, 32, (24_000 - 512) // 256 + 1)
+    loudest = int(mel[0, 0, :, 20].argmax())  # of 440 Hz on the slaney mel scale from 0 to 8 kHz
+    centre = (440 / (200 / 3)) / (15 + 27 * np.log(8) / np.log(6.4)) * 33
+    assert abs(loudest + 1 - centre) < 1.5
+    assert mel[1].max() == mel[1].min()
+
+
+def test_audio_is_cut_and_padded():
+    modality = AudioModality(sample_rate=1000, seconds=0.1, mels=8, window=64, hop=32, shift=0.05)
+    long, short = torch.arange(1, 301, dtype=torch.int16), torch.ones(60, dtype=torch.int16)
+    assert modality.transform(long, False).tolist() == list(range(101, 201))
+    starts = {int(modality.transform(long, True)[0]) for _ in range(50)}
+    assert len(starts) > 10
+    assert modality.transform(short, False).tolist() == [1] * 60 + [0] * 40
+    assert {int(modality.transform(short, True).argmax()) for _ in range(200)} <= set(range(41))
+
+
+def test_text():
+    modality = TextModality(context_length=6)
+    tokens = [modality.transform(text, False) for text in ("a", "one two three four five six seven")]
+    batch = modality.collate(tokens)
+    assert batch.shape == (2, 6) and batch[0, 3:].tolist() == [0, 0, 0]
+    assert batch[1, 0] == 49406 and batch[1, -1] == 49407
+
+
+@pytest.mark.parametrize(
+    ("modality", "data", "message"),
+    [
+        (ImageModality(8), b"GIF89a", "not a picture"),
+        (AudioModality(), b"RIFF....", "not a sound"),
+        (AudioModality(), encoded(lambda f: soundfile.write(f, np.zeros(0), 8000, format="WAV")), "empty sound"),
+        (AudioModality(max_seconds=1), encoded(lambda f: soundfile.write(f, np.zeros(9000), 8000, format="WAV")), "more than 1"),
+        (TextModality(max_bytes=3), b"four", "more than max_bytes=3"),
+        (VectorModality(3), encoded(lambda f: np.save(f, np.zeros(4))), r"shape \(4,\) where width=3"),
+        (VectorModality(3), encoded(lambda f: np.save(f, np.array([{}], dtype=object), allow_pickle=True)), "not an array"),
+        (VectorModality(3), b"\x93NUMPY", "not an array"),
+    ],
+)
+def test_what_cannot_be_decoded_is_said(modality, data, message):
+    with pytest.raises(DecodeError, match=message):
+        modality.decode(data)
+
+
+def test_vectors():
+    modality = VectorModality(3)
+    raw = modality.decode(encoded(lambda f: np.save(f, np.array([1, 2, 3], np.float64))))
+    assert raw.dtype == torch.float32 and raw.tolist() == [1, 2, 3] and modality.blank().tolist() == [0, 0, 0]

@@ -1,0 +1,108 @@
+"""Configs: overrides, defaults, and one line for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmcontrast.config import load_config
+from mmcontrast.errors import UserError
+from mmcontrast.runs import check_components
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid_and_open_with_their_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_components(load_config(path))
+    assert f"mmcontrast train configs/{path.name}" in path.read_text().splitlines()[0]
+
+
+def test_overrides_reach_every_level(config_file):
+    config = load_config(
+        config_file, ["train.steps=50", "train.lr=1e-3", "objective=siglip", "fields.image.modality.size=12", "run.name=x"]
+    )
+    assert (config.train.steps, config.train.lr, config.objective, config.run.name) == (50, 0.001, "siglip", "x")
+    assert config.fields["image"].modality["size"] == 12
+
+
+def test_the_resolved_config_reads_back_as_itself(config_file, tmp_path):
+    config = load_config(config_file, ["train.betas=[0.9,0.95]"])
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_the_runs_name_defaults_to_the_files(config_file):
+    tree = yaml.safe_load(config_file.read_text())
+    del tree["run"]["name"]
+    config_file.write_text(yaml.safe_dump(tree))
+    assert load_config(config_file).run.name == "small"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stps=5", "unknown key 'train.stps'; did you mean 'steps'"),
+        ("trian.steps=5", "unknown key 'trian'; did you mean 'train'"),
+        ("evaluation.zero_shot.script.lable=x", "did you mean 'label'"),
+        ("fields.image.towre=x", "did you mean 'tower'"),
+        ("train.steps=many", "train.steps: input should be a valid integer"),
+        ("train.batch_size=-1", "train.batch_size: input should be greater than 0"),
+        ("train.steps", "not of the form key.key=value"),
+        ("objective=infonse", "did you mean 'infonce'"),
+        ("objective.beta=0.5", "'infonce' has no option 'beta'; it takes none"),
+        ("pairing={type: anchor, field: picture}", "no field 'picture'"),
+        ("fields.image.modality.sise=3", "did you mean 'size'"),
+        ("fields.image.modality={type: image}", "missing a required argument: 'size'"),
+        ("objective=my_lab.losses:Mine", "cannot be imported: No module named 'my_lab'"),
+        ("train.precision=fp8", "train.precision: input should be 'fp32', 'bf16' or 'fp16'"),
+    ],
+)
+def test_mistakes_are_one_line_that_helps(config_file, override, message):
+    with pytest.raises(UserError) as caught:
+        check_components(load_config(config_file, [override]))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_a_mistake(tmp_path):
+    (tmp_path / "a.yaml").write_text("train:\n  steps: 1\n  steps: 2\n")
+    with pytest.raises(UserError, match="'steps' twice"):
+        load_config(tmp_path / "a.yaml")
+
+
+def cli(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "mmcontrast", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train=nowhere/x-*.tar"], "no shard at 'nowhere/x-*.tar'"),
+        (["train.stps=1"], "did you mean 'steps'"),
+        (["fields.image.tower=imge"], "did you mean 'image'"),
+        (["towers.image.model=resnet1b"], "timm has no model 'resnet1b'"),
+        (["train.batch_size=1000"], "96 samples, fewer than train.batch_size=1000"),
+        (["--resume"], "no run at"),
+    ],
+)
+def test_the_command_says_it_in_one_line_and_exits_with_2(config_file, arguments, message):
+    done = cli("train", config_file, *arguments)
+    error = [line for line in done.stderr.splitlines() if not line.startswith("preparing")]
+    assert done.returncode == 2
+    assert len(error) == 1 and error[0].startswith("error:") and message in error[0]
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_the_config_command_prints_what_would_run(config_file):
+    done = cli("config", config_file, "train.steps=7")
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["train"]["steps"] == 7
+
+
+def test_help_teaches():
+    for arguments in ([], ["train"], ["evaluate"], ["embed"], ["config"], ["data"], ["data", "build"], ["data", "inspect"]):
+        done = cli(*arguments, "--help")
+        assert done.returncode == 0 and "Usage" in done.stdout

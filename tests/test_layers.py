@@ -1,0 +1,55 @@
+"""Imports point downward only, and `import mmcontrast` needs torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "mmcontrast"
+MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it may too
+    "errors": [],
+    "components": ["errors"],
+    "yaml_files": ["errors"],
+    "options": [],
+    "types": [],
+    "score": ["types"],
+    "objectives": ["score", "components", "types"],
+    "towers": ["components", "types"],
+    "modalities": ["towers"],
+    "model": ["modalities", "options"],
+    "data": ["modalities", "options", "yaml_files"],
+    "evaluation": ["model", "data"],
+    "training": ["objectives", "evaluation"],
+    "config": ["training"],
+    "runs": ["config"],
+    "cli": ["runs"],
+}
+
+
+def below(unit: str) -> set[str]:
+    return set(MAY_IMPORT[unit]) | {u for direct in MAY_IMPORT[unit] for u in below(direct)}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("mmcontrast.")}
+    return found
+
+
+def test_imports_point_downward():
+    for file in PACKAGE.rglob("*.py"):
+        unit = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if unit not in ("__init__", "__main__"):
+            upward = imports(file) - below(unit) - {unit}
+            assert not upward, f"{file.relative_to(PACKAGE)} imports {', '.join(sorted(upward))}, which stand above it"
+
+
+def test_importing_needs_torch_alone():
+    script = "import sys, mmcontrast; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"torchvision", "timm", "transformers", "open_clip", "accelerate", "webdataset", "pydantic", "yaml", "typer"}
+    heavy |= {"rich", "PIL", "soundfile", "pyarrow", "matplotlib", "safetensors", "faiss"}
+    assert not heavy & set(loaded)

@@ -1,0 +1,85 @@
+"""Every adapter gives features [N, width] with gradients, equals what its library computes, and names mistakes."""
+
+import pytest
+import torch
+
+from mmcontrast.components import build
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import TextModality
+from mmcontrast.towers import TOWERS
+
+TOKENS = {"small": dict(vocab_size=49408, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)}
+CASES = {
+    "timm resnet": ({"type": "timm", "model": "resnet18", "in_chans": 1}, torch.randn(3, 1, 32, 32)),
+    "timm vit": ({"type": "timm", "model": "test_vit", "img_size": 32}, torch.randn(3, 3, 32, 32)),
+    "transformers bert": ({"type": "transformers", "model": "bert", "config": TOKENS["small"]}, "text"),
+    "transformers vit": (
+        {"type": "transformers", "model": "vit", "pooling": "first",
+         "config": dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)},
+        torch.randn(3, 3, 32, 32),
+    ),
+    "open_clip text": ({"type": "open_clip_text", "width": 16, "layers": 1, "heads": 2, "context_length": 12}, "text"),
+    "linear": ({"type": "linear", "inputs": 5, "width": 7}, torch.randn(3, 5)),
+}  # fmt: skip
+
+
+def tokens():
+    modality = TextModality(context_length=12)
+    texts = ["a", "greek small letter alpha", "latin capital letter e"]
+    return modality.collate([modality.transform(text, False) for text in texts])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_have_the_towers_width(case):
+    spec, batch = CASES[case]
+    tower = build(spec, TOWERS, "tower")
+    features = tower(tokens() if batch == "text" else batch)
+    assert features.shape == (3, tower.width)
+    features.square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in tower.parameters())
+
+
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_halves_of_open_clip_models_are_open_clips(part):
+    import open_clip
+
+    torch.manual_seed(0)
+    whole = open_clip.create_model("RN50", force_custom_text=True).eval()
+    torch.manual_seed(0)
+    tower = build({"type": "open_clip", "model": "RN50", "part": part}, TOWERS, "tower").eval()
+    with torch.no_grad():
+        if part == "image":
+            batch = torch.randn(1, 3, 224, 224)
+            torch.testing.assert_close(tower(batch), whole.encode_image(batch))
+        else:
+            torch.testing.assert_close(tower(tokens()), whole.encode_text(open_clip.tokenize(
+                ["a", "greek small letter alpha", "latin capital letter e"])))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_padding_does_not_change_text_features(pooling):
+    spec = {"type": "transformers", "model": "bert", "config": TOKENS["small"], "pooling": pooling}
+    tower = build(spec, TOWERS, "tower").eval()
+    batch = tokens()
+    alone = tower(batch[:1, : int((batch[0] != 0).sum())])
+    torch.testing.assert_close(tower(batch)[:1], alone)
+    chunked = build({**spec, "length_chunks": 2}, TOWERS, "tower").eval()
+    chunked.load_state_dict(tower.state_dict())
+    torch.testing.assert_close(chunked(batch), tower(batch))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"type": "timm", "model": "resnet1b"}, "timm has no model 'resnet1b'; did you mean"),
+        ({"type": "timm", "model": "resnet18", "colour": 1}, "refuses an option"),
+        ({"type": "open_clip", "model": "ViT-B-33", "part": "image"}, "open_clip has no model 'ViT-B-33'"),
+        ({"type": "open_clip", "model": "ViT-B-32", "part": "sound"}, "part must be 'image' or 'text'"),
+        ({"type": "transformers", "model": "brt"}, "transformers tower 'brt'"),
+        ({"type": "open_clip_text", "width": 16, "layers": 1}, "missing a required argument: 'heads'"),
+        ({"type": "tim"}, "unknown tower type 'tim'; did you mean 'timm'"),
+    ],
+)
+def test_mistakes_are_named(spec, message):
+    with pytest.raises(UserError, match=message):
+        build(spec, TOWERS, "tower")

@@ -1,0 +1,184 @@
+"""The loop on real shards: a run's folder, exact resume after SIGKILL, refusals, and a loss that is not finite."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mmcontrast.config import load_config
+from mmcontrast.errors import UserError
+from mmcontrast.runs import embed_shards, make_job, open_run
+from mmcontrast.training import checkpoint
+from mmcontrast.training.step import TrainingStopped
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def train(config, *arguments, **options):
+    command = [sys.executable, "-m", "mmcontrast", "train", str(config), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+
+
+def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
+    done = train(config_file, "train.evaluate_every=3")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "small"
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    wanted = {"step", "samples_seen", "loss", "lr", "logit_scale", "samples_per_second", "data_seconds", "peak_memory_bytes"}
+    assert all(wanted <= line.keys() for line in lines)
+    assert lines[-1]["samples_seen"] == 96
+
+    results = json.loads((run / "results.json").read_text())
+    for a, b in (("image", "text"), ("audio", "text"), ("text", "image"), ("image", "audio")):
+        for metric in ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "num_queries", "num_candidates"):
+            assert f"val/retrieval/{a}_to_{b}/{metric}" in results
+    assert results["val/retrieval/image_to_text/num_candidates"] == 24
+    assert 0 <= results["val/zero_shot/script/top1"] <= 1
+    evaluations = (run / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [3, 6]
+
+    page = (run / "report.html").read_text()
+    assert page.count("<audio") >= 6 and page.count("<img") >= 6 and "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "src=\"data:" in page
+    assert list((run / "tensorboard").iterdir())
+    kept = [path.name for path in checkpoint.complete(run / "checkpoints")]
+    assert "step-00000006" in kept and len(kept) <= 3
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 6
+
+    refused = train(config_file)
+    assert refused.returncode == 2 and "--resume" in refused.stderr and "--overwrite" in refused.stderr
+    complete = train(config_file, "--resume")
+    assert complete.returncode == 2 and "already has its 6 steps" in complete.stderr
+    longer = train(config_file, "--resume", "train.steps=8")
+    assert longer.returncode == 0, longer.stderr
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
+
+    before = (run / "results.json").read_text()
+    again = subprocess.run([sys.executable, "-m", "mmcontrast", "evaluate", str(run)], cwd=ROOT)
+    assert again.returncode == 0
+    assert json.loads((run / "results.json").read_text()) == pytest.approx(json.loads(before), abs=1e-6)
+
+
+def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
+    """SIGKILL after the second checkpoint; the weights and losses at the end are those of a run left alone, bitwise."""
+    change = ["train.steps=12", "towers.text.config.hidden_dropout_prob=0.1", "data.num_workers=1"]
+    whole = train(config_file, *change, "run.name=whole")
+    assert whole.returncode == 0, whole.stderr
+
+    command = [sys.executable, "-m", "mmcontrast", "train", str(config_file), *change, "run.name=killed"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    killed = tmp_path / "runs" / "killed"
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "checkpoints" / "step-00000004").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "results.json").exists()
+
+    resumed = train(config_file, *change, "run.name=killed", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    runs = [tmp_path / "runs" / name for name in ("whole", "killed")]
+    losses = [[json.loads(line)["loss"] for line in (r / "metrics.jsonl").read_text().splitlines()] for r in runs]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+    weights = [load_file(checkpoint.find(run / "checkpoints", "last") / checkpoint.WEIGHTS) for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_resuming_with_another_order_of_the_data_is_refused(config_file):
+    assert train(config_file, "train.steps=2").returncode == 0
+    done = train(config_file, "--resume", "train.seed=9")
+    assert done.returncode == 2 and "seed=0, now 9" in done.stderr
+
+
+def test_init_from_a_run_starts_at_its_weights(config_file, tmp_path):
+    assert train(config_file, "train.steps=2").returncode == 0
+    first = load_file(checkpoint.find(tmp_path / "runs/small/checkpoints", "last") / checkpoint.WEIGHTS)
+    done = train(config_file, "run.name=warm", f"train.init_from={tmp_path}/runs/small", "train.steps=1", "train.lr=1e-12")
+    assert done.returncode == 0, done.stderr
+    second = load_file(checkpoint.find(tmp_path / "runs/warm/checkpoints", "last") / checkpoint.WEIGHTS)
+    name = "projections.image.weight"
+    torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-8)
+    refused = train(config_file, "run.name=other", f"train.init_from={tmp_path}/runs/small", "model.embed_dim=8")
+    assert refused.returncode == 2 and "projections.audio.weight is [16, " in refused.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(config_file, tmp_path):
+    done = train(config_file, "train.lr=1e30", "train.clip_grad_norm=null", "train.warmup_steps=0", "train.checkpoint_every=1")
+    assert done.returncode == 3
+    assert "stopped before the update" in done.stderr and "Traceback" not in done.stderr
+    saved = checkpoint.find(tmp_path / "runs/small/checkpoints", "last")
+    assert int(saved.name.removeprefix("step-")) >= 1  # what was good is kept
+    assert issubclass(TrainingStopped, UserError)
+
+
+def test_a_broken_picture_is_one_line(config_file, corpus, tmp_path):
+    source = sorted(corpus.glob("train-*.tar"))[0]
+    data = bytearray(source.read_bytes())
+    start = data.index(b"\x89PNG")
+    data[start : start + 8] = b"BROKEN!!"
+    (tmp_path / "broken.tar").write_bytes(data)
+    done = train(config_file, f"data.train={tmp_path}/broken.tar", "data.num_workers=1")
+    assert done.returncode == 2
+    assert "broken.tar" in done.stderr and "member .png: not a picture" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    weights, state = {"w": torch.ones(3)}, {"step": 1}
+    checkpoint.save(tmp_path, 1, weights, state, "a: 1")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(UserError, match="No space left on device.*earlier ones are untouched"):
+        checkpoint.save(tmp_path, 2, weights, state, "a: 1")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoint.load_state(checkpoint.find(tmp_path, "last")) == state
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    for step, value in enumerate([0.1, 0.9, 0.3, 0.2], start=1):
+        checkpoint.mark_best(tmp_path, checkpoint.save(tmp_path, step, {"w": torch.ones(1)}, {}, ""), value)
+        checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000002", "step-00000004"]
+    assert checkpoint.find(tmp_path, "best").name == "step-00000002"
+    with pytest.raises(UserError, match="no checkpoint '3'.*steps: 2, 4"):
+        checkpoint.find(tmp_path, "3")
+
+
+def test_a_trained_run_opens_and_embeds(config_file, corpus, tmp_path):
+    assert train(config_file, "train.steps=2").returncode == 0
+    table = embed_shards(tmp_path / "runs/small", str(corpus / "val-*.tar"), tmp_path / "table", "last", "cpu", 10, 0)
+    assert len(table) == 24 and table.fields["image"].shape == (24, 16)
+    torch.testing.assert_close(table.fields["text"].norm(dim=1), torch.ones(24))
+    with pytest.raises(UserError, match="already holds an embedding table"):
+        embed_shards(tmp_path / "runs/small", "x", tmp_path / "table", "last", "cpu", 10, 0)
+    with pytest.raises(UserError, match="not a run's folder"):
+        open_run(tmp_path)
+
+
+def test_objectives_by_import_path(config_file, tmp_path, monkeypatch):
+    (tmp_path / "my_lab.py").write_text(
+        "from mmcontrast.objectives import InfoNCE\n"
+        "class Scaled(InfoNCE):\n"
+        "    def __init__(self, factor):\n"
+        "        super().__init__()\n"
+        "        self.factor = factor\n"
+        "    def forward(self, d):\n"
+        "        return self.factor * super().forward(d)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    job = make_job(load_config(config_file, ["objective={type: 'my_lab:Scaled', factor: 2.0}"]))
+    assert type(job.objective).__name__ == "Scaled" and job.objective.factor == 2.0
