@@ -67,14 +67,13 @@ def train(
     The run's folder is run.dir/run.name; it holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/, results.json
     and report.html. On several GPUs: torchrun --nproc-per-node 8 -m mmcontrast train CONFIG
     """
-    from accelerate import PartialState
-
     from mmcontrast.config import load_config
     from mmcontrast.runs import check_folder, make_job, prepare_folder
+    from mmcontrast.training.distributed import join_processes
     from mmcontrast.training.loop import train as run_training
 
     loaded = load_config(config, overrides or ())
-    state = PartialState()
+    state = join_processes()
     if state.is_main_process:
         check_folder(loaded, resume, overwrite)
         console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)

@@ -32,7 +32,8 @@ def corpus(tmp_path_factory) -> Path:
 def config_file(corpus, tmp_path) -> Path:
     """A complete config of the quickstart's shape, small enough to train in seconds."""
     resnet = {"type": "timm", "model": "resnet18", "in_chans": 1, "layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
-    bert = {"vocab_size": 49408, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = {"vocab_size": 49408, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
+    bert |= {"attention_probs_dropout_prob": 0.0}
     config = {
         "run": {"name": "small", "dir": str(tmp_path / "runs")},
         "fields": {

@@ -46,6 +46,8 @@ class TransformersTower(Tower):
                 self.network = AutoModel.from_config(AutoConfig.for_model(model, **overrides))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"transformers tower {model!r}: {str(error).splitlines()[0]}") from error
+        if getattr(self.network, "pooler", None) is not None:
+            self.network.pooler = None  # we pool ourselves; data parallelism refuses parameters that nobody uses
         if pooling not in ("mean", "first", "last"):
             raise UserError(f"transformers tower: pooling must be mean, first or last, not {pooling!r}")
         self.pooling, self.input = pooling, input or self.network.main_input_name

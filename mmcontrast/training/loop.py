@@ -18,6 +18,7 @@ from mmcontrast.evaluation.report import read_log, write_report
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import Objective, Pairing
 from mmcontrast.training import checkpoint
+from mmcontrast.training.distributed import join_processes
 from mmcontrast.training.log import StepLog, make_progress
 from mmcontrast.training.optim import make_optimizer
 from mmcontrast.training.options import TrainOptions
@@ -109,6 +110,7 @@ def train(job: Job, resume: bool = False) -> Results:
 
 def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
     """accelerate's device, precision, data parallelism and trackers."""
+    join_processes()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
         log_with="tensorboard",

@@ -72,4 +72,4 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad()
     accelerator.unwrap_model(model).clamp_logit_scale()
-    return {"loss": value, "lr": lr, "logit_scale": float(embeddings.logit_scale), "grad_norm": float(norm)}
+    return {"loss": value, "lr": lr, "logit_scale": float(embeddings.logit_scale.detach()), "grad_norm": float(norm)}
