@@ -37,6 +37,7 @@ test-slow: env
 
 check: env
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

@@ -99,8 +99,10 @@ def main() -> None:
         ours, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         memory = [measure_memory(side, objective, options.n, options.dim, dtype) for side in ("ours", "peer")]
-        print(f"{objective}: ours {ours:.2f} s, open_clip {peer:.2f} s, ratio {ratio:.2f}; memory above the inputs"
-              f" {memory[0] / 2**20:.0f} and {memory[1] / 2**20:.0f} MiB, ratio {memory[0] / memory[1]:.3f}")
+        print(
+            f"{objective}: ours {ours:.2f} s, open_clip {peer:.2f} s, ratio {ratio:.2f}; memory above the inputs"
+            f" {memory[0] / 2**20:.0f} and {memory[1] / 2**20:.0f} MiB, ratio {memory[0] / memory[1]:.3f}"
+        )
     print(f"useful work 8·N²·D is {8 * options.n**2 * options.dim / 1e12:.1f} TFLOP (three products took {product:.2f} s)")
 
 

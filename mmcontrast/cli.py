@@ -158,5 +158,7 @@ def data_inspect(
 
 
 def main() -> None:
+    # on a CPU the threads of torch share the cores with data workers: spinning while they wait would slow both
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.path.insert(0, os.getcwd())  # `type: my_lab.losses:MyObjective` is found beside the user, as `python -m` finds it
     app()

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from fontTools.ttLib import TTFont
+from fontTools.unicodedata import script as unicode_script
 
 FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 TRAIN_FONTS = (
@@ -19,13 +20,12 @@ TRAIN_FONTS = (
 HELD_OUT_FONT = "DejaVuSerif-Bold"  # of a family that is trained on
 HELD_OUT_FAMILY = "STIXGeneral"
 
-SCRIPTS = ("Latin", "Greek", "Cyrillic", "Armenian", "Georgian")
-COMMON = "Common"  # the script of every character whose name opens with none of them, as Unicode calls it
+COMMON = "Common"  # as Unicode calls the script of symbols, digits and punctuation that all scripts share
+SCRIPTS = {"Latn": "Latin", "Grek": "Greek", "Cyrl": "Cyrillic", "Armn": "Armenian", "Geor": "Georgian", "Zyyy": COMMON}
 CATEGORIES = {
     "Lu": "capital letter",
     "Ll": "small letter",
     "Lt": "titlecase letter",
-    "Lm": "modifier letter",
     "Lo": "letter",
     "Nd": "digit",
     "Nl": "number letter",
@@ -33,7 +33,6 @@ CATEGORIES = {
     **dict.fromkeys(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po"), "punctuation mark"),
     "Sm": "mathematical symbol",
     "Sc": "currency symbol",
-    "Sk": "modifier symbol",
     "So": "pictorial symbol",
 }
 SPECIFIC = ("{name}", "{name}", "a picture of {name}", "the character {name}", "{name}, a {kind}", "{kind}: {name}")
@@ -42,7 +41,7 @@ GENERIC = ("a {kind}", "{kind}", "a picture of a {kind}")  # some people write n
 
 @dataclass(frozen=True)
 class Character:
-    """One character: its name in lower case, the script its name opens with, and its Unicode category in words."""
+    """One character: its name in lower case, its Unicode script, and its Unicode category in words."""
 
     code: int
 
@@ -52,7 +51,7 @@ class Character:
 
     @property
     def script(self) -> str:
-        return next((s for s in SCRIPTS if self.name.startswith(s.lower())), COMMON)
+        return SCRIPTS[unicode_script(chr(self.code))]
 
     @property
     def category(self) -> str:
@@ -76,13 +75,15 @@ class Character:
 
 @cache
 def characters_of(font: str) -> frozenset[int]:
-    """Code points that a font file draws and that have a name: letters, numbers, punctuation and symbols, but no
-    braille (256 patterns of dots that are a code more than a shape)."""
+    """Code points that a font file draws: letters of the scripts, numbers, punctuation and symbols. No modifiers, which
+    are other letters made small, and no braille, whose dots are a code more than a shape."""
     codes = TTFont(FONT_FOLDER / f"{font}.ttf").getBestCmap()
     return frozenset(
         code
         for code in codes
-        if unicodedata.category(chr(code)) in CATEGORIES and unicodedata.name(chr(code), "BRAILLE").split()[0] != "BRAILLE"
+        if unicodedata.category(chr(code)) in CATEGORIES
+        and unicode_script(chr(code)) in SCRIPTS
+        and unicodedata.name(chr(code), "")
     )
 
 

@@ -23,7 +23,7 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
 def draw(character: str, font_name: str, size: int, side: int) -> Image.Image:
     """Black on white, on a common baseline, so that a small letter stays smaller than its capital."""
     image = Image.new("L", (side, side), 255)
-    ImageDraw.Draw(image).text((side / 2, side * 0.7), character, fill=0, font=font(font_name, size), anchor="ms")
+    ImageDraw.Draw(image).text((side / 2, side * 0.74), character, fill=0, font=font(font_name, size), anchor="ms")
     return image
 
 
@@ -47,9 +47,9 @@ class Glyphs:
         rng = np.random.default_rng(sample_id)
         voices = speech.TRAIN_VOICES if split in ("train", "val_unseen") else speech.HELD_OUT_VOICES
         picture, sound = io.BytesIO(), io.BytesIO()
-        size = int(rng.integers(round(self.side * 0.54), round(self.side * 0.73)))
+        size = int(rng.integers(round(self.side * 0.62), round(self.side * 0.7) + 1))
         draw(chr(character.code), name, size, self.side).save(picture, "PNG")
-        spoken = speaker().say(character.name, str(rng.choice(voices)), int(rng.integers(170, 241)))
+        spoken = speaker().say(character.name, str(rng.choice(voices)), int(rng.integers(200, 281)))
         soundfile.write(sound, spoken, speech.SAMPLE_RATE, format="FLAC")
         about = {"sample_id": sample_id, "group_id": character.code, "character": chr(character.code), "font": name}
         labels = {"name": character.name, "script": character.script, "category": character.category}

@@ -10,12 +10,8 @@ SAMPLE_RATE = 16_000
 _NATIVE_RATE = 22_050
 TRAIN_VOICES = tuple(
     f"{accent}+{speaker}"
-    for accent, speakers in {
-        "en-us": ("m1", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "f5"),
-        "en": ("m1", "m5", "m8", "f2", "f4"),
-        "en-gb-scotland": ("m3", "f1"),
-    }.items()
-    for speaker in speakers
+    for accent in ("en-us", "en", "en-gb-scotland", "en-gb-x-rp")
+    for speaker in ("m1", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f4", "f5")
 )
 HELD_OUT_VOICES = ("en-us+m2", "en+f3")
 _SYNCHRONOUS, _UTF8, _RATE, _SUCCESS = 2, 1, 1, 0  # constants of speak_lib.h

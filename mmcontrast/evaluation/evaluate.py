@@ -13,7 +13,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
 from mmcontrast.evaluation.retrieval import first_of_each_group, ranks, retrieval_metrics
-from mmcontrast.evaluation.zero_shot import class_embedding, prompts_of, zero_shot_metrics
+from mmcontrast.evaluation.zero_shot import phrase_embedding, zero_shot_metrics
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
 
@@ -77,8 +77,12 @@ def classify(
             raise UserError(
                 f"zero-shot task of label {task.label!r}: the model has no field {field!r}; it has {', '.join(table.fields)}"
             )
-    prompts = prompts_of(task.classes, task.templates).values()
-    classes = torch.stack([class_embedding(embed_texts(model, task.prompt_field, texts, device)) for texts in prompts])
+
+    def embed(phrase: str) -> Tensor:
+        prompts = [template.format(phrase) for template in task.templates]
+        return phrase_embedding(embed_texts(model, task.prompt_field, prompts, device))
+
+    classes = [torch.stack([embed(phrase) for phrase in phrases]) for phrases in task.classes.values()]
     number = {label: k for k, label in enumerate(task.classes)}
     if table.metadata and not any(task.label in entry for entry in table.metadata):
         raise UserError(f"zero-shot task: no sample has the label {task.label!r} in its json")

@@ -13,15 +13,16 @@ class ZeroShotOptions(Options):
     Attributes:
         label: the entry of a sample's json that holds its class.
         field, prompt_field: what is classified, and the text field that reads the prompts.
-        templates: prompts, `{}` being the class.
-        classes: per label, the phrases it goes by; samples of other labels are left out.
+        templates: prompts, `{}` being a phrase.
+        classes: per label, the phrases it goes by, or the kinds it is made of: the nearest counts. Samples of other
+            labels are left out.
     """
 
     label: str
     field: str = "image"
     prompt_field: str = "text"
     templates: Annotated[list[str], Field(min_length=1)] = ["{}"]
-    classes: Annotated[dict[str, list[str]], Field(min_length=2)]
+    classes: Annotated[dict[str, Annotated[list[str], Field(min_length=1)]], Field(min_length=2)]
 
 
 class EvaluationOptions(Options):

@@ -19,6 +19,8 @@ class AudioModality(Modality):
         sample_rate: Hz; other rates are resampled.
         seconds: shorter sounds are padded, longer ones cut (at a random place in training, in the middle otherwise).
         mels, window, hop: bands of the mel scale, and the short-time Fourier transform's window and step in samples.
+        center: subtract each band's mean over time, which takes out much of the speaker's and the microphone's colour
+            (cepstral mean normalization).
         shift: in training, the padded sound starts up to this many seconds late.
         max_seconds: longer members are refused before they are decoded.
     """
@@ -34,12 +36,13 @@ class AudioModality(Modality):
         mels: int = 64,
         window: int = 1024,
         hop: int = 320,
+        center: bool = False,
         shift: float = 0.0,
         max_seconds: float = 3600.0,
     ) -> None:
         super().__init__()
         self.sample_rate, self.length, self.max_seconds = sample_rate, round(seconds * sample_rate), max_seconds
-        self.window, self.hop, self.shift = window, hop, round(shift * sample_rate)
+        self.window, self.hop, self.center, self.shift = window, hop, center, round(shift * sample_rate)
         filters = mel_filter_bank(window // 2 + 1, mels, 0.0, sample_rate / 2, sample_rate, norm="slaney", mel_scale="slaney")
         self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32), persistent=False)
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
@@ -77,4 +80,5 @@ class AudioModality(Modality):
             spectrum = torch.fft.rfft(frames)
             power = spectrum.real.square().add_(spectrum.imag.square())
             mel = (power @ self.filters).add_(1e-6).log_()
-            return mel.transpose(1, 2).unsqueeze(1).add(7).div_(4)  # about zero mean and unit variance for speech
+            middle = mel.mean(1, keepdim=True) if self.center else -7.0  # −7 and 4: about unit variance for speech
+            return mel.sub_(middle).div_(4).transpose(1, 2).unsqueeze(1)

@@ -1,6 +1,7 @@
 """Pairing × objective → one loss: the public function that drops into any training script."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mmcontrast.score.ring import exchange
 from mmcontrast.types import ABSENT
 
 Scalars = Tensor | float | Mapping[tuple[str, str], Tensor | float]
-NO_GROUP = -2  # the id of an extra negative that is of nobody's group
+NO_GROUP, UNGROUPED = -2, -3  # ids of extra negatives of nobody's group, and of rows where nobody gave ids
 
 
 def contrastive_loss(
@@ -61,7 +62,7 @@ def contrastive_loss(
     """
     scorer: Objective = build(objective, OBJECTIVES, "objective")
     ids_of = _ids_by_field(embeddings, ids)
-    extras = _extras(embeddings, extra_negatives or {})
+    extras = _extras(embeddings, extra_negatives or {}, with_ids=ids is not None)
     if sample_ids is not None and len(sample_ids) != len(next(iter(embeddings.values()))):
         raise ValueError(f"sample_ids has {len(sample_ids)} entries for {len(next(iter(embeddings.values())))} samples")
 
@@ -87,18 +88,21 @@ def contrastive_loss(
         for direction, rows, others in zip(directions, (x, y), (b, a), strict=True):
             if direction is None:
                 continue
+            if sample_ids is not None:
+                direction = replace(direction, sample_ids=sample_ids if keep is None else sample_ids[keep])
             if others in extras:
                 more, more_ids = extras[others]
-                row_ids = torch.full_like(more_ids[:1], NO_GROUP - 1).expand(len(rows)) if group_ids is None else group_ids
+                row_ids = more_ids.new_full((len(rows),), UNGROUPED) if group_ids is None else group_ids
                 further, _ = score_statistics(
                     rows, more, scorer.reductions, ids=row_ids, column_ids=more_ids, paired=False, columns=False, **options
                 )
                 direction = direction.with_more(further)
             terms.append(scorer(direction).sum() * (ranks / anchors))
         losses.append(sum(terms) / len(terms))
-    unused = sum(e.sum() for e in embeddings.values()) * 0.0 if len(losses) < len(pairs) else 0.0
-    loss = sum(losses) / max(len(losses), 1) + unused
-    return loss if torch.is_tensor(loss) else torch.zeros((), device=device)
+    if len(losses) < len(pairs):  # every embedding still takes part in the backward, as data parallelism expects
+        losses.append(sum(e.sum(dtype=torch.promote_types(e.dtype, torch.float32)) for e in embeddings.values()) * 0.0)
+        return sum(losses) / max(len(losses) - 1, 1)
+    return sum(losses) / len(losses)
 
 
 def _ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -151,7 +155,7 @@ def _of_pair(value: Scalars | None, a: str, b: str, name: str) -> Tensor | float
 
 
 def _extras(
-    embeddings: Mapping[str, Tensor], extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]]
+    embeddings: Mapping[str, Tensor], extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]], with_ids: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     extras = {}
     for field, given in extra_negatives.items():
@@ -167,5 +171,7 @@ def _extras(
             ids = torch.full((len(rows),), NO_GROUP, device=rows.device)
         elif ids.shape != rows.shape[:1] or ids.dtype != torch.int64:
             raise ValueError(f"extra_negatives of field {field!r}: ids must be int64 [{len(rows)}]")
+        elif not with_ids:
+            raise ValueError(f"extra_negatives of field {field!r} have ids, the samples have none: pass ids")
         extras[field] = (rows, ids)
     return extras

@@ -95,6 +95,8 @@ def train(job: Job, resume: bool = False) -> Results:
                 accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)
                 note = f"loss {line['loss']:.3f}  scale {line['logit_scale']:.1f}  {line['samples_per_second']:.0f} samples/s"
                 progress.update(bar, note=note)
+                if not progress.console.is_terminal:  # a log file shows no bar
+                    progress.console.print(f"step {done}/{options.steps}  {note}", highlight=False)
             progress.update(bar, completed=done)
             evaluating = due(done, options.evaluate_every, options.steps)
             if due(done, options.checkpoint_every, options.steps) or evaluating:

@@ -57,6 +57,7 @@ class TrainOptions(Options):
         batch_size: samples a step, over all ranks.
         seed: of weights, order and augmentation.
         lr, weight_decay, betas, eps: AdamW's; biases, norms, the logit scale and bias do not decay.
+        tower_lr: lr of the towers that need another, by name, with their projection: {text: 5e-4}.
         warmup_steps: of linear warm-up, before the cosine to zero.
         clip_grad_norm: largest gradient norm; null: no clipping.
         precision: of the towers. Losses and statistics are fp32 always.
@@ -71,6 +72,7 @@ class TrainOptions(Options):
     batch_size: Positive
     seed: int = 0
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    tower_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmcontrast.errors import UserError
 from mmcontrast.objectives import Objective, Pairing, contrastive_loss
-from mmcontrast.training.optim import learning_rate
+from mmcontrast.training.optim import schedule
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.types import Batch
 
@@ -43,9 +43,10 @@ def training_step(
         TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
     """
     seed_step(options.seed, step, accelerator.process_index)
-    lr = learning_rate(step, options)
+    share = schedule(step, options)
+    lr = options.lr * share
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["peak_lr"] * share
 
     embeddings = model(batch)
     loss = contrastive_loss(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mmcontrast.evaluation import EmbeddingTable, retrieval
 from mmcontrast.evaluation.retrieval import first_of_each_group, ranks, retrieval_metrics
-from mmcontrast.evaluation.zero_shot import class_embedding, prompts_of, zero_shot_metrics
+from mmcontrast.evaluation.zero_shot import phrase_embedding, zero_shot_metrics
 
 
 def test_ranks_are_the_definition(monkeypatch):
@@ -38,13 +38,12 @@ def test_metrics_of_ranks():
     assert metrics == pytest.approx(expected)
 
 
-def test_zero_shot():
-    assert prompts_of({"a": ["x", "y"]}, ["{}", "a {}"]) == {"a": ["x", "a x", "y", "a y"]}
-    classes = torch.stack([class_embedding(torch.tensor([[1.0, 0.1], [1.0, -0.1]])), torch.tensor([0.0, 1.0])])
-    torch.testing.assert_close(classes[0], torch.tensor([1.0, 0.0]))
-    samples, labels = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.8, 0.2], [0.9, 0.0]]), torch.tensor([0, 1, 1, 0])
-    metrics = zero_shot_metrics(samples, classes, labels)
-    assert metrics == pytest.approx({"top1": 0.75, "mean_per_class": 0.75, "num_samples": 4})
+def test_a_class_is_as_near_as_the_nearest_of_its_phrases():
+    torch.testing.assert_close(phrase_embedding(torch.tensor([[1.0, 0.1], [1.0, -0.1]])), torch.tensor([1.0, 0.0]))
+    right, up, left = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, 0.0]])
+    samples, labels = torch.tensor([[0.9, 0.1], [-0.8, 0.3], [0.2, 0.8], [0.8, 0.2], [0.9, 0.0]]), torch.tensor([0, 0, 1, 1, 0])
+    metrics = zero_shot_metrics(samples, [torch.cat([right, left]), up], labels)
+    assert metrics == pytest.approx({"top1": 0.8, "mean_per_class": 0.75, "num_samples": 5})
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
 from mmcontrast import contrastive_loss
-from mmcontrast.objectives import OBJECTIVES
+from mmcontrast.objectives import OBJECTIVES, InfoNCE
 
 
 def unit(*shape, seed, dtype=torch.float64):
@@ -163,6 +163,7 @@ def test_scales_per_pair():
         ({"pairing": {"type": "anchor"}}, "missing a required argument: 'field'"),
         ({"pairing": {"type": "anchor", "field": "c"}}, "no field 'c'"),
         ({"extra_negatives": {"a": torch.zeros(2, 5)}}, "extra_negatives of field 'a'"),
+        ({"extra_negatives": {"a": (torch.zeros(2, 4).double(), torch.arange(2))}}, "pass ids"),
         ({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for 3"),
     ],
 )
@@ -177,3 +178,16 @@ def test_shapes_are_checked_by_field():
         contrastive_loss({"a": torch.zeros(3, 4), "b": torch.zeros(2, 4)}, logit_scale=1.0)
     with pytest.raises(ValueError, match="two fields"):
         contrastive_loss({"a": torch.zeros(3, 4)}, logit_scale=1.0)
+
+
+def test_objectives_see_the_sample_ids_of_their_anchors():
+    class Remember(InfoNCE):
+        def forward(self, d):
+            seen.append(d.sample_ids.tolist())
+            return super().forward(d)
+
+    seen = []
+    ids = {"a": torch.tensor([0, -1, 2]), "b": torch.tensor([0, 1, 2])}
+    fields = {"a": unit(3, 4, seed=0), "b": unit(3, 4, seed=1)}
+    contrastive_loss(fields, objective=Remember(), logit_scale=1.0, ids=ids, sample_ids=torch.tensor([7, 8, 9]))
+    assert seen == [[7, 9], [7, 9]]

@@ -8,14 +8,14 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality
 from mmcontrast.towers import TOWERS
 
-TOKENS = {"small": dict(vocab_size=49408, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 CASES = {
     "timm resnet": ({"type": "timm", "model": "resnet18", "in_chans": 1}, torch.randn(3, 1, 32, 32)),
     "timm vit": ({"type": "timm", "model": "test_vit", "img_size": 32}, torch.randn(3, 3, 32, 32)),
-    "transformers bert": ({"type": "transformers", "model": "bert", "config": TOKENS["small"]}, "text"),
+    "transformers bert": ({"type": "transformers", "model": "bert", "config": SMALL | {"vocab_size": 49408}}, "text"),
     "transformers vit": (
         {"type": "transformers", "model": "vit", "pooling": "first",
-         "config": dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)},
+         "config": SMALL | {"image_size": 32}},
         torch.randn(3, 3, 32, 32),
     ),
     "open_clip text": ({"type": "open_clip_text", "width": 16, "layers": 1, "heads": 2, "context_length": 12}, "text"),
@@ -52,13 +52,15 @@ def test_halves_of_open_clip_models_are_open_clips(part):
             batch = torch.randn(1, 3, 224, 224)
             torch.testing.assert_close(tower(batch), whole.encode_image(batch))
         else:
-            torch.testing.assert_close(tower(tokens()), whole.encode_text(open_clip.tokenize(
-                ["a", "greek small letter alpha", "latin capital letter e"])))
+            torch.testing.assert_close(
+                tower(tokens()),
+                whole.encode_text(open_clip.tokenize(["a", "greek small letter alpha", "latin capital letter e"])),
+            )
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
 def test_padding_does_not_change_text_features(pooling):
-    spec = {"type": "transformers", "model": "bert", "config": TOKENS["small"], "pooling": pooling}
+    spec = {"type": "transformers", "model": "bert", "config": SMALL | {"vocab_size": 49408}, "pooling": pooling}
     tower = build(spec, TOWERS, "tower").eval()
     batch = tokens()
     alone = tower(batch[:1, : int((batch[0] != 0).sum())])

@@ -29,6 +29,7 @@ def train(config, *arguments, **options):
 def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
     done = train(config_file, "train.evaluate_every=3")
     assert done.returncode == 0, done.stderr
+    assert "step 6/6  loss" in done.stderr and "recall_at_1" in done.stderr and "report.html" in done.stderr
     run = tmp_path / "runs" / "small"
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -48,7 +49,7 @@ def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
 
     page = (run / "report.html").read_text()
     assert page.count("<audio") >= 6 and page.count("<img") >= 6 and "<svg" in page
-    assert "http://" not in page.replace("http://www.w3.org", "") and "src=\"data:" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and 'src="data:' in page
     assert list((run / "tensorboard").iterdir())
     kept = [path.name for path in checkpoint.complete(run / "checkpoints")]
     assert "step-00000006" in kept and len(kept) <= 3
