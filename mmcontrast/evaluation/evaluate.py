@@ -91,13 +91,21 @@ def classify(
     return zero_shot_metrics(table.fields[task.field][kept], classes, labels[kept])
 
 
-def results_table(results: Results) -> Table:
-    """What a person wants to see of the results: a row a task, a column a split."""
+def shown_results(results: Results) -> tuple[list[str], list[list[str]]]:
+    """What a person wants to see: the splits, and rows of a task's name and its value in each split."""
     splits = list(dict.fromkeys(name.split("/")[0] for name in results))
+    rows = []
+    for name in dict.fromkeys(name.partition("/")[2] for name in results):
+        if "/num_" not in name:
+            values = [results.get(f"{split}/{name}") for split in splits]
+            digits = 0 if name.endswith("median_rank") else 3
+            rows.append([name, *("" if value is None else f"{value:.{digits}f}" for value in values)])
+    return splits, rows
+
+
+def results_table(results: Results) -> Table:
+    splits, rows = shown_results(results)
     table = Table("", *splits, title="evaluation")
-    shown = [n for n in dict.fromkeys(name.partition("/")[2] for name in results) if "/num_" not in n]
-    for name in shown:
-        row = [results.get(f"{split}/{name}") for split in splits]
-        digits = 0 if name.endswith("median_rank") else 3
-        table.add_row(name, *("" if value is None else f"{value:.{digits}f}" for value in row))
+    for row in rows:
+        table.add_row(*row)
     return table

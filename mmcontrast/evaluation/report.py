@@ -13,7 +13,7 @@ import torch
 
 from mmcontrast.data import ShardDataset
 from mmcontrast.evaluation.embed import EmbeddingTable
-from mmcontrast.evaluation.evaluate import Results
+from mmcontrast.evaluation.evaluate import Results, shown_results
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality
 from mmcontrast.model import ContrastiveModel
@@ -27,9 +27,10 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;paddin
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse}td,th{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:right}
 td:first-child,th:first-child{text-align:left}
-.row{display:flex;gap:.6rem;align-items:stretch;border-bottom:1px solid var(--line);padding:.5rem 0;flex-wrap:wrap}
-.query{flex:0 0 15rem;font-weight:600;align-self:center}.item{flex:0 0 6.2rem;font-size:.78rem;text-align:center;
-border:2px solid transparent;border-radius:.4rem;padding:.2rem;overflow-wrap:anywhere}
+.row{display:grid;grid-template-columns:12rem repeat(auto-fill,minmax(6.2rem,1fr));gap:.4rem;padding:.5rem 0;
+border-bottom:1px solid var(--line)}
+.query{font-weight:600;align-self:center}.item{font-size:.78rem;text-align:center;overflow-wrap:anywhere;
+border:2px solid transparent;border-radius:.4rem;padding:.2rem}
 .hit{border-color:var(--hit)}.hit::after{content:"✓";color:var(--hit);font-weight:700}
 img.media{width:56px;height:56px;image-rendering:auto;background:#fff}audio{width:100%;height:2rem}
 .curves svg{max-width:100%;height:auto;background:#fff}
@@ -84,15 +85,10 @@ def _curves(log: Sequence[dict[str, Any]]) -> str:
 
 
 def _results(results: Results) -> str:
-    splits = list(dict.fromkeys(key.split("/")[0] for key in results))
-    rows = []
-    for key in dict.fromkeys(key.partition("/")[2] for key in results):
-        values = [results.get(f"{split}/{key}") for split in splits]
-        digits = 0 if "num_" in key or key.endswith("median_rank") else 3
-        cells = "".join(f"<td>{'' if v is None else f'{v:.{digits}f}'}</td>" for v in values)
-        rows.append(f"<tr><td>{html.escape(key)}</td>{cells}</tr>")
-    head = "".join(f"<th>{html.escape(split)}</th>" for split in splits)
-    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    splits, rows = shown_results(results)
+    head = "".join(f"<th>{html.escape(split)}</th>" for split in ["", *splits])
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _gallery(query: str, found: str, split: str, model: ContrastiveModel, dataset: ShardDataset, table: EmbeddingTable) -> str:
