@@ -66,6 +66,14 @@ def test_text():
     assert batch[1, 0] == 49406 and batch[1, -1] == 49407
 
 
+def test_centred_spectra_do_not_hear_the_loudness():
+    modality = AudioModality(seconds=0.5, mels=16, window=512, hop=256, center=True)
+    quiet = (torch.randn(1, 8000, generator=torch.Generator().manual_seed(0)) * 3000).to(torch.int16)
+    spectrum = modality(quiet)
+    torch.testing.assert_close(spectrum.mean(3), torch.zeros(1, 1, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(modality(quiet * 2), spectrum, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("modality", "data", "message"),
     [

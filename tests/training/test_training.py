@@ -16,6 +16,7 @@ from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.runs import embed_shards, make_job, open_run
 from mmcontrast.training import checkpoint
+from mmcontrast.training.optim import make_optimizer
 from mmcontrast.training.step import TrainingStopped
 
 ROOT = Path(__file__).parent.parent.parent
@@ -168,6 +169,18 @@ def test_a_trained_run_opens_and_embeds(config_file, corpus, tmp_path):
         embed_shards(tmp_path / "runs/small", "x", tmp_path / "table", "last", "cpu", 10, 0)
     with pytest.raises(UserError, match="not a run's folder"):
         open_run(tmp_path)
+
+
+def test_groups_of_the_optimizer(config_file):
+    job = make_job(load_config(config_file, ["train.lr=1e-2", "train.tower_lr.text=1e-3", "train.weight_decay=0.2"]))
+    optimizer = make_optimizer(job.model, job.options)
+    found = {id(p): (group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == len(list(job.model.parameters()))
+    for name, parameter in job.model.named_parameters():
+        lr = 1e-3 if ".text." in name else 1e-2
+        assert found[id(parameter)] == (lr, 0.0 if parameter.dim() < 2 else 0.2), name
+    with pytest.raises(UserError, match="no tower 'texts'; there is"):
+        make_optimizer(job.model, job.options.model_copy(update={"tower_lr": {"texts": 1e-3}}))
 
 
 def test_objectives_by_import_path(config_file, tmp_path, monkeypatch):
