@@ -191,3 +191,35 @@ def test_objectives_see_the_sample_ids_of_their_anchors():
     fields = {"a": unit(3, 4, seed=0), "b": unit(3, 4, seed=1)}
     contrastive_loss(fields, objective=Remember(), logit_scale=1.0, ids=ids, sample_ids=torch.tensor([7, 8, 9]))
     assert seen == [[7, 9], [7, 9]]
+
+
+def test_a_compiled_training_step_contains_it():
+    towers = {"image": torch.nn.Linear(8, 4), "text": torch.nn.Linear(6, 4)}
+    inputs = {"image": torch.randn(12, 8), "text": torch.randn(12, 6)}
+    leaves = [p for tower in towers.values() for p in tower.parameters()] + [torch.tensor(2.0, requires_grad=True)]
+
+    def step(inputs):
+        embeddings = {field: F.normalize(towers[field](values), dim=1) for field, values in inputs.items()}
+        return contrastive_loss(embeddings, logit_scale=leaves[-1].exp(), ids=torch.arange(12) % 9)
+
+    plain = step(inputs)
+    compiled = torch.compile(step, backend="aot_eager")(inputs)  # inductor takes half a minute here, and a C++ compiler
+    torch.testing.assert_close(compiled, plain)
+    for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_takes_the_place_of_open_clips_loss():
+    """As docs/score_statistics.md shows it."""
+
+    class TiledClipLoss(ClipLoss):
+        def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+            loss = contrastive_loss(
+                {"image": image_features, "text": text_features}, logit_scale=logit_scale, logit_bias=logit_bias,
+            )  # fmt: skip
+            return {"contrastive_loss": loss} if output_dict else loss
+
+    x, y = unit(9, 5, seed=0, dtype=torch.float32), unit(9, 5, seed=1, dtype=torch.float32)
+    ours, theirs = (loss(x, y, torch.tensor(10.0), output_dict=True) for loss in (TiledClipLoss(), ClipLoss()))
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours["contrastive_loss"], theirs["contrastive_loss"])
