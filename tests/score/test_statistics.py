@@ -125,17 +125,17 @@ def test_shared_exponentials_are_exact_in_any_shape(n, d, groups, scale, tile, s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_low_precision_is_no_worse_than_dense(dtype, scale):
-    """Against float64 on the same rounded inputs: the tiled error is at most the dense one plus 1e-5 of the range."""
-    x, y, ids = problem(67, 33, 5, 20, dtype)
+@pytest.mark.parametrize("seed", range(5))
+def test_low_precision_is_no_worse_than_dense(dtype, scale, seed):
+    """Against float64 on the same rounded inputs: the tiled error is at most that of the textbook form
+    computed in that dtype, plus a quarter of its rounding step (in fp32: 1e-5) of the range."""
+    x, y, ids = problem(67, 33, seed, 20, dtype)
     leaves = [x, y, torch.tensor(scale), torch.tensor(0.0)]
     exact = run(lambda x, y, s, b: expected([LogSumExp()], ids, x, y, s, s, b), [leaf.double() for leaf in leaves])
-    dense, tiled = (
-        run(lambda x, y, s, b, backend=backend: ours([LogSumExp()], ids, backend, 16, x, y, s, s, b), leaves)
-        for backend in ("dense", "torch")
-    )
+    dense = run(lambda x, y, s, b: expected([LogSumExp()], ids, x, y, s, s, b), leaves)
+    tiled = run(lambda x, y, s, b: ours([LogSumExp()], ids, "torch", 16, x, y, s, s, b), leaves)
     for want, reference, got in zip(itertools.chain(*exact), itertools.chain(*dense), itertools.chain(*tiled), strict=True):
-        allowed = (reference.double() - want).abs().max() + 1e-5 * max(1.0, want.abs().max())
+        allowed = (reference.double() - want).abs().max() + max(1e-5, torch.finfo(dtype).eps / 4) * max(1.0, want.abs().max())
         assert (got.double() - want).abs().max() <= allowed
 
 

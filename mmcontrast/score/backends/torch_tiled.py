@@ -74,10 +74,11 @@ class TorchTiled:
                         w_RC += own_RC
                 if block.bias is not None and not per_anchor:
                     d_bias += w_RC.sum()
-                dx_strip.addmm_(w_RC, scores.y(columns))
-                dy[columns].addmm_(w_RC.T, scores.x(rows))
+                w_RC = w_RC.to(scores.product_dtype)
+                scores.add_product(dx_strip, w_RC, scores.y(columns))
+                scores.add_product(dy[columns], w_RC.T, scores.x(rows))
             if not per_anchor:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
-                d_scales[0] += (scores.x(rows) * dx_strip).sum()
+                d_scales[0] += (block.x[rows] * dx_strip).sum()
                 dx_strip *= block.row_scale
             dx[rows] += dx_strip
         if not per_anchor:
@@ -93,6 +94,9 @@ class _Scores:
         self.rows, self.columns = block.tile_size or (CPU_TILE if block.x.device.type == "cpu" else GPU_TILE)
         size = (min(self.rows, self.n), min(self.columns, self.m))
         self.buffer = torch.empty(size, dtype=block.dtype, device=block.x.device)
+        # on a CPU bf16 products are several times faster; they round each score and each tile's gradient to bf16
+        native = block.x.dtype == torch.bfloat16 and block.x.device.type == "cpu"
+        self.product_dtype = torch.bfloat16 if native else block.dtype
 
     def strips(self) -> list[tuple[slice, list[slice]]]:
         def cut(length: int, size: int) -> list[slice]:
@@ -105,16 +109,25 @@ class _Scores:
         return [(rows, columns) for rows, tiles in self.strips() for columns in tiles]
 
     def x(self, rows: slice) -> Tensor:
-        return self.block.x[rows].to(self.block.dtype)
+        return self.block.x[rows].to(self.product_dtype)
 
     def y(self, columns: slice) -> Tensor:
-        return self.block.y[columns].to(self.block.dtype)
+        return self.block.y[columns].to(self.product_dtype)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a b."""
+        if self.product_dtype == total.dtype:
+            total.addmm_(a, b)
+        else:
+            total += torch.mm(a, b)
 
     def dots(self, rows: slice, columns: slice) -> Tensor:
         """x·y [R, C], in the buffer."""
         R, C = rows.stop - rows.start, columns.stop - columns.start
         out = self.buffer[:R, :C] if self.buffer.shape[1] == C else self.buffer.view(-1)[: R * C].view(R, C)
-        return torch.mm(self.x(rows), self.y(columns).T, out=out)
+        if self.product_dtype == out.dtype:
+            return torch.mm(self.x(rows), self.y(columns).T, out=out)
+        return out.copy_(torch.mm(self.x(rows), self.y(columns).T))
 
     def scaled(self, dots: Tensor, place: slice, dim: int) -> Tensor:
         """z of one direction, a new tensor: dim 1 for the rows', 0 for the columns'."""
