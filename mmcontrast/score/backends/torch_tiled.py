@@ -12,6 +12,7 @@ from mmcontrast.score.reductions import LogSumExp, Maximum, Over, Reduction, Sof
 
 CPU_TILE, GPU_TILE = (512, 2048), (2048, 8192)
 SAFE_RANGE = 60.0  # natural logarithm: within it of a common shift, fp32 exponentials neither overflow nor lose digits
+LINEAR = 40.0  # above it log(1 + exp(z)) = z to the last digit of float64
 
 Same = tuple[Tensor, Tensor] | Tensor | None
 
@@ -163,7 +164,7 @@ def _reduce(reduction: Reduction, z: Tensor, same: Same, dim: int) -> Tensor:
         case LogSumExp(exponent=exponent):
             return _fill(exponent * z, same, reduction.over, -torch.inf, copy=False).logsumexp(dim)
         case SoftplusSum():
-            return -F.logsigmoid(-_fill(z, same, reduction.over, -torch.inf)).sum(dim)
+            return F.softplus(_fill(z, same, reduction.over, -torch.inf), threshold=LINEAR).sum(dim)
         case Sum():
             return _fill(z, same, reduction.over, 0.0).sum(dim)
         case Maximum():
