@@ -20,10 +20,9 @@ def write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
     """Writes one tar under a temporary name, flushes it to the disk, then gives it its own; returns its manifest entry."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        writer = webdataset.TarWriter(file, mtime=0)
-        for sample in samples:
-            writer.write(sample)
-        writer.close()
+        with webdataset.TarWriter(file, mtime=0) as writer:
+            for sample in samples:
+                writer.write(sample)
         file.flush()
         os.fsync(file.fileno())
     data = partial.read_bytes()
