@@ -12,6 +12,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed_dataset, evaluate, results_table
+from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.options import Patterns
@@ -64,9 +65,21 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
 
 
 def eval_datasets(config: RunConfig, model: ContrastiveModel) -> dict[str, ShardDataset]:
+    """The splits to evaluate, by name.
+
+    Raises:
+        UserError: for what could only be refused after training otherwise: a field of a task that is not there.
+    """
     splits = config.evaluation.splits
     if config.evaluation.report_split not in (None, *splits):
         raise UserError(f"evaluation.report_split={config.evaluation.report_split!r} is none of {', '.join(splits)}")
+    for name, task in config.evaluation.zero_shot.items():
+        for field in (task.field, task.prompt_field):
+            if field not in config.fields:
+                have = ", ".join(config.fields)
+                raise UserError(f"evaluation.zero_shot.{name}: the model has no field {field!r}; it has {have}")
+        if not isinstance(model.modality(task.prompt_field), TextModality):
+            raise UserError(f"evaluation.zero_shot.{name}: prompt_field {task.prompt_field!r} is not text")
     return {split: make_dataset(shards, config.fields, model) for split, shards in splits.items()}
 
 

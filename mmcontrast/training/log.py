@@ -4,6 +4,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,9 @@ class StepLog:
         self.started, self.data_seconds, self.samples = time.perf_counter(), 0.0, 0
         return values
 
-    def write_evaluation(self, step: int, results: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, "evaluation": results}) + "\n")
-        self.started = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training: saving and evaluating do not count in the rates."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began

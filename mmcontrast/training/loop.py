@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,13 @@ def train(job: Job, resume: bool = False) -> Results:
             progress.update(bar, completed=done)
             evaluating = due(done, options.evaluate_every, options.steps)
             if due(done, options.checkpoint_every, options.steps) or evaluating:
-                saved = save(done, job, checkpoints, optimizer, accelerator)
-                if evaluating and accelerator.is_main_process:
-                    results = evaluate_now(job, done, saved, accelerator, progress, last=done == options.steps)
-                if accelerator.is_main_process:
-                    checkpoint.prune(checkpoints, options.keep_checkpoints)
-                accelerator.wait_for_everyone()
+                with log.paused() if log else nullcontext():
+                    saved = save(done, job, checkpoints, optimizer, accelerator)
+                    if evaluating and accelerator.is_main_process:
+                        results = evaluate_now(job, done, saved, accelerator, progress, last=done == options.steps)
+                    if accelerator.is_main_process:
+                        checkpoint.prune(checkpoints, options.keep_checkpoints)
+                    accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
 
@@ -189,14 +191,14 @@ def evaluate_now(job: Job, done: int, saved: Path | None, accelerator: Accelerat
     with (job.folder / EVALUATIONS).open("a") as file:
         file.write(json.dumps({"step": done} | results) + "\n")
     accelerator.log(results, step=done)
+    if last:  # before anything that may be refused: the results are kept
+        finish(job.folder, job.name, results, tables, job.model, job.eval_datasets, job.evaluation)
+        progress.console.print(results_table(results))
     key = job.evaluation.best or next(name for name in results if "/mean_recall_at_" in name)
     if key not in results:
         raise UserError(f"evaluation.best={key!r} is no result; there is: {', '.join(results)}")
     assert saved is not None
     checkpoint.mark_best(job.folder / "checkpoints", saved, results[key])
-    if last:
-        finish(job.folder, job.name, results, tables, job.model, job.eval_datasets, job.evaluation)
-        progress.console.print(results_table(results))
     return results
 
 

@@ -16,6 +16,7 @@ from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.runs import embed_shards, make_job, open_run
 from mmcontrast.training import checkpoint
+from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
 from mmcontrast.training.step import TrainingStopped
 
@@ -169,6 +170,28 @@ def test_a_trained_run_opens_and_embeds(config_file, corpus, tmp_path):
         embed_shards(tmp_path / "runs/small", "x", tmp_path / "table", "last", "cpu", 10, 0)
     with pytest.raises(UserError, match="not a run's folder"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evaluation.zero_shot.script.field=picture", "zero_shot.script: the model has no field 'picture'; it has audio"),
+        ("evaluation.zero_shot.script.prompt_field=audio", "zero_shot.script: prompt_field 'audio' is not text"),
+    ],
+)
+def test_a_zero_shot_task_that_cannot_work_is_refused_before_training(config_file, change, message):
+    with pytest.raises(UserError, match=message):
+        make_job(load_config(config_file, [change]))
+
+
+def test_time_of_evaluation_is_not_in_the_rates(tmp_path, monkeypatch):
+    clock = iter([0.0, 10.0, 70.0, 70.0, 70.0])  # made; a pause begins, ends; a line is written
+    monkeypatch.setattr("mmcontrast.training.log.time.perf_counter", lambda: next(clock))
+    log = StepLog(tmp_path / "metrics.jsonl", 0)
+    log.samples = 100
+    with log.paused():
+        pass
+    assert log.write({"step": 1}, torch.device("cpu"))["samples_per_second"] == 10
 
 
 def test_groups_of_the_optimizer(config_file):
