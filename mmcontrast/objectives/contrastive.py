@@ -13,7 +13,7 @@ from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
 from mmcontrast.objectives.pairing import Pairing
 from mmcontrast.score import score_statistics
-from mmcontrast.score.ring import exchange
+from mmcontrast.score.ranks import Communication, exchange
 from mmcontrast.types import ABSENT
 
 Scalars = Tensor | float | Mapping[tuple[str, str], Tensor | float]
@@ -31,8 +31,9 @@ def contrastive_loss(
     sample_ids: Tensor | None = None,
     extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
     backend: str = "auto",
-    tile_size: int | None = None,
+    tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
+    communication: Communication = "auto",
 ) -> Tensor:
     """The contrastive loss of N samples in any number of fields, in O(N·D) memory, exact, over the ranks of a group.
 
@@ -50,7 +51,7 @@ def contrastive_loss(
         sample_ids: int64 [N], unique and stable, for objectives that keep state per sample.
         extra_negatives: per field, more candidates for the anchors of every field it is paired with: [K, D], or with
             group ids ([K, D], [K]).
-        backend, tile_size: see `score_statistics`.
+        backend, tile_size, communication: see `score_statistics`.
         group: a torch.distributed group; None: this process alone. Every rank must call this, and its backward.
 
     Returns:
@@ -72,7 +73,7 @@ def contrastive_loss(
     local = [len(embeddings[a]) if (keep := kept[a, b]) is None else int(keep.sum()) for a, b in pairs]
     total = [sum(counts) for counts in zip(*exchange(local, group, device), strict=True)]
     ranks = 1 if group is None else dist.get_world_size(group)
-    options: dict[str, Any] = {"backend": backend, "tile_size": tile_size, "group": group}
+    options: dict[str, Any] = {"backend": backend, "tile_size": tile_size, "group": group, "communication": communication}
 
     losses = []
     for (a, b), anchors in zip(pairs, total, strict=True):

@@ -1,6 +1,6 @@
 """The primitive: streaming reductions of a score matrix that is never stored, with exact gradients, over any ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmcontrast.score.backends import BACKENDS, Block, SameGroup, Statistics
+from mmcontrast.score.backends import Backend, Block, SameGroup, Statistics, choose
+from mmcontrast.score.ranks import Communication, Driver, Merge, driver, exchange
 from mmcontrast.score.reductions import Maximum, Reduction
-from mmcontrast.score.ring import Accumulator, Ring, exchange
+
+CHUNK = 8192  # rows whose copies in the accumulators' dtype exist at a time
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def score_statistics(
     backend: str = "auto",
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
+    communication: Communication = "auto",
 ) -> tuple[Direction, Direction | None]:
     """Reductions of the scores z_ij = scale · x_i·y_j + bias along every row and, with `columns`, every column.
 
@@ -74,9 +77,12 @@ def score_statistics(
         column_ids: [M] int64; default: `ids` if paired, else of no row's group.
         paired: y_i is x_i's positive; otherwise the positives are 0.
         columns: also the reductions along columns, from the same pass.
-        backend: "torch" (tiled; what "auto" takes) or "dense" (the oracle).
+        backend: "triton" (fused kernels, GPU), "torch" (tiled, any device) or "dense" (the oracle); "auto" is "triton"
+            where it has the device, dtype and reductions, else "torch".
         tile_size: rows and columns of a tile (one number, or two), for the tiled backends.
         group: a torch.distributed group; None: this process alone.
+        communication: "ring" (O(N) memory a rank, overlapped with the work) or "gather" (all columns on every rank at
+            once); "auto" gathers while all columns and their fp32 gradients take at most 64 MiB. Same on all ranks.
 
     Returns:
         The rows' direction, and the columns' (positives shared; None without `columns`).
@@ -90,8 +96,9 @@ def score_statistics(
         )
     if (paired and len(x) != len(y)) or (columns and not paired):
         raise ValueError(f"{len(x)} rows and {len(y)} columns: with paired or columns they must be matched pairs")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: there is {', '.join(BACKENDS)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x and y are {x.dtype}: embeddings are floating point")
+    chosen = choose(backend, x, reductions)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.as_tensor(scale, device=x.device).to(dtype)
     scale = scale.squeeze() if scale.numel() == 1 and column_scale is None else scale
@@ -107,9 +114,9 @@ def score_statistics(
     plan = _Plan(
         tuple(reductions),
         columns,
-        backend,
+        chosen,
         (tile_size, tile_size) if isinstance(tile_size, int) else tile_size,
-        Ring(group, [m for _, m in everyone]),
+        driver(group, [m for _, m in everyone], x.shape[1] * (x.element_size() + 4), communication),
         ids,
         column_ids,
         per_anchor,
@@ -139,9 +146,9 @@ class _Plan:
 
     reductions: tuple[Reduction, ...]
     both: bool
-    backend: str
+    backend: Backend
     tile_size: tuple[int, int] | None
-    ring: Ring
+    driver: Driver
     ids: Tensor
     column_ids: Tensor
     per_anchor: bool
@@ -163,13 +170,13 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         x, y, scale, column_scale, bias, plan = inputs
-        backend, dtype = BACKENDS[plan.backend], scale.dtype
+        backend, dtype = plan.backend, scale.dtype
         rows = [x.new_full((len(x),), r.identity, dtype=dtype) for r in plan.reductions]
         row_negatives = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        home = Accumulator(plan.ring)
-        merge: list[Callable[[Tensor, Tensor], Tensor]] = [_add, *(r.merge for r in plan.reductions if plan.both)]
+        home = plan.driver.accumulator()
+        merge: list[Merge] = [_add, *(r.merge for r in plan.reductions if plan.both)]
         travelling = [y, plan.column_ids] + ([column_scale] if plan.per_anchor else [])
-        for step, (y_block, ids, *more) in plan.ring.visits(travelling):
+        for step, (y_block, ids, *more) in plan.driver.visits(travelling):
             block = plan.block(x, y_block, ids, scale, more[0] if more else None, bias)
             part = backend.forward(block)
             row_negatives += len(y_block) - block.same.row_counts
@@ -177,7 +184,7 @@ class _Scores(torch.autograd.Function):
             if plan.both:
                 home.add(step, merge, [len(x) - block.same.column_counts, *part.columns])
         column_negatives, *columns = home.home() if plan.both else [row_negatives]
-        dots = torch.linalg.vecdot(x.to(dtype), y.to(dtype)) if plan.paired else x.new_zeros(len(x), dtype=dtype)
+        dots = _row_dots(x, y, dtype) if plan.paired else x.new_zeros(len(x), dtype=dtype)
         ctx.plan = plan
         ctx.save_for_backward(x, y, scale, column_scale, bias, *rows, *columns)
         maxima = [v for r, v in zip(plan.reductions * 2, rows + columns, strict=False) if isinstance(r, Maximum)]
@@ -190,26 +197,33 @@ class _Scores(torch.autograd.Function):
         d_dots, _, _, *grads = upstream
         x, y, scale, column_scale, bias, *values = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        backend, k = BACKENDS[plan.backend], len(plan.reductions)
+        backend, k = plan.backend, len(plan.reductions)
         row_values, column_values = values[:k], values[k:]
         row_grads, column_grads = list(grads[:k]), list(grads[k:])
-        dx = torch.zeros(x.shape, dtype=scale.dtype, device=x.device)
+        dtype, mixed = scale.dtype, plan.per_anchor
+        dx = torch.zeros(x.shape, dtype=dtype, device=x.device)
         d_scale, d_bias = torch.zeros_like(scale), scale.new_zeros(())
-        home = Accumulator(plan.ring)
-        travelling = [y, plan.column_ids, *column_values, *column_grads] + ([column_scale] if plan.per_anchor else [])
-        for step, (y_block, ids, *more) in plan.ring.visits(travelling):
+        home = plan.driver.accumulator()
+        travelling = [y, plan.column_ids, *column_values, *column_grads] + ([column_scale] if mixed else [])
+        for step, (y_block, ids, *more) in plan.driver.visits(travelling):
             final = Statistics(row_values, more[: len(column_values)])
             grad = Statistics(row_grads, more[len(column_values) : 2 * len(column_values)])
-            block = plan.block(x, y_block, ids, scale, more[-1] if plan.per_anchor else None, bias)
+            block = plan.block(x, y_block, ids, scale, more[-1] if mixed else None, bias)
             part = backend.backward(block, final, grad, dx)
-            d_scale += part.row_scale
-            d_bias += part.bias
+            if part.row_scale is not None:
+                d_scale += part.row_scale
+            if part.bias is not None:
+                d_bias += part.bias
             parts = [part.dy] if part.column_scale is None else [part.dy, part.column_scale]
             home.add(step, [_add] * len(parts), parts)
         dy, *d_column_scale = home.home()
+        if not mixed:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
+            d_scale = _row_dots(x, dx, dtype).sum()
+            dx *= scale
+            dy *= scale
         if plan.paired:
-            dx.addcmul_(d_dots.unsqueeze(1), y.to(scale.dtype))
-            dy.addcmul_(d_dots.unsqueeze(1), x.to(scale.dtype))
+            _add_rows(dx, d_dots, y)
+            _add_rows(dy, d_dots, x)
         return (
             dx.to(x.dtype),
             dy.to(y.dtype),
@@ -218,3 +232,15 @@ class _Scores(torch.autograd.Function):
             None if bias is None else d_bias,
             None,
         )
+
+
+def _row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a_i · b_i [N] in dtype, without a copy of either in that dtype."""
+    parts = [torch.linalg.vecdot(p.to(dtype), q.to(dtype)) for p, q in zip(a.split(CHUNK), b.split(CHUNK), strict=True)]
+    return torch.cat(parts)
+
+
+def _add_rows(total: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """total_i += weights_i · rows_i, likewise."""
+    for into, weight, part in zip(total.split(CHUNK), weights.split(CHUNK), rows.split(CHUNK), strict=True):
+        into.addcmul_(weight.unsqueeze(1), part.to(total.dtype))

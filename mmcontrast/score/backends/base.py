@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmcontrast.score.reductions import Reduction
+from mmcontrast.score.reductions import LogSumExp, Maximum, Reduction, SoftplusSum, Sum
 
 SPARSE_PAIRS = 8  # same-group pairs a row and column up to which they are listed rather than compared tile by tile
 
@@ -106,21 +106,39 @@ class Statistics:
 
 @dataclass
 class Gradients:
-    """Of a block's inputs; shapes as theirs. `dx` is added to in place, the others are the block's own share."""
+    """A block's share of the gradients. A scalar scale stays out of `dx` and `dy`: whoever adds the blocks up multiplies
+    by it once, and has its own gradient as Σ_i x_i · dx_i.
 
-    dx: Tensor
+    Attributes:
+        dy: [m, D], Σ_i w_ij x_i with w = ∂loss/∂z (times the scales, where there is one an anchor).
+        row_scale, column_scale: [n] and [m] where scales are per anchor, else None.
+        bias: [], or None without a bias.
+    """
+
     dy: Tensor
-    row_scale: Tensor
+    row_scale: Tensor | None
     column_scale: Tensor | None
-    bias: Tensor
+    bias: Tensor | None
 
 
 class Backend(Protocol):
-    """Two functions. `final` are the statistics over all blocks, `grads` the loss's gradients by them."""
+    """Two functions on one block. `final` are the statistics over all blocks, `grads` the loss's gradients by them; `dx`
+    [n, D] is added to in place."""
+
+    def lacks(self, x: Tensor, reductions: Sequence[Reduction]) -> str | None:
+        """What this backend has not of what is asked for, in words."""
 
     def forward(self, block: Block) -> Statistics: ...
 
     def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients: ...
+
+
+def lacks_in_torch(x: Tensor, reductions: Sequence[Reduction]) -> str | None:
+    """What backends of plain torch operations lack."""
+    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"statistics of {x.dtype}"
+    known = (LogSumExp, SoftplusSum, Sum, Maximum)
+    return next((f"reduction {r}" for r in reductions if type(r) not in known), None)
 
 
 def finite(values: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,10 +1,12 @@
 """The oracle: all scores of a block at once, reduced by plain operations whose gradients are autograd's."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcontrast.score.backends.base import Block, Gradients, Statistics, finite
+from mmcontrast.score.backends.base import Block, Gradients, Statistics, finite, lacks_in_torch
 from mmcontrast.score.reductions import LogSumExp, Maximum, Reduction, SoftplusSum, Sum
 
 
@@ -24,43 +26,49 @@ def _reduce(reduction: Reduction, scores: Tensor, same: Tensor) -> Tensor:
     raise TypeError(f"the dense backend has no {reduction}")
 
 
-def _statistics(block: Block, x: Tensor, y: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor) -> list[Tensor]:
+def _scores(block: Block) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """x·y [n, m], and for each direction, anchors first: its scores, who is of whose group, its scale [] or [anchors, 1]."""
+    dots = block.x.to(block.dtype) @ block.y.to(block.dtype).T
     same = block.same.row_ids[:, None] == block.same.column_ids
-    dots = x.to(block.dtype) @ y.to(block.dtype).T
-    rows = [_reduce(r, dots * row_scale.view(-1, 1) + bias, same) for r in block.reductions]
-    if not block.both:
-        return rows
-    return rows + [_reduce(r, dots.T * column_scale.view(-1, 1) + bias, same.T) for r in block.reductions]
+    scales = [block.row_scale, block.row_scale if block.column_scale is None else block.column_scale]
+    views = [(dots, same), (dots.T, same.T)][: 1 + block.both]
+    bias = 0.0 if block.bias is None else block.bias
+    return dots, [(view * s + bias, mask, s) for (view, mask), s in zip(views, (t.view(-1, 1) for t in scales), strict=False)]
 
 
 class Dense:
     """Memory and time O(n·m), several times over."""
 
+    def lacks(self, x: Tensor, reductions: Sequence[Reduction]) -> str | None:
+        return lacks_in_torch(x, reductions)
+
     def forward(self, block: Block) -> Statistics:
-        scale, bias = block.row_scale, block.bias if block.bias is not None else block.row_scale.new_zeros(())
-        columns = scale if block.column_scale is None else block.column_scale
-        values = _statistics(block, block.x, block.y, scale, columns, bias)
-        return Statistics(values[: len(block.reductions)], values[len(block.reductions) :])
+        values = [[_reduce(r, z, same) for r in block.reductions] for z, same, _ in _scores(block)[1]]
+        return Statistics(values[0], values[1] if block.both else [])
 
     def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients:
-        with torch.enable_grad():
-            inputs = [block.x, block.y, block.row_scale]
-            inputs.append(block.row_scale if block.column_scale is None else block.column_scale)
-            inputs.append(block.bias if block.bias is not None else block.row_scale.new_zeros(()))
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            own = _statistics(block, *leaves)
-            totals, upstream = finite([*final.rows, *final.columns], [*grads.rows, *grads.columns])
-            reductions = block.reductions * 2 if block.both else block.reductions
-            objective = 0.0 * leaves[0].sum()
-            for reduction, part, total, grad in zip(reductions, own, totals, upstream, strict=True):
-                if isinstance(reduction, LogSumExp):  # this block's share of the whole: ∂ total / ∂ part
-                    grad = grad * (part.detach() - total).exp()
-                if part.requires_grad:
-                    objective = objective + (torch.where(grad == 0, 0.0, part) * grad).sum()
-            dx_own, dy, row_scale, column_scale, bias = torch.autograd.grad(
-                objective, leaves, allow_unused=True, materialize_grads=True
-            )
-        dx += dx_own
-        if block.column_scale is None:
-            return Gradients(dx, dy.to(block.dtype), row_scale + column_scale, None, bias)
-        return Gradients(dx, dy.to(block.dtype), row_scale, column_scale, bias)
+        dots, sides = _scores(block)
+        per_anchor = block.row_scale.dim() > 0
+        w, d_bias, d_scales = torch.zeros_like(dots), dots.new_zeros(()), []
+        for (z, same, scale), values, upstream, turn in zip(
+            sides, (final.rows, final.columns), (grads.rows, grads.columns), (lambda t: t, torch.t), strict=False
+        ):
+            totals, upstream = finite(values, upstream)
+            with torch.enable_grad():
+                z.requires_grad_()
+                objective = 0.0 * z.sum()
+                for reduction, total, grad in zip(block.reductions, totals, upstream, strict=True):
+                    part = _reduce(reduction, z, same)
+                    if isinstance(reduction, LogSumExp):  # this block's share of the whole: ∂ total / ∂ part
+                        grad = grad * (part.detach() - total).exp()
+                    if part.requires_grad:
+                        objective = objective + (torch.where(grad == 0, 0.0, part) * grad).sum()
+                (own,) = torch.autograd.grad(objective, z)
+            d_bias += own.sum()
+            if per_anchor:
+                d_scales.append((own * turn(dots)).sum(1))
+                own = own * scale
+            w += turn(own)
+        dx += w @ block.y.to(block.dtype)
+        row_scale, column_scale = (*d_scales, None, None)[:2]
+        return Gradients(w.T @ block.x.to(block.dtype), row_scale, column_scale, None if block.bias is None else d_bias)

@@ -1,24 +1,31 @@
 """Tiles in plain PyTorch, on any device: O(n + m) memory beside one tile, exact gradients by recomputation.
 
-Per pair of forward and backward: four score-sized products, two exponentials. Shapes: R, C rows and columns of a tile.
+Per forward and backward: four score-sized products, and two exponentials where both directions can share them.
+Shapes: R, C rows and columns of a tile.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmcontrast.score.backends.base import Block, Gradients, Statistics, finite
+from mmcontrast.score.backends.base import Block, Gradients, Statistics, finite, lacks_in_torch
+from mmcontrast.score.backends.tiles import Weights, cut, gradients_by_tiles, product, product_dtype
 from mmcontrast.score.reductions import LogSumExp, Maximum, Over, Reduction, SoftplusSum, Sum
 
-CPU_TILE, GPU_TILE = (512, 2048), (2048, 8192)
+CPU_TILE = (2048, 1024)  # of (512 … 4096) × (256 … 2048) the fastest or near it at D = 256, 512 and 1,024
 SAFE_RANGE = 60.0  # natural logarithm: within it of a common shift, fp32 exponentials neither overflow nor lose digits
 LINEAR = 40.0  # above it log(1 + exp(z)) = z to the last digit of float64
 
 Same = tuple[Tensor, Tensor] | Tensor | None
+Sides = list[tuple[int, Tensor, Tensor]]  # (the tensor dimension that is reduced, values, upstream gradients)
 
 
 class TorchTiled:
     """See `Backend`."""
+
+    def lacks(self, x: Tensor, reductions: Sequence[Reduction]) -> str | None:
+        return lacks_in_torch(x, reductions)
 
     def forward(self, block: Block) -> Statistics:
         n, m = len(block.x), len(block.y)
@@ -26,180 +33,156 @@ class TorchTiled:
             [block.x.new_full((n,), r.identity, dtype=block.dtype) for r in block.reductions],
             [block.x.new_full((m,), r.identity, dtype=block.dtype) for r in block.reductions if block.both],
         )
-        shared, scores = _shared_exponential(block), _Scores(block)
-        for rows, columns in scores.tiles():
-            same = block.same.tile(rows, columns)
-            sides = [(out.rows, rows, 1)] + [(out.columns, columns, 0)] * block.both
-            both = None if shared is None else _shared_forward(scores.shared(rows, columns), same)
-            if both is not None:
-                for (values, place, _), part in zip(sides, both, strict=True):
-                    values[0][place] = block.reductions[0].merge(values[0][place], part)
-                continue
-            dots = scores.dots(rows, columns)
-            for values, place, dim in sides:
-                z_RC = scores.scaled(dots, place, dim)
-                for value, reduction in zip(values, block.reductions, strict=True):
-                    value[place] = reduction.merge(value[place], _reduce(reduction, z_RC, same, dim))
+        tile, scores = tile_size(block), _Scores(block)
+        for rows in cut(n, tile[0]):
+            for columns in cut(m, tile[1]):
+                same, dots = block.same.tile(rows, columns), scores.dots(rows, columns)
+                for dims in scores.views():
+                    z_RC = scores.scaled(dots, rows, columns, dims)
+                    for k, reduction in enumerate(block.reductions):
+                        parts = _reduce(reduction, z_RC, same, dims, scores.work(0, z_RC))
+                        for dim, part in zip(dims, parts, strict=True):
+                            total = out.rows[k][rows] if dim == 1 else out.columns[k][columns]
+                            total.copy_(reduction.merge(total, part))
         return out
 
     def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients:
-        rows_final, rows_grad = finite(final.rows, grads.rows)
-        columns_final, columns_grad = finite(final.columns, grads.columns)
-        sides = ((rows_final, rows_grad, 1), (columns_final, columns_grad, 0))[: 1 + block.both]
-        per_anchor = block.row_scale.dim() > 0
-        dy = torch.zeros(block.y.shape, dtype=block.dtype, device=block.y.device)
-        d_scales = [torch.zeros_like(block.row_scale, dtype=block.dtype)]
-        d_scales.append(d_scales[0] if block.column_scale is None else torch.zeros_like(block.column_scale, dtype=block.dtype))
-        d_bias = dy.new_zeros(())
-        shared, scores = _shared_exponential(block), _Scores(block)
-        for rows, tiles in scores.strips():
-            dx_strip = dx.new_zeros((rows.stop - rows.start, dx.shape[1]))
-            for columns in tiles:
-                same, w_RC = block.same.tile(rows, columns), None
-                if shared is not None:
-                    w_RC = _shared_backward(scores, rows, columns, same, sides)
-                if w_RC is None:
-                    dots = scores.dots(rows, columns)
-                    w_RC = torch.zeros_like(dots)
-                    for side, (values, upstream, dim) in enumerate(sides):
-                        place, scale = (rows, block.row_scale) if dim == 1 else (columns, block.column_scale)
-                        z_RC, own_RC = scores.scaled(dots, place, dim), torch.zeros_like(dots)
-                        for reduction, value, grad in zip(block.reductions, values, upstream, strict=True):
-                            if not isinstance(reduction, Maximum):
-                                value, grad = value[place].unsqueeze(dim), grad[place].unsqueeze(dim)
-                                own_RC += _derivative(reduction, z_RC, same, value, grad)
-                        if per_anchor and scale is not None:  # ds = w · scale, and the scales' own gradient
-                            d_scales[side][place] += (own_RC * dots).sum(dim)
-                            d_bias += own_RC.sum()
-                            own_RC *= scale[place].unsqueeze(dim)
-                        w_RC += own_RC
-                if block.bias is not None and not per_anchor:
-                    d_bias += w_RC.sum()
-                w_RC = w_RC.to(scores.product_dtype)
-                scores.add_product(dx_strip, w_RC, scores.y(columns))
-                scores.add_product(dy[columns], w_RC.T, scores.x(rows))
-            if not per_anchor:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
-                d_scales[0] += (block.x[rows] * dx_strip).sum()
-                dx_strip *= block.row_scale
-            dx[rows] += dx_strip
-        if not per_anchor:
-            dy *= block.row_scale
-        return Gradients(dx, dy, d_scales[0], None if block.column_scale is None else d_scales[1], d_bias)
+        row_values, row_grads = finite(final.rows, grads.rows)
+        column_values, column_grads = finite(final.columns, grads.columns)
+        scores, per_anchor = _Scores(block), block.row_scale.dim() > 0
+
+        def weights(rows: slice, columns: slice, grads: Statistics) -> Weights:
+            same, dots = block.same.tile(rows, columns), scores.dots(rows, columns)
+            out = Weights(scores.work(0, dots).zero_() if per_anchor else dots)
+            for dims in scores.views():
+                z_RC = scores.scaled(dots, rows, columns, dims)
+                own_RC = None
+                for k, reduction in enumerate(block.reductions):
+                    if isinstance(reduction, Maximum):
+                        continue
+                    sides: Sides = [
+                        (1, row_values[k][rows, None], grads.rows[k][rows, None])
+                        if dim == 1
+                        else (0, column_values[k][columns], grads.columns[k][columns])
+                        for dim in dims
+                    ]
+                    part = _derivative(reduction, z_RC, same, sides, scores.work(1 if own_RC is None else 2, z_RC), scores)
+                    own_RC = part if own_RC is None else own_RC.add_(part)
+                if own_RC is None:  # nothing but maxima
+                    own_RC = scores.work(1, z_RC).zero_()
+                if block.bias is not None:
+                    out.bias = own_RC.sum() if out.bias is None else out.bias + own_RC.sum()
+                if not per_anchor:
+                    out.w = own_RC
+                elif dims == (1,):
+                    out.row_scale = torch.mul(own_RC, dots, out=scores.work(2, dots)).sum(1)
+                    out.w.addcmul_(own_RC, block.row_scale[rows, None])
+                elif block.column_scale is not None:
+                    out.column_scale = torch.mul(own_RC, dots, out=scores.work(2, dots)).sum(0)
+                    out.w.addcmul_(own_RC, block.column_scale[columns])
+            return out
+
+        return gradients_by_tiles(block, Statistics(row_grads, column_grads), dx, tile_size(block), weights)
+
+
+def tile_size(block: Block) -> tuple[int, int]:
+    """Rows and columns of a tile: what stays near the caches of a CPU; on a GPU, what keeps it busy while the five fp32
+    buffers of a tile take no more memory than the inputs (down to 1,024 rows)."""
+    if block.tile_size is not None or block.x.device.type == "cpu":
+        return block.tile_size or CPU_TILE
+    bytes_of_inputs = (block.x.numel() + block.y.numel()) * block.x.element_size()
+    side = min(max(int((bytes_of_inputs / 20) ** 0.5) // 256 * 256, 1024), 8192)
+    return side, side
 
 
 class _Scores:
-    """The tiles of a block's scores, computed in one reused buffer."""
+    """The tiles of a block's scores, and work space of their size: allocated once, used for every tile."""
 
     def __init__(self, block: Block) -> None:
-        self.block, self.n, self.m = block, len(block.x), len(block.y)
-        self.rows, self.columns = block.tile_size or (CPU_TILE if block.x.device.type == "cpu" else GPU_TILE)
-        size = (min(self.rows, self.n), min(self.columns, self.m))
-        self.buffer = torch.empty(size, dtype=block.dtype, device=block.x.device)
-        # on a CPU bf16 products are several times faster; they round each score and each tile's gradient to bf16
-        native = block.x.dtype == torch.bfloat16 and block.x.device.type == "cpu"
-        self.product_dtype = torch.bfloat16 if native else block.dtype
+        self.block = block
+        self.buffers: dict[int, Tensor] = {}
+        self.size = min(tile_size(block)[0], len(block.x)) * min(tile_size(block)[1], len(block.y))
 
-    def strips(self) -> list[tuple[slice, list[slice]]]:
-        def cut(length: int, size: int) -> list[slice]:
-            return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    def work(self, number: int, like: Tensor) -> Tensor:
+        """The number-th buffer, of the shape of `like`; what was in it is lost."""
+        if number not in self.buffers:
+            self.buffers[number] = torch.empty(self.size, dtype=self.block.dtype, device=like.device)
+        return self.buffers[number][: like.numel()].view(like.shape)
 
-        columns = cut(self.m, self.columns)
-        return [(rows, columns) for rows in cut(self.n, self.rows)]
-
-    def tiles(self) -> list[tuple[slice, slice]]:
-        return [(rows, columns) for rows, tiles in self.strips() for columns in tiles]
-
-    def x(self, rows: slice) -> Tensor:
-        return self.block.x[rows].to(self.product_dtype)
-
-    def y(self, columns: slice) -> Tensor:
-        return self.block.y[columns].to(self.product_dtype)
-
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a b."""
-        if self.product_dtype == total.dtype:
-            total.addmm_(a, b)
-        else:
-            total += torch.mm(a, b)
+    def views(self) -> list[tuple[int, ...]]:
+        """The dimensions to reduce, together where both directions have the same scores."""
+        if self.block.row_scale.dim() == 0:
+            return [(1, 0) if self.block.both else (1,)]
+        return [(1,), (0,)] if self.block.both else [(1,)]
 
     def dots(self, rows: slice, columns: slice) -> Tensor:
-        """x·y [R, C], in the buffer."""
-        R, C = rows.stop - rows.start, columns.stop - columns.start
-        out = self.buffer[:R, :C] if self.buffer.shape[1] == C else self.buffer.view(-1)[: R * C].view(R, C)
-        if self.product_dtype == out.dtype:
-            return torch.mm(self.x(rows), self.y(columns).T, out=out)
-        return out.copy_(torch.mm(self.x(rows), self.y(columns).T))
+        """x·y [R, C], in a buffer of its own."""
+        dtype = product_dtype(self.block)
+        x, y = self.block.x[rows].to(dtype), self.block.y[columns].to(dtype)
+        if -1 not in self.buffers:
+            self.buffers[-1] = torch.empty(self.size, dtype=self.block.dtype, device=x.device)
+        out = self.buffers[-1][: len(x) * len(y)].view(len(x), len(y))
+        return torch.mm(x, y.T, out=out) if dtype == out.dtype else out.copy_(product(x, y.T, out.dtype))
 
-    def scaled(self, dots: Tensor, place: slice, dim: int) -> Tensor:
-        """z of one direction, a new tensor: dim 1 for the rows', 0 for the columns'."""
+    def scaled(self, dots: Tensor, rows: slice, columns: slice, dims: tuple[int, ...]) -> Tensor:
+        """z of one view: in place of `dots` where it serves both directions."""
         block = self.block
-        scale = block.row_scale if dim == 1 or block.column_scale is None else block.column_scale
-        z = dots * (scale if scale.dim() == 0 else scale[place].unsqueeze(dim))
+        if block.row_scale.dim() == 0:
+            z = dots.mul_(block.row_scale)
+        else:
+            scale = block.row_scale[rows, None] if dims == (1,) or block.column_scale is None else block.column_scale[columns]
+            z = torch.mul(dots, scale, out=self.work(3, dots))
         return z if block.bias is None else z.add_(block.bias)
 
-    def shared(self, rows: slice, columns: slice) -> Tensor:
-        """z for both directions at once, in the buffer."""
-        z = self.dots(rows, columns).mul_(self.block.row_scale)
-        return z if self.block.bias is None else z.add_(self.block.bias)
 
-
-def _fill(z: Tensor, same: Same, over: Over, value: float, copy: bool = True) -> Tensor:
-    """z with `value` at the candidates that `over` leaves out."""
-    if over == "all" or (over == "negatives" and same is None):
-        return z
-    if over == "negatives":
+def _drop(values: Tensor, same: Same, over: Over, value: float) -> Tensor:
+    """`value`, in place, at the candidates that `over` leaves out."""
+    if over == "negatives" and same is not None:
         if isinstance(same, Tensor):
-            return z.masked_fill(same, value) if copy else z.masked_fill_(same, value)
-        z = z.clone() if copy else z
-        z[same] = value
-        return z
-    kept = torch.full_like(z, value)
-    if same is not None:
-        kept[same] = z[same]
-    return kept
+            return values.masked_fill_(same, value)
+        values[same] = value
+    elif over == "positives":
+        if isinstance(same, Tensor):
+            return values.masked_fill_(~same, value)
+        kept = None if same is None else values[same]
+        values.fill_(value)
+        if same is not None and kept is not None:
+            values[same] = kept
+    return values
 
 
-def _reduce(reduction: Reduction, z: Tensor, same: Same, dim: int) -> Tensor:
+def _reduce(reduction: Reduction, z: Tensor, same: Same, dims: tuple[int, ...], work: Tensor) -> list[Tensor]:
+    """The reduction of z [R, C] along each of dims. z stays as it is."""
     match reduction:
         case LogSumExp(exponent=exponent):
-            return _fill(exponent * z, same, reduction.over, -torch.inf, copy=False).logsumexp(dim)
+            both = None
+            if len(dims) == 2 and z.device.type == "cpu":  # elsewhere the range check would wait for the device
+                both = _shared_log_sum_exps(_drop(torch.mul(z, exponent, out=work), same, reduction.over, -torch.inf))
+            return both or [
+                _log_sum_exp(_drop(torch.mul(z, exponent, out=work), same, reduction.over, -torch.inf), dim) for dim in dims
+            ]
         case SoftplusSum():
-            return F.softplus(_fill(z, same, reduction.over, -torch.inf), threshold=LINEAR).sum(dim)
+            torch.ops.aten.softplus.out(z, 1, LINEAR, out=work)
+            _drop(work, same, reduction.over, 0.0)
+            return [work.sum(dim) for dim in dims]
         case Sum():
-            return _fill(z, same, reduction.over, 0.0).sum(dim)
+            _drop(work.copy_(z), same, reduction.over, 0.0)
+            return [work.sum(dim) for dim in dims]
         case Maximum():
-            return _fill(z, same, reduction.over, -torch.inf).amax(dim)
-    raise TypeError(f"the torch backend has no {reduction}: backend='dense' may")
+            _drop(work.copy_(z), same, reduction.over, -torch.inf)
+            return [work.amax(dim) for dim in dims]
+    raise TypeError(f"the torch backend has no {reduction}")
 
 
-def _derivative(reduction: Reduction, z: Tensor, same: Same, value: Tensor, grad: Tensor) -> Tensor:
-    """grad · ∂ reduction / ∂ z, [R, C]."""
-    match reduction:
-        case LogSumExp(exponent=exponent):
-            exponents = _fill(exponent * z, same, reduction.over, -torch.inf, copy=False)
-            return exponents.sub_(value).exp_().mul_(exponent * grad)
-        case SoftplusSum():
-            return _fill(z, same, reduction.over, -torch.inf).sigmoid().mul_(grad)
-        case Sum():
-            return _fill(torch.ones_like(z), same, reduction.over, 0.0, copy=False).mul_(grad)
-    raise TypeError(f"the torch backend has no {reduction}: backend='dense' may")
+def _log_sum_exp(z: Tensor, dim: int) -> Tensor:
+    """Along one dimension; overwrites z."""
+    shift = z.amax(dim, keepdim=True)
+    shift.masked_fill_(shift.isneginf(), 0.0)
+    return z.sub_(shift).exp_().sum(dim).log_().add_(shift.squeeze(dim))
 
 
-def _shared_exponential(block: Block) -> LogSumExp | None:
-    """The one log-sum-exp over negatives, with one scale, of both directions: rows and columns can share exponentials.
-
-    Only on the CPU, where asking whether they stay in range costs no synchronisation.
-    """
-    match block.reductions:
-        case (LogSumExp(exponent=1.0, over="negatives") as reduction,) if block.both and block.row_scale.dim() == 0:
-            return reduction if block.x.device.type == "cpu" else None
-    return None
-
-
-def _shared_forward(z: Tensor, same: Same) -> tuple[Tensor, Tensor] | None:
-    """Log-sum-exps of a tile's rows and columns from one exponential about the tile's maximum; None out of range.
-    Overwrites z."""
-    z = _fill(z, same, "negatives", -torch.inf, copy=False)
+def _shared_log_sum_exps(z: Tensor) -> list[Tensor] | None:
+    """Of rows and columns, from one exponential about the tile's maximum; None out of range. Overwrites z."""
     shift = z.amax()
     if shift == -torch.inf:
         return None
@@ -208,17 +191,39 @@ def _shared_forward(z: Tensor, same: Same) -> tuple[Tensor, Tensor] | None:
     floor = torch.tensor(-SAFE_RANGE).exp()
     if rows.amin() < floor or columns.amin() < floor:
         return None
-    return rows.log_().add_(shift), columns.log_().add_(shift)
+    return [rows.log_().add_(shift), columns.log_().add_(shift)]
 
 
-def _shared_backward(scores: _Scores, rows: slice, columns: slice, same: Same, sides: tuple) -> Tensor | None:
-    """w = e^{z−m} · (g_i e^{m−R_i} + h_j e^{m−C_j}) in the buffer, or None where m−R or m−C is out of range."""
-    (((row_value,), (row_grad,), _), ((column_value,), (column_grad,), _)) = sides
-    row_value, column_value = row_value[rows], column_value[columns]
-    shift = max(row_value.max(), column_value.max())
-    if shift - min(row_value.min(), column_value.min()) > SAFE_RANGE:
-        return None
-    z = _fill(scores.shared(rows, columns), same, "negatives", -torch.inf, copy=False).sub_(shift).exp_()
-    row_weight = row_grad[rows] * (shift - row_value).exp()
-    column_weight = column_grad[columns] * (shift - column_value).exp()
-    return z.mul_(row_weight.unsqueeze(1) + column_weight)
+def _derivative(reduction: Reduction, z: Tensor, same: Same, sides: Sides, work: Tensor, scores: _Scores) -> Tensor:
+    """Σ over the sides of grad · ∂ reduction / ∂ z, [R, C], in `work`. z stays as it is."""
+    match reduction:
+        case LogSumExp(exponent=exponent):
+            shared = _shared_shift(sides) if len(sides) == 2 and z.device.type == "cpu" else None
+            if shared is not None:  # e^{z−m} · (g_i e^{m−R_i} + h_j e^{m−C_j})
+                torch.mul(z, exponent, out=work).sub_(shared).exp_()
+                sides = [(dim, value, exponent * grad * (shared - value).exp_()) for dim, value, grad in sides]
+                return _drop(work, same, reduction.over, 0.0).mul_(_outer(sides, scores, z))
+            for number, (_, value, grad) in enumerate(sides):
+                out = scores.work(4, z) if number else work
+                torch.mul(z, exponent, out=out).sub_(value).exp_()
+                _drop(out, same, reduction.over, 0.0).mul_(exponent * grad)
+            return work.add_(scores.work(4, z)) if len(sides) == 2 else work
+        case SoftplusSum():
+            return _drop(torch.sigmoid(z, out=work), same, reduction.over, 0.0).mul_(_outer(sides, scores, z))
+        case Sum():
+            return _drop(work.copy_(_outer(sides, scores, z).expand_as(z)), same, reduction.over, 0.0)
+    raise TypeError(f"the torch backend has no {reduction}")
+
+
+def _outer(sides: Sides, scores: _Scores, like: Tensor) -> Tensor:
+    """The sides' gradients, to be multiplied with [R, C]: their sum where there are two."""
+    if len(sides) == 1:
+        return sides[0][2]
+    return torch.add(sides[0][2], sides[1][2], out=scores.work(4, like))
+
+
+def _shared_shift(sides: Sides) -> Tensor | None:
+    """The largest of both sides' values, if none is out of range of it."""
+    ends = [(value.amax(), value.amin()) for _, value, _ in sides]
+    shift = torch.maximum(ends[0][0], ends[1][0])
+    return shift if shift - min(ends[0][1], ends[1][1]) <= SAFE_RANGE else None

@@ -1,0 +1,96 @@
+"""What tiled backends share: the cuts, the products, and the gradients that follow from the weights of each tile.
+
+Shapes: R, C rows and columns of a tile.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcontrast.score.backends.base import Block, Gradients, Statistics
+
+
+@dataclass
+class Weights:
+    """Of one tile: w_RC = ∂loss/∂z (times the scales where they are per anchor), and what else the tile adds up.
+
+    Attributes:
+        w: [R, C].
+        bias: [], Σ ∂loss/∂z, if the block has a bias.
+        row_scale, column_scale: [R] and [C], if scales are per anchor.
+    """
+
+    w: Tensor
+    bias: Tensor | None = None
+    row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
+
+
+def cut(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def product_dtype(block: Block) -> torch.dtype:
+    """Of the products' operands: the inputs' own where the machine is faster with it, else that of the statistics.
+
+    On a CPU bf16 products round each score and each tile's share of a gradient to bf16; on a GPU they accumulate and
+    give fp32, so that only the weights are rounded."""
+    native = (torch.bfloat16,) if block.x.device.type == "cpu" else (torch.bfloat16, torch.float16)
+    return block.x.dtype if block.x.dtype in native else block.dtype
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, in dtype."""
+    if a.dtype != dtype and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def gradients_by_tiles(
+    block: Block,
+    grads: Statistics,
+    dx: Tensor,
+    tile: tuple[int, int],
+    weights: Callable[[slice, slice, Statistics], Weights],
+) -> Gradients:
+    """The backward pass: for each tile its weights W, then dx += W Y and dy += Wᵀ X.
+
+    Weights in fp16 would underflow (a gradient of 1/N times a probability), so there they are those of the gradients
+    divided by the largest of them.
+    """
+    dtype, low = block.dtype, product_dtype(block)
+    largest = None
+    if low == torch.float16:
+        given = [grad.abs().amax() for grad in (*grads.rows, *grads.columns) if grad.numel()]
+        largest = torch.stack([*given, dx.new_tensor(torch.finfo(dtype).tiny)]).amax()
+        grads = Statistics([g / largest for g in grads.rows], [g / largest for g in grads.columns])
+
+    def add(total: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == dtype:
+            total.addmm_(a, b)
+        elif largest is None:
+            total += product(a, b, dtype)
+        else:
+            total.addcmul_(product(a, b, dtype), largest)
+
+    dy = torch.zeros(block.y.shape, dtype=dtype, device=block.y.device)
+    scales = block.row_scale if block.row_scale.dim() else None, block.column_scale
+    sums = [None if like is None else torch.zeros_like(like) for like in (*scales, block.bias)]
+    for rows in cut(len(block.x), tile[0]):
+        x = block.x[rows].to(low)
+        for columns in cut(len(block.y), tile[1]):
+            part = weights(rows, columns, grads)
+            w = part.w.to(low)
+            add(dx[rows], w, block.y[columns].to(low))
+            add(dy[columns], w.T, x)
+            found: list[Any] = [(rows, part.row_scale), (columns, part.column_scale), (..., part.bias)]
+            for total, (place, value) in zip(sums, found, strict=True):
+                if total is not None and value is not None:
+                    total[place] += value
+    for total in sums:
+        if total is not None and largest is not None:
+            total *= largest
+    return Gradients(dy, *sums)
