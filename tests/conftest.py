@@ -1,9 +1,14 @@
 """Small real data for every test: a few glyphs drawn, spoken and written as shards, once a session."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run here, slowly
 
 from data_pipelines.glyphs.characters import Character
 from data_pipelines.glyphs.glyphs import Glyphs

@@ -27,7 +27,7 @@ def choose(name: str, x: Tensor, reductions: Sequence[Reduction]) -> Backend:
     lacking = BACKENDS[name].lacks(x, reductions)
     if lacking:
         able = [other for other, backend in BACKENDS.items() if not backend.lacks(x, reductions)]
-        raise ValueError(f"backend {name!r} has no {lacking}: {' and '.join(map(repr, able)) or 'none'} has")
+        raise ValueError(f"backend {name!r} has no {lacking}: {' and '.join(map(repr, able)) or 'no backend'} has")
     return BACKENDS[name]
 
 

@@ -1,0 +1,172 @@
+"""Real gloo processes: unequal, empty and absent parts give the single-process statistics, loss and gradients.
+
+Four processes are started once, and work through all cases in groups of as many ranks as a case has."""
+
+import itertools
+import multiprocessing
+import os
+import socket
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from mmcontrast import contrastive_loss, score_statistics
+from mmcontrast.objectives import OBJECTIVES
+from tests.score.problems import REDUCTIONS, finite_sum, problem
+
+RANKS, FIELDS = 4, ("a", "b", "c")
+SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
+DRIVERS = ["ring", "gather"]
+LOSSES = list(itertools.product(SIZES, DRIVERS, sorted(OBJECTIVES), [False, True]))
+STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch", "triton"], [False, True]))
+OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
+
+
+def a_batch(n):
+    generator = torch.Generator().manual_seed(3)
+    fields = {f: F.normalize(torch.randn(n, 5, generator=generator, dtype=torch.float64), dim=1) for f in FIELDS}
+    owner = torch.randint(n // 2 + 1, (n,), generator=generator)
+    ids = {f: torch.where(torch.rand(n, generator=generator) < 0.25, -1, owner) for f in FIELDS}
+    extra = F.normalize(torch.randn(7, 5, generator=generator, dtype=torch.float64), dim=1)
+    return fields, ids, extra
+
+
+def loss_and_grads(fields, ids, extra, objective, **options):
+    """The loss, and the gradients by every field, the extra negatives, the scale and the bias."""
+    leaves = {f: rows.clone().requires_grad_() for f, rows in fields.items()}
+    others = [extra.clone().requires_grad_(), *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (20.0, -2.0))]
+    loss = contrastive_loss(
+        leaves,
+        objective=objective,
+        ids=ids,
+        extra_negatives={"b": others[0]},
+        logit_scale=others[1],
+        logit_bias=others[2],
+        tile_size=3,
+        **options,
+    )
+    loss.backward()
+    unused = [torch.zeros_like(t) if t.grad is None else t.grad for t in others]
+    return loss.detach(), [leaf.grad for leaf in leaves.values()], unused
+
+
+def check_loss(group, rank, sizes, driver, objective, with_ids):
+    fields, ids, extra = a_batch(sum(sizes))
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    ids = ids if with_ids else None
+    extras = extra.tensor_split(len(sizes))
+    want, want_rows, (want_extra, *want_scalars) = loss_and_grads(fields, ids, extra, objective, backend="dense")
+    got, got_rows, (got_extra, *got_scalars) = loss_and_grads(
+        {f: v[rows] for f, v in fields.items()},
+        None if ids is None else {f: v[rows] for f, v in ids.items()},
+        extras[rank],
+        objective,
+        group=group,
+        communication=driver,
+    )
+    mean = torch.stack([got, *got_scalars])  # what data parallelism averages over the ranks
+    dist.all_reduce(mean, group=group)
+    mean /= len(sizes)
+    expected = [want, *want_scalars, *(g[rows] for g in want_rows), want_extra.tensor_split(len(sizes))[rank]]
+    # the rows' gradients are of the sum of all ranks' losses, W times the mean's
+    found = [*mean, *(g / len(sizes) for g in got_rows), got_extra / len(sizes)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def statistics_and_grads(leaves, ids, n, rows=None, **options):
+    """All reductions at once, of the whole batch of n or of some of its rows, with the same upstream gradients."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    x, y, *scales, bias = leaves
+    given = dict(zip(("scale", "column_scale"), scales, strict=False))
+    directions = score_statistics(x, y, REDUCTIONS, **given, bias=bias, ids=ids, **options)
+    values = [value for d in directions for value in (d.positives, *(d[r] for r in REDUCTIONS))]
+    if rows is not None:  # so that each value meets its own upstream gradient; infinities take no part
+        values = [value.new_full((n,), torch.inf).index_copy(0, rows, value) for value in values]
+    grads = torch.autograd.grad(finite_sum(values), leaves, allow_unused=True, materialize_grads=True)
+    values = [value.detach() if rows is None else value.detach()[rows] for value in values]
+    return values, [d.num_negatives for d in directions], list(grads)
+
+
+def check_statistics(group, rank, sizes, driver, backend, per_anchor):
+    n = sum(sizes)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if backend == "triton" else {"rtol": 1e-10, "atol": 1e-10}
+    leaves, ids = problem(n, 5, 7, n // 2 + 1, 10.0, per_anchor, dtype=dtype)
+    place = torch.arange(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    exact = [leaf.double() for leaf in leaves]
+    want, want_counts, want_grads = statistics_and_grads(exact, ids, n, backend="dense")
+    mine = [leaf[place] if leaf.dim() else leaf for leaf in leaves]
+    got, got_counts, got_grads = statistics_and_grads(
+        mine, ids[place], n, place, backend=backend, tile_size=3, group=group, communication=driver
+    )
+    for grad in got_grads:
+        if grad.dim() == 0:  # each rank has its rows' share
+            dist.all_reduce(grad, group=group)
+    for a, b in zip(got + got_counts, want + want_counts, strict=True):
+        torch.testing.assert_close(a.to(b.dtype), b[place], **tolerance)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a.double(), b if a.dim() == 0 else b[place], **tolerance)
+
+
+def worker(rank, port, answers):
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
+    )
+    first = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
+    apart = dist.new_group([0, 2])
+    cases = [(check_loss, case, first[len(case[0])]) for case in LOSSES]
+    cases += [(check_statistics, case, first[len(case[0])]) for case in STATISTICS]
+    cases += [(check_loss, OTHER_GROUP, apart)]
+    for check, case, group in cases:
+        if dist.get_rank(group) >= 0:
+            try:
+                check(group, dist.get_rank(group), *case)
+            except Exception:  # every rank goes on to the next case
+                answers.put((check.__name__, case, rank, traceback.format_exc()))
+        dist.barrier()
+    answers.put(("done", None, rank, ""))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def failures():
+    """{(check, case): what went wrong}, of all cases."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with multiprocessing.Manager() as manager:
+        answers = manager.Queue()
+        mp.spawn(worker, (port, answers), nprocs=RANKS)
+        found, done = {}, 0
+        while not answers.empty():
+            check, case, rank, text = answers.get()
+            done += check == "done"
+            found.setdefault((check, case), f"rank {rank}: {text}")
+    assert done == RANKS
+    return found
+
+
+def name(case):
+    return "-".join(map(str, case))
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=name)
+def test_the_loss_of_all_ranks_is_that_of_one_process(case, failures):
+    assert ("check_loss", case) not in failures, failures["check_loss", case]
+
+
+@pytest.mark.parametrize("case", STATISTICS, ids=name)
+def test_the_statistics_of_all_ranks_are_those_of_one_process(case, failures):
+    assert ("check_statistics", case) not in failures, failures["check_statistics", case]
+
+
+def test_a_group_other_than_the_world(failures):
+    assert ("check_loss", OTHER_GROUP) not in failures, failures["check_loss", OTHER_GROUP]

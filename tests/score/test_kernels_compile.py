@@ -1,0 +1,25 @@
+"""The kernels as machine code: what Triton's interpreter cannot see. Needs no card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_LIMIT = 99 * 1024  # bytes a block may have on the smallest cards from compute capability 8.0 on (8.6, 8.9)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_they_compile_and_fit(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run([sys.executable, script, str(arch)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) == 10
+    assert max(kernel["shared_bytes"] for kernel in found.values()) <= SHARED_LIMIT
+    if arch == 90:
+        spilled = {name: kernel["spilled_bytes"] for name, kernel in found.items() if "all kinds" not in name}
+        assert not any(spilled.values()), spilled
