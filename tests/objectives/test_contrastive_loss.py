@@ -1,12 +1,17 @@
 """`contrastive_loss` against open_clip and against dense textbook forms, in value and every gradient."""
 
 import itertools
+import re
+from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
+import mmcontrast
 from mmcontrast import contrastive_loss
 from mmcontrast.objectives import OBJECTIVES, InfoNCE
 
@@ -193,33 +198,58 @@ def test_objectives_see_the_sample_ids_of_their_anchors():
     assert seen == [[7, 9], [7, 9]]
 
 
-def test_a_compiled_training_step_contains_it():
+@pytest.mark.parametrize("whole", [True, False], ids=["wrapped", "as it is"])
+def test_a_compiled_training_step_contains_it(whole):
+    """As it is with a graph break at every branch on data, wrapped in `torch.compiler.disable` with one."""
+    loss_of = torch.compiler.disable(contrastive_loss) if whole else contrastive_loss
     towers = {"image": torch.nn.Linear(8, 4), "text": torch.nn.Linear(6, 4)}
     inputs = {"image": torch.randn(12, 8), "text": torch.randn(12, 6)}
     leaves = [p for tower in towers.values() for p in tower.parameters()] + [torch.tensor(2.0, requires_grad=True)]
 
     def step(inputs):
         embeddings = {field: F.normalize(towers[field](values), dim=1) for field, values in inputs.items()}
-        return contrastive_loss(embeddings, logit_scale=leaves[-1].exp(), ids=torch.arange(12) % 9)
+        return loss_of(embeddings, logit_scale=leaves[-1].exp(), ids=torch.arange(12) % 9)
 
     plain = step(inputs)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(step, backend="aot_eager")(inputs)  # inductor takes half a minute here, and a C++ compiler
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1 or not whole
     torch.testing.assert_close(compiled, plain)
     for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True):
         torch.testing.assert_close(a, b)
 
 
+def class_in_the_docs(name):
+    """A class that docs/score_statistics.md shows, as it stands there."""
+    page = Path(__file__).parents[2] / "docs" / "score_statistics.md"
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if f"class {name}(" in block)
+    names = {"torch": torch, "F": F, "mmcontrast": mmcontrast, "open_clip": open_clip}
+    exec(code, names)
+    return names[name]
+
+
 def test_it_takes_the_place_of_open_clips_loss():
-    """As docs/score_statistics.md shows it."""
-
-    class TiledClipLoss(ClipLoss):
-        def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
-            loss = contrastive_loss(
-                {"image": image_features, "text": text_features}, logit_scale=logit_scale, logit_bias=logit_bias,
-            )  # fmt: skip
-            return {"contrastive_loss": loss} if output_dict else loss
-
     x, y = unit(9, 5, seed=0, dtype=torch.float32), unit(9, 5, seed=1, dtype=torch.float32)
-    ours, theirs = (loss(x, y, torch.tensor(10.0), output_dict=True) for loss in (TiledClipLoss(), ClipLoss()))
+    losses = class_in_the_docs("TiledClipLoss")(), ClipLoss()
+    ours, theirs = (loss(x, y, torch.tensor(10.0), output_dict=True) for loss in losses)
     assert ours.keys() == theirs.keys()
     torch.testing.assert_close(ours["contrastive_loss"], theirs["contrastive_loss"])
+
+
+def test_it_is_a_loss_of_sentence_transformers():
+    """Their losses get a model, and at each step the features of every column; the model adds the embeddings to these."""
+
+    class Encoder(torch.nn.Embedding):
+        def forward(self, features):
+            return {**features, "sentence_embedding": super().forward(features["input_ids"]).mean(1)}
+
+    model = Encoder(50, 16)
+    columns = [{"input_ids": torch.randint(0, 50, (9, 5))} for _ in range(2)]
+    loss = class_in_the_docs("TiledRankingLoss")(model)(columns, None)
+    a, b = (F.normalize(model(features)["sentence_embedding"], dim=1) for features in columns)
+    scores, own = 20.0 * a @ b.T, torch.arange(9)
+    want = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    torch.testing.assert_close(loss, want)
+    grads = (torch.autograd.grad(value, model.weight)[0] for value in (loss, want))
+    torch.testing.assert_close(*grads)

@@ -43,10 +43,8 @@ def product_dtype(block: Block) -> torch.dtype:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, in dtype."""
-    if a.dtype != dtype and a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+    """a b, to be added to or copied into what is of dtype; on a CPU it comes in the operands' own."""
+    return torch.mm(a, b, out_dtype=dtype) if a.dtype != dtype and a.is_cuda else torch.mm(a, b)
 
 
 def gradients_by_tiles(

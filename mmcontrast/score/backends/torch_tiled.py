@@ -200,12 +200,12 @@ def _derivative(reduction: Reduction, z: Tensor, same: Same, sides: Sides, work:
         case LogSumExp(exponent=exponent):
             shared = _shared_shift(sides) if len(sides) == 2 and z.device.type == "cpu" else None
             if shared is not None:  # e^{z−m} · (g_i e^{m−R_i} + h_j e^{m−C_j})
-                torch.mul(z, exponent, out=work).sub_(shared).exp_()
+                _minus(z, exponent, shared, work).exp_()
                 sides = [(dim, value, exponent * grad * (shared - value).exp_()) for dim, value, grad in sides]
                 return _drop(work, same, reduction.over, 0.0).mul_(_outer(sides, scores, z))
             for number, (_, value, grad) in enumerate(sides):
                 out = scores.work(4, z) if number else work
-                torch.mul(z, exponent, out=out).sub_(value).exp_()
+                _minus(z, exponent, value, out).exp_()
                 _drop(out, same, reduction.over, 0.0).mul_(exponent * grad)
             return work.add_(scores.work(4, z)) if len(sides) == 2 else work
         case SoftplusSum():
@@ -213,6 +213,11 @@ def _derivative(reduction: Reduction, z: Tensor, same: Same, sides: Sides, work:
         case Sum():
             return _drop(work.copy_(_outer(sides, scores, z).expand_as(z)), same, reduction.over, 0.0)
     raise TypeError(f"the torch backend has no {reduction}")
+
+
+def _minus(z: Tensor, exponent: float, shift: Tensor, out: Tensor) -> Tensor:
+    """exponent · z − shift, in out."""
+    return torch.sub(z, shift, out=out) if exponent == 1 else torch.mul(z, exponent, out=out).sub_(shift)
 
 
 def _outer(sides: Sides, scores: _Scores, like: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""Peak memory of one forward and backward of each loss above its inputs, as the batch grows.
+
+    python benchmarks/loss_memory.py                              # N = 8,192, 32,768, 131,072; D = 512; fp32, CPU
+    python benchmarks/loss_memory.py --checkouts ../GradCache/src --plot docs/loss_memory.png
+
+Each figure is a process of its own (Linux). A loss that grew by the square of N, and would not fit at the next, is not
+run there: the table then shows what it would need, with a ~.
+"""
+
+import argparse
+import multiprocessing
+
+import torch
+from losses import (  # type: ignore[import-not-found]  # beside this file
+    OURS,
+    PEERS,
+    add_checkouts,
+    join_group,
+    load,
+    peak_above_inputs,
+    resident,
+)
+
+
+def measured(name: str, n: int, dim: int, checkouts: list[str]) -> int | str:
+    add_checkouts(checkouts)
+    join_group("cpu")
+    loss = OURS[name] if name in OURS else load(name)
+    return loss if isinstance(loss, str) else peak_above_inputs(loss, n, dim, torch.float32)
+
+
+def available() -> int:
+    """Bytes this machine could still give."""
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":") for line in file)
+    return int(lines["MemAvailable"].removesuffix("kB\n")) * 1024 + resident("VmRSS")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, nargs="+", default=[8192, 32_768, 131_072])
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--losses", nargs="+", default=[*OURS, *(n for n in PEERS if "Inf-CL" not in n)], metavar="LOSS")
+    parser.add_argument("--checkouts", nargs="*", default=[], help="folders that peers are imported from")
+    parser.add_argument("--plot", help="a PNG of the table")
+    options = parser.parse_args()
+    print(f"MiB above the inputs, D = {options.dim}, fp32; N = {', '.join(f'{n:,}' for n in options.n)}")
+    table: dict[str, list[tuple[int, float, bool]]] = {}
+    for name in options.losses:
+        cells: list[tuple[int, float, bool]] = []
+        for n in options.n:
+            expected = cells[-1][1] * (n / cells[-1][0]) ** 2 if cells else 0.0
+            if cells and (not cells[-1][2] or (expected > 0.8 * available() and quadratic(cells))):
+                cells.append((n, expected, False))
+                continue
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                found = process.apply(measured, (name, n, options.dim, options.checkouts))
+            if isinstance(found, str):
+                print(f"{name}: {found}", flush=True)
+                break
+            cells.append((n, float(found), True))
+        else:
+            table[name] = cells
+            figures = " | ".join(f"{'' if sure else '~'}{size / 2**20:,.0f}" for _, size, sure in cells)
+            print(f"{'ours, ' if name in OURS else ''}{name}: {figures}", flush=True)
+    if options.plot:
+        plot(table, options.plot)
+
+
+def quadratic(cells: list[tuple[int, float, bool]]) -> bool:
+    """Whether it grew faster than N^1.5; unknown of one figure, and then assumed."""
+    if len(cells) < 2:
+        return True
+    (n, size, _), (more, larger, _) = cells[-2:]
+    return larger / size > (more / n) ** 1.5
+
+
+def plot(table: dict[str, list[tuple[int, float, bool]]], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, cells in table.items():
+        (line,) = axes.plot([], [], "o-" if name in OURS else "s--", label=f"{'ours, ' if name in OURS else ''}{name}")
+        for (n, size, _), (more, larger, known) in zip(cells, cells[1:], strict=False):
+            style = "-" if name in OURS else "--"
+            axes.plot([n, more], [size / 2**30, larger / 2**30], style if known else ":", color=line.get_color())
+        sure_ones = [(n, size / 2**30) for n, size, sure in cells if sure]
+        axes.plot(*zip(*sure_ones, strict=True), "o" if name in OURS else "s", color=line.get_color())
+    axes.set(xscale="log", yscale="log", xlabel="batch N", ylabel="GiB above the inputs (dotted: would need)")
+    axes.set_xticks([n for n, *_ in next(iter(table.values()))], [f"{n:,}" for n, *_ in next(iter(table.values()))])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
