@@ -2,17 +2,25 @@
 
 from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.contrastive import contrastive_loss
+from mmcontrast.objectives.dcl import DCL
+from mmcontrast.objectives.debiased import Debiased
+from mmcontrast.objectives.hard_negative import HardNegative
 from mmcontrast.objectives.infonce import InfoNCE
+from mmcontrast.objectives.multi_positive import MultiPositive
 from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
 from mmcontrast.objectives.pairing import AllPairs, Anchor, Pairing
 from mmcontrast.objectives.siglip import SigLIP
 
 __all__ = [
+    "DCL",
     "OBJECTIVES",
     "PAIRINGS",
     "AllPairs",
     "Anchor",
+    "Debiased",
+    "HardNegative",
     "InfoNCE",
+    "MultiPositive",
     "Objective",
     "Pairing",
     "SigLIP",

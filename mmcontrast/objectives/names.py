@@ -1,8 +1,19 @@
 """The objectives and pairings that configs and `contrastive_loss` know by name."""
 
+from mmcontrast.objectives.dcl import DCL
+from mmcontrast.objectives.debiased import Debiased
+from mmcontrast.objectives.hard_negative import HardNegative
 from mmcontrast.objectives.infonce import InfoNCE
+from mmcontrast.objectives.multi_positive import MultiPositive
 from mmcontrast.objectives.pairing import AllPairs, Anchor
 from mmcontrast.objectives.siglip import SigLIP
 
-OBJECTIVES = {"infonce": InfoNCE, "siglip": SigLIP}
+OBJECTIVES = {
+    "infonce": InfoNCE,
+    "dcl": DCL,
+    "siglip": SigLIP,
+    "hard_negative": HardNegative,
+    "debiased": Debiased,
+    "multi_positive": MultiPositive,
+}
 PAIRINGS = {"all_pairs": AllPairs, "anchor": Anchor}

@@ -13,7 +13,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 
 import mmcontrast
 from mmcontrast import contrastive_loss
-from mmcontrast.objectives import OBJECTIVES, InfoNCE
+from mmcontrast.objectives import InfoNCE
 
 
 def unit(*shape, seed, dtype=torch.float64):
@@ -50,11 +50,49 @@ def test_siglip_is_open_clips(n):
     assert_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def textbook_anchor_loss(objective, z, i, same):
+OBJECTIVES = [
+    "infonce",
+    "dcl",
+    "siglip",
+    {"type": "hard_negative", "beta": 0.5, "alpha": 0.3},
+    {"type": "hard_negative", "beta": 0.1, "alpha": 0.0, "detach_weights": True},
+    {"type": "debiased", "tau_plus": 0.2},
+    {"type": "debiased", "tau_plus": 0.05, "beta": 0.4},
+    "multi_positive",
+]
+
+
+def test_every_objective_is_here():
+    assert {name if isinstance(name, str) else name["type"] for name in OBJECTIVES} == set(mmcontrast.objectives.OBJECTIVES)
+
+
+def textbook_anchor_loss(objective, z, i, same, scale):
     """One anchor i of scores z [m] in which `same` [m] marks its group: straight from the papers."""
-    if objective == "infonce":
-        return -z[i] + torch.logsumexp(torch.cat([z[i : i + 1], z[~same]]), 0)
-    return -F.logsigmoid(z[i]) - F.logsigmoid(-z[~same]).sum()
+    name, options = (objective, {}) if isinstance(objective, str) else (objective["type"], objective)
+    negatives, n = z[~same], int((~same).sum())
+    if name == "siglip":
+        return -F.logsigmoid(z[i]) - F.logsigmoid(-negatives).sum()
+    if n == 0:
+        return 0.0 * z.sum()
+    if name == "infonce":
+        return -z[i] + torch.logsumexp(torch.cat([z[i : i + 1], negatives]), 0)
+    if name == "dcl":
+        return -z[i] + torch.logsumexp(negatives, 0)
+    if name == "multi_positive":
+        return -(z[same] - torch.logsumexp(z, 0)).mean()
+    weights = n * torch.softmax(options.get("beta", 0.0) * negatives, 0)
+    if options.get("detach_weights"):
+        weights = weights.detach()
+    positive, hard = z[i].exp(), (weights * negatives.exp()).sum()
+    if name == "hard_negative":
+        return -(positive / (options["alpha"] * positive + hard)).log()
+    tau = options["tau_plus"]
+    estimate = torch.maximum((hard / n - tau * positive) / (1 - tau), (-scale).exp())
+    return -(positive / (positive + n * estimate)).log()
+
+
+def directions_of(objective, z):
+    return [z] if objective == "siglip" else [z, z.T]
 
 
 def textbook_loss(objective, fields, ids, pairs, scale, bias):
@@ -64,9 +102,13 @@ def textbook_loss(objective, fields, ids, pairs, scale, bias):
         if not keep.any():
             continue
         z, group = scale * fields[a][keep] @ fields[b][keep].T + bias, ids[a][keep]
-        directions = [z, z.T] if objective == "infonce" else [z]
+        directions = directions_of(objective, z)
         losses.append(
-            sum(textbook_anchor_loss(objective, d[i], i, group == group[i]) for d in directions for i in range(len(group)))
+            sum(
+                textbook_anchor_loss(objective, d[i], i, group == group[i], scale)
+                for d in directions
+                for i in range(len(group))
+            )
             / len(group)
             / len(directions)
         )
@@ -84,7 +126,7 @@ IDS = {
 
 
 @pytest.mark.parametrize("backend", ["dense", "torch"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("pairing", ["all_pairs", {"type": "anchor", "field": "b"}], ids=["all_pairs", "anchor"])
 @pytest.mark.parametrize("case", IDS)
 @pytest.mark.parametrize("scale", [1.0, 100.0])
@@ -118,7 +160,7 @@ def test_nothing_present_is_zero_and_still_steps():
     assert loss == 0 and not dx.any() and not dy.any()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_extra_negatives_are_further_candidates(objective):
     """Equal to writing them into the textbook's sums; those of an anchor's own group are left out."""
     ids, extra_ids = torch.tensor([0, 1, 2, 2, 4]), torch.tensor([1, 7, 4])
@@ -127,12 +169,12 @@ def test_extra_negatives_are_further_candidates(objective):
     def textbook(x, y, more_y, more_x, scale):
         total = 0.0
         for rows, columns, more, more_ids in ((x, y, more_y, extra_ids), (y, x, more_x, torch.full((4,), 99))):
-            if objective == "siglip" and rows is y:
+            if rows is y and len(directions_of(objective, rows)) == 1:
                 continue
             z = scale * torch.cat([rows @ columns.T, rows @ more.T], 1)
             group = torch.cat([ids, more_ids])
-            total += sum(textbook_anchor_loss(objective, z[i], i, group == ids[i]) for i in range(5)) / 5
-        return total / (2 if objective == "infonce" else 1)
+            total += sum(textbook_anchor_loss(objective, z[i], i, group == ids[i], scale) for i in range(5)) / 5
+        return total / len(directions_of(objective, x))
 
     def ours(x, y, more_y, more_x, scale):
         extras = {"b": (more_y, extra_ids), "a": more_x}
@@ -165,6 +207,10 @@ def test_scales_per_pair():
         ({"ids": torch.tensor([0.0, 1, 2])}, r"int64 \[3\]"),
         ({"objective": "infonse"}, "did you mean 'infonce'"),
         ({"objective": {"type": "infonce", "beta": 1}}, "no option 'beta'"),
+        ({"objective": {"type": "hard_negative", "beta": -1.0}}, "beta is -1.0, it must be ≥ 0"),
+        ({"objective": {"type": "hard_negative", "alpha": 2.0}}, r"alpha is 2.0, it must be in \[0, 1\]"),
+        ({"objective": {"type": "debiased", "tau_plus": 1.0}}, r"tau_plus is 1.0, it must be in \[0, 1\)"),
+        ({"objective": {"type": "debiased", "beta": float("nan")}}, "beta is nan"),
         ({"pairing": {"type": "anchor"}}, "missing a required argument: 'field'"),
         ({"pairing": {"type": "anchor", "field": "c"}}, "no field 'c'"),
         ({"extra_negatives": {"a": torch.zeros(2, 5)}}, "extra_negatives of field 'a'"),
