@@ -76,6 +76,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise UserError(f"override {override!r} is not of the form key.key=value, like train.steps=50")
     *parents, last = path.split(".")
+    if parents and parents[0] in ("objective", "pairing"):  # options of the default one: pairing.weights={image-text: 2}
+        tree.setdefault(parents[0], RunConfig.model_fields[parents[0]].default)
     for parent in parents:
         if isinstance(tree.get(parent), str):  # a component by its name alone: objective=infonce
             tree[parent] = {"type": tree[parent]}

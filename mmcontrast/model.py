@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,11 @@ class Embeddings:
 
     Attributes:
         fields: per field, unit rows [N, D], zero where the sample lacks the field.
-        logit_scale: scalar, 1/τ. logit_bias: scalar, or None.
+        logit_scale: scalar, 1/τ; or one for each pair of fields. logit_bias: scalar, or None.
     """
 
     fields: dict[str, Tensor]
-    logit_scale: Tensor
+    logit_scale: Tensor | dict[tuple[str, str], Tensor]
     logit_bias: Tensor | None
 
 
@@ -38,6 +39,7 @@ class ContrastiveModel(nn.Module):
         projection: "linear", or "mlp" (one hidden layer of the tower's width, GELU).
         logit_scale, logit_bias: initial values; the scale is learnt as its logarithm, a bias of None is not learnt.
         max_logit_scale: `clamp_logit_scale` keeps the scale in [1, this] (CLIP clamps at 100).
+        scale_per_pair: each pair of fields learns a scale of its own.
     """
 
     def __init__(
@@ -50,13 +52,15 @@ class ContrastiveModel(nn.Module):
         logit_scale: float = 1 / 0.07,
         logit_bias: float | None = None,
         max_logit_scale: float = 100.0,
+        scale_per_pair: bool = False,
     ) -> None:
         super().__init__()
         self.modalities, self.towers, self.tower_of = nn.ModuleDict(modalities), nn.ModuleDict(towers), dict(tower_of)
         self.projections = nn.ModuleDict({name: _head(t.width, embed_dim, projection) for name, t in towers.items()})
         self.embed_dim, self.max_logit_scale = embed_dim, max_logit_scale
         # shape [1]: sharded data parallelism refuses parameters without a dimension
-        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)]))
+        self.pairs = list(combinations(modalities, 2)) if scale_per_pair else []
+        self.log_logit_scale = nn.Parameter(torch.full((len(self.pairs) or 1,), math.log(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([float(logit_bias)]))
 
     def modality(self, field: str) -> Modality:
@@ -80,7 +84,8 @@ class ContrastiveModel(nn.Module):
                 blank = embeddings.new_zeros(len(batch), self.embed_dim) + 0 * embeddings[:1]
                 fields[field] = blank.masked_scatter(here.unsqueeze(1), embeddings) if here.any() else blank
         bias = None if self.logit_bias is None else self.logit_bias.squeeze(0)
-        return Embeddings(fields, self.log_logit_scale.exp().squeeze(0), bias)
+        scale = self.log_logit_scale.exp()
+        return Embeddings(fields, dict(zip(self.pairs, scale, strict=True)) if self.pairs else scale.squeeze(0), bias)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -57,7 +57,7 @@ def test_the_runs_name_defaults_to_the_files(config_file):
         ("pairing={type: anchor, field: picture}", "no field 'picture'"),
         ("fields.image.modality.sise=3", "did you mean 'size'"),
         ("fields.image.modality={type: image}", "missing a required argument: 'size'"),
-        ("objective=my_lab.losses:Mine", "cannot be imported: No module named 'my_lab'"),
+        ("objective=no_such_lab.losses:Mine", "cannot be imported: No module named 'no_such_lab'"),
         ("train.precision=fp8", "train.precision: input should be 'fp32', 'bf16' or 'fp16'"),
     ],
 )

@@ -68,12 +68,23 @@ def _galleries(model: ContrastiveModel) -> list[tuple[str, str]]:
 
 
 def _curves(log: Sequence[dict[str, Any]]) -> str:
-    """Loss, logit scale, learning rate and speed by step, as one SVG."""
+    """Loss, logit scale, learning rate and speed by step, and the signals of pairs and directions, as one SVG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.6), layout="constrained")
-    for axis, key in zip(figure.subplots(1, 4), ("loss", "logit_scale", "lr", "samples_per_second"), strict=True):
+    rows = [["loss", "logit_scale", "lr", "samples_per_second"]]
+    if any(key.startswith("signals/") for key in log[-1]):
+        rows.append(["accuracy", "effective_negatives", "alignment", "loss of pairs"])
+    figure = Figure(figsize=(11, 2.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    for axis, key in zip(axes[0], rows[0], strict=True):
         axis.plot([line["step"] for line in log], [line[key] for line in log], linewidth=1.3)
+    for axis, key in zip(axes[1:].flat, rows[1] if len(rows) > 1 else [], strict=True):
+        for name in (n for n in log[-1] if n.startswith("signals/") and n.endswith(f"/{key.split()[0]}")):
+            points = [(line["step"], line[name]) for line in log if name in line]
+            label = name.split("/")[1].replace("_to_", " → ")
+            axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label)
+        axis.legend(fontsize=7)
+    for axis, key in zip(axes.flat, (key for row in rows for key in row), strict=True):
         axis.set_title(key.replace("_", " "), fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -11,7 +11,8 @@ from torch import Tensor
 from mmcontrast.components import build
 from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
-from mmcontrast.objectives.pairing import Pairing
+from mmcontrast.objectives.pairing import Pairing, pair_name
+from mmcontrast.objectives.signals import WATCHED, signals_of
 from mmcontrast.score import score_statistics
 from mmcontrast.score.ranks import Communication, exchange
 from mmcontrast.types import ABSENT
@@ -34,11 +35,12 @@ def contrastive_loss(
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
     communication: Communication = "auto",
+    signals: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The contrastive loss of N samples in any number of fields, in O(N·D) memory, exact, over the ranks of a group.
 
-    The mean over the pairs of fields that are not empty of the mean over their anchors, of both directions where the
-    objective has two.
+    The (weighted) mean over the pairs of fields that are not empty of the mean over their anchors, of both directions where
+    the objective has two.
 
     Args:
         embeddings: per field, unit rows [N, D]. Every rank has the same fields; N may differ between ranks, or be 0.
@@ -53,6 +55,9 @@ def contrastive_loss(
             group ids ([K, D], [K]).
         backend, tile_size, communication: see `score_statistics`.
         group: a torch.distributed group; None: this process alone. Every rank must call this, and its backward.
+        signals: filled, if given, with numbers to watch, [] each: of every pair "image-text/loss" and "/alignment" (the
+            mean squared distance of positives), of every direction what `signals_of` says, "image_to_text/accuracy". Like
+            the loss they are to be averaged over the ranks. Costs two more exponentials a score.
 
     Returns:
         Scalar, fp32 (float64 for float64 embeddings). With a group, the mean over ranks is the loss of the whole
@@ -67,7 +72,9 @@ def contrastive_loss(
     if sample_ids is not None and len(sample_ids) != len(next(iter(embeddings.values()))):
         raise ValueError(f"sample_ids has {len(sample_ids)} entries for {len(next(iter(embeddings.values())))} samples")
 
-    pairs = build(pairing, PAIRINGS, "pairing").pairs(list(embeddings))
+    weights = build(pairing, PAIRINGS, "pairing").weighted_pairs(list(embeddings))
+    pairs = [pair for pair, weight in weights.items() if weight]
+    reductions = tuple(dict.fromkeys((*scorer.reductions, *(WATCHED if signals is not None else ()))))
     kept = {pair: _both_present(ids_of, *pair) for pair in pairs}
     device = next(iter(embeddings.values())).device
     local = [len(embeddings[a]) if (keep := kept[a, b]) is None else int(keep.sum()) for a, b in pairs]
@@ -75,7 +82,7 @@ def contrastive_loss(
     ranks = 1 if group is None else dist.get_world_size(group)
     options: dict[str, Any] = {"backend": backend, "tile_size": tile_size, "group": group, "communication": communication}
 
-    losses = []
+    loss, total_weight = torch.zeros((), device=device), 0.0
     for (a, b), anchors in zip(pairs, total, strict=True):
         if anchors == 0:
             continue
@@ -84,9 +91,10 @@ def contrastive_loss(
         group_ids = None if ids_of is None else ids_of[a] if keep is None else ids_of[a][keep]
         options["scale"] = _of_pair(logit_scale, a, b, "logit_scale")
         options["bias"] = _of_pair(logit_bias, a, b, "logit_bias")
-        directions = score_statistics(x, y, scorer.reductions, ids=group_ids, columns=scorer.both_directions, **options)
+        both = scorer.both_directions or signals is not None
+        directions = score_statistics(x, y, reductions, ids=group_ids, columns=both, **options)
         terms = []
-        for direction, rows, others in zip(directions, (x, y), (b, a), strict=True):
+        for direction, rows, here, others in zip(directions, (x, y), (a, b), (b, a), strict=True):
             if direction is None:
                 continue
             if sample_ids is not None:
@@ -95,15 +103,23 @@ def contrastive_loss(
                 more, more_ids = extras[others]
                 row_ids = more_ids.new_full((len(rows),), UNGROUPED) if group_ids is None else group_ids
                 further, _ = score_statistics(
-                    rows, more, scorer.reductions, ids=row_ids, column_ids=more_ids, paired=False, columns=False, **options
+                    rows, more, reductions, ids=row_ids, column_ids=more_ids, paired=False, columns=False, **options
                 )
                 direction = direction.with_more(further)
-            terms.append(scorer(direction).sum() * (ranks / anchors))
-        losses.append(sum(terms) / len(terms))
-    if len(losses) < len(pairs):  # every embedding still takes part in the backward, as data parallelism expects
-        losses.append(sum(e.sum(dtype=torch.promote_types(e.dtype, torch.float32)) for e in embeddings.values()) * 0.0)
-        return sum(losses) / max(len(losses) - 1, 1)
-    return sum(losses) / len(losses)
+            if here == a or scorer.both_directions:
+                terms.append(scorer(direction).sum() * (ranks / anchors))
+            if signals is not None:
+                seen = {f"{here}_to_{others}/{k}": v.sum() * (ranks / anchors) for k, v in signals_of(direction).items()}
+                signals.update(seen)
+        term = sum(terms) / len(terms)
+        if signals is not None:
+            signals[f"{pair_name(a, b)}/loss"] = term.detach()
+            distances = (2.0 - 2.0 * torch.linalg.vecdot(x.detach(), y.detach())).to(term.dtype)
+            signals[f"{pair_name(a, b)}/alignment"] = distances.sum() * (ranks / anchors)
+        loss, total_weight = loss + weights[a, b] * term, total_weight + weights[a, b]
+    if total_weight < sum(weights.values()) or len(pairs) < len(weights):  # all take part, as data parallelism expects
+        loss = loss + sum(e.sum(dtype=torch.promote_types(e.dtype, torch.float32)) for e in embeddings.values()) * 0.0
+    return loss / (total_weight or 1.0)
 
 
 def _ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -87,10 +87,11 @@ def train(job: Job, resume: bool = False) -> Results:
             batch = next(batches).to(accelerator.device)
             if log:
                 log.arrived(options.batch_size)
-            values = training_step(step, batch, model, objective, job.pairing, optimizer, accelerator, options)
-            done = step + 1
+            done, logging = step + 1, due(step + 1, options.log_every, options.steps)
+            watch = logging and options.signals
+            values = training_step(step, batch, model, objective, job.pairing, optimizer, accelerator, options, watch)
 
-            if log and (done % options.log_every == 0 or done == options.steps):
+            if log and logging:
                 seen = {"step": done, "samples_seen": done * options.batch_size}
                 line = log.write(seen | values, accelerator.device)
                 accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)

@@ -29,6 +29,7 @@ class ModelOptions(Options):
     logit_scale: Annotated[float, Field(gt=0)] = 1 / 0.07
     logit_bias: float | None = None
     max_logit_scale: Annotated[float, Field(ge=1)] = 100.0
+    scale_per_pair: bool = False
 
 
 class DataOptions(Options):
@@ -66,6 +67,8 @@ class TrainOptions(Options):
         init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
         log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
         keep_checkpoints: the last so many, and the best.
+        signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
+            batch and effective negatives of directions.
     """
 
     steps: Positive
@@ -86,3 +89,4 @@ class TrainOptions(Options):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Positive = 2
+    signals: bool = True

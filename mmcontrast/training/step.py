@@ -10,6 +10,7 @@ from torch import nn
 
 from mmcontrast.errors import UserError
 from mmcontrast.objectives import Objective, Pairing, contrastive_loss
+from mmcontrast.objectives.pairing import pair_name
 from mmcontrast.training.optim import schedule
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.types import Batch
@@ -36,8 +37,9 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     options: TrainOptions,
+    watch: bool = False,
 ) -> dict[str, Any]:
-    """Trains on one batch and returns what there is to log.
+    """Trains on one batch and returns what there is to log; with `watch` also the signals of the objective.
 
     Raises:
         TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
@@ -48,6 +50,7 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
 
+    signals: dict[str, torch.Tensor] = {}
     embeddings = model(batch)
     loss = contrastive_loss(
         embeddings.fields,
@@ -58,6 +61,7 @@ def training_step(
         ids=batch.ids,
         sample_ids=batch.sample_ids,
         group=dist.group.WORLD if accelerator.num_processes > 1 else None,
+        signals=signals if watch else None,
     )
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), options.clip_grad_norm or math.inf)
@@ -73,4 +77,16 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad()
     accelerator.unwrap_model(model).clamp_logit_scale()
-    return {"loss": value, "lr": lr, "logit_scale": float(embeddings.logit_scale.detach()), "grad_norm": float(norm)}
+    scale = embeddings.logit_scale
+    scales = {f"logit_scale/{pair_name(*pair)}": s for pair, s in scale.items()} if isinstance(scale, dict) else {"": scale}
+    values = {"loss": value, "lr": lr, "logit_scale": mean_of(scales), "grad_norm": float(norm)}
+    if len(scales) > 1:
+        values |= {name: float(s.detach()) for name, s in scales.items()}
+    if signals:
+        seen = accelerator.reduce(torch.stack([s.float() for s in signals.values()]), "mean")
+        values |= {f"signals/{name}": number for name, number in zip(signals, seen.tolist(), strict=True)}
+    return values
+
+
+def mean_of(values: dict[str, torch.Tensor]) -> float:
+    return sum(float(value.detach()) for value in values.values()) / len(values)

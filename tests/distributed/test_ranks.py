@@ -22,7 +22,8 @@ from tests.score.problems import REDUCTIONS, finite_sum, problem
 RANKS, FIELDS = 4, ("a", "b", "c")
 SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
 DRIVERS = ["ring", "gather"]
-LOSSES = list(itertools.product(SIZES, DRIVERS, sorted(OBJECTIVES), [False, True]))
+LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False, True]))
+LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip"}), [True]))
 STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch", "triton"], [False, True]))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
 
@@ -37,9 +38,10 @@ def a_batch(n):
 
 
 def loss_and_grads(fields, ids, extra, objective, **options):
-    """The loss, and the gradients by every field, the extra negatives, the scale and the bias."""
+    """The loss and the signals; the gradients by every field, and by the extra negatives, the scale and the bias."""
     leaves = {f: rows.clone().requires_grad_() for f, rows in fields.items()}
     others = [extra.clone().requires_grad_(), *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (20.0, -2.0))]
+    signals = {}
     loss = contrastive_loss(
         leaves,
         objective=objective,
@@ -48,11 +50,12 @@ def loss_and_grads(fields, ids, extra, objective, **options):
         logit_scale=others[1],
         logit_bias=others[2],
         tile_size=3,
+        signals=signals,
         **options,
     )
     loss.backward()
     unused = [torch.zeros_like(t) if t.grad is None else t.grad for t in others]
-    return loss.detach(), [leaf.grad for leaf in leaves.values()], unused
+    return torch.stack([loss.detach(), *signals.values()]), [leaf.grad for leaf in leaves.values()], unused
 
 
 def check_loss(group, rank, sizes, driver, objective, with_ids):
@@ -69,10 +72,10 @@ def check_loss(group, rank, sizes, driver, objective, with_ids):
         group=group,
         communication=driver,
     )
-    mean = torch.stack([got, *got_scalars])  # what data parallelism averages over the ranks
+    mean = torch.cat([got, torch.stack(got_scalars)])  # what data parallelism averages over the ranks
     dist.all_reduce(mean, group=group)
     mean /= len(sizes)
-    expected = [want, *want_scalars, *(g[rows] for g in want_rows), want_extra.tensor_split(len(sizes))[rank]]
+    expected = [*want, *want_scalars, *(g[rows] for g in want_rows), want_extra.tensor_split(len(sizes))[rank]]
     # the rows' gradients are of the sum of all ranks' losses, W times the mean's
     found = [*mean, *(g / len(sizes) for g in got_rows), got_extra / len(sizes)]
     for a, b in zip(found, expected, strict=True):

@@ -13,7 +13,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 
 import mmcontrast
 from mmcontrast import contrastive_loss
-from mmcontrast.objectives import InfoNCE
+from mmcontrast.objectives import AllPairs, Anchor, InfoNCE
 
 
 def unit(*shape, seed, dtype=torch.float64):
@@ -198,6 +198,64 @@ def test_scales_per_pair():
         contrastive_loss(fields, logit_scale={("a", "b"): 1.0})
 
 
+@pytest.mark.parametrize("pairing", [AllPairs, lambda weights: Anchor("b", weights)], ids=["all_pairs", "anchor"])
+def test_weights_of_pairs(pairing):
+    fields = {name: unit(6, 4, seed=k) for k, name in enumerate("abc")}
+    weighted = contrastive_loss(fields, pairing=pairing({"b-a": 3.0, "b-c": 0.5}), logit_scale=9.0)
+    counts = {("a", "b"): 3.0, ("b", "c"): 0.5} | ({("a", "c"): 1.0} if pairing is AllPairs else {})
+    parts = {(a, b): contrastive_loss({a: fields[a], b: fields[b]}, logit_scale=9.0) for a, b in counts}
+    torch.testing.assert_close(weighted, sum(counts[pair] * parts[pair] for pair in counts) / sum(counts.values()))
+    alone = contrastive_loss(fields, pairing=AllPairs({"a-b": 0.0, "c-a": 0.0}), logit_scale=9.0)
+    torch.testing.assert_close(alone, contrastive_loss({f: fields[f] for f in "bc"}, logit_scale=9.0))
+
+
+def test_a_pair_that_is_empty_or_weighs_nothing_still_reaches_every_field():
+    fields = {name: unit(3, 4, seed=k).requires_grad_() for k, name in enumerate("abc")}
+    contrastive_loss(fields, pairing=AllPairs({"a-c": 0.0, "b-c": 0.0}), logit_scale=9.0).backward()
+    assert fields["c"].grad is not None and not fields["c"].grad.any() and fields["a"].grad.any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_signals_are_what_they_say_and_change_nothing(objective):
+    ids = {"a": torch.tensor([0, 0, 1, 2, 3, -1, 5]), "b": torch.tensor([0, 0, 1, -1, 3, 4, 5])}
+    x, y = unit(7, 3, seed=0), unit(7, 3, seed=1)
+    signals = {}
+    options = {"objective": objective, "logit_scale": 7.0, "ids": ids}
+    loss = contrastive_loss({"a": x, "b": y}, signals=signals, **options)
+    torch.testing.assert_close(loss, contrastive_loss({"a": x, "b": y}, **options))
+    keep = (ids["a"] >= 0) & (ids["b"] >= 0)
+    x, y, group = x[keep], y[keep], ids["a"][keep]
+    want = {"a-b/loss": loss, "a-b/alignment": (x - y).square().sum(1).mean()}
+    for name, z in (("a_to_b", 7.0 * x @ y.T), ("b_to_a", 7.0 * y @ x.T)):
+        negatives = [row[group != group[i]] for i, row in enumerate(z)]
+        correct = [z[i, i] > row.max() for i, row in enumerate(negatives)]
+        numbers = [row.exp().sum() ** 2 / (2 * row).exp().sum() for row in negatives]
+        want[f"{name}/accuracy"] = torch.tensor(correct).double().mean()
+        want[f"{name}/effective_negatives"] = sum(numbers) / len(numbers)
+        want[f"{name}/temperature"] = torch.tensor(1 / 7).double()
+    assert signals.keys() == want.keys() and not any(value.requires_grad for value in signals.values())
+    for name, value in signals.items():
+        torch.testing.assert_close(value, want[name])
+
+
+def test_hard_negatives_weigh_more_the_larger_beta():
+    """The share of the gradient that the harder half of an anchor's negatives gets grows with beta (HN-NCE)."""
+    x, y = unit(40, 8, seed=0), unit(40, 8, seed=1)
+    z = (x @ y.T).requires_grad_()
+    hard = z.detach() > z.detach().median()
+    shares = []
+    for beta in (0.0, 0.1, 0.3, 1.0, 3.0):
+        embeddings = {"a": z, "b": torch.eye(40, dtype=z.dtype)}  # so that the gradient is by the scores themselves
+        loss = contrastive_loss(
+            embeddings, objective={"type": "hard_negative", "beta": beta, "detach_weights": True}, logit_scale=2.0
+        )
+        (grad,) = torch.autograd.grad(loss, z)
+        grad = grad.fill_diagonal_(0.0)
+        shares.append((grad * hard).sum() / grad.sum())
+    assert all(a < b for a, b in itertools.pairwise(shares))
+    assert shares[-1] > shares[0] + 0.05
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -211,6 +269,9 @@ def test_scales_per_pair():
         ({"objective": {"type": "hard_negative", "alpha": 2.0}}, r"alpha is 2.0, it must be in \[0, 1\]"),
         ({"objective": {"type": "debiased", "tau_plus": 1.0}}, r"tau_plus is 1.0, it must be in \[0, 1\)"),
         ({"objective": {"type": "debiased", "beta": float("nan")}}, "beta is nan"),
+        ({"pairing": {"type": "all_pairs", "weights": {"a-c": 1.0}}}, "weights name 'a-c'; there is a-b"),
+        ({"pairing": {"type": "all_pairs", "weights": {"a-b": -1.0}}}, "the weight of 'a-b' is -1.0"),
+        ({"pairing": {"type": "all_pairs", "weights": {"a-b": 0.0}}}, "all weights are 0"),
         ({"pairing": {"type": "anchor"}}, "missing a required argument: 'field'"),
         ({"pairing": {"type": "anchor", "field": "c"}}, "no field 'c'"),
         ({"extra_negatives": {"a": torch.zeros(2, 5)}}, "extra_negatives of field 'a'"),

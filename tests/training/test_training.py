@@ -219,3 +219,19 @@ def test_objectives_by_import_path(config_file, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     job = make_job(load_config(config_file, ["objective={type: 'my_lab:Scaled', factor: 2.0}"]))
     assert type(job.objective).__name__ == "Scaled" and job.objective.factor == 2.0
+
+
+def test_signals_and_a_scale_for_every_pair(config_file):
+    overrides = ["model.scale_per_pair=true", "train.steps=2", "pairing.weights={image-text: 2.0}", "train.log_every=2"]
+    done = train(config_file, *overrides)
+    assert done.returncode == 0, done.stderr
+    folder = load_config(config_file).folder
+    (line,) = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    scales = [line[f"logit_scale/{pair}"] for pair in ("image-text", "audio-image", "audio-text")]
+    assert len(set(scales)) == 3 and line["logit_scale"] == pytest.approx(sum(scales) / 3)
+    losses = [line[f"signals/{pair}/loss"] for pair in ("image-text", "audio-image", "audio-text")]
+    assert line["loss"] == pytest.approx((2 * losses[0] + losses[1] + losses[2]) / 4, rel=1e-5)
+    for direction in ("image_to_text", "audio_to_image"):
+        assert 0 <= line[f"signals/{direction}/accuracy"] <= 1
+        assert 1 <= line[f"signals/{direction}/effective_negatives"] <= 16
+    assert "effective negatives" in (folder / "report.html").read_text()
