@@ -13,7 +13,7 @@ from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
 from mmcontrast.objectives.pairing import Pairing, pair_name
 from mmcontrast.objectives.signals import WATCHED, signals_of
-from mmcontrast.score import score_statistics
+from mmcontrast.score import Direction, Reduction, score_statistics
 from mmcontrast.score.ranks import Communication, exchange
 from mmcontrast.types import ABSENT
 
@@ -88,38 +88,48 @@ def contrastive_loss(
             continue
         keep = kept[a, b]
         x, y = (embeddings[f] if keep is None else embeddings[f][keep] for f in (a, b))
-        group_ids = None if ids_of is None else ids_of[a] if keep is None else ids_of[a][keep]
+        group_ids, samples = (
+            t if t is None or keep is None else t[keep] for t in (None if ids_of is None else ids_of[a], sample_ids)
+        )
         options["scale"] = _of_pair(logit_scale, a, b, "logit_scale")
         options["bias"] = _of_pair(logit_bias, a, b, "logit_bias")
         both = scorer.both_directions or signals is not None
         directions = score_statistics(x, y, reductions, ids=group_ids, columns=both, **options)
-        terms = []
-        for direction, rows, here, others in zip(directions, (x, y), (a, b), (b, a), strict=True):
+        share = ranks / anchors  # of an anchor in the mean over all ranks
+        terms: list[Tensor] = []
+        seen: dict[str, Tensor] = {}
+        for direction, own, here, others in zip(directions, (x, y), (a, b), (b, a), strict=True):
             if direction is None:
                 continue
-            if sample_ids is not None:
-                direction = replace(direction, sample_ids=sample_ids if keep is None else sample_ids[keep])
+            direction = replace(direction, sample_ids=samples)
             if others in extras:
-                more, more_ids = extras[others]
-                row_ids = more_ids.new_full((len(rows),), UNGROUPED) if group_ids is None else group_ids
-                further, _ = score_statistics(
-                    rows, more, reductions, ids=row_ids, column_ids=more_ids, paired=False, columns=False, **options
-                )
-                direction = direction.with_more(further)
+                direction = direction.with_more(_further(own, group_ids, *extras[others], reductions, options))
             if here == a or scorer.both_directions:
-                terms.append(scorer(direction).sum() * (ranks / anchors))
+                terms.append(scorer(direction).sum() * share)
             if signals is not None:
-                seen = {f"{here}_to_{others}/{k}": v.sum() * (ranks / anchors) for k, v in signals_of(direction).items()}
-                signals.update(seen)
+                seen |= {f"{here}_to_{others}/{name}": value.sum() * share for name, value in signals_of(direction).items()}
         term = sum(terms) / len(terms)
         if signals is not None:
-            signals[f"{pair_name(a, b)}/loss"] = term.detach()
-            distances = (2.0 - 2.0 * torch.linalg.vecdot(x.detach(), y.detach())).to(term.dtype)
-            signals[f"{pair_name(a, b)}/alignment"] = distances.sum() * (ranks / anchors)
+            distances = 2.0 - 2.0 * torch.linalg.vecdot(x.detach(), y.detach()).to(term.dtype)
+            seen |= {f"{pair_name(a, b)}/loss": term.detach(), f"{pair_name(a, b)}/alignment": distances.sum() * share}
+            signals.update(seen)
         loss, total_weight = loss + weights[a, b] * term, total_weight + weights[a, b]
     if total_weight < sum(weights.values()) or len(pairs) < len(weights):  # all take part, as data parallelism expects
         loss = loss + sum(e.sum(dtype=torch.promote_types(e.dtype, torch.float32)) for e in embeddings.values()) * 0.0
     return loss / (total_weight or 1.0)
+
+
+def _further(
+    rows: Tensor,
+    group_ids: Tensor | None,
+    more: Tensor,
+    more_ids: Tensor,
+    reductions: Sequence[Reduction],
+    options: Mapping[str, Any],
+) -> Direction:
+    """The rows' statistics against extra negatives."""
+    ids = more_ids.new_full((len(rows),), UNGROUPED) if group_ids is None else group_ids
+    return score_statistics(rows, more, reductions, ids=ids, column_ids=more_ids, paired=False, columns=False, **options)[0]
 
 
 def _ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
