@@ -108,7 +108,7 @@ def contrastive_loss(
                 terms.append(scorer(direction).sum() * share)
             if signals is not None:
                 seen |= {f"{here}_to_{others}/{name}": value.sum() * share for name, value in signals_of(direction).items()}
-        term = sum(terms) / len(terms)
+        term = torch.stack(terms).mean()
         if signals is not None:
             distances = 2.0 - 2.0 * torch.linalg.vecdot(x.detach(), y.detach()).to(term.dtype)
             seen |= {f"{pair_name(a, b)}/loss": term.detach(), f"{pair_name(a, b)}/alignment": distances.sum() * share}

@@ -219,19 +219,10 @@ class _Scores(torch.autograd.Function):
         dy, *d_column_scale = home.home()
         if not mixed:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
             d_scale = _row_dots(x, dx, dtype).sum()
-            dx *= scale
-            dy *= scale
-        if plan.paired:
-            _add_rows(dx, d_dots, y)
-            _add_rows(dy, d_dots, x)
-        return (
-            dx.to(x.dtype),
-            dy.to(y.dtype),
-            d_scale,
-            d_column_scale[0] if d_column_scale else None,
-            None if bias is None else d_bias,
-            None,
-        )
+        factor, d_dots = None if mixed else scale, d_dots if plan.paired else None
+        dx = _finished(dx, factor, d_dots, y, x.dtype)  # its accumulator is free before the next is read
+        dy = _finished(dy, factor, d_dots, x, y.dtype)
+        return dx, dy, d_scale, d_column_scale[0] if d_column_scale else None, None if bias is None else d_bias, None
 
 
 def _row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -240,7 +231,14 @@ def _row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(parts)
 
 
-def _add_rows(total: Tensor, weights: Tensor, rows: Tensor) -> None:
-    """total_i += weights_i · rows_i, likewise."""
-    for into, weight, part in zip(total.split(CHUNK), weights.split(CHUNK), rows.split(CHUNK), strict=True):
-        into.addcmul_(weight.unsqueeze(1), part.to(total.dtype))
+def _finished(total: Tensor, factor: Tensor | None, weights: Tensor | None, partners: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor · total_i + weights_i · partners_i [N, D], in dtype. Overwrites total."""
+    out = total if dtype == total.dtype else torch.empty_like(total, dtype=dtype)
+    for start in range(0, len(total), CHUNK):
+        rows = slice(start, start + CHUNK)
+        part = total[rows] if factor is None else total[rows].mul_(factor)
+        if weights is not None:
+            part.addcmul_(weights[rows].unsqueeze(1), partners[rows].to(part.dtype))
+        if out is not total:
+            out[rows] = part
+    return out
