@@ -34,7 +34,7 @@ def contrastive_loss(
     backend: str = "auto",
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
-    communication: Communication = "auto",
+    communication: Communication = "ring",
     signals: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The contrastive loss of N samples in any number of fields, in O(N·D) memory, exact, over the ranks of a group.

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Communication = Literal["auto", "ring", "gather"]
+Communication = Literal["ring", "gather"]
 Merge = Callable[[Tensor, Tensor], Tensor]
-GATHERED_BYTES = 64 * 2**20  # of all columns and their fp32 gradients, up to which "auto" gathers
 
 
 class Accumulator(Protocol):
@@ -32,20 +31,15 @@ class Driver(Protocol):
     def accumulator(self) -> Accumulator: ...
 
 
-def driver(group: dist.ProcessGroup | None, sizes: Sequence[int], column_bytes: int, communication: Communication) -> Driver:
-    """The ring; or, if asked for, or by "auto" while all columns and their gradients are small, one gather.
-
+def driver(group: dist.ProcessGroup | None, sizes: Sequence[int], communication: Communication) -> Driver:
+    """
     Args:
         group: a torch.distributed group, or None: this process alone.
         sizes: columns of every rank; all ranks pass the same list, and the same of all else.
-        column_bytes: of a column and its gradient.
     """
-    if communication not in ("auto", "ring", "gather"):
-        raise ValueError(f'communication is "auto", "ring" or "gather", not {communication!r}')
-    small = communication == "auto" and sum(sizes) * column_bytes <= GATHERED_BYTES
-    if group is not None and len(sizes) > 1 and (small or communication == "gather"):
-        return Gather(group, sizes)
-    return Ring(group, sizes)
+    if communication not in ("ring", "gather"):
+        raise ValueError(f'communication is "ring" or "gather", not {communication!r}')
+    return Gather(group, sizes) if group is not None and communication == "gather" else Ring(group, sizes)
 
 
 class Gather:

@@ -60,7 +60,7 @@ def score_statistics(
     backend: str = "auto",
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
-    communication: Communication = "auto",
+    communication: Communication = "ring",
 ) -> tuple[Direction, Direction | None]:
     """Reductions of the scores z_ij = scale · x_i·y_j + bias along every row and, with `columns`, every column.
 
@@ -81,8 +81,8 @@ def score_statistics(
             where it has the device, dtype and reductions, else "torch".
         tile_size: rows and columns of a tile (one number, or two), for the tiled backends.
         group: a torch.distributed group; None: this process alone.
-        communication: "ring" (O(N) memory a rank, overlapped with the work) or "gather" (all columns on every rank at
-            once); "auto" gathers while all columns and their fp32 gradients take at most 64 MiB. Same on all ranks.
+        communication: "ring" (two column blocks on a rank at a time, overlapped with the work) or "gather" (all columns on
+            every rank at once, in a few large collectives). Same on all ranks.
 
     Returns:
         The rows' direction, and the columns' (positives shared; None without `columns`).
@@ -116,7 +116,7 @@ def score_statistics(
         columns,
         chosen,
         (tile_size, tile_size) if isinstance(tile_size, int) else tile_size,
-        driver(group, [m for _, m in everyone], x.shape[1] * (x.element_size() + 4), communication),
+        driver(group, [m for _, m in everyone], communication),
         ids,
         column_ids,
         per_anchor,
