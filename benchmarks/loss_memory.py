@@ -1,14 +1,17 @@
 """Peak memory of one forward and backward of each loss above its inputs, as the batch grows.
 
     python benchmarks/loss_memory.py                              # N = 8,192, 32,768, 131,072; D = 512; fp32, CPU
-    python benchmarks/loss_memory.py --checkouts ../GradCache/src --plot docs/loss_memory.png
+    python benchmarks/loss_memory.py --checkouts ../GradCache/src --results memory.json --plot docs/loss_memory.png
 
 Each figure is a process of its own (Linux). A loss that grew by the square of N, and would not fit at the next, is not
-run there: the table then shows what it would need, with a ~.
+run there: the table then shows what it would need, with a ~. With --results figures are kept as they come, and not taken
+again; a null there skips what would take too long.
 """
 
 import argparse
+import json
 import multiprocessing
+from pathlib import Path
 
 import torch
 from losses import (  # type: ignore[import-not-found]  # beside this file
@@ -42,9 +45,11 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--losses", nargs="+", default=[*OURS, *(n for n in PEERS if "Inf-CL" not in n)], metavar="LOSS")
     parser.add_argument("--checkouts", nargs="*", default=[], help="folders that peers are imported from")
+    parser.add_argument("--results", type=Path, help="a JSON file of figures, in bytes")
     parser.add_argument("--plot", help="a PNG of the table")
     options = parser.parse_args()
     print(f"MiB above the inputs, D = {options.dim}, fp32; N = {', '.join(f'{n:,}' for n in options.n)}")
+    known = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
     table: dict[str, list[tuple[int, float, bool]]] = {}
     for name in options.losses:
         cells: list[tuple[int, float, bool]] = []
@@ -53,12 +58,19 @@ def main() -> None:
             if cells and (not cells[-1][2] or (expected > 0.8 * available() and quadratic(cells))):
                 cells.append((n, expected, False))
                 continue
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                found = process.apply(measured, (name, n, options.dim, options.checkouts))
+            found = known.get(name, {}).get(str(n), "unknown")
+            if found is None:
+                continue
+            if found == "unknown":
+                with multiprocessing.get_context("spawn").Pool(1) as process:
+                    found = process.apply(measured, (name, n, options.dim, options.checkouts))
             if isinstance(found, str):
                 print(f"{name}: {found}", flush=True)
                 break
             cells.append((n, float(found), True))
+            known.setdefault(name, {})[str(n)] = found
+            if options.results:
+                options.results.write_text(json.dumps(known, indent=1))
         else:
             table[name] = cells
             figures = " | ".join(f"{'' if sure else '~'}{size / 2**20:,.0f}" for _, size, sure in cells)
@@ -78,7 +90,7 @@ def quadratic(cells: list[tuple[int, float, bool]]) -> bool:
 def plot(table: dict[str, list[tuple[int, float, bool]]], path: str) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, cells in table.items():
         (line,) = axes.plot([], [], "o-" if name in OURS else "s--", label=f"{'ours, ' if name in OURS else ''}{name}")
         for (n, size, _), (more, larger, known) in zip(cells, cells[1:], strict=False):
@@ -90,8 +102,7 @@ def plot(table: dict[str, list[tuple[int, float, bool]]], path: str) -> None:
     axes.set_xticks([n for n, *_ in next(iter(table.values()))], [f"{n:,}" for n, *_ in next(iter(table.values()))])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
