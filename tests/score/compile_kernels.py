@@ -1,6 +1,9 @@
 """Compiles the kernels to machine code for a card that need not be here, and prints what each takes, as JSON.
 
-python tests/score/compile_kernels.py 80 90
+    python tests/score/compile_kernels.py 80 90
+
+The backend itself runs, on the CPU, but what it launches is only bound and compiled: arguments, constants and descriptors
+are those that a card would get.
 """
 
 import json
@@ -9,50 +12,58 @@ import subprocess
 import sys
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
 from mmcontrast.score.backends import triton_kernels
-from mmcontrast.score.backends.triton_tiled import KINDS, LAUNCHES
-from mmcontrast.score.reductions import LogSumExp, SoftplusSum, Sum
+from mmcontrast.score.backends.base import Block, SameGroup, Statistics
+from mmcontrast.score.backends.triton_tiled import TritonTiled
+from mmcontrast.score.reductions import LogSumExp, Maximum, SoftplusSum, Sum
 
-CASES = {  # (reductions, both directions, scales per anchor, bias)
-    "infonce": ([LogSumExp()], True, False, False),
-    "siglip": ([SoftplusSum()], False, False, True),
-    "all kinds": ([LogSumExp(0.5), SoftplusSum(), Sum()], True, True, True),
+INFONCE, SIGLIP = (LogSumExp(),), (SoftplusSum(),)
+EVERY = (LogSumExp(exponent=0.5), SoftplusSum(over="all"), Sum(over="positives"), Maximum())
+CASES = {  # (n, m, D, dtype, reductions, both directions, scales per anchor, bias, precision of fp32 products)
+    "infonce bf16": (300, 300, 64, torch.bfloat16, INFONCE, True, False, False, "highest"),
+    "infonce tf32": (300, 300, 64, torch.float32, INFONCE, True, False, False, "high"),
+    "infonce ieee": (300, 300, 64, torch.float32, INFONCE, True, False, False, "highest"),
+    "siglip bf16, rows alone": (300, 17, 33, torch.bfloat16, SIGLIP, False, False, True, "highest"),
+    "one row, every reduction, scales per anchor": (1, 1, 8, torch.float16, EVERY, True, True, True, "highest"),
 }
-PRODUCTS = [("half", "infonce"), ("half", "siglip"), ("half", "all kinds"), ("tf32", "infonce"), ("ieee", "infonce")]
-INTEGERS = {"n", "m", "D"}
 
 
-def compile_kernel(kernel, arch, launch, dtype, precision, reductions, both, per_anchor, bias):
-    constants = {
-        "KINDS": tuple(KINDS[type(r)] for r in reductions),
-        "EXPONENTS": tuple(getattr(r, "exponent", 1.0) for r in reductions),
-        "OVERS": (0,) * len(reductions),
-        "BOTH": both, "PER_ANCHOR": per_anchor, "BIAS": bias,
-        "BM": launch.BM, "BN": launch.BN, "BK": launch.BK, "GROUP": 8, "PRECISION": precision,
-    }  # fmt: skip
-    absent = [] if bias else ["bias", "bias_out"]
-    absent += [] if per_anchor else ["row_scale_out", "column_scale_out", "column_scale"]
-    absent += [] if both else ["column_values", "column_grads"]
-    constants |= dict.fromkeys(absent)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    pointers = {"row_ids": "*i64", "column_ids": "*i64", "w_out": f"*{dtype}"}
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("x", "y"):
-            signature[name] = f"tensordesc<{dtype}[{launch.BM if name == 'x' else launch.BN}, {launch.BK}]>"
-        else:
-            signature[name] = "i32" if name in INTEGERS else pointers.get(name, "*fp32")
-            attributes[place,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+class Card:
+    """A driver that is asked only which card there is."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """In a kernel's place: binds the arguments of a launch and compiles for them."""
+
+    def __init__(self, kernel, found: list) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants) -> None:
+            built = self.kernel.warmup(*arguments, grid=grid, **constants)
+            self.found.append((self.kernel.__name__, built))
+
+        return launch
+
+
+def resources(built, arch: int) -> dict[str, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(built.asm["ptx"])
         file.flush()
@@ -63,15 +74,33 @@ def compile_kernel(kernel, arch, launch, dtype, precision, reductions, both, per
     return {"registers": registers, "spilled_bytes": spilled, "shared_bytes": built.metadata.shared}
 
 
-def main(architectures):
-    found = {}
+def compile_case(n, m, width, dtype, reductions, both, per_anchor, bias, precision) -> list:
+    torch.set_float32_matmul_precision(precision)
+    block = Block(
+        torch.zeros(n, width, dtype=dtype), torch.zeros(m, width, dtype=dtype),
+        torch.ones(n) if per_anchor else torch.ones(()), torch.ones(m) if per_anchor and both else None,
+        torch.zeros(()) if bias else None, SameGroup(torch.arange(n), torch.arange(m)), reductions, both, None,
+    )  # fmt: skip
+    found: list = []
+    kernels = triton_kernels.reduce_tiles, triton_kernels.weigh_tiles
+    triton_kernels.reduce_tiles, triton_kernels.weigh_tiles = (Compiled(kernel, found) for kernel in kernels)
+    try:
+        TritonTiled().forward(block)
+        values = Statistics([torch.zeros(n) for _ in reductions], [torch.zeros(m) for _ in reductions if both])
+        TritonTiled().backward(block, values, values, torch.zeros(n, width))
+    finally:
+        triton_kernels.reduce_tiles, triton_kernels.weigh_tiles = kernels
+    return found
+
+
+def main(architectures: list[int]) -> None:
+    report = {}
     for arch in architectures:
-        for name, case in PRODUCTS:
-            dtype, precision = ("bf16", "tf32") if name == "half" else ("fp32", name)
-            for kernel in (triton_kernels.reduce_tiles, triton_kernels.weigh_tiles):
-                key = f"sm_{arch} {case} {name} {kernel.__name__}"
-                found[key] = compile_kernel(kernel, arch, LAUNCHES[name], dtype, precision, *CASES[case])
-    print(json.dumps(found, indent=1))
+        triton.runtime.driver.set_active(Card(arch))
+        for case, problem in CASES.items():
+            for kernel, built in compile_case(*problem):
+                report[f"sm_{arch}, {case}: {kernel}"] = resources(built, arch)
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
