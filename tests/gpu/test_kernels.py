@@ -53,7 +53,7 @@ def test_tf32_is_taken_where_torch_allows_it():
             errors[precision] = (function(*leaves)[1] - exact).abs().max().item()
     finally:
         torch.set_float32_matmul_precision(before)
-    assert errors["highest"] < 1e-5 < errors["high"] < 1e-1
+    assert errors["highest"] < 3e-5 < errors["high"] < 1e-1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
