@@ -66,4 +66,9 @@ def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, **conte
         signature.bind(**options, **context)
     except TypeError as error:
         raise UserError(f"{kind} {name!r}: {error}") from error
-    return constructor(**options, **context)
+    try:
+        return constructor(**options, **context)
+    except UserError:
+        raise
+    except ValueError as error:  # an option's value
+        raise UserError(f"{kind} {name!r}: {error}") from error

@@ -110,9 +110,11 @@ def contrastive_loss(
                 seen |= {f"{here}_to_{others}/{name}": value.sum() * share for name, value in signals_of(direction).items()}
         term = torch.stack(terms).mean()
         if signals is not None:
-            distances = 2.0 - 2.0 * torch.linalg.vecdot(x.detach(), y.detach()).to(term.dtype)
-            seen |= {f"{pair_name(a, b)}/loss": term.detach(), f"{pair_name(a, b)}/alignment": distances.sum() * share}
-            signals.update(seen)
+            cosines = (
+                (directions[0].positives - (0.0 if options["bias"] is None else options["bias"])) / directions[0].scale
+            ).detach()
+            seen |= {f"{pair_name(a, b)}/loss": term, f"{pair_name(a, b)}/alignment": (2.0 - 2.0 * cosines).sum() * share}
+            signals.update({name: value.detach() for name, value in seen.items()})
         loss, total_weight = loss + weights[a, b] * term, total_weight + weights[a, b]
     if total_weight < sum(weights.values()) or len(pairs) < len(weights):  # all take part, as data parallelism expects
         loss = loss + sum(e.sum(dtype=torch.promote_types(e.dtype, torch.float32)) for e in embeddings.values()) * 0.0

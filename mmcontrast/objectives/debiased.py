@@ -23,9 +23,9 @@ class Debiased(Objective):
     def __init__(self, tau_plus: float = 0.1, beta: float = 0.0) -> None:
         super().__init__()
         if not 0 <= tau_plus < 1:
-            raise ValueError(f"objective debiased: tau_plus is {tau_plus}, it must be in [0, 1)")
+            raise ValueError(f"tau_plus is {tau_plus}, it must be in [0, 1)")
         if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(f"objective debiased: beta is {beta}, it must be ≥ 0")
+            raise ValueError(f"beta is {beta}, it must be ≥ 0")
         self.tau_plus, self.beta = tau_plus, beta
         self.reductions = (LogSumExp(exponent=1 + beta), LogSumExp(exponent=beta))
 

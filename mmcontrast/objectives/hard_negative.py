@@ -24,9 +24,9 @@ class HardNegative(Objective):
     def __init__(self, beta: float = 0.25, alpha: float = 1.0, detach_weights: bool = False) -> None:
         super().__init__()
         if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(f"objective hard_negative: beta is {beta}, it must be ≥ 0")
+            raise ValueError(f"beta is {beta}, it must be ≥ 0")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"objective hard_negative: alpha is {alpha}, it must be in [0, 1]")
+            raise ValueError(f"alpha is {alpha}, it must be in [0, 1]")
         self.beta, self.alpha, self.detach_weights = beta, alpha, detach_weights
         self.reductions = (LogSumExp(exponent=1 + beta), LogSumExp(exponent=beta))
 

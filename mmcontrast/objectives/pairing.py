@@ -15,11 +15,13 @@ class Pairing:
             is the weighted mean over the pairs that are not empty.
     """
 
+    weights: Mapping[str, float] = {}
+
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self.weights = dict(weights or {})
         for name, weight in self.weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
-                raise ValueError(f"pairing: the weight of {name!r} is {weight}, it must be ≥ 0")
+                raise ValueError(f"the weight of {name!r} is {weight}, it must be ≥ 0")
 
     def pairs(self, fields: Sequence[str]) -> list[Pair]:
         raise NotImplementedError

@@ -78,15 +78,11 @@ def training_step(
     optimizer.zero_grad()
     accelerator.unwrap_model(model).clamp_logit_scale()
     scale = embeddings.logit_scale
-    scales = {f"logit_scale/{pair_name(*pair)}": s for pair, s in scale.items()} if isinstance(scale, dict) else {"": scale}
-    values = {"loss": value, "lr": lr, "logit_scale": mean_of(scales), "grad_norm": float(norm)}
-    if len(scales) > 1:
-        values |= {name: float(s.detach()) for name, s in scales.items()}
+    per_pair = scale if isinstance(scale, dict) else {}
+    scales = torch.stack([*per_pair.values()] or [scale]).detach()
+    values = {"loss": value, "lr": lr, "logit_scale": float(scales.mean()), "grad_norm": float(norm)}
+    values |= {f"logit_scale/{pair_name(*pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
     if signals:
         seen = accelerator.reduce(torch.stack([s.float() for s in signals.values()]), "mean")
         values |= {f"signals/{name}": number for name, number in zip(signals, seen.tolist(), strict=True)}
     return values
-
-
-def mean_of(values: dict[str, torch.Tensor]) -> float:
-    return sum(float(value.detach()) for value in values.values()) / len(values)
