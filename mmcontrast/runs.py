@@ -58,7 +58,8 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
     make_modalities(config.fields)
     objective, pairing = build(config.objective, OBJECTIVES, "objective"), build(config.pairing, PAIRINGS, "pairing")
     try:
-        pairing.weighted_pairs(list(config.fields))
+        pairing.weighted_terms(list(config.fields))
+        pairing.check(objective)
     except ValueError as error:
         raise UserError(str(error)) from error
     return objective, pairing

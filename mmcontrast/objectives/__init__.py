@@ -7,6 +7,7 @@ from mmcontrast.objectives.debiased import Debiased
 from mmcontrast.objectives.hard_negative import HardNegative
 from mmcontrast.objectives.infonce import InfoNCE
 from mmcontrast.objectives.multi_positive import MultiPositive
+from mmcontrast.objectives.multilinear import Multilinear
 from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
 from mmcontrast.objectives.pairing import AllPairs, Anchor, Pairing
 from mmcontrast.objectives.siglip import SigLIP
@@ -21,6 +22,7 @@ __all__ = [
     "HardNegative",
     "InfoNCE",
     "MultiPositive",
+    "Multilinear",
     "Objective",
     "Pairing",
     "SigLIP",

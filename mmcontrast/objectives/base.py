@@ -14,10 +14,12 @@ class Objective(nn.Module):
     Attributes:
         reductions: what `forward` reads from its direction.
         both_directions: average the two directions of a pair; otherwise each pair is counted once, by its rows.
+        progress: the share of training that is done, in [0, 1], for schedules; whoever trains sets it before each step.
     """
 
     reductions: tuple[Reduction, ...]
     both_directions: ClassVar[bool] = True
+    progress: float = 1.0
 
     def __init__(self) -> None:  # no options, unless a subclass takes some
         super().__init__()
@@ -25,3 +27,8 @@ class Objective(nn.Module):
     @abstractmethod
     def forward(self, d: Direction) -> Tensor:
         """[N], one value per anchor."""
+
+    def anchor_scale(self, name: str, scale: Tensor, sample_ids: Tensor | None) -> Tensor:
+        """What multiplies the scores of a direction's anchors: [] or, of temperatures of their own, [N]. `scale` [] is the
+        model's; `name` the direction's, "image_to_text"."""
+        return scale

@@ -5,6 +5,7 @@ from mmcontrast.objectives.debiased import Debiased
 from mmcontrast.objectives.hard_negative import HardNegative
 from mmcontrast.objectives.infonce import InfoNCE
 from mmcontrast.objectives.multi_positive import MultiPositive
+from mmcontrast.objectives.multilinear import Multilinear
 from mmcontrast.objectives.pairing import AllPairs, Anchor
 from mmcontrast.objectives.siglip import SigLIP
 
@@ -16,4 +17,4 @@ OBJECTIVES = {
     "debiased": Debiased,
     "multi_positive": MultiPositive,
 }
-PAIRINGS = {"all_pairs": AllPairs, "anchor": Anchor}
+PAIRINGS = {"all_pairs": AllPairs, "anchor": Anchor, "multilinear": Multilinear}

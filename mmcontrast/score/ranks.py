@@ -5,7 +5,7 @@ A driver shows the caller column blocks (`visits`), and adds up, for each block'
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,9 @@ class Gather:
         self.group, self.sizes, self.rank = group, tuple(sizes), dist.get_rank(group)
 
     def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        yield 0, [self._gathered(tensor) for tensor in block]
+        yield 0, [self.gathered(tensor) for tensor in block]
 
-    def _gathered(self, tensor: Tensor) -> Tensor:
+    def gathered(self, tensor: Tensor) -> Tensor:
         """All ranks' rows in order; padded to one size under way."""
         most = max(self.sizes)
         if most == 0:
@@ -94,6 +94,24 @@ class GatherAccumulator:
 
     def home(self) -> list[Tensor]:
         return self.parts
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None, sizes: Sequence[int]) -> Tensor:
+    """[n, …] of all ranks in their order, O(global batch); the gradient is that of the sum of what the ranks derive from it."""
+    return rows if group is None else _GatherRows.apply(rows, Gather(group, sizes))
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gather: Gather) -> Tensor:
+        ctx.gather = gather
+        return gather.gathered(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        accumulator = ctx.gather.accumulator()
+        accumulator.add(0, [torch.add], [grads[0].clone(memory_format=torch.contiguous_format)])
+        return accumulator.home()[0], None
 
 
 class Ring:

@@ -1,6 +1,6 @@
 """The primitive: streaming reductions of a score matrix that is never stored, with exact gradients, over any ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,14 +24,18 @@ class Direction:
         num_negatives: [N] int64, candidates of other groups.
         scale: [] or [N], inside the scores.
         values: [N] for each reduction; read them as `direction[LogSumExp()]`.
+        name: "image_to_text", anchors first.
         sample_ids: [N] int64 or None, the key of per-sample state.
+        everyone: [N, …] of this rank's anchors → those of all ranks, in one order.
     """
 
     positives: Tensor
     num_negatives: Tensor
     scale: Tensor
     values: dict[Reduction, Tensor]
+    name: str = ""
     sample_ids: Tensor | None = None
+    everyone: Callable[[Tensor], Tensor] = lambda rows: rows
 
     def __getitem__(self, reduction: Reduction) -> Tensor:
         return self.values[reduction]

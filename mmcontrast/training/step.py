@@ -10,7 +10,7 @@ from torch import nn
 
 from mmcontrast.errors import UserError
 from mmcontrast.objectives import Objective, Pairing, contrastive_loss
-from mmcontrast.objectives.pairing import pair_name
+from mmcontrast.objectives.pairing import term_name
 from mmcontrast.training.optim import schedule
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.types import Batch
@@ -81,7 +81,7 @@ def training_step(
     per_pair = scale if isinstance(scale, dict) else {}
     scales = torch.stack([*per_pair.values()] or [scale]).detach()
     values = {"loss": value, "lr": lr, "logit_scale": float(scales.mean()), "grad_norm": float(norm)}
-    values |= {f"logit_scale/{pair_name(*pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
+    values |= {f"logit_scale/{term_name(pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
     if signals:
         seen = accelerator.reduce(torch.stack([s.float() for s in signals.values()]), "mean")
         values |= {f"signals/{name}": number for name, number in zip(signals, seen.tolist(), strict=True)}

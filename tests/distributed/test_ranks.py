@@ -24,6 +24,7 @@ SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
 DRIVERS = ["ring", "gather"]
 LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False, True]))
 LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip"}), [True]))
+PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [False, True]))
 STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch", "triton"], [False, True]))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
 
@@ -37,8 +38,12 @@ def a_batch(n):
     return fields, ids, extra
 
 
-def loss_and_grads(fields, ids, extra, objective, **options):
-    """The loss and the signals; the gradients by every field, and by the extra negatives, the scale and the bias."""
+def loss_and_grads(fields, ids, extra, objective, negatives, **options):
+    """The loss and the signals; the gradients by every field, and by the extra negatives, the scale and the bias.
+    With `negatives` of the multilinear pairing, which takes no extra ones."""
+    torch.manual_seed(0)
+    if negatives:
+        options["pairing"] = {"type": "multilinear", "negatives": negatives}
     leaves = {f: rows.clone().requires_grad_() for f, rows in fields.items()}
     others = [extra.clone().requires_grad_(), *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (20.0, -2.0))]
     signals = {}
@@ -46,7 +51,7 @@ def loss_and_grads(fields, ids, extra, objective, **options):
         leaves,
         objective=objective,
         ids=ids,
-        extra_negatives={"b": others[0]},
+        extra_negatives=None if negatives else {"b": others[0]},
         logit_scale=others[1],
         logit_bias=others[2],
         tile_size=3,
@@ -58,17 +63,22 @@ def loss_and_grads(fields, ids, extra, objective, **options):
     return torch.stack([loss.detach(), *signals.values()]), [leaf.grad for leaf in leaves.values()], unused
 
 
-def check_loss(group, rank, sizes, driver, objective, with_ids):
+def check_products(group, rank, sizes, driver, negatives, with_ids):
+    check_loss(group, rank, sizes, driver, "hard_negative", with_ids, negatives)
+
+
+def check_loss(group, rank, sizes, driver, objective, with_ids, negatives=None):
     fields, ids, extra = a_batch(sum(sizes))
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     ids = ids if with_ids else None
     extras = extra.tensor_split(len(sizes))
-    want, want_rows, (want_extra, *want_scalars) = loss_and_grads(fields, ids, extra, objective, backend="dense")
+    want, want_rows, (want_extra, *want_scalars) = loss_and_grads(fields, ids, extra, objective, negatives, backend="dense")
     got, got_rows, (got_extra, *got_scalars) = loss_and_grads(
         {f: v[rows] for f, v in fields.items()},
         None if ids is None else {f: v[rows] for f, v in ids.items()},
         extras[rank],
         objective,
+        negatives,
         group=group,
         communication=driver,
     )
@@ -126,6 +136,7 @@ def worker(rank, port, answers):
     first = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
     apart = dist.new_group([0, 2])
     cases = [(check_loss, case, first[len(case[0])]) for case in LOSSES]
+    cases += [(check_products, case, first[len(case[0])]) for case in PRODUCTS]
     cases += [(check_statistics, case, first[len(case[0])]) for case in STATISTICS]
     cases += [(check_loss, OTHER_GROUP, apart)]
     for check, case, group in cases:
@@ -164,6 +175,11 @@ def name(case):
 @pytest.mark.parametrize("case", LOSSES, ids=name)
 def test_the_loss_of_all_ranks_is_that_of_one_process(case, failures):
     assert ("check_loss", case) not in failures, failures["check_loss", case]
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=name)
+def test_products_of_all_ranks_are_those_of_one_process(case, failures):
+    assert ("check_products", case) not in failures, failures["check_products", case]
 
 
 @pytest.mark.parametrize("case", STATISTICS, ids=name)
