@@ -4,6 +4,7 @@ from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.contrastive import contrastive_loss
 from mmcontrast.objectives.dcl import DCL
 from mmcontrast.objectives.debiased import Debiased
+from mmcontrast.objectives.global_contrastive import GlobalContrastive
 from mmcontrast.objectives.hard_negative import HardNegative
 from mmcontrast.objectives.infonce import InfoNCE
 from mmcontrast.objectives.multi_positive import MultiPositive
@@ -19,6 +20,7 @@ __all__ = [
     "AllPairs",
     "Anchor",
     "Debiased",
+    "GlobalContrastive",
     "HardNegative",
     "InfoNCE",
     "MultiPositive",

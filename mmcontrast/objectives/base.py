@@ -14,11 +14,13 @@ class Objective(nn.Module):
     Attributes:
         reductions: what `forward` reads from its direction.
         both_directions: average the two directions of a pair; otherwise each pair is counted once, by its rows.
+        stateful: it remembers earlier calls: `contrastive_loss` wants the same instance every time.
         progress: the share of training that is done, in [0, 1], for schedules; whoever trains sets it before each step.
     """
 
     reductions: tuple[Reduction, ...]
     both_directions: ClassVar[bool] = True
+    stateful: ClassVar[bool] = False
     progress: float = 1.0
 
     def __init__(self) -> None:  # no options, unless a subclass takes some

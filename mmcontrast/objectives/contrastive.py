@@ -64,6 +64,8 @@ def contrastive_loss(
         ValueError: for shapes, names, ids or options that do not fit; it names the field.
     """
     scorer: Objective = build(objective, OBJECTIVES, "objective")
+    if scorer.stateful and scorer is not objective:
+        raise ValueError(f"objective {objective!r} remembers earlier calls: make a {type(scorer).__name__} once, and pass that")
     pairs: Pairing = build(pairing, PAIRINGS, "pairing")
     pairs.check(scorer)
     ids_of = ids_by_field(embeddings, ids)

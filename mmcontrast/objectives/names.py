@@ -2,6 +2,7 @@
 
 from mmcontrast.objectives.dcl import DCL
 from mmcontrast.objectives.debiased import Debiased
+from mmcontrast.objectives.global_contrastive import GlobalContrastive
 from mmcontrast.objectives.hard_negative import HardNegative
 from mmcontrast.objectives.infonce import InfoNCE
 from mmcontrast.objectives.multi_positive import MultiPositive
@@ -16,5 +17,6 @@ OBJECTIVES = {
     "hard_negative": HardNegative,
     "debiased": Debiased,
     "multi_positive": MultiPositive,
+    "global": GlobalContrastive,
 }
 PAIRINGS = {"all_pairs": AllPairs, "anchor": Anchor, "multilinear": Multilinear}

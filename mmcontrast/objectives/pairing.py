@@ -47,9 +47,10 @@ class Scoring:
     both: bool
     statistics: Callable[..., tuple[Direction, Direction | None]]
 
-    def everyone(self, rows: Tensor) -> Tensor:
-        """[n, …] of all ranks, in their order; differentiable."""
-        return gather_rows(rows, self.group, self.sizes)
+    @property
+    def everyone(self) -> Callable[[Tensor], Tensor]:
+        """[n, …] → those of all ranks, in their order; differentiable."""
+        return partial(gather_rows, group=self.group, sizes=self.sizes)
 
     def named(self, direction: Direction, name: str, positives: Tensor) -> Direction:
         return replace(direction, name=name, positives=positives, sample_ids=self.sample_ids, everyone=self.everyone)

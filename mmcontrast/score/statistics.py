@@ -105,8 +105,9 @@ def score_statistics(
     chosen = choose(backend, x, reductions)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.as_tensor(scale, device=x.device).to(dtype)
-    scale = scale.squeeze() if scale.numel() == 1 and column_scale is None else scale
     per_anchor = scale.dim() == 1
+    if scale.dim() and scale.shape != x.shape[:1]:
+        raise ValueError(f"scale is {tuple(scale.shape)}, it must be a scalar [] or one for each of {len(x)} rows")
     if columns and per_anchor and column_scale is None:
         raise ValueError("a scale per row needs column_scale for the columns' direction")
     everyone = exchange([len(x), len(y)], group, x.device)

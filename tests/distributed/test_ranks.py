@@ -16,16 +16,17 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from mmcontrast import contrastive_loss, score_statistics
-from mmcontrast.objectives import OBJECTIVES
+from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
 from tests.score.problems import REDUCTIONS, finite_sum, problem
 
 RANKS, FIELDS = 4, ("a", "b", "c")
 SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
 DRIVERS = ["ring", "gather"]
 LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False, True]))
-LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip"}), [True]))
+LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip", "global"}), [True]))
 PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [False, True]))
 STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch", "triton"], [False, True]))
+MEMORIES = list(itertools.product([(5, 0, 6), (5, 1)], DRIVERS, ["learnable", "individual"]))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
 
 
@@ -92,6 +93,35 @@ def check_loss(group, rank, sizes, driver, objective, with_ids, negatives=None):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def check_memory(group, rank, sizes, driver, temperature):
+    """Three steps of `global`, in which samples come again, on other ranks: the same memory everywhere, and one process's."""
+    n = sum(sizes)
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    together, apart = (GlobalContrastive(0.3, temperature, rho=1.0) for _ in "12")
+    for step in range(3):
+        fields, ids, extra = a_batch(n)
+        sample_ids = torch.arange(n).roll(4 * step) + 10**12
+        want, want_rows, _ = loss_and_grads(fields, ids, extra, together, None, sample_ids=sample_ids)
+        got, got_rows, _ = loss_and_grads(
+            {f: v[rows] for f, v in fields.items()},
+            {f: v[rows] for f, v in ids.items()},
+            extra.tensor_split(len(sizes))[rank],
+            apart,
+            None,
+            sample_ids=sample_ids[rows],
+            group=group,
+            communication=driver,
+        )
+        dist.all_reduce(got, group=group)
+        torch.testing.assert_close(got / len(sizes), want, rtol=1e-10, atol=1e-10)
+        for a, b in zip(got_rows, want_rows, strict=True):
+            torch.testing.assert_close(a / len(sizes), b[rows], rtol=1e-10, atol=1e-10)
+    assert apart.table.columns == together.table.columns and len(apart.table) == len(together.table) > 0
+    for column in together.table.columns:
+        found, wanted = (o.table.read(torch.arange(n) + 10**12, column) for o in (apart, together))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
 def statistics_and_grads(leaves, ids, n, rows=None, **options):
     """All reductions at once, of the whole batch of n or of some of its rows, with the same upstream gradients."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -137,6 +167,7 @@ def worker(rank, port, answers):
     apart = dist.new_group([0, 2])
     cases = [(check_loss, case, first[len(case[0])]) for case in LOSSES]
     cases += [(check_products, case, first[len(case[0])]) for case in PRODUCTS]
+    cases += [(check_memory, case, first[len(case[0])]) for case in MEMORIES]
     cases += [(check_statistics, case, first[len(case[0])]) for case in STATISTICS]
     cases += [(check_loss, OTHER_GROUP, apart)]
     for check, case, group in cases:
@@ -180,6 +211,11 @@ def test_the_loss_of_all_ranks_is_that_of_one_process(case, failures):
 @pytest.mark.parametrize("case", PRODUCTS, ids=name)
 def test_products_of_all_ranks_are_those_of_one_process(case, failures):
     assert ("check_products", case) not in failures, failures["check_products", case]
+
+
+@pytest.mark.parametrize("case", MEMORIES, ids=name)
+def test_the_memory_of_all_ranks_is_that_of_one_process(case, failures):
+    assert ("check_memory", case) not in failures, failures["check_memory", case]
 
 
 @pytest.mark.parametrize("case", STATISTICS, ids=name)

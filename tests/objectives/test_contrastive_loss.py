@@ -62,8 +62,10 @@ OBJECTIVES = [
 ]
 
 
-def test_every_objective_is_here():
-    assert {name if isinstance(name, str) else name["type"] for name in OBJECTIVES} == set(mmcontrast.objectives.OBJECTIVES)
+def test_every_objective_is_here():  # but the one with a memory, which has its own tests
+    assert {name if isinstance(name, str) else name["type"] for name in OBJECTIVES} == set(mmcontrast.objectives.OBJECTIVES) - {
+        "global"
+    }
 
 
 def textbook_anchor_loss(objective, z, i, same, scale):
