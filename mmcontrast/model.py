@@ -69,10 +69,11 @@ class ContrastiveModel(nn.Module):
         return modality
 
     def encode(self, field: str, values: Tensor) -> Tensor:
-        """Unit embeddings [P, D] of P collated values of one field; fp32 whatever the towers computed in."""
+        """Unit embeddings [P, D] of P collated values of one field; at least fp32, whatever the towers computed in."""
         tower = self.tower_of[field]
         features = self.towers[tower](self.modalities[field](values))
-        return F.normalize(self.projections[tower](features).float(), dim=1)
+        projected = self.projections[tower](features)
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
 
     def forward(self, batch: Batch) -> Embeddings:
         fields = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from mmcontrast.components import build
+from mmcontrast.components import build, nearest
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
@@ -19,6 +19,7 @@ from mmcontrast.options import Patterns
 from mmcontrast.training import checkpoint
 from mmcontrast.training.log import make_progress
 from mmcontrast.training.loop import Job, finish, load_weights
+from mmcontrast.training.options import FieldOptions
 from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_order
 
 CONFIG = "config.yaml"
@@ -46,6 +47,7 @@ def make_job(config: RunConfig) -> Job:
         eval_datasets=eval_datasets(config, model),
         evaluation=config.evaluation,
         options=config.train,
+        negative_of=negative_fields(config),
     )
 
 
@@ -57,12 +59,37 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
     """
     make_modalities(config.fields)
     objective, pairing = build(config.objective, OBJECTIVES, "objective"), build(config.pairing, PAIRINGS, "pairing")
+    negatives = negative_fields(config)
     try:
-        pairing.weighted_terms(list(config.fields))
+        pairing.weighted_terms(list(contrasted_fields(config)))
         pairing.check(objective)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
+        what = f"fields.{next(iter(negatives))}.negative_of" if negatives else "train.queue_size"
+        raise UserError(
+            f"{what}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
+        )
     return objective, pairing
+
+
+def negative_fields(config: RunConfig) -> dict[str, str]:
+    """The fields that only provide negatives, and for which field.
+
+    Raises:
+        UserError: for one that names no field to be a negative of.
+    """
+    negatives = {field: of.negative_of for field, of in config.fields.items() if of.negative_of}
+    for field, of in negatives.items():
+        anchors = contrasted_fields(config)
+        if of not in anchors:
+            raise UserError(f"fields.{field}.negative_of: no field {of!r} that is contrasted; {nearest(of, anchors)}")
+    return negatives
+
+
+def contrasted_fields(config: RunConfig) -> dict[str, FieldOptions]:
+    """All others: the fields that have embeddings to evaluate."""
+    return {field: of for field, of in config.fields.items() if not of.negative_of}
 
 
 def eval_datasets(config: RunConfig, model: ContrastiveModel) -> dict[str, ShardDataset]:
@@ -81,7 +108,7 @@ def eval_datasets(config: RunConfig, model: ContrastiveModel) -> dict[str, Shard
                 raise UserError(f"evaluation.zero_shot.{name}: the model has no field {field!r}; it has {have}")
         if not isinstance(model.modality(task.prompt_field), TextModality):
             raise UserError(f"evaluation.zero_shot.{name}: prompt_field {task.prompt_field!r} is not text")
-    return {split: make_dataset(shards, config.fields, model) for split, shards in splits.items()}
+    return {split: make_dataset(shards, contrasted_fields(config), model) for split, shards in splits.items()}
 
 
 def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -162,7 +189,7 @@ def embed_shards(
     """
     EmbeddingTable.refuse_to_overwrite(out)
     run = open_run(folder, which, device)
-    dataset = make_dataset(shards, run.config.fields, run.model)
+    dataset = make_dataset(shards, contrasted_fields(run.config), run.model)
     with make_progress() as progress:
         table = embed_dataset(
             run.model, dataset, batch_size=batch_size, num_workers=num_workers, device=run.device, progress=progress

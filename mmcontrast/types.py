@@ -37,6 +37,28 @@ class Batch:
         """Per field, int64 [N]: the group id, or −1 where the sample lacks the field."""
         return {field: torch.where(here, self.group_ids, ABSENT) for field, here in self.present.items()}
 
+    def split(self, size: int) -> list["Batch"]:
+        """Parts of `size` samples, the last of what is left."""
+        return [self._part(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+    def _part(self, start: int, stop: int) -> "Batch":
+        values = {}
+        for field, rows in self.values.items():
+            first, last = int(self.present[field][:start].sum()), int(self.present[field][:stop].sum())
+            values[field] = rows[first:last] if last > first else rows[:1]  # nobody's: any row will do
+        here = slice(start, stop)
+        return Batch(
+            values,
+            {field: present[here] for field, present in self.present.items()},
+            self.sample_ids[here],
+            self.group_ids[here],
+            self.metadata[here],
+        )
+
+    def labels(self) -> "Batch":
+        """All but the values."""
+        return replace(self, values={})
+
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 

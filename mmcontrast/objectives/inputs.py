@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from mmcontrast.types import ABSENT
 
 NO_GROUP = -2  # the id of extra negatives of nobody's group
-Scalars = Tensor | float | Mapping[tuple[str, ...], Tensor | float]
+Scalars = Tensor | float | Mapping[Any, Tensor | float]  # by tuples of fields
 
 
 def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

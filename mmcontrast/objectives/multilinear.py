@@ -34,6 +34,7 @@ class Multilinear(Pairing):
     """
 
     draws: ClassVar[bool] = True
+    takes_extra_negatives: ClassVar[bool] = False
 
     def __init__(self, negatives: Literal["n", "n_squared"] = "n") -> None:
         super().__init__()

@@ -66,6 +66,7 @@ class Pairing:
 
     weights: Mapping[str, float] = {}
     draws: ClassVar[bool] = False  # candidates are drawn at random
+    takes_extra_negatives: ClassVar[bool] = True
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self.weights = dict(weights or {})

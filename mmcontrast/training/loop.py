@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from rich.progress import Progress
+from torch import nn
 
 from mmcontrast.data import SampleOrder, ShardDataset, training_batches
 from mmcontrast.errors import UserError
@@ -20,17 +22,20 @@ from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import Objective, Pairing
 from mmcontrast.training import checkpoint
 from mmcontrast.training.distributed import join_processes
+from mmcontrast.training.grad_cache import batch_norms
 from mmcontrast.training.log import StepLog, make_progress
 from mmcontrast.training.optim import make_optimizer
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.step import training_step
+from mmcontrast.training.queue import MomentumQueue
+from mmcontrast.training.step import Learner, training_step
 
 LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "results.json", "report.html"
 
 
 @dataclass
 class Job:
-    """All that a run is made of. `config` is the resolved config as YAML, saved with every checkpoint."""
+    """All that a run is made of. `config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the
+    fields that only provide negatives, and for which field."""
 
     name: str
     folder: Path
@@ -44,6 +49,7 @@ class Job:
     eval_datasets: Mapping[str, ShardDataset]
     evaluation: EvaluationOptions
     options: TrainOptions
+    negative_of: Mapping[str, str]
 
 
 def train(job: Job, resume: bool = False) -> Results:
@@ -59,14 +65,22 @@ def train(job: Job, resume: bool = False) -> Results:
     accelerator = make_accelerator(options, job.folder)
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
-    objective = job.objective.to(accelerator.device)
+    if (options.batch_size // accelerator.num_processes) % options.accumulation_steps:
+        raise UserError(
+            f"train.batch_size={options.batch_size} on {accelerator.num_processes} processes cannot be cut into"
+            f" train.accumulation_steps={options.accumulation_steps} equal parts"
+        )
+    objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
     model, optimizer = accelerator.prepare(job.model, make_optimizer(job.model, options))
+    learner = Learner(model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue)
 
     start = 0
     if resume:
-        start = restore(checkpoint.find(checkpoints, "last"), job, optimizer)
+        start = restore(checkpoint.find(checkpoints, "last"), job, learner)
     elif options.init_from:
         load_weights(job.model, checkpoint.load_weights(weights_path(options.init_from)), options.init_from)
+        if queue:
+            queue.follow(job.model, momentum=0.0)
     log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
     batches = training_batches(
         job.dataset,
@@ -80,16 +94,16 @@ def train(job: Job, resume: bool = False) -> Results:
 
     results: Results = {}
     with make_progress(accelerator.is_main_process) as progress:
+        warn_of_batch_norm(job, progress)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
         for step in range(start, options.steps):
             if log:
                 log.waiting()
-            batch = next(batches).to(accelerator.device)
+            batch = next(batches)
             if log:
                 log.arrived(options.batch_size)
             done, logging = step + 1, due(step + 1, options.log_every, options.steps)
-            watch = logging and options.signals
-            values = training_step(step, batch, model, objective, job.pairing, optimizer, accelerator, options, watch)
+            values = training_step(step, batch, learner, watch=logging and options.signals)
 
             if log and logging:
                 seen = {"step": done, "samples_seen": done * options.batch_size}
@@ -103,7 +117,7 @@ def train(job: Job, resume: bool = False) -> Results:
             evaluating = due(done, options.evaluate_every, options.steps)
             if due(done, options.checkpoint_every, options.steps) or evaluating:
                 with log.paused() if log else nullcontext():
-                    saved = save(done, job, checkpoints, optimizer, accelerator)
+                    saved = save(done, job, checkpoints, learner)
                     if evaluating and accelerator.is_main_process:
                         results = evaluate_now(job, done, saved, accelerator, progress, last=done == options.steps)
                     if accelerator.is_main_process:
@@ -129,13 +143,34 @@ def due(done: int, every: int, total: int) -> bool:
     return done == total or (every > 0 and done % every == 0)
 
 
-def save(done: int, job: Job, folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Path | None:
+def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
+    """The queue that the options ask for; on a model that accelerate has not prepared yet."""
+    if not job.options.queue_size:
+        return None
+    fields = [field for field in job.model.modalities if field not in job.negative_of]
+    return MomentumQueue(job.model, fields, job.options.queue_size, job.options.queue_momentum).to(device)
+
+
+def warn_of_batch_norm(job: Job, progress: Progress) -> None:
+    """What a micro-batch's statistics make different from the whole batch's."""
+    options, names = job.options, batch_norms(job.model)
+    if options.micro_batch_size and options.micro_batch_size < options.batch_size and names:
+        progress.console.print(
+            f"warning: train.micro_batch_size={options.micro_batch_size}: batch norms ({names[0]}, … {len(names)} of them)"
+            " take their statistics from micro-batches, so the result is not that of the undivided batch; layer or group norms"
+            " have no such trouble",
+            highlight=False,
+        )
+
+
+def save(done: int, job: Job, folder: Path, learner: Learner) -> Path | None:
     """The checkpoint after a number of steps, written by the main process."""
-    if not accelerator.is_main_process:
+    if not learner.accelerator.is_main_process:
         return None
     state = {
         "step": done,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "queue": learner.queue.state_dict() if learner.queue else {},
         "objective": job.objective.state_dict(),
         "order": asdict(job.order),
         "threads": torch.get_num_threads(),
@@ -143,7 +178,7 @@ def save(done: int, job: Job, folder: Path, optimizer: torch.optim.Optimizer, ac
     return checkpoint.save(folder, done, job.model.state_dict(), state, job.config)
 
 
-def restore(path: Path, job: Job, optimizer: torch.optim.Optimizer) -> int:
+def restore(path: Path, job: Job, learner: Learner) -> int:
     """Loads a checkpoint into a job; returns the steps that are done.
 
     Raises:
@@ -159,12 +194,16 @@ def restore(path: Path, job: Job, optimizer: torch.optim.Optimizer) -> int:
     if state["step"] >= job.options.steps:
         raise UserError(f"{job.folder} already has its {state['step']} steps: raise train.steps, or `mmcontrast evaluate`")
     load_weights(job.model, checkpoint.load_weights(path), str(path))
-    optimizer.load_state_dict(state["optimizer"])
+    learner.optimizer.load_state_dict(state["optimizer"])
     job.objective.load_state_dict(state["objective"])
+    if learner.queue:
+        if len(state["queue"]) != len(learner.queue.state_dict()):
+            raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
+        load_weights(learner.queue, state["queue"], f"the queue in {path}")
     return state["step"]
 
 
-def load_weights(model: ContrastiveModel, weights: Mapping[str, torch.Tensor], source: str) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
     """
     Raises:
         UserError: if names or shapes differ; it names the first.
@@ -184,7 +223,7 @@ def weights_path(source: str) -> Path:
     return checkpoint.find(path / "checkpoints", "last") if (path / "checkpoints").is_dir() else path
 
 
-def evaluate_now(job: Job, done: int, saved: Path | None, accelerator: Accelerator, progress: Any, last: bool) -> Results:
+def evaluate_now(job: Job, done: int, saved: Path | None, accelerator: Accelerator, progress: Progress, last: bool) -> Results:
     """Evaluates the weights at hand, keeps score of the best checkpoint, and at the end writes results and page."""
     results, tables = evaluate(job.model, job.eval_datasets, job.evaluation, accelerator.device, progress)
     if not results:

@@ -14,11 +14,13 @@ class FieldOptions(Options):
         modality: how its bytes are decoded: image, text, audio, vector, with options.
         tower: the name of the tower that encodes it, under `towers`.
         keys: extensions of its member in a shard, tried in turn; default: the modality's own.
+        negative_of: another field, for which this one only provides further negatives: a mined caption that nearly fits.
     """
 
     modality: Component
     tower: str
     keys: list[str] = []
+    negative_of: str | None = None
 
 
 class ModelOptions(Options):
@@ -56,6 +58,12 @@ class TrainOptions(Options):
     Attributes:
         steps: optimizer steps.
         batch_size: samples a step, over all ranks.
+        micro_batch_size: samples of a rank whose activations exist at a time. The loss is still that of the whole batch,
+            exactly; costs a second forward (gradient caching).
+        accumulation_steps: another thing: a step's batch is cut into so many parts, each contrasted within itself alone.
+            Fewer negatives, no second forward. For more negatives than fit, use micro_batch_size.
+        queue_size: so many past embeddings of each field, of a momentum encoder, are further negatives (MoCo); 0: none.
+        queue_momentum: of that encoder's weights.
         seed: of weights, order and augmentation.
         lr, weight_decay, betas, eps: AdamW's; biases, norms, the logit scale and bias do not decay.
         tower_lr: lr of the towers that need another, by name, with their projection: {text: 5e-4}.
@@ -73,6 +81,10 @@ class TrainOptions(Options):
 
     steps: Positive
     batch_size: Positive
+    micro_batch_size: Positive | None = None
+    accumulation_steps: Positive = 1
+    queue_size: Annotated[int, Field(ge=0)] = 0
+    queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     seed: int = 0
     lr: Annotated[float, Field(gt=0)] = 1e-3
     tower_lr: dict[str, Annotated[float, Field(gt=0)]] = {}

@@ -1,18 +1,25 @@
 """One optimizer step: forward, loss over all ranks, backward, the check that all is finite, update."""
 
 import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.model import Embeddings
 from mmcontrast.objectives import Objective, Pairing, contrastive_loss
+from mmcontrast.objectives.inputs import NO_GROUP
 from mmcontrast.objectives.pairing import term_name
+from mmcontrast.training.grad_cache import cached_backward, no_sync
 from mmcontrast.training.optim import schedule
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.types import Batch
 
 
@@ -28,45 +35,91 @@ def seed_step(seed: int, step: int, rank: int) -> None:
         torch.cuda.manual_seed_all(value)
 
 
-def training_step(
-    step: int,
-    batch: Batch,
-    model: nn.Module,
-    objective: Objective,
-    pairing: Pairing,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    options: TrainOptions,
-    watch: bool = False,
-) -> dict[str, Any]:
+@dataclass
+class Learner:
+    """What learns, and from what: a run's model (as accelerate prepared it), objective, pairing, optimizer, negatives.
+
+    Attributes:
+        negative_of: fields that only provide negatives, and for which field.
+        queue: past embeddings as further negatives, or None.
+    """
+
+    model: nn.Module
+    objective: Objective
+    pairing: Pairing
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    options: TrainOptions
+    negative_of: Mapping[str, str]
+    queue: MomentumQueue | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.accelerator.num_processes > 1 else None
+
+    def loss(self, embeddings: Embeddings, labels: Batch, signals: dict[str, Tensor] | None = None) -> Tensor:
+        """Of some samples' embeddings, over all ranks. `labels`: their batch, on the device, values apart."""
+        extra = self.queue.negatives(self.accelerator.process_index, self.accelerator.num_processes) if self.queue else {}
+        for field, of in self.negative_of.items():
+            rows = embeddings.fields[field][labels.present[field]]
+            nobodys = torch.full((len(rows),), NO_GROUP, device=rows.device)
+            if of in extra:
+                rows, nobodys = torch.cat([extra[of][0], rows]), torch.cat([extra[of][1], nobodys])
+            extra[of] = rows, nobodys
+        return contrastive_loss(
+            {field: rows for field, rows in embeddings.fields.items() if field not in self.negative_of},
+            objective=self.objective,
+            pairing=self.pairing,
+            logit_scale=embeddings.logit_scale,
+            logit_bias=embeddings.logit_bias,
+            ids={field: ids for field, ids in labels.ids.items() if field not in self.negative_of},
+            sample_ids=labels.sample_ids,
+            extra_negatives=extra,
+            group=self.group,
+            signals=signals,
+        )
+
+    def backward(self, batch: Batch, share: float, last: bool, signals: dict[str, Tensor] | None) -> tuple[Tensor, Embeddings]:
+        """Adds the gradients of `share` times a part's loss; the `last` part of a step reduces them over the ranks."""
+        device, labels = self.accelerator.device, batch.labels().to(self.accelerator.device)
+
+        def loss_of(embeddings: Embeddings) -> Tensor:
+            return self.loss(embeddings, labels, signals) * share
+
+        if self.options.micro_batch_size:
+            size, backward = self.options.micro_batch_size, self.accelerator.backward
+            return cached_backward(self.model, batch, size, loss_of, backward=backward, device=device, synchronise=last)
+        with nullcontext() if last else no_sync(self.model):
+            embeddings = self.model(batch.to(device))
+            loss = loss_of(embeddings)
+            self.accelerator.backward(loss)
+        return loss.detach(), embeddings
+
+
+def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False) -> dict[str, Any]:
     """Trains on one batch and returns what there is to log; with `watch` also the signals of the objective.
 
     Raises:
         TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
     """
+    options, accelerator, optimizer = learner.options, learner.accelerator, learner.optimizer
     seed_step(options.seed, step, accelerator.process_index)
     share = schedule(step, options)
     lr = options.lr * share
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
+    learner.objective.progress = step / options.steps
 
-    signals: dict[str, torch.Tensor] = {}
-    embeddings = model(batch)
-    loss = contrastive_loss(
-        embeddings.fields,
-        objective=objective,
-        pairing=pairing,
-        logit_scale=embeddings.logit_scale,
-        logit_bias=embeddings.logit_bias,
-        ids=batch.ids,
-        sample_ids=batch.sample_ids,
-        group=dist.group.WORLD if accelerator.num_processes > 1 else None,
-        signals=signals if watch else None,
-    )
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), options.clip_grad_norm or math.inf)
+    signals: dict[str, Tensor] | None = {} if watch else None
+    loss = torch.zeros((), device=accelerator.device)
+    parts = batch.split(math.ceil(len(batch) / options.accumulation_steps))
+    for part in parts:
+        last = part is parts[-1]
+        value_of_part, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
+        loss += value_of_part
+    norm = accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf)
 
-    value = float(accelerator.reduce(loss.detach(), "mean"))
+    value = float(accelerator.reduce(loss, "mean"))
     # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
     if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(float(norm))):
         raise TrainingStopped(
@@ -76,10 +129,15 @@ def training_step(
         )
     optimizer.step()
     optimizer.zero_grad()
-    accelerator.unwrap_model(model).clamp_logit_scale()
+    model = accelerator.unwrap_model(learner.model)
+    model.clamp_logit_scale()
+    if learner.queue:
+        learner.queue.follow(model)
+        with accelerator.autocast():
+            learner.queue.push(batch, options.micro_batch_size, accelerator.device, learner.group)
     scale = embeddings.logit_scale
     per_pair = scale if isinstance(scale, dict) else {}
-    scales = torch.stack([*per_pair.values()] or [scale]).detach()
+    scales = torch.stack([*per_pair.values()] if isinstance(scale, dict) else [scale]).detach()
     values = {"loss": value, "lr": lr, "logit_scale": float(scales.mean()), "grad_norm": float(norm)}
     values |= {f"logit_scale/{term_name(pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
     if signals:

@@ -1,0 +1,67 @@
+"""A queue of past embeddings from a momentum encoder: more negatives than a batch has, for any objective."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.score.ranks import exchange, gather_rows
+from mmcontrast.types import ABSENT, Batch
+
+
+class MomentumQueue(nn.Module):
+    """The last embeddings of every field, by an encoder whose weights follow the model's slowly (MoCo, arXiv:1911.05722; v2,
+    2003.04297). They carry their group ids, so an anchor's own group is never its negative. Positives are of the model.
+
+    The same on every rank; each rank contributes its share of the rows, which meet the anchors of all.
+
+    Args:
+        model: whose weights the encoder starts from. The encoder is in evaluation mode: no dropout, running batch norms.
+        fields: which of the model's.
+        size: rows of each field.
+        momentum: m of encoder ← m · encoder + (1 − m) · model, a step.
+    """
+
+    def __init__(self, model: ContrastiveModel, fields: list[str], size: int, momentum: float) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(model).requires_grad_(False).eval()
+        self.fields, self.size, self.momentum = list(fields), size, momentum
+        for field in self.fields:
+            self.register_buffer(f"{field}_rows", torch.zeros(size, model.embed_dim))
+            self.register_buffer(f"{field}_ids", torch.full((size,), ABSENT))
+            self.register_buffer(f"{field}_pushed", torch.zeros((), dtype=torch.int64))
+
+    def negatives(self, rank: int = 0, world_size: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+        """A rank's share of the queue: per field, rows [K, D] and group ids [K]."""
+        found = {}
+        for field in self.fields:
+            rows, ids, pushed = (self.get_buffer(f"{field}_{name}") for name in ("rows", "ids", "pushed"))
+            share = slice(rank, min(int(pushed), self.size), world_size)
+            found[field] = rows[share].clone(), ids[share].clone()
+        return found
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, momentum: float | None = None) -> None:
+        """Moves the encoder's weights towards a model's; running statistics are taken over."""
+        momentum = self.momentum if momentum is None else momentum
+        for weight, other in zip(self.encoder.parameters(), model.parameters(), strict=True):
+            weight.lerp_(other.detach(), 1 - momentum)
+        for statistic, its in zip(self.encoder.buffers(), model.buffers(), strict=True):
+            statistic.copy_(its)
+
+    @torch.no_grad()
+    def push(self, batch: Batch, micro_batch_size: int | None, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        """Embeds a batch and puts it, of all ranks, in place of the oldest rows."""
+        parts = [self.encoder(part.to(device)).fields for part in batch.split(micro_batch_size or len(batch))]
+        sizes = [size for (size,) in exchange([len(batch)], group, device)]
+        for field in self.fields:
+            rows = gather_rows(torch.cat([part[field] for part in parts]).float(), group, sizes)
+            ids = gather_rows(batch.ids[field].to(device), group, sizes)
+            rows, ids = rows[ids != ABSENT][-self.size :], ids[ids != ABSENT][-self.size :]
+            pushed = self.get_buffer(f"{field}_pushed")
+            places = (pushed + torch.arange(len(rows), device=device)) % self.size
+            self.get_buffer(f"{field}_rows")[places] = rows
+            self.get_buffer(f"{field}_ids")[places] = ids
+            pushed += len(rows)

@@ -1,0 +1,203 @@
+"""Gradient caching equals a pass that keeps the graph of the same micro-batches: three fields, dropout, absences, 1 and 2 ranks."""
+
+import multiprocessing
+import socket
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmcontrast import contrastive_loss
+from mmcontrast.modalities import VectorModality
+from mmcontrast.model import ContrastiveModel, Embeddings
+from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
+from mmcontrast.towers import Tower
+from mmcontrast.training.grad_cache import batch_norms, cached_backward
+from mmcontrast.types import Batch
+
+FIELDS = "abc"
+CASES = [(objective, pairing) for objective in sorted(OBJECTIVES) for pairing in ("all_pairs", "multilinear")]
+CASES.remove(("multi_positive", "multilinear"))
+
+
+class DropoutTower(Tower):
+    def __init__(self, norm=nn.LayerNorm):
+        super().__init__()
+        self.width = 8
+        self.network = nn.Sequential(nn.Linear(6, 32), norm(32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, 8), nn.Dropout(0.1))
+
+
+def make_model(norm=nn.LayerNorm, **options):
+    torch.manual_seed(1)
+    towers = {"shared": DropoutTower(norm), "own": DropoutTower(norm)}
+    modalities = {f: VectorModality(6) for f in FIELDS}
+    tower_of = {"a": "shared", "b": "own", "c": "shared"}
+    return ContrastiveModel(modalities, towers, tower_of, 5, logit_bias=-1.0, **options).double()
+
+
+def make_batch(n, seed=0):
+    """Samples that lack fields; nobody of the third micro-batch of 4 has `c`."""
+    generator = torch.Generator().manual_seed(seed)
+    present = {f: torch.rand(n, generator=generator) < 0.8 for f in FIELDS}
+    present["c"][8:12] = False
+    rows = {f: torch.randn(int(here.sum()), 6, generator=generator).double() for f, here in present.items()}
+    groups = torch.randint(n, (n,), generator=generator)
+    return Batch(rows, present, torch.arange(n) + 100 * seed, groups, [{}] * n)
+
+
+def loss_of(batch, objective, pairing, group=None):
+    scorer = GlobalContrastive(temperature="individual") if objective == "global" else objective
+
+    def loss(embeddings):
+        return contrastive_loss(
+            embeddings.fields,
+            objective=scorer,
+            pairing=pairing,
+            logit_scale=embeddings.logit_scale,
+            logit_bias=embeddings.logit_bias,
+            ids=batch.ids,
+            sample_ids=batch.sample_ids,
+            group=group,
+        )
+
+    return loss
+
+
+def graph_keeping(model, batch, size):
+    """The embeddings of all micro-batches, with their graph."""
+    parts = [model(part) for part in batch.split(size)]
+    fields = {f: torch.cat([part.fields[f] for part in parts]) for f in parts[0].fields}
+    return Embeddings(fields, parts[-1].logit_scale, parts[-1].logit_bias)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("objective", "pairing"), CASES)
+@pytest.mark.parametrize("size", [4, 5, 64])
+def test_it_equals_a_pass_that_keeps_the_graph(objective, pairing, size):
+    batch, kept, cached = make_batch(18), make_model(), make_model()
+    torch.manual_seed(2)
+    want = loss_of(batch, objective, pairing)(graph_keeping(kept, batch, size))
+    want.backward()
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    got, embeddings = cached_backward(cached, batch, size, loss_of(batch, objective, pairing))
+    assert got == want and set(embeddings.fields) == set(FIELDS) and not got.requires_grad
+    torch.testing.assert_close(gradients(cached), gradients(kept), rtol=1e-12, atol=1e-14)
+    if pairing != "multilinear":  # which draws
+        assert torch.equal(torch.get_rng_state(), state), "the next step's random numbers are those of a plain pass"
+
+
+def test_without_replay_it_would_differ(monkeypatch):
+    """So that the test above sees the dropout."""
+    batch, kept, cached = make_batch(18), make_model(), make_model()
+    loss_of(batch, "infonce", "all_pairs")(graph_keeping(kept, batch, 4)).backward()
+    monkeypatch.setattr("mmcontrast.training.grad_cache._set_random_state", lambda *_: None)
+    cached_backward(cached, batch, 4, loss_of(batch, "infonce", "all_pairs"))
+    grads = gradients(cached), gradients(kept)
+    assert not torch.allclose(grads[0]["projections.own.weight"], grads[1]["projections.own.weight"], rtol=1e-3)
+
+
+def test_scales_of_pairs_get_their_gradients():
+    batch, kept, cached = make_batch(12), make_model(scale_per_pair=True).eval(), make_model(scale_per_pair=True).eval()
+    loss_of(batch, "infonce", "all_pairs")(kept(batch)).backward()
+    cached_backward(cached, batch, 5, loss_of(batch, "infonce", "all_pairs"))
+    torch.testing.assert_close(gradients(cached), gradients(kept), rtol=1e-12, atol=1e-14)
+    assert len(set(cached.log_logit_scale.grad.tolist())) == 3
+
+
+def test_batch_norms_count_a_micro_batch_once():
+    batch, kept, cached = make_batch(8), make_model(nn.BatchNorm1d), make_model(nn.BatchNorm1d)
+    torch.manual_seed(2)
+    graph_keeping(kept, batch, 4)
+    torch.manual_seed(2)
+    cached_backward(cached, batch, 4, loss_of(batch, "infonce", "all_pairs"))
+    torch.testing.assert_close(dict(cached.named_buffers()), dict(kept.named_buffers()))
+    assert batch_norms(cached) == ["towers.shared.network.1", "towers.own.network.1"]
+    assert not batch_norms(make_model())
+
+
+def test_saved_activations_do_not_grow_with_the_batch():
+    """Bytes saved for the backward of the towers, at their highest, for batches of 32 to 512 in micro-batches of 16."""
+
+    def peak(n, size):
+        live, highest = 0, 0
+
+        class Saved:
+            def __init__(self, tensor):
+                nonlocal live, highest
+                self.tensor, self.bytes = tensor, tensor.nbytes
+                live += self.bytes
+                highest = max(highest, live)
+
+            def __del__(self):
+                nonlocal live
+                live -= self.bytes
+
+        model, batch = make_model(), make_batch(n)
+        loss = loss_of(batch, "infonce", "all_pairs")
+
+        def outside(embeddings):  # the loss's own O(N·D) apart
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                return loss(embeddings)
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            cached_backward(model, batch, size or n, outside)
+        return highest
+
+    small, large, uncut = peak(32, 16), peak(512, 16), peak(512, None)
+    assert large < 1.3 * small, "absences differ between micro-batches, nothing else does"
+    assert uncut > 10 * large
+
+
+def worker(rank, port, answers):
+    try:
+        torch.set_num_threads(1)
+        method = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        batch = make_batch((13, 7)[rank], seed=rank)
+        batch.group_ids += 50 * rank
+        for objective, pairing in CASES:
+            loss, kept, reduced = loss_of(batch, objective, pairing, dist.group.WORLD), make_model(), []
+            torch.manual_seed(rank)
+            want = loss(graph_keeping(kept, batch, 4))
+            want.backward()
+            for parameter in kept.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= 2
+            cached = DistributedDataParallel(make_model())
+
+            def count(_, bucket, reduced=reduced):
+                reduced.append(bucket.index())
+                buffer = bucket.buffer() / 2
+                return dist.all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
+
+            cached.register_comm_hook(None, count)
+            torch.manual_seed(rank)
+            got, _ = cached_backward(cached, batch, 4, loss_of(batch, objective, pairing, dist.group.WORLD))
+            torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(gradients(cached.module), gradients(kept), rtol=1e-12, atol=1e-14)
+            assert reduced == [0], f"buckets reduced: {reduced}, for {objective} {pairing}"
+        answers.put("done")
+    except Exception:
+        answers.put(f"rank {rank}: {traceback.format_exc()}")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_on_two_ranks_with_one_all_reduce():
+    """Parts of 13 and 7 samples, so of 4 and 2 micro-batches."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with multiprocessing.Manager() as manager:
+        answers = manager.Queue()
+        mp.spawn(worker, (port, answers), nprocs=2)
+        assert [answers.get() for _ in range(2)] == ["done", "done"]
