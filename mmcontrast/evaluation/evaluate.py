@@ -1,5 +1,6 @@
 """All of a run's evaluation: every split embedded, every ordered pair of fields retrieved, every task classified."""
 
+import math
 from collections.abc import Mapping
 from itertools import permutations
 
@@ -16,6 +17,7 @@ from mmcontrast.evaluation.retrieval import first_of_each_group, ranks, retrieva
 from mmcontrast.evaluation.zero_shot import phrase_embedding, zero_shot_metrics
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.score import LogSumExp, score_statistics
 
 Results = dict[str, float]  # "val/retrieval/image_to_text/recall_at_1": 0.5
 
@@ -47,10 +49,20 @@ def evaluate(
         first = f"recall_at_{options.retrieval_at[0]}"
         recalls = [value for name, value in results.items() if name.startswith(f"{split}/retrieval/") and name.endswith(first)]
         results[f"{split}/retrieval/mean_{first}"] = sum(recalls) / len(recalls)
+        for field, rows in table.fields.items():
+            results[f"{split}/uniformity/{field}"] = uniformity(rows[table.present[field]])
         for task, zero_shot in options.zero_shot.items():
             metrics = classify(model, table, zero_shot, device)
             results |= {f"{split}/zero_shot/{task}/{name}": value for name, value in metrics.items()}
     return results, tables
+
+
+def uniformity(rows: Tensor) -> float:
+    """log of the mean of e^{−2 ‖x − y‖²} over all pairs of different rows of unit embeddings [N, D] (Wang and Isola,
+    arXiv:2005.10242): 0 where all are one point, about −4 where they fill the sphere. O(N·D) memory; NaN for one row."""
+    directions = score_statistics(rows, rows, [LogSumExp()], scale=4.0, columns=False)
+    number = len(rows) * (len(rows) - 1)
+    return float(directions[0][LogSumExp()].logsumexp(0)) - math.log(number) - 4.0 if number else math.nan
 
 
 def retrieve(table: EmbeddingTable, query: str, candidate: str, once_a_group: bool) -> tuple[Tensor, Tensor]:

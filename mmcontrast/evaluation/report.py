@@ -52,7 +52,7 @@ def write_report(
         f"<h1>{html.escape(name)}</h1>",
         f'<h2>Training</h2><div class="curves">{_curves(log)}</div>' if log else "",
         f"<h2>Results</h2>{_results(results)}",
-        *(_gallery(query, found, split, model, dataset, table) for query, found in _galleries(model)),
+        *(_gallery(query, found, split, model, dataset, table) for query, found in _galleries(model, table)),
     ]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -61,9 +61,9 @@ def write_report(
     path.write_text(page, encoding="utf-8")
 
 
-def _galleries(model: ContrastiveModel) -> list[tuple[str, str]]:
+def _galleries(model: ContrastiveModel, table: EmbeddingTable) -> list[tuple[str, str]]:
     """Every ordered pair of fields that a person can look at or listen to."""
-    shown = [f for f, m in model.modalities.items() if isinstance(m, ImageModality | TextModality | AudioModality)]
+    shown = [f for f in table.fields if isinstance(model.modality(f), ImageModality | TextModality | AudioModality)]
     return list(permutations(shown, 2))
 
 
@@ -83,7 +83,8 @@ def _curves(log: Sequence[dict[str, Any]]) -> str:
             points = [(line["step"], line[name]) for line in log if name in line]
             label = name.split("/")[1].replace("_to_", " → ")
             axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label)
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     for axis, key in zip(axes.flat, (key for row in rows for key in row), strict=True):
         axis.set_title(key.replace("_", " "), fontsize=10)
         axis.set_xlabel("step", fontsize=8)

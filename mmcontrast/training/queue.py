@@ -57,11 +57,11 @@ class MomentumQueue(nn.Module):
         parts = [self.encoder(part.to(device)).fields for part in batch.split(micro_batch_size or len(batch))]
         sizes = [size for (size,) in exchange([len(batch)], group, device)]
         for field in self.fields:
-            rows = gather_rows(torch.cat([part[field] for part in parts]).float(), group, sizes)
+            rows = gather_rows(torch.cat([part[field] for part in parts]), group, sizes)
             ids = gather_rows(batch.ids[field].to(device), group, sizes)
             rows, ids = rows[ids != ABSENT][-self.size :], ids[ids != ABSENT][-self.size :]
             pushed = self.get_buffer(f"{field}_pushed")
             places = (pushed + torch.arange(len(rows), device=device)) % self.size
-            self.get_buffer(f"{field}_rows")[places] = rows
+            self.get_buffer(f"{field}_rows")[places] = rows.to(self.get_buffer(f"{field}_rows").dtype)
             self.get_buffer(f"{field}_ids")[places] = ids
             pushed += len(rows)

@@ -1,6 +1,7 @@
 """`torchrun` on two gloo processes: the same losses and weights as one process, from the same global batches."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,37 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_two_ranks_train_as_one(config_file, tmp_path):
-    """Batch norm sees each rank's own part, so the towers have none here; the loss sees all of the batch."""
+MARGIN = """
+from mmcontrast.objectives import Objective
+from mmcontrast.score import LogSumExp, log1pexp
+
+class Margin(Objective):
+    reductions = (LogSumExp(),)
+
+    def __init__(self, margin=0.1):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, d):
+        return log1pexp(d[LogSumExp()] - (d.positives - self.margin * d.scale))
+"""
+
+
+@pytest.mark.parametrize("case", ["plain", "my own objective, a queue, and caching on two ranks"])
+def test_two_ranks_train_as_one(config_file, tmp_path, case):
+    """Batch norm sees each rank's own part, so the towers have none here; the loss sees all of the batch. An objective that
+    is written outside the package and named by import path gets tiles, ranks and caching like any other."""
+    (tmp_path / "my_lab.py").write_text(MARGIN)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     convnext = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})
     options = ["train.steps=4", "data.lanes=4", "train.lr=1e-4", f"towers.image={convnext}", f"towers.audio={convnext}"]
     options += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"])):
         command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *options, f"run.name={name}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        if case != "plain":
+            command += ["objective={type: my_lab:Margin, margin: 0.2}", "train.queue_size=21"]
+            command += ["train.micro_batch_size=3"] if name == "two" else []
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     logs = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]

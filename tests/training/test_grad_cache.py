@@ -1,4 +1,4 @@
-"""Gradient caching equals a pass that keeps the graph of the same micro-batches: three fields, dropout, absences, 1 and 2 ranks."""
+"""Gradient caching equals a pass that keeps the graph of the same micro-batches: three fields, dropout, 1 and 2 ranks."""
 
 import multiprocessing
 import socket

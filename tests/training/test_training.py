@@ -1,6 +1,7 @@
 """The loop on real shards: a run's folder, exact resume after SIGKILL, refusals, and a loss that is not finite."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.config import load_config
+from mmcontrast.data import write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.runs import embed_shards, make_job, open_run
 from mmcontrast.training import checkpoint
@@ -97,6 +100,72 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 12
     weights = [load_file(checkpoint.find(run / "checkpoints", "last") / checkpoint.WEIGHTS) for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_an_objective_and_a_queue_remember_goes_through_a_checkpoint(config_file, tmp_path):
+    """Individual temperatures, a queue, caching, accumulation, dropout: resumed from step 4, bitwise the run left alone."""
+    objective = "objective={type: global, temperature: individual, gamma: 0.5}"
+    change = [objective, "train.queue_size=40", "train.micro_batch_size=3", "train.accumulation_steps=2"]
+    change += ["towers.text.config.hidden_dropout_prob=0.1"]
+    whole = train(config_file, *change)
+    assert whole.returncode == 0, whole.stderr
+    assert "warning: train.micro_batch_size=3: batch norms (towers.audio." in " ".join(whole.stderr.split())
+    run = tmp_path / "runs" / "small"
+    last = run / "checkpoints" / "step-00000006"
+    weights, lines = load_file(last / checkpoint.WEIGHTS), (run / "metrics.jsonl").read_text().splitlines()
+    state = checkpoint.load_state(last)
+    shutil.rmtree(last)
+    resumed = train(config_file, *change, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    again = load_file(last / checkpoint.WEIGHTS)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    losses = [[json.loads(line)["loss"] for line in text] for text in (lines, (run / "metrics.jsonl").read_text().splitlines())]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    memory = state["objective"]["table._extra_state"]
+    assert len(memory["ids"]) == 96 and "image_to_text/tau" in memory["columns"]
+    assert int(state["queue"]["text_pushed"]) == 96 and state["queue"]["text_rows"].shape == (40, 16)
+    quantiles = [json.loads(lines[-1])[f"signals/image_to_text/temperature_p{p}"] for p in ("05", "50", "95")]
+    assert quantiles == sorted(quantiles)
+
+
+def test_a_field_of_mined_negatives(config_file, corpus, tmp_path):
+    """`key.neg.txt`, a caption that does not fit, in every other sample: read by the text tower, and by nobody's evaluation."""
+    items = [item for item in Glyphs().splits()["val"] if item[0].script == "Greek"][:16]
+    samples = [Glyphs(side=24).make_sample("train", item) for item in items]
+    for number in range(0, 16, 2):
+        samples[number]["neg.txt"] = samples[number - 1]["txt"]
+    write_shard(tmp_path / "mined-00000.tar", samples)
+    mined = "fields.mined={modality: {type: text, context_length: 24}, tower: text, keys: [neg.txt], negative_of: text}"
+    options = [mined, f"data.train={tmp_path}/mined-00000.tar", "train.steps=2"]
+    done = train(config_file, *options)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "runs" / "small" / "results.json").read_text())
+    assert not any("mined" in name for name in results) and "val/retrieval/image_to_text/recall_at_1" in results
+    first = json.loads((tmp_path / "runs" / "small" / "metrics.jsonl").read_text().splitlines()[0])
+    assert not any("mined" in name for name in first)
+    assert train(config_file, *options[1:], "run.name=plain").returncode == 0
+    plain = json.loads((tmp_path / "runs" / "plain" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] > plain["loss"] + 0.01  # more candidates
+    refused = train(config_file, mined.replace("of: text", "of: sound"), "run.name=other")
+    assert refused.returncode == 2 and "fields.mined.negative_of: no field 'sound' that is contrasted" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["pairing=multilinear", "train.queue_size=8"], "train.queue_size: a product needs a partner in every other field"),
+        (["pairing=multilinear", "objective=multi_positive"], "MultiPositive averages over all positives"),
+        (["objective=global", "objective.gamma=2"], "gamma is 2, it must be in"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_refused_first(config_file, change, message):
+    with pytest.raises(UserError, match=message):
+        make_job(load_config(config_file, change))
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(config_file):
+    done = train(config_file, "train.accumulation_steps=3")
+    assert done.returncode == 2 and "train.batch_size=16 on 1 processes cannot be cut into" in done.stderr
 
 
 def test_resuming_with_another_order_of_the_data_is_refused(config_file):
