@@ -12,6 +12,7 @@ from data_pipelines.glyphs import characters, speech
 from mmcontrast.data.writer import Sample
 
 FONTS = (*characters.TRAIN_FONTS, characters.HELD_OUT_FONT, characters.HELD_OUT_FAMILY)
+PLAIN_LETTERS = [f"{script} {case} letter" for script in ("Latin", "Greek", "Cyrillic") for case in ("capital", "small")]
 speaker = cache(speech.Speaker)  # one a process
 
 
@@ -28,14 +29,20 @@ def draw(character: str, font_name: str, size: int, side: int) -> Image.Image:
 
 
 class Glyphs:
-    """One sample a character and font file. `side`: of the pictures, in pixels; `seed`: of the shards' order."""
+    """One sample a character and font file. `side`: of the pictures, in pixels; `seed`: of the shards' order;
+    `plain_letters`: of Latin, Greek and Cyrillic letters alone those that are named without a "with"."""
 
-    def __init__(self, side: int = 48, seed: int = 0) -> None:
-        self.side, self.seed = side, seed
+    def __init__(self, side: int = 48, seed: int = 0, plain_letters: bool = False) -> None:
+        self.side, self.seed, self.plain_letters = side, seed, plain_letters
 
     def splits(self) -> dict[str, Sequence[tuple[characters.Character, str]]]:
         rng = np.random.default_rng(self.seed)
-        return {split: [pairs[k] for k in rng.permutation(len(pairs))] for split, pairs in characters.splits().items()}
+        kept = {split: [pair for pair in pairs if self._kept(pair[0])] for split, pairs in characters.splits().items()}
+        return {split: [pairs[k] for k in rng.permutation(len(pairs))] for split, pairs in kept.items()}
+
+    def _kept(self, character: characters.Character) -> bool:
+        plain = character.kind in PLAIN_LETTERS and character.code < 0x530 and " with " not in character.name
+        return plain or not self.plain_letters
 
     def sample_id(self, item: tuple[characters.Character, str]) -> int:
         """Unique and stable."""
