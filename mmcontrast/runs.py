@@ -61,10 +61,12 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
     objective, pairing = build(config.objective, OBJECTIVES, "objective"), build(config.pairing, PAIRINGS, "pairing")
     negatives = negative_fields(config)
     try:
-        pairing.weighted_terms(list(contrasted_fields(config)))
+        terms = pairing.weighted_terms(list(contrasted_fields(config)))
         pairing.check(objective)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if config.model.scale_per_pair and any(len(term) > 2 for term in terms):
+        raise UserError("model.scale_per_pair: the pairing scores more than two fields at once; leave it false")
     if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
         what = f"fields.{next(iter(negatives))}.negative_of" if negatives else "train.queue_size"
         raise UserError(

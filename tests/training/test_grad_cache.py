@@ -16,7 +16,7 @@ from mmcontrast import contrastive_loss
 from mmcontrast.modalities import VectorModality
 from mmcontrast.model import ContrastiveModel, Embeddings
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
-from mmcontrast.towers import Tower
+from mmcontrast.towers import TimmTower, Tower
 from mmcontrast.training.grad_cache import batch_norms, cached_backward
 from mmcontrast.types import Batch
 
@@ -103,6 +103,46 @@ def test_without_replay_it_would_differ(monkeypatch):
     cached_backward(cached, batch, 4, loss_of(batch, "infonce", "all_pairs"))
     grads = gradients(cached), gradients(kept)
     assert not torch.allclose(grads[0]["projections.own.weight"], grads[1]["projections.own.weight"], rtol=1e-3)
+
+
+class Timm(TimmTower):
+    """Patch dropout, drop path and dropout at once, on vectors of 6 as pictures."""
+
+    def __init__(self):
+        rates = {"drop_path_rate": 0.3, "patch_drop_rate": 0.3, "proj_drop_rate": 0.1}
+        size = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        super().__init__("vit_tiny_patch16_224", **size, **rates)
+
+    def forward(self, batch):
+        return super().forward(batch.repeat(1, 43)[:, :256].view(-1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_drop_path_and_patch_dropout_are_replayed(precision):
+    def run(cache):
+        torch.manual_seed(1)
+        modalities = {f: VectorModality(6) for f in FIELDS}
+        model = ContrastiveModel(modalities, {"t": Timm()}, dict.fromkeys(FIELDS, "t"), 5)
+        model = model.double() if precision == "float64" else model
+        batch = make_batch(18)
+        batch.values = {f: rows.to(next(model.parameters()).dtype) for f, rows in batch.values.items()}
+        plain = model.forward
+
+        def forward(part):  # as accelerate wraps it
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                return plain(part)
+
+        model.forward = forward
+        torch.manual_seed(2)
+        loss = loss_of(batch, "infonce", "all_pairs")
+        if cache:
+            cached_backward(model, batch, 4, loss)
+        else:
+            loss(graph_keeping(model, batch, 4)).backward()
+        return gradients(model)
+
+    tolerance = {"rtol": 1e-12, "atol": 1e-14} if precision == "float64" else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(run(cache=True), run(cache=False), **tolerance)
 
 
 def test_scales_of_pairs_get_their_gradients():

@@ -154,6 +154,7 @@ def test_a_field_of_mined_negatives(config_file, corpus, tmp_path):
     ("change", "message"),
     [
         (["pairing=multilinear", "train.queue_size=8"], "train.queue_size: a product needs a partner in every other field"),
+        (["pairing=multilinear", "model.scale_per_pair=true"], "model.scale_per_pair: the pairing scores more than two"),
         (["pairing=multilinear", "objective=multi_positive"], "MultiPositive averages over all positives"),
         (["objective=global", "objective.gamma=2"], "gamma is 2, it must be in"),
     ],
