@@ -43,7 +43,7 @@ def make_job(config: RunConfig) -> Job:
         pairing=pairing,
         dataset=dataset,
         order=make_order(dataset, config.data, config.train.batch_size, config.train.seed),
-        num_workers=config.data.num_workers,
+        data=config.data,
         eval_datasets=eval_datasets(config, model),
         evaluation=config.evaluation,
         options=config.train,

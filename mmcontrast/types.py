@@ -1,7 +1,7 @@
 """What travels between the layers: a batch of samples with any number of fields, and the embeddings made of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Batch:
         sample_ids: int64 [N], unique and stable: the key of audit, augmentation and per-sample state.
         group_ids: int64 [N], what a sample is about; equal ones are not negatives of each other.
         metadata: per sample, what its shard says of it, with its `key`.
+        replaced: what was wrong with samples that could not be decoded, in whose place others stand.
     """
 
     values: dict[str, Tensor]
@@ -28,6 +29,7 @@ class Batch:
     sample_ids: Tensor
     group_ids: Tensor
     metadata: list[dict[str, Any]]
+    replaced: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -35,7 +37,7 @@ class Batch:
     @property
     def ids(self) -> dict[str, Tensor]:
         """Per field, int64 [N]: the group id, or −1 where the sample lacks the field."""
-        return {field: torch.where(here, self.group_ids, ABSENT) for field, here in self.present.items()}
+        return {name: torch.where(here, self.group_ids, ABSENT) for name, here in self.present.items()}
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of `size` samples, the last of what is left."""
@@ -43,13 +45,13 @@ class Batch:
 
     def _part(self, start: int, stop: int) -> "Batch":
         values = {}
-        for field, rows in self.values.items():
-            first, last = int(self.present[field][:start].sum()), int(self.present[field][:stop].sum())
-            values[field] = rows[first:last] if last > first else rows[:1]  # nobody's: any row will do
+        for name, rows in self.values.items():
+            first, last = int(self.present[name][:start].sum()), int(self.present[name][:stop].sum())
+            values[name] = rows[first:last] if last > first else rows[:1]  # nobody's: any row will do
         here = slice(start, stop)
         return Batch(
             values,
-            {field: present[here] for field, present in self.present.items()},
+            {name: present[here] for name, present in self.present.items()},
             self.sample_ids[here],
             self.group_ids[here],
             self.metadata[here],
@@ -68,8 +70,8 @@ class Batch:
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            values={field: move(value) for field, value in self.values.items()},
-            present={field: move(here) for field, here in self.present.items()},
+            values={name: move(value) for name, value in self.values.items()},
+            present={name: move(here) for name, here in self.present.items()},
             sample_ids=move(self.sample_ids),
             group_ids=move(self.group_ids),
         )

@@ -18,6 +18,12 @@ TRAIN, VAL = 96, 24
 LETTERS = ("Latin", "Greek", "Cyrillic")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """Indexes of the tests' shards are kept apart from the user's."""
+    os.environ["MMCONTRAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """train-0000{0,1,2}.tar of 32 samples each, and val-00000.tar of 24."""

@@ -3,18 +3,19 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmcontrast.data.index import ShardIndex, expand_shards, index_shard
+from mmcontrast.data.index import ShardIndex, open_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError, Modality
 from mmcontrast.types import Batch
 
+REPLACEMENTS = 16  # tried for a sample, before its error ends the run
 MAX_MEMBER_BYTES = 256 * 2**20  # a member larger than this is no sample of a contrastive corpus
 
 
@@ -27,10 +28,14 @@ class Sample:
     group_id: int
     metadata: dict[str, Any]
     error: str | None = None
+    replaces: tuple[str, ...] = ()  # errors of those in whose place it stands
 
 
 class ShardDataset(Dataset[Sample]):
     """Random access to the samples of webdataset shards, by position in the concatenated shards.
+
+    In training a sample that cannot be decoded is replaced by another, a function of (seed, epoch, position), and reported with
+    its batch; otherwise its error ends the iteration.
 
     A sample is its members of one key. `json` may hold `sample_id` and `group_id`; without them the sample id is a hash
     of the key and the group id equals it, so that all samples are different.
@@ -51,7 +56,7 @@ class ShardDataset(Dataset[Sample]):
         seed: int = 0,
         training: bool = False,
     ) -> None:
-        self.shards: list[ShardIndex] = [index_shard(path) for path in expand_shards(shards)]
+        self.shards: list[ShardIndex] = open_shards(shards, progress=True)
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
         self.starts = np.cumsum([0, *map(len, self.shards)])
@@ -66,6 +71,11 @@ class ShardDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def digest(self) -> str:
+        """Of the shards: equal for equal samples in the same places, wherever the files are."""
+        return hashlib.blake2b("".join(shard.digest for shard in self.shards).encode(), digest_size=8).hexdigest()
+
     def members(self, position: int, extensions: Sequence[str]) -> tuple[ShardIndex, str, dict[str, bytes]]:
         """(shard, key, bytes per extension) of a sample."""
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
@@ -77,6 +87,15 @@ class ShardDataset(Dataset[Sample]):
     def __getitem__(self, place: int | tuple[int, int]) -> Sample:
         """The sample at (epoch, position), or at position."""
         epoch, position = place if isinstance(place, tuple) else (0, place)
+        sample = self._sample(epoch, position)
+        errors: list[str] = []
+        while sample.error and self.training and len(errors) < REPLACEMENTS:
+            errors.append(sample.error)
+            other = _hash(f"{self.seed} {epoch} {position} {len(errors)}") % len(self)
+            sample = replace(self._sample(epoch, other), replaces=tuple(errors))
+        return sample
+
+    def _sample(self, epoch: int, position: int) -> Sample:
         wanted = [extension for extensions in self.keys.values() for extension in extensions]
         shard, key, members = self.members(position, [*wanted, "json"])
         sample = Sample({}, _hash(key), _hash(key), {"key": key})
@@ -114,6 +133,7 @@ class ShardDataset(Dataset[Sample]):
             torch.tensor([s.sample_id for s in samples]),
             torch.tensor([s.group_id for s in samples]),
             [s.metadata for s in samples],
+            [error for s in samples for error in s.replaces],
         )
 
 

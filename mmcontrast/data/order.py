@@ -2,10 +2,10 @@
 
 Shards are cut into blocks of consecutive samples; an epoch permutes the blocks and cuts the stream of samples into
 equal lanes; each lane is shuffled inside windows. A global step takes the same number of samples from every lane, and
-rank r of W owns lanes r·L/W … (r+1)·L/W − 1. So the position in the data is one integer, the step.
+rank r of W owns lanes r·L/W … (r+1)·L/W − 1. So the position in the data is one integer, the step. Nothing but the blocks and
+the windows at hand is ever in memory, so 10⁹ samples are ordered in seconds.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +24,7 @@ class SampleOrder:
         lanes: divides batch_size; the number of ranks must divide it.
         block: consecutive samples that stay together until a window shuffles them; what one rank reads in one place.
         window: samples shuffled together in a lane.
+        data: digest of the shards.
     """
 
     shard_sizes: tuple[int, ...]
@@ -32,6 +33,7 @@ class SampleOrder:
     lanes: int
     block: int
     window: int
+    data: str = ""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.lanes:
@@ -51,34 +53,51 @@ class SampleOrder:
         """Whole batches only: fewer than lanes + batch_size samples, other ones each epoch, are left out at its end."""
         return self.lane_length // (self.batch_size // self.lanes)
 
-    def fingerprint(self) -> str:
-        """Equal for two runs exactly if they see the same samples at the same steps (of equal shards)."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
-
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[int, np.ndarray]:
         """(epoch, [batch_size / world_size] positions in the concatenated shards) of one rank at a global step."""
         if self.lanes % world_size:
             raise UserError(f"{world_size} ranks cannot share data.lanes={self.lanes}: set it to a multiple of them")
         epoch, step = divmod(step, self.steps_per_epoch)
-        lanes = _epoch(self, epoch)
         share, own = self.batch_size // self.lanes, self.lanes // world_size
-        return epoch, lanes[rank * own : (rank + 1) * own, step * share : (step + 1) * share].reshape(-1)
+        stream = _epoch(self, epoch)
+        parts = [stream.lane(k, step * share, (step + 1) * share) for k in range(rank * own, (rank + 1) * own)]
+        return epoch, np.concatenate(parts)
 
 
-@lru_cache(maxsize=2)
-def _epoch(order: SampleOrder, epoch: int) -> np.ndarray:
-    """[lanes, lane_length] positions."""
-    starts = np.concatenate([[0], np.cumsum(order.shard_sizes)])
-    blocks = [
-        np.arange(first, min(first + order.block, end))
-        for start, end in zip(starts[:-1], starts[1:], strict=True)
-        for first in range(start, end, order.block)
-    ]
-    permutation = np.random.Generator(np.random.PCG64([order.seed, epoch])).permutation(len(blocks))
-    stream = np.concatenate([blocks[k] for k in permutation])
-    lanes = stream[: order.lanes * order.lane_length].reshape(order.lanes, order.lane_length)
-    for lane, samples in enumerate(lanes):
-        for number, start in enumerate(range(0, order.lane_length, order.window)):
-            generator = np.random.Generator(np.random.PCG64([order.seed, epoch, lane, number]))
-            generator.shuffle(samples[start : start + order.window])
-    return lanes
+class _Epoch:
+    """One epoch's order: the permuted blocks (16 bytes each), and of each lane the window at hand."""
+
+    def __init__(self, order: SampleOrder, epoch: int) -> None:
+        self.order, self.epoch = order, epoch
+        sizes = np.asarray(order.shard_sizes, dtype=np.int64)
+        blocks = -(-sizes // order.block)
+        starts = np.repeat(np.cumsum(sizes) - sizes, blocks)
+        within = (np.arange(len(starts)) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * order.block
+        lengths = np.minimum(np.repeat(sizes, blocks) - within, order.block)
+        permutation = np.random.Generator(np.random.PCG64([order.seed, epoch])).permutation(len(starts))
+        lengths = lengths[permutation]
+        self.ends = np.cumsum(lengths)
+        self.shift = (starts + within)[permutation] - self.ends + lengths  # from a place in the stream to a position
+        self.windows: dict[int, tuple[int, np.ndarray]] = {}
+
+    def lane(self, lane: int, start: int, stop: int) -> np.ndarray:
+        """Positions of a lane's samples start … stop − 1."""
+        window = self.order.window
+        parts = []
+        for number in range(start // window, (stop - 1) // window + 1):
+            if self.windows.get(lane, (-1, None))[0] != number:
+                self.windows[lane] = number, self._shuffled(lane, number)
+            base = number * window
+            parts.append(self.windows[lane][1][max(start - base, 0) : stop - base])
+        return np.concatenate(parts)
+
+    def _shuffled(self, lane: int, number: int) -> np.ndarray:
+        order = self.order
+        start = lane * order.lane_length
+        places = np.arange(number * order.window, min((number + 1) * order.window, order.lane_length)) + start
+        samples = places + self.shift[np.searchsorted(self.ends, places, side="right")]
+        np.random.Generator(np.random.PCG64([order.seed, self.epoch, lane, number])).shuffle(samples)
+        return samples
+
+
+_epoch = lru_cache(maxsize=2)(_Epoch)

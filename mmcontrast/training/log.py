@@ -36,8 +36,8 @@ def make_progress(enabled: bool = True) -> Progress:
     )
 
 
-class StepLog:
-    """`metrics.jsonl`, one object per logged step; cut back to the step that a run resumes from."""
+class StepLines:
+    """A file of JSON objects, each with its `step`, cut back to the step that a run resumes from."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         kept = []
@@ -45,7 +45,18 @@ class StepLog:
             lines = path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
         path.write_text("".join(line + "\n" for line in kept))
+        self.kept = [json.loads(line) for line in kept]
         self.file = path.open("a", buffering=1)
+
+    def add(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+
+class StepLog(StepLines):
+    """`metrics.jsonl`, one object per logged step, with the rates since the one before."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        super().__init__(path, resumed_at)
         self.started = self.waited = time.perf_counter()
         self.data_seconds, self.samples = 0.0, 0
 
@@ -66,7 +77,7 @@ class StepLog:
             "data_seconds": self.data_seconds,
             "peak_memory_bytes": peak_memory(device),
         }
-        self.file.write(json.dumps(values) + "\n")
+        self.add(values)
         self.started, self.data_seconds, self.samples = time.perf_counter(), 0.0, 0
         return values
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from rich.progress import Progress
 from torch import nn
 
@@ -23,13 +23,15 @@ from mmcontrast.objectives import Objective, Pairing
 from mmcontrast.training import checkpoint
 from mmcontrast.training.distributed import join_processes
 from mmcontrast.training.grad_cache import batch_norms
-from mmcontrast.training.log import StepLog, make_progress
+from mmcontrast.training.log import StepLines, StepLog, make_progress
 from mmcontrast.training.optim import make_optimizer
-from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.options import DataOptions, TrainOptions
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.step import Learner, training_step
+from mmcontrast.types import Batch
 
 LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "results.json", "report.html"
+SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Job:
     pairing: Pairing
     dataset: ShardDataset
     order: SampleOrder
-    num_workers: int
+    data: DataOptions
     eval_datasets: Mapping[str, ShardDataset]
     evaluation: EvaluationOptions
     options: TrainOptions
@@ -82,13 +84,14 @@ def train(job: Job, resume: bool = False) -> Results:
         if queue:
             queue.follow(job.model, momentum=0.0)
     log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
+    audit = Audit(job, start, accelerator)
     batches = training_batches(
         job.dataset,
         job.order,
         range(start, options.steps),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=job.num_workers,
+        num_workers=job.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -104,6 +107,7 @@ def train(job: Job, resume: bool = False) -> Results:
                 log.arrived(options.batch_size)
             done, logging = step + 1, due(step + 1, options.log_every, options.steps)
             values = training_step(step, batch, learner, watch=logging and options.signals)
+            values["bad_samples"] = audit.step(done, batch, values["bad_samples"], progress)
 
             if log and logging:
                 seen = {"step": done, "samples_seen": done * options.batch_size}
@@ -125,6 +129,43 @@ def train(job: Job, resume: bool = False) -> Results:
                     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
+
+
+class Audit:
+    """What was seen, and what could not be: samples.jsonl (if asked for) and bad_samples.jsonl, continued on resume."""
+
+    def __init__(self, job: Job, start: int, accelerator: Accelerator) -> None:
+        self.job, self.accelerator, main = job, accelerator, accelerator.is_main_process
+        self.samples = StepLines(job.folder / SAMPLES, start) if job.data.record_samples and main else None
+        self.bad_samples = StepLines(job.folder / BAD_SAMPLES, start) if main else None
+        kept = len(self.bad_samples.kept) if self.bad_samples else 0
+        self.bad = int(accelerator.reduce(torch.tensor(kept, device=accelerator.device), "sum"))
+
+    def step(self, done: int, batch: Batch, bad: int, progress: Progress) -> int:
+        """Writes down a step; returns the number of bad samples since the run began.
+
+        Raises:
+            UserError: on all ranks, if they are too many.
+        """
+        if self.job.data.record_samples:
+            ids = self.accelerator.gather(batch.sample_ids.to(self.accelerator.device))
+            if self.samples:
+                self.samples.add({"step": done, "ids": ids.tolist()})
+        if bad:
+            errors = gather_object(batch.replaced)
+            if self.bad_samples:
+                for error in errors:
+                    self.bad_samples.add({"step": done, "error": error})
+                    progress.console.print(f"replaced: {error}", highlight=False, markup=False)
+            self.bad += bad
+            seen = max(1000, done * self.job.options.batch_size)
+            if self.bad > self.job.data.max_bad_share * seen:
+                raise UserError(
+                    f"{self.bad} samples of {done * self.job.options.batch_size} could not be decoded, more than"
+                    f" data.max_bad_share={self.job.data.max_bad_share}; the last: {errors[-1]}. All are in"
+                    f" {self.job.folder / BAD_SAMPLES}; `mmcontrast data verify` finds what else is wrong"
+                )
+        return self.bad
 
 
 def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:

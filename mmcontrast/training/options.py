@@ -42,12 +42,17 @@ class DataOptions(Options):
         num_workers: decoding processes of each rank; 0: decode in the training process.
         lanes: a multiple of every number of ranks the run may ever have; default: the largest power of two up to 64
             that divides the batch.
+        max_bad_share: samples that cannot be decoded are replaced by others and listed in bad_samples.jsonl; more than this
+            share of those seen (of a thousand, at the start) stop the run.
+        record_samples: write the sample ids of every step, in their order, to samples.jsonl.
         block, window: samples that stay together until they are shuffled, and that are shuffled together, in a lane.
     """
 
     train: Patterns
     num_workers: Annotated[int, Field(ge=0)] = 4
     lanes: Positive | None = None
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    record_samples: bool = False
     block: Positive = 256
     window: Positive = 8192
 

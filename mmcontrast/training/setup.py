@@ -56,4 +56,4 @@ def make_dataset(
 def make_order(dataset: ShardDataset, options: DataOptions, batch_size: int, seed: int) -> SampleOrder:
     lanes = options.lanes or max(lanes for lanes in (1, 2, 4, 8, 16, 32, 64) if batch_size % lanes == 0)
     sizes = tuple(len(shard) for shard in dataset.shards)
-    return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window)
+    return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest)

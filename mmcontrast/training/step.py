@@ -97,7 +97,8 @@ class Learner:
 
 
 def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False) -> dict[str, Any]:
-    """Trains on one batch and returns what there is to log; with `watch` also the signals of the objective.
+    """Trains on one batch and returns what there is to log; with `watch` also the signals of the objective. `bad_samples`: how
+    many of the batch, on all ranks, could not be decoded.
 
     Raises:
         TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
@@ -119,7 +120,7 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
         loss += value_of_part
     norm = accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf)
 
-    value = float(accelerator.reduce(loss, "mean"))
+    value, bad = accelerator.reduce(torch.stack([loss, loss.new_tensor(len(batch.replaced))]), "mean").tolist()
     # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
     if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(float(norm))):
         raise TrainingStopped(
@@ -139,6 +140,7 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
     per_pair = scale if isinstance(scale, dict) else {}
     scales = torch.stack([*per_pair.values()] if isinstance(scale, dict) else [scale]).detach()
     values = {"loss": value, "lr": lr, "logit_scale": float(scales.mean()), "grad_norm": float(norm)}
+    values["bad_samples"] = round(bad * accelerator.num_processes)
     values |= {f"logit_scale/{term_name(pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
     if signals:
         seen = accelerator.reduce(torch.stack([s.float() for s in signals.values()]), "mean")

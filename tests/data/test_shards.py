@@ -52,7 +52,7 @@ def test_long_names_and_folders(tmp_path):
                 entry.size = 3
                 tar.addfile(entry, io.BytesIO(b"abc"))
         index = index_shard(tmp_path / "t.tar")
-        assert index.keys == ("folder/" + "n" * 180, "plain", "folder/" + "é" * 60)
+        assert tuple(index.keys) == ("folder/" + "n" * 180, "plain", "folder/" + "é" * 60)
         assert index.extensions == ("seg.png", "txt")
 
 

@@ -196,15 +196,50 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config_file, tmp_path
     assert issubclass(TrainingStopped, UserError)
 
 
-def test_a_broken_picture_is_one_line(config_file, corpus, tmp_path):
-    source = sorted(corpus.glob("train-*.tar"))[0]
-    data = bytearray(source.read_bytes())
-    start = data.index(b"\x89PNG")
-    data[start : start + 8] = b"BROKEN!!"
-    (tmp_path / "broken.tar").write_bytes(data)
-    done = train(config_file, f"data.train={tmp_path}/broken.tar", "data.num_workers=1")
-    assert done.returncode == 2
-    assert "broken.tar" in done.stderr and "member .png: not a picture" in done.stderr and "Traceback" not in done.stderr
+@pytest.fixture
+def broken(corpus, tmp_path):
+    """The three shards of training, two pictures of the first overwritten."""
+    for source in corpus.glob("train-*.tar"):
+        data = bytearray(source.read_bytes())
+        for _ in range(2 if source.name == "train-00000.tar" else 0):
+            start = data.index(b"\x89PNG")
+            data[start : start + 8] = b"BROKEN!!"
+        (tmp_path / source.name).write_bytes(data)
+    return tmp_path / "train-*.tar"
+
+
+def test_broken_pictures_are_replaced_and_listed(config_file, broken, tmp_path):
+    """The same replacements with a worker, and on resume; the sample ids of every step are written down."""
+    options = [f"data.train={broken}", "data.record_samples=true"]
+    done = train(config_file, *options, "data.num_workers=1")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "small"
+    bad = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(bad) == 2 and all("train-00000.tar" in b["error"] and "not a picture" in b["error"] for b in bad)
+    assert "replaced: shard" in done.stderr
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["bad_samples"] == 2
+    seen = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in seen] == [1, 2, 3, 4, 5, 6]
+    assert all(len(json.loads(line)["ids"]) == 16 for line in seen)
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    assert train(config_file, *options, "--resume").returncode == 0
+    assert (run / "samples.jsonl").read_text().splitlines() == seen
+    assert [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()] == bad
+    stopped = train(config_file, *options, "data.max_bad_share=0.001", "run.name=strict")
+    assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
+    assert "2 samples of" in " ".join(stopped.stderr.split()) and "member .png: not a picture" in stopped.stderr
+
+
+def test_other_shards_are_refused_on_resume(config_file, broken):
+    assert train(config_file, "train.steps=2").returncode == 0
+    done = train(config_file, "--resume", f"data.train={broken}")
+    assert done.returncode == 0, "overwritten bytes are the same samples in the same places"
+    first = sorted(broken.parent.glob("train-*.tar"))[0]
+    (broken.parent / "train-00009.tar").write_bytes(first.read_bytes())
+    first.unlink()
+    done = train(config_file, "--resume", f"data.train={broken}", "train.steps=8")
+    assert done.returncode == 2 and "its data order had data=" in done.stderr
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
