@@ -21,6 +21,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Build and look into webdataset shards.")
 app.add_typer(data_app, name="data")
 console = Console(stderr=True, soft_wrap=True)
+SHOWN_FAULTS = 20
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: train.steps=50 objective=siglip")]
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/", metavar="CONFIG")]
 RunFolder = Annotated[Path, typer.Argument(help="a run's folder: runs/NAME", metavar="RUN")]
@@ -142,19 +143,57 @@ def data_build(
     console.print(build_corpus(config, out, workers, overwrite), highlight=False)
 
 
-@command(data_app, "inspect")
-def data_inspect(
-    shards: Annotated[list[str], typer.Argument(help="paths, globs or brace ranges", metavar="SHARDS")],
-    decode: Annotated[bool, typer.Option("--decode", help="decode every member, and list those that cannot be")] = False,
-) -> None:
-    """Show what shards hold: samples, members by extension with their sizes, groups, and a sample.
+Shards = Annotated[list[str], typer.Argument(help="paths, globs or brace ranges", metavar="SHARDS")]
 
-    Exit code 2 if a shard is damaged or, with --decode, a member cannot be decoded.
+
+@command(data_app, "index")
+def data_index(shards: Shards) -> None:
+    """Scan shards, and keep their indexes for the next time they are opened.
+
+    Training does so by itself; do it beforehand where the scan takes long. Exit code 2 at the first damaged shard.
     """
+    from mmcontrast.data.index import cache_folder, open_shards
+
+    found = open_shards(shards, progress=True)
+    console.print(f"{len(found)} shards, {sum(map(len, found))} samples; indexes in {cache_folder()}", highlight=False)
+
+
+@command(data_app, "inspect")
+def data_inspect(shards: Shards) -> None:
+    """Show what shards hold: samples, members by extension with their sizes, groups, and a sample."""
     from mmcontrast.data.inspect import inspect_shards
 
-    for part in inspect_shards(shards, decode):
+    for part in inspect_shards(shards):
         console.print(part, highlight=False)
+
+
+@command(data_app, "verify")
+def data_verify(
+    shards: Shards,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the whole report to this file")] = None,
+) -> None:
+    """Decode every member of every sample, and list what is wrong. Exit code 2 if anything is.
+
+    Finds truncated and overwritten shards, samples whose members are not adjacent, pictures, sounds and texts that cannot be
+    decoded or are beyond a limit, and wrong json.
+    """
+    import json
+
+    from mmcontrast.data.verify import Fault, verify_shards
+
+    report = verify_shards(shards, workers)
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1))
+    faults = [str(Fault(**fault)) for fault in report["faults"]]
+    for fault in faults[:SHOWN_FAULTS]:
+        console.print(fault, highlight=False, markup=False)
+    if len(faults) > SHOWN_FAULTS:
+        console.print(f"… and {len(faults) - SHOWN_FAULTS} more: --json FILE has them all")
+    done = f"{report['shards']} shards, {report['samples']} samples, {report['members']} members"
+    if faults:
+        raise UserError(f"{len(faults)} faults in {done}")
+    console.print(f"{done}: all is well", highlight=False)
 
 
 def main() -> None:

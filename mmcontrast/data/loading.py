@@ -12,8 +12,9 @@ from mmcontrast.errors import UserError
 from mmcontrast.types import Batch
 
 
-def _start_worker(_: int) -> None:
-    """Workers compute on one thread, and leave interrupts to the process that owns them."""
+def start_worker(_: int = 0) -> None:
+    """Workers compute on one thread (a fork that used several would wait for threads that it does not have), and leave
+    interrupts to the process that owns them."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -37,7 +38,7 @@ class _Steps:
 def _checked(loader: DataLoader) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, str):
-            raise UserError(f"{batch}; repair or remove the sample (`mmcontrast data inspect --decode` finds all of them)")
+            raise UserError(f"{batch}; repair or remove the sample (`mmcontrast data verify` finds all of them)")
         yield batch
 
 
@@ -55,7 +56,7 @@ def training_batches(
             batch_sampler=_Steps(order, steps, rank, world_size),
             num_workers=num_workers,
             collate_fn=dataset.collate,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             prefetch_factor=4 if num_workers else None,
             pin_memory=pin_memory,
         )
@@ -70,6 +71,6 @@ def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0) ->
     """
     return _checked(
         DataLoader(
-            dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=_start_worker
+            dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=start_worker
         )
     )

@@ -1,17 +1,19 @@
-"""Images: decoded by Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
+"""Images: decoded by simplejpeg or Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
 
+import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
 from mmcontrast.components import build
 from mmcontrast.modalities.base import DecodeError, Modality
 
+JPEG_START = b"\xff\xd8\xff"
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is tried: Pillow would hand EPS to Ghostscript
 Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the header, before any pixel is decoded
 AUGMENTATIONS = {name: value for name, value in vars(v2).items() if isinstance(value, type)}
@@ -27,6 +29,8 @@ class ImageModality(Modality):
         augment: torchvision v2 transforms for training, in order, e.g. [{type: RandomAffine, degrees: 5}]; default:
             RandomResizedCrop to 0.9–1.0 of the area, as open_clip does. They end at `size`, or a resize is added.
         max_pixels: larger pictures are refused before they are decoded.
+        scaled_decode: let a large JPEG be decoded at 1/2, 1/4 or 1/8 of its side, where that is still `size`: faster, and
+            44–48 dB from the exact picture.
     """
 
     mean: Tensor
@@ -41,9 +45,10 @@ class ImageModality(Modality):
         std: Sequence[float] | None = None,
         augment: Sequence[Any] | None = None,
         max_pixels: int = 64_000_000,
+        scaled_decode: bool = False,
     ) -> None:
         super().__init__()
-        self.size, self.channels, self.max_pixels = size, channels, max_pixels
+        self.size, self.channels, self.max_pixels, self.scaled_decode = size, channels, max_pixels, scaled_decode
         bicubic = v2.InterpolationMode.BICUBIC
         fit = [v2.Resize(size, interpolation=bicubic, antialias=True), v2.CenterCrop(size)]
         if augment is None:
@@ -57,13 +62,33 @@ class ImageModality(Modality):
 
     def decode(self, data: bytes) -> Tensor:
         """uint8 [channels, height, width]."""
+        if data[:3] == JPEG_START and (picture := self._decode_jpeg(data)) is not None:
+            return picture
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > self.max_pixels:
-                    raise DecodeError(f"{image.width}×{image.height} pixels, more than max_pixels={self.max_pixels}")
+                self._check_size(image.width, image.height)
                 return self.encode(image)
+        except UnidentifiedImageError as error:
+            raise DecodeError(f"not a picture that can be decoded (no {', '.join(FORMATS)})") from error
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise DecodeError(f"not a picture that can be decoded ({error})") from error
+
+    def _decode_jpeg(self, data: bytes) -> Tensor | None:
+        """By libjpeg-turbo; None for what it leaves to Pillow: CMYK, and what it has anything to say about."""
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            self._check_size(width, height)
+            if space not in ("YCbCr", "Gray"):
+                return None
+            least = self.size if self.scaled_decode else 0
+            array = simplejpeg.decode_jpeg(data, "RGB" if self.channels == 3 else "GRAY", min_height=least, min_width=least)
+        except ValueError:
+            return None
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise DecodeError(f"{width}×{height} pixels, more than max_pixels={self.max_pixels}")
 
     def encode(self, value: Image.Image) -> Tensor:
         return v2.functional.pil_to_tensor(value.convert("RGB" if self.channels == 3 else "L"))

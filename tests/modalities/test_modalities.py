@@ -33,6 +33,42 @@ def test_images(format, mode, channels):
     assert modality.blank().shape == (channels, 16, 16)
 
 
+def photograph(width, height):
+    """Colour, edges and noise."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+    noise = generator.integers(-9, 10, (height, width, 3))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int) + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def decibels(a, b):
+    return float(10 * torch.log10(255**2 / (a.float() - b.float()).square().mean()))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_is_as_pillow_decodes_and_scales_it(options):
+    """Decoded alike to a level of 255, scaled alike to 60 dB; from a fraction of its size to 40 dB."""
+    picture = photograph(640, 480)
+    data = encoded(lambda f: picture.save(f, "JPEG", quality=90, **options))
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        exact = Image.open(io.BytesIO(data)).convert(mode)
+        raw = ImageModality(224, channels).decode(data)
+        reference = torch.from_numpy(np.asarray(exact).reshape(480, 640, channels).copy()).permute(2, 0, 1)
+        assert raw.shape == reference.shape and decibels(raw, reference) > 45
+        scaled = exact.resize((298, 224), Image.Resampling.BICUBIC).crop((37, 0, 261, 224))
+        scaled = torch.from_numpy(np.asarray(scaled).reshape(224, 224, channels).copy()).permute(2, 0, 1)
+        whole, part = ImageModality(224, channels), ImageModality(224, channels, scaled_decode=True)
+        assert part.decode(data).shape[1:] == (240, 320)
+        assert decibels(whole.transform(raw, False), scaled) > 60
+        assert decibels(part.transform(part.decode(data), False), scaled) > 40
+
+
+def test_a_jpeg_of_four_colours_is_read():
+    data = encoded(lambda f: photograph(64, 48).convert("CMYK").save(f, "JPEG"))
+    assert ImageModality(16).decode(data).shape == (3, 48, 64)
+
+
 @pytest.mark.parametrize("format", ["FLAC", "WAV", "OGG"])
 def test_audio_is_one_channel_at_one_rate(format):
     time = np.arange(8000) / 8000

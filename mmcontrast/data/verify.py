@@ -1,0 +1,125 @@
+"""`mmcontrast data verify`: every shard scanned, every member decoded, all that is wrong listed."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES
+from mmcontrast.data.index import expand_shards, index_shard
+from mmcontrast.data.loading import start_worker
+from mmcontrast.data.writer import MANIFEST
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
+
+ROWS = 256  # samples a worker takes at a time
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a shard, or with a member of one of its samples."""
+
+    shard: str
+    error: str
+    sample: str = ""
+    member: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.shard}{self.sample and f', sample {self.sample!r}, member .{self.member}: '}{self.error}"
+
+
+@cache
+def _decoders() -> dict[str, Modality]:
+    decoders: tuple[Modality, ...] = (ImageModality(size=1), TextModality(), AudioModality())
+    return {extension: modality for modality in decoders for extension in modality.extensions}
+
+
+def verify_shards(patterns: str | Sequence[str], workers: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Scans and decodes everything, in parallel; damaged shards and members are listed, not raised. Where a manifest.json lies
+    beside a shard and names it, its bytes must be those that were written.
+
+    Returns:
+        {"shards": …, "samples": …, "members": …, "faults": [{"shard", "sample", "member", "error"}, …]}
+    """
+    faults, jobs, samples, members = [], [], 0, 0
+    paths = expand_shards(patterns)
+    show: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not progress}
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        for path, (number, error) in zip(paths, track(pool.map(_scanned, paths), "scanning", len(paths), **show), strict=True):
+            samples += number
+            if error:
+                faults.append(Fault(str(path), error))
+            jobs += [(path, start) for start in range(0, number, ROWS)]
+        for count, found in track(pool.map(_decoded, jobs), "decoding", len(jobs), **show):
+            members += count
+            faults += found
+    return {"shards": len(paths), "samples": samples, "members": members, "faults": [asdict(fault) for fault in faults]}
+
+
+def _scanned(path: Path) -> tuple[int, str]:
+    """(samples, what is wrong with the shard as a whole)."""
+    try:
+        return len(index_shard(path)), _unlike_manifest(path)
+    except UserError as error:
+        return 0, str(error)
+
+
+def _unlike_manifest(path: Path) -> str:
+    try:
+        manifest = json.loads((path.parent / MANIFEST).read_text())
+        entries = {entry["name"]: entry for split in manifest["splits"].values() for entry in split["shards"]}
+        written = entries.get(path.name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""  # none, or not ours
+    if written is None:
+        return ""
+    checksum = 0
+    with path.open("rb") as file:
+        while data := file.read(2**24):
+            checksum = zlib.crc32(data, checksum)
+    if (path.stat().st_size, checksum) == (written["bytes"], written["crc32"]):
+        return ""
+    return f"shard {path} is not as it was written: {MANIFEST} has other bytes for it; build or copy it again"
+
+
+def _decoded(job: tuple[Path, int]) -> tuple[int, list[Fault]]:
+    """(members tried, faults) of some of a shard's samples."""
+    path, start = job
+    shard, faults, tried = index_shard(path), [], 0
+    for row in range(start, min(start + ROWS, len(shard))):
+        for column, extension in enumerate(shard.extensions):
+            size = shard.sizes[row, column]
+            if size >= 0:
+                tried += 1
+                if error := _error(extension, shard.read(row, [extension])[extension] if size <= MAX_MEMBER_BYTES else None):
+                    faults.append(Fault(str(path), error, shard.keys[row], extension))
+    return tried, faults
+
+
+def _error(extension: str, data: bytes | None) -> str:
+    """What is wrong with a member; nothing, if only its name is unknown."""
+    if data is None:
+        return f"more than {MAX_MEMBER_BYTES} bytes"
+    try:
+        if extension == "json":
+            about = json.loads(data)
+            if not isinstance(about, dict):
+                return f"a JSON {type(about).__name__}, not an object"
+            for name in ("sample_id", "group_id"):
+                int(about.get(name, 0))
+            if int(about.get("group_id", 0)) < 0:
+                return f"group_id {about['group_id']} is negative"
+        elif decoder := _decoders().get(extension.rpartition(".")[2]):
+            decoder.decode(data)
+    except DecodeError as error:
+        return str(error)
+    except (ValueError, TypeError) as error:
+        return f"not JSON as it should be ({error})"
+    return ""

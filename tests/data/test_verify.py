@@ -1,0 +1,173 @@
+"""Every fault is made on purpose and found; a shard mutated at random is reported, or is whole."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmcontrast.data import write_shard
+from mmcontrast.data.verify import _decoded, _scanned, verify_shards
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def picture(format="PNG", size=(8, 8)):
+    target = io.BytesIO()
+    Image.new("RGB", size, (200, 10, 0)).save(target, format)
+    return target.getvalue()
+
+
+def sound():
+    target = io.BytesIO()
+    soundfile.write(target, np.zeros(800, dtype=np.int16), 16_000, format="FLAC")
+    return target.getvalue()
+
+
+def samples(count=6):
+    return [
+        {"__key__": f"s{k}", "png": picture(), "txt": f"number {k}", "flac": sound(), "json": {"group_id": k}}
+        for k in range(count)
+    ]
+
+
+BAD_MEMBERS = {
+    "truncated picture": ("png", picture()[:50], "not a picture"),
+    "PostScript by another name": ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    "a bomb": ("png", picture(size=(9000, 9000)), "9000×9000 pixels, more than max_pixels"),
+    "truncated sound": ("flac", sound()[:60], "not a sound"),
+    "empty text": ("txt", b" \n", "an empty text"),
+    "Latin-1 text": ("txt", "café".encode("latin-1"), "not UTF-8"),
+    "no JSON": ("json", b"{", "not JSON"),
+    "a JSON list": ("json", b"[1]", "a JSON list, not an object"),
+    "a group without a number": ("json", b'{"group_id": "x"}', "not JSON as it should be"),
+    "a negative group": ("json", b'{"group_id": -4}', "group_id -4 is negative"),
+    "an empty picture": ("png", b"", "not a picture"),
+}
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("fault", BAD_MEMBERS)
+def test_every_bad_member_is_found(tmp_path, fault):
+    extension, data, message = BAD_MEMBERS[fault]
+    good = [("a.png", picture()), ("a.txt", b"fine"), ("a.flac", sound()), ("a.json", b"{}")]
+    tar_of(tmp_path / "x.tar", [*good, (f"b.{extension}", data), ("c.txt", b"fine")])
+    report = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)
+    (found,) = report["faults"]
+    assert (found["sample"], found["member"]) == ("b", extension) and message in found["error"]
+    assert (report["shards"], report["samples"], report["members"]) == (1, 3, 6)
+
+
+def test_the_command_lists_all_and_its_exit_code_tells(tmp_path):
+    for name in ("a", "b", "c"):
+        write_shard(tmp_path / f"{name}.tar", samples())
+    command = [
+        sys.executable,
+        "-m",
+        "mmcontrast",
+        "data",
+        "verify",
+        str(tmp_path / "*.tar"),
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 shards, 18 samples, 72 members: all is well" in done.stderr
+    data = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(data[: len(data) // 2])
+    tar_of(tmp_path / "c.tar", [("a.txt", b"x"), ("b.txt", b"x"), ("a.png", picture())])
+    tar_of(tmp_path / "d.tar", [(f"s{k}.txt", b"") for k in range(30)])
+    (tmp_path / "e.tar").write_bytes(b"\x1f\x8b" + b"\0" * 5000)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "33 faults in 5 shards, 36 samples" in done.stderr and "and 13 more" in done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [Path(fault["shard"]).name for fault in report["faults"]] == ["b.tar", "c.tar", "e.tar", *["d.tar"] * 30]
+    assert "not a whole tar" in report["faults"][0]["error"] and "'a' are not adjacent" in report["faults"][1]["error"]
+
+
+def test_a_manifest_tells_what_a_tar_cannot(tmp_path):
+    """A shard from which a member was cut out is a whole tar; only the manifest remembers it."""
+    (tmp_path / "all").mkdir()
+    write_shard(tmp_path / "all" / "x.tar", samples())
+    data = (tmp_path / "all" / "x.tar").read_bytes()
+    entry = {"name": "x.tar", "samples": 6, "bytes": len(data), "crc32": zlib.crc32(data)}
+    (tmp_path / "all" / "manifest.json").write_text(json.dumps({"splits": {"train": {"samples": 6, "shards": [entry]}}}))
+    assert not verify_shards(str(tmp_path / "all" / "*.tar"), 1, progress=False)["faults"]
+    (tmp_path / "all" / "x.tar").write_bytes(data[1024:])
+    (fault,) = verify_shards(str(tmp_path / "all" / "*.tar"), 1, progress=False)["faults"]
+    assert "is not as it was written" in fault["error"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_shard(folder / "whole.tar", samples())
+    return folder
+
+
+def mutated(data, kind, place, length, filler):
+    start = int(place * len(data))
+    stop = min(start + length, len(data))
+    if kind == "cut":
+        return data[:start]
+    if kind == "remove":
+        return data[:start] + data[stop:]
+    if kind == "insert":
+        return data[:start] + filler * (length // len(filler)) + data[start:]
+    if kind == "flip":
+        return data[:start] + bytes(b ^ filler[0] for b in data[start:stop]) + data[stop:]
+    return data[:start] + (filler * length)[: stop - start] + data[stop:]  # overwrite
+
+
+KINDS = ("cut", "remove", "insert", "flip", "overwrite")
+
+
+@settings(max_examples=300, deadline=5000)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(KINDS),
+            st.floats(0, 1),
+            st.one_of(st.integers(0, 2000), st.sampled_from([512, 1024, 10_240])),
+            st.binary(min_size=1, max_size=8),
+        ),
+        min_size=1,
+        max_size=2,
+    )
+)
+def test_a_mutated_shard_is_reported_or_whole(whole, mutations):
+    """Never a hang, nor an exception, nor silence: all that Python's tarfile finds up to the very end is there, or a fault
+    is told. (A tar from which a whole member was cut out is whole.)"""
+    data = (whole / "whole.tar").read_bytes()
+    for mutation in mutations:
+        data = mutated(data, *mutation)
+    path = whole / f"{hash(data)}.tar"
+    path.write_bytes(data)
+    try:
+        number, error = _scanned(path)
+        if error:
+            assert str(path) in error and "\n" not in error
+            return
+        members, faults = _decoded((path, 0))
+        with tarfile.open(path, ignore_zeros=True) as tar:  # beyond holes too
+            names = [entry.name for entry in tar if entry.isfile() and re.match(r"[^/.]+\.", entry.name)]
+        assert faults or (members == len(names) and number == len({name.partition(".")[0] for name in names}))
+    finally:
+        path.unlink()
