@@ -20,7 +20,7 @@ from mmcontrast.training import checkpoint
 from mmcontrast.training.log import make_progress
 from mmcontrast.training.loop import Job, finish, load_weights
 from mmcontrast.training.options import FieldOptions
-from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_order
+from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
 
 CONFIG = "config.yaml"
 
@@ -33,7 +33,7 @@ def make_job(config: RunConfig) -> Job:
     """
     objective, pairing = check_components(config)
     model = make_model(config.fields, config.towers, config.model, config.train.seed)
-    dataset = make_dataset(config.data.train, config.fields, model, seed=config.train.seed, training=True)
+    dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed)
     return Job(
         name=config.run.name,
         folder=config.folder,
@@ -42,7 +42,7 @@ def make_job(config: RunConfig) -> Job:
         objective=objective,
         pairing=pairing,
         dataset=dataset,
-        order=make_order(dataset, config.data, config.train.batch_size, config.train.seed),
+        order=order,
         data=config.data,
         eval_datasets=eval_datasets(config, model),
         evaluation=config.evaluation,

@@ -3,10 +3,13 @@
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.index import ShardIndex, expand_shards, index_shard
 from mmcontrast.data.loading import all_batches, training_batches
+from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.writer import write_corpus, write_shard
 
 __all__ = [
+    "MixtureDataset",
+    "MixtureOrder",
     "SampleOrder",
     "ShardDataset",
     "ShardIndex",

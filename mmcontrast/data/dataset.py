@@ -45,7 +45,8 @@ class ShardDataset(Dataset[Sample]):
         modalities: per field.
         keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own.
         seed: of augmentation, with the epoch and the sample's id.
-        training: augment.
+        training: augment, and replace what cannot be decoded.
+        partial: leave out fields of which no sample has a member, instead of refusing.
     """
 
     def __init__(
@@ -55,14 +56,17 @@ class ShardDataset(Dataset[Sample]):
         keys: Mapping[str, Sequence[str]],
         seed: int = 0,
         training: bool = False,
+        partial: bool = False,
     ) -> None:
         self.shards: list[ShardIndex] = open_shards(shards, progress=True)
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
         self.starts = np.cumsum([0, *map(len, self.shards)])
         there = {extension for shard in self.shards for extension in shard.extensions}
-        for field, extensions in self.keys.items():
-            if not there & set(extensions):
+        for field, extensions in list(self.keys.items()):
+            if not there & set(extensions) and partial:
+                del self.keys[field], self.modalities[field]
+            elif not there & set(extensions):
                 raise UserError(
                     f"field {field!r}: no sample of {shards} has a member {' or '.join('.' + e for e in extensions)}; "
                     f"they have {', '.join('.' + e for e in sorted(there))}: set fields.{field}.keys, or drop the field"
@@ -91,14 +95,14 @@ class ShardDataset(Dataset[Sample]):
         errors: list[str] = []
         while sample.error and self.training and len(errors) < REPLACEMENTS:
             errors.append(sample.error)
-            other = _hash(f"{self.seed} {epoch} {position} {len(errors)}") % len(self)
+            other = stable_hash(f"{self.seed} {epoch} {position} {len(errors)}") % len(self)
             sample = replace(self._sample(epoch, other), replaces=tuple(errors))
         return sample
 
     def _sample(self, epoch: int, position: int) -> Sample:
         wanted = [extension for extensions in self.keys.values() for extension in extensions]
         shard, key, members = self.members(position, [*wanted, "json"])
-        sample = Sample({}, _hash(key), _hash(key), {"key": key})
+        sample = Sample({}, stable_hash(key), stable_hash(key), {"key": key})
         extension = "json"
         try:
             if "json" in members:
@@ -109,7 +113,7 @@ class ShardDataset(Dataset[Sample]):
                 if sample.group_id < 0:
                     raise DecodeError(f"group_id {sample.group_id} is negative")
             if self.training:
-                torch.default_generator.manual_seed(_hash(f"{self.seed} {epoch} {sample.sample_id}"))
+                torch.default_generator.manual_seed(stable_hash(f"{self.seed} {epoch} {sample.sample_id}"))
             for field, modality in self.modalities.items():
                 extension = next((e for e in self.keys[field] if e in members), "")
                 if extension:
@@ -119,24 +123,28 @@ class ShardDataset(Dataset[Sample]):
         return sample
 
     def collate(self, samples: list[Sample]) -> Batch | str:
-        """The batch, or the first bad sample's error: workers cannot raise it in one line."""
-        for sample in samples:
-            if sample.error:
-                return sample.error
-        values = {}
-        for field, modality in self.modalities.items():
-            rows = [s.values[field] for s in samples if field in s.values]
-            values[field] = modality.collate(rows or [modality.blank()])
-        return Batch(
-            values,
-            {field: torch.tensor([field in s.values for s in samples]) for field in self.modalities},
-            torch.tensor([s.sample_id for s in samples]),
-            torch.tensor([s.group_id for s in samples]),
-            [s.metadata for s in samples],
-            [error for s in samples for error in s.replaces],
-        )
+        return collate(samples, self.modalities)
 
 
-def _hash(text: str) -> int:
+def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch | str:
+    """The batch, or the first bad sample's error: workers cannot raise it in one line."""
+    for sample in samples:
+        if sample.error:
+            return sample.error
+    values = {}
+    for field, modality in modalities.items():
+        rows = [s.values[field] for s in samples if field in s.values]
+        values[field] = modality.collate(rows or [modality.blank()])
+    return Batch(
+        values,
+        {field: torch.tensor([field in s.values for s in samples]) for field in modalities},
+        torch.tensor([s.sample_id for s in samples]),
+        torch.tensor([s.group_id for s in samples]),
+        [s.metadata for s in samples],
+        [error for s in samples for error in s.replaces],
+    )
+
+
+def stable_hash(text: str) -> int:
     """A stable id in [0, 2^63)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.errors import UserError
 from mmcontrast.types import Batch
@@ -23,7 +24,7 @@ def start_worker(_: int = 0) -> None:
 class _Steps:
     """The places (epoch, position) of one rank's share of every batch, from a step on: a batch sampler."""
 
-    def __init__(self, order: SampleOrder, steps: range, rank: int, world_size: int) -> None:
+    def __init__(self, order: SampleOrder | MixtureOrder, steps: range, rank: int, world_size: int) -> None:
         self.order, self.steps, self.rank, self.world_size = order, steps, rank, world_size
 
     def __len__(self) -> int:
@@ -31,8 +32,7 @@ class _Steps:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.steps:
-            epoch, positions = self.order.batch(step, self.rank, self.world_size)
-            yield [(epoch, position) for position in positions.tolist()]
+            yield self.order.places(step, self.rank, self.world_size)
 
 
 def _checked(loader: DataLoader) -> Iterator[Batch]:
@@ -43,7 +43,14 @@ def _checked(loader: DataLoader) -> Iterator[Batch]:
 
 
 def training_batches(
-    dataset: ShardDataset, order: SampleOrder, steps: range, *, rank: int, world_size: int, num_workers: int, pin_memory: bool
+    dataset: ShardDataset | MixtureDataset,
+    order: SampleOrder | MixtureOrder,
+    steps: range,
+    *,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    pin_memory: bool,
 ) -> Iterator[Batch]:
     """This rank's share of the batch of every step in `steps`.
 

@@ -55,13 +55,35 @@ class SampleOrder:
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[int, np.ndarray]:
         """(epoch, [batch_size / world_size] positions in the concatenated shards) of one rank at a global step."""
-        if self.lanes % world_size:
-            raise UserError(f"{world_size} ranks cannot share data.lanes={self.lanes}: set it to a multiple of them")
         epoch, step = divmod(step, self.steps_per_epoch)
-        share, own = self.batch_size // self.lanes, self.lanes // world_size
-        stream = _epoch(self, epoch)
-        parts = [stream.lane(k, step * share, (step + 1) * share) for k in range(rank * own, (rank + 1) * own)]
+        share, stream = self.batch_size // self.lanes, _epoch(self, epoch)
+        parts = [stream.lane(k, step * share, (step + 1) * share) for k in lanes_of(self.lanes, rank, world_size)]
         return epoch, np.concatenate(parts)
+
+    def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """The same, as (epoch, position) of each sample."""
+        epoch, positions = self.batch(step, rank, world_size)
+        return [(epoch, position) for position in positions.tolist()]
+
+    def endless_lane(self, lane: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """(epoch, position) of a lane's samples start … stop − 1, when it walks all of its own, epoch after epoch."""
+        found: list[tuple[int, int]] = []
+        while start < stop:
+            epoch, first = divmod(start, self.lane_length)
+            last = min(first + stop - start, self.lane_length)
+            found += [(epoch, position) for position in _epoch(self, epoch).lane(lane, first, last).tolist()]
+            start += last - first
+        return found
+
+
+def lanes_of(lanes: int, rank: int, world_size: int) -> range:
+    """
+    Raises:
+        UserError: if the ranks cannot share them evenly.
+    """
+    if lanes % world_size:
+        raise UserError(f"{world_size} ranks cannot share data.lanes={lanes}: set it to a multiple of them")
+    return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 
 
 class _Epoch:
@@ -100,4 +122,4 @@ class _Epoch:
         return samples
 
 
-_epoch = lru_cache(maxsize=2)(_Epoch)
+_epoch = lru_cache(maxsize=8)(_Epoch)

@@ -14,7 +14,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from rich.progress import Progress
 from torch import nn
 
-from mmcontrast.data import SampleOrder, ShardDataset, training_batches
+from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardDataset, training_batches
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, Results, evaluate, results_table
 from mmcontrast.evaluation.report import read_log, write_report
@@ -45,8 +45,8 @@ class Job:
     model: ContrastiveModel
     objective: Objective
     pairing: Pairing
-    dataset: ShardDataset
-    order: SampleOrder
+    dataset: ShardDataset | MixtureDataset
+    order: SampleOrder | MixtureOrder
     data: DataOptions
     eval_datasets: Mapping[str, ShardDataset]
     evaluation: EvaluationOptions
@@ -226,10 +226,12 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
         UserError: if the checkpoint is of another model or another order of the data; it says what differs.
     """
     state: dict[str, Any] = checkpoint.load_state(path)
-    for name, value in asdict(job.order).items():
-        if state["order"][name] != value:
+    now = asdict(job.order)
+    for name in sorted(state["order"].keys() | now.keys()):
+        before, after = (str(order.get(name)) for order in (state["order"], now))
+        if before != after:
             raise UserError(
-                f"cannot resume {job.folder}: its data order had {name}={state['order'][name]}, now {value};"
+                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]};"
                 " give it back, or start another run with train.init_from"
             )
     if state["step"] >= job.options.steps:

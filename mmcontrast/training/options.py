@@ -1,6 +1,6 @@
 """The options of training: `train`, `data` and `model` of a config."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -34,11 +34,29 @@ class ModelOptions(Options):
     scale_per_pair: bool = False
 
 
-class DataOptions(Options):
-    """Where training samples come from, and in which order. See `mmcontrast.data.order`.
+class SourceOptions(Options):
+    """One of several sources of training samples.
 
     Attributes:
-        train: shards.
+        shards: its shards.
+        weight: how often its samples are seen, in proportion to the others'; default: as many as it has.
+        keys, modalities: of its fields that differ from `fields`: {text: [caption]}, {image: {augment: []}}.
+        own_ids: its sample_id and group_id mean nothing to the other sources, where the same numbers may occur.
+    """
+
+    shards: Patterns
+    weight: Annotated[float, Field(gt=0)] | None = None
+    keys: dict[str, list[str]] = {}
+    modalities: dict[str, dict[str, Any]] = {}
+    own_ids: bool = False
+
+
+class DataOptions(Options):
+    """Where training samples come from, and in which order. See `mmcontrast.data.order` and `.mixture`.
+
+    Attributes:
+        train: shards; or several sources by name.
+        batches: of several sources: "mixed", or "single", a step's samples all of one.
         num_workers: decoding processes of each rank; 0: decode in the training process.
         lanes: a multiple of every number of ranks the run may ever have; default: the largest power of two up to 64
             that divides the batch.
@@ -48,7 +66,8 @@ class DataOptions(Options):
         block, window: samples that stay together until they are shuffled, and that are shuffled together, in a lane.
     """
 
-    train: Patterns
+    train: Patterns | dict[str, SourceOptions]
+    batches: Literal["mixed", "single"] = "mixed"
     num_workers: Annotated[int, Field(ge=0)] = 4
     lanes: Positive | None = None
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01

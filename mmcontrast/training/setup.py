@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from mmcontrast.components import build, nearest
-from mmcontrast.data import SampleOrder, ShardDataset
+from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, Modality
 from mmcontrast.model import ContrastiveModel
@@ -53,7 +53,45 @@ def make_dataset(
     return ShardDataset(shards, modalities, {field: of.keys for field, of in fields.items() if of.keys}, seed, training)
 
 
-def make_order(dataset: ShardDataset, options: DataOptions, batch_size: int, seed: int) -> SampleOrder:
+def make_training_data(
+    options: DataOptions, fields: Mapping[str, FieldOptions], model: ContrastiveModel, batch_size: int, seed: int
+) -> tuple[ShardDataset | MixtureDataset, SampleOrder | MixtureOrder]:
+    """The samples and their order: of one set of shards, or of several sources.
+
+    Raises:
+        UserError: for shards, fields or weights that do not fit.
+    """
     lanes = options.lanes or max(lanes for lanes in (1, 2, 4, 8, 16, 32, 64) if batch_size % lanes == 0)
-    sizes = tuple(len(shard) for shard in dataset.shards)
-    return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest)
+
+    def order_of(dataset: ShardDataset) -> SampleOrder:
+        sizes = tuple(len(shard) for shard in dataset.shards)
+        return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest)
+
+    if not isinstance(options.train, dict):
+        dataset = make_dataset(options.train, fields, model, seed=seed, training=True)
+        return dataset, order_of(dataset)
+    sources = {}
+    for name, source in options.train.items():
+        for field in source.keys.keys() | source.modalities.keys():
+            if field not in fields:
+                raise UserError(f"data.train.{name}: no field {field!r}; {nearest(field, fields)}")
+        changed = {field: fields[field].modality for field in fields}
+        for field, other in source.modalities.items():
+            own = changed[field]
+            changed[field] = {**({"type": own} if isinstance(own, str) else own), **other}
+        modalities = {
+            field: build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
+            if field in source.modalities
+            else model.modality(field)
+            for field, spec in changed.items()
+        }
+        keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
+        sources[name] = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True)
+    weights = [source.weight or float(len(sources[name])) for name, source in options.train.items()]
+    mixture = MixtureDataset(
+        sources,
+        {field: model.modality(field) for field in fields},
+        [name for name, source in options.train.items() if source.own_ids],
+    )
+    orders = tuple(order_of(dataset) for dataset in sources.values())
+    return mixture, MixtureOrder(orders, tuple(weight / sum(weights) for weight in weights), options.batches)

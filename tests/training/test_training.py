@@ -231,6 +231,34 @@ def test_broken_pictures_are_replaced_and_listed(config_file, broken, tmp_path):
     assert "2 samples of" in " ".join(stopped.stderr.split()) and "member .png: not a picture" in stopped.stderr
 
 
+def test_two_sources_train_and_resume(config_file, corpus, tmp_path):
+    """One of them without sounds, with a transform of its own; weights as given, and the same steps after a resume."""
+    items = [item for item in Glyphs().splits()["val"] if item[0].script == "Greek"][:20]
+    samples = [Glyphs(side=24).make_sample("train", item) for item in items]
+    for sample in samples:
+        del sample["flac"]
+    write_shard(tmp_path / "silent-00000.tar", samples)
+    rotated = "modalities: {image: {augment: [{type: RandomRotation, degrees: 10}]}}"
+    sources = f"data.train={{spoken: {{shards: '{corpus}/train-*.tar', weight: 3}}, "
+    sources += f"silent: {{shards: '{tmp_path}/silent-*.tar', weight: 1, {rotated}}}}}"
+    options = [sources, "data.record_samples=true", "train.steps=8"]
+    done = train(config_file, *options)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "small"
+    seen = (run / "samples.jsonl").read_text()
+    ids = [i for line in seen.splitlines() for i in json.loads(line)["ids"]]
+    silent = {sample["json"]["sample_id"] for sample in samples}
+    assert 16 <= sum(i in silent for i in ids) <= 48 and len(ids) == 128
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    resumed = train(config_file, *options, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (run / "samples.jsonl").read_text() == seen
+    refused = train(config_file, *options, "--resume", "train.steps=10", "data.batches=single")
+    assert refused.returncode == 2 and "its data order had batches=mixed, now single" in refused.stderr
+    refused = train(config_file, sources.replace("image: {aug", "picture: {aug"), "run.name=other")
+    assert refused.returncode == 2 and "data.train.silent: no field 'picture'" in refused.stderr
+
+
 def test_other_shards_are_refused_on_resume(config_file, broken):
     assert train(config_file, "train.steps=2").returncode == 0
     done = train(config_file, "--resume", f"data.train={broken}")

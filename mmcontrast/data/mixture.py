@@ -1,0 +1,140 @@
+"""Several sources in one order and one data set: exact weights, epochs of its own for each, one integer of state."""
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from mmcontrast.data.dataset import Sample, ShardDataset, collate, stable_hash
+from mmcontrast.data.order import SampleOrder, lanes_of
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import Modality
+from mmcontrast.types import Batch
+
+SLOTS = 8192  # in which every source has its share to within one
+
+
+@dataclass(frozen=True)
+class MixtureOrder:
+    """Which source the samples of every step come from, a pure function of the seed; within a source, its own order.
+
+    Each lane's slots are cut into windows; a window holds every source as often as its weight says, shuffled. A source's lane
+    walks its epochs one after the other, whatever the others do. So weights hold exactly, no sample of a source comes
+    again before its epoch is over (but for fewer than `lanes` of them), and the state is the step.
+
+    Attributes:
+        orders: of the sources, with the same lanes, batch size and seed.
+        weights: of the sources, adding up to 1.
+        batches: "mixed", or "single": all samples of a step are of one source, which weighs by steps then.
+    """
+
+    orders: tuple[SampleOrder, ...]
+    weights: tuple[float, ...]
+    batches: Literal["mixed", "single"] = "mixed"
+
+    def __post_init__(self) -> None:
+        if min(self.weights) * SLOTS < 2:
+            raise UserError(
+                f"data.train: the smallest weight is {min(self.weights):.2g} of all; at least {2 / SLOTS:.2g} is needed"
+            )
+        for order in self.orders:
+            if order.lane_length < 1:
+                raise UserError(f"a source has {sum(order.shard_sizes)} samples, fewer than data.lanes={order.lanes}")
+
+    @property
+    def lanes(self) -> int:
+        return self.orders[0].lanes
+
+    @property
+    def batch_size(self) -> int:
+        return self.orders[0].batch_size
+
+    def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """(epoch of its source, position in the concatenated sources) of each sample of one rank at a global step."""
+        share, found = self.batch_size // self.lanes, []
+        for lane in lanes_of(self.lanes, rank, world_size):
+            if self.batches == "single":
+                source, steps_before = self._slots(-1, step, step + 1)[0]
+                chosen = [(source, steps_before * share + k) for k in range(share)]
+            else:
+                chosen = self._slots(lane, step * share, (step + 1) * share)
+            found += self._samples(lane, chosen)
+        return found
+
+    def _samples(self, lane: int, chosen: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Of (source, number in the source's lane); the numbers of a source follow each other."""
+        starts = [0, *accumulate(sum(order.shard_sizes) for order in self.orders)]
+        streams: dict[int, Iterator[tuple[int, int]]] = {}
+        for source, order in enumerate(self.orders):
+            numbers = [number for of, number in chosen if of == source]
+            if numbers:
+                streams[source] = iter(order.endless_lane(lane, numbers[0], numbers[-1] + 1))
+        found = []
+        for source, _ in chosen:
+            epoch, position = next(streams[source])
+            found.append((epoch, starts[source] + position))
+        return found
+
+    def _slots(self, lane: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """(source, how many of it came before in this lane) of slots start … stop − 1."""
+        found = []
+        for number in range(start // SLOTS, (stop - 1) // SLOTS + 1):
+            sources, before = _window(self.weights, self.orders[0].seed, lane, number)
+            part = slice(max(start - number * SLOTS, 0), stop - number * SLOTS)
+            found += list(zip(sources[part].tolist(), before[part].tolist(), strict=True))
+        return found
+
+
+@lru_cache(maxsize=256)
+def _window(weights: tuple[float, ...], seed: int, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """[SLOTS] sources, and of each how often it came before."""
+    ends = np.array([*accumulate(weights[:-1]), 1.0])
+    first, last = (np.diff(np.floor(k * SLOTS * ends), prepend=0).astype(np.int64) for k in (number, number + 1))
+    sources = np.repeat(np.arange(len(weights)), last - first)
+    np.random.Generator(np.random.PCG64([seed, lane + 1, number])).shuffle(sources)
+    before = np.empty(SLOTS, dtype=np.int64)
+    for source, count in enumerate(first):
+        here = sources == source
+        before[here] = count + np.arange(here.sum())
+    return sources, before
+
+
+class MixtureDataset(Dataset[Sample]):
+    """The concatenation of several sources, each with its own shards, modalities and transforms.
+
+    Args:
+        sources: by name. A field that a source lacks is absent from its samples.
+        modalities: per field, what collates a batch.
+        own_ids: sources whose sample and group ids mean nothing to the others: theirs are kept apart.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, ShardDataset], modalities: Mapping[str, Modality], own_ids: Collection[str] = ()
+    ) -> None:
+        self.sources, self.modalities, self.own_ids = dict(sources), dict(modalities), frozenset(own_ids)
+        self.names, self.starts = list(self.sources), [0, *accumulate(map(len, self.sources.values()))]
+        for field in self.modalities:
+            if not any(field in source.modalities for source in self.sources.values()):
+                raise UserError(f"field {field!r}: no sample of any source ({', '.join(self.names)}) has a member for it")
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """The sample at (epoch of its source, position)."""
+        epoch, position = place
+        number = bisect_right(self.starts, position) - 1
+        name = self.names[number]
+        sample = self.sources[name][epoch, position - self.starts[number]]
+        sample.metadata["source"] = name
+        if name in self.own_ids:
+            sample.sample_id, sample.group_id = (stable_hash(f"{name} {i}") for i in (sample.sample_id, sample.group_id))
+        return sample
+
+    def collate(self, samples: list[Sample]) -> Batch | str:
+        return collate(samples, self.modalities)
