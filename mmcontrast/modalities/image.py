@@ -33,8 +33,8 @@ class ImageModality(Modality):
             44–48 dB from the exact picture.
     """
 
-    mean: Tensor
-    std: Tensor
+    factor: Tensor
+    shift: Tensor
     extensions = ("jpg", "jpeg", "png", "webp")
 
     def __init__(
@@ -56,9 +56,11 @@ class ImageModality(Modality):
         else:
             train = [*(build(spec, AUGMENTATIONS, "augmentation") for spec in augment), *fit]
         self.train_transform, self.eval_transform = v2.Compose(train), v2.Compose(fit)
-        for name, values in (("mean", mean), ("std", std)):
-            tensor = torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1)
-            self.register_buffer(name, tensor, persistent=False)
+        middle, width = (
+            torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1) for values in (mean, std)
+        )
+        self.register_buffer("factor", 1 / (255 * width), persistent=False)
+        self.register_buffer("shift", middle / width, persistent=False)
 
     def decode(self, data: bytes) -> Tensor:
         """uint8 [channels, height, width]."""
@@ -100,4 +102,4 @@ class ImageModality(Modality):
         return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
 
     def forward(self, batch: Tensor) -> Tensor:
-        return (batch.float() / 255 - self.mean) / self.std
+        return batch.float().mul_(self.factor).sub_(self.shift)  # (x / 255 − mean) / std, in place

@@ -65,31 +65,41 @@ class Multilinear(Pairing):
         start = [0, *accumulate(s.sizes)][0 if s.group is None else dist.get_rank(s.group)]
         ids = torch.arange(start, start + len(here), device=here.device) if s.ids is None else s.ids
         draws = torch.Generator().manual_seed(s.draw)
+        everyone, everyones = {field: s.everyone(rows) for field, rows in s.rows.items()}, s.everyone(ids)
         for anchor, rows in s.rows.items():
-            others = {field: other for field, other in s.rows.items() if field != anchor}
+            others = [field for field in s.rows if field != anchor]
             name = f"{anchor}_to_{'+'.join(others)}"
             scale = s.scale(name)
             if self.negatives == "n":
-                direction = self._n(s, rows, list(others.values()), ids, start, scale, draws)
+                orders = [torch.randperm(sum(s.sizes), generator=draws)[start : start + len(rows)] for _ in others]
+                direction = self._n(s, rows, [everyone[f] for f in others], ids, everyones, scale, orders)
             else:
-                direction = self._n_squared(s, rows, list(others.values()), ids, scale)
-            dots = (rows * _product(list(others.values()))).sum(1, dtype=direction.scale.dtype)
+                left = [everyone[field] for field in others[:-1]]
+                direction = self._n_squared(s, rows, left, s.rows[others[-1]], ids, everyones, scale)
+            dots = (rows * _product([s.rows[field] for field in others])).sum(1, dtype=direction.scale.dtype)
             yield s.named(direction, name, dots * direction.scale + s.bias)
 
     def _n(
-        self, s: Scoring, rows: Tensor, others: list[Tensor], ids: Tensor, start: int, scale: Tensor, draws: torch.Generator
+        self,
+        s: Scoring,
+        rows: Tensor,
+        others: list[Tensor],
+        ids: Tensor,
+        everyones: Tensor,
+        scale: Tensor,
+        orders: list[Tensor],
     ) -> Direction:
-        orders = [torch.randperm(sum(s.sizes), generator=draws)[start : start + len(rows)].to(rows.device) for _ in others]
-        columns = _product([s.everyone(other)[order] for other, order in zip(others, orders, strict=True)])
-        everyones = s.everyone(ids)
+        """The columns at the places of this rank's samples: of everybody's rows, in random orders."""
+        orders = [order.to(rows.device) for order in orders]
+        columns = _product([other[order] for other, order in zip(others, orders, strict=True)])
         parts = torch.stack([everyones[order] for order in orders])
         column_ids = torch.where((parts == parts[0]).all(0), parts[0], ids)
         return s.statistics(rows, columns, scale=scale, ids=ids, column_ids=column_ids, paired=False, columns=False)[0]
 
-    def _n_squared(self, s: Scoring, rows: Tensor, others: list[Tensor], ids: Tensor, scale: Tensor) -> Direction:
+    def _n_squared(
+        self, s: Scoring, rows: Tensor, left: list[Tensor], columns: Tensor, ids: Tensor, everyones: Tensor, scale: Tensor
+    ) -> Direction:
         """Every tuple of all other fields but the last, times the anchor, is a row against the last field's columns."""
-        *left, columns = others
-        everyones = s.everyone(ids)
         number, width = len(everyones), max(1, ROWS // max(1, *s.sizes))  # the same on all ranks
 
         def of_tuples(rows: Tensor, columns: Tensor, scale: Tensor, start: int, *left: Tensor) -> tuple[Tensor, ...]:
@@ -111,10 +121,9 @@ class Multilinear(Pairing):
             return found.num_negatives.view(shape).sum(1), *merged
 
         inputs = rows, columns, scale
-        gathered = [s.everyone(other) for other in left]
         total: Direction | None = None
         for first in range(0, number ** len(left), width):
-            counts, *values = checkpoint(of_tuples, *inputs, first, *gathered, use_reentrant=False, preserve_rng_state=False)
+            counts, *values = checkpoint(of_tuples, *inputs, first, *left, use_reentrant=False, preserve_rng_state=False)
             part = Direction(rows.new_zeros(()), counts, scale, dict(zip(s.reductions, values, strict=True)))
             total = part if total is None else total.with_more(part)
         assert total is not None, "somebody has a sample"
