@@ -1,7 +1,7 @@
 """Text: UTF-8, tokenized by open_clip's byte-pair encoding or by a Hugging Face tokenizer."""
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +18,23 @@ class TextModality(Modality):
         tokenizer: "open_clip" (its byte-pair encoding, shipped in its wheel), or a Hugging Face name or folder.
         context_length: longer texts are cut to this many tokens.
         max_bytes: longer members are refused.
+        captions: "whole", or "lines": every line is a caption of its own, of which training draws one and evaluation reads
+            the first.
     """
 
     extensions = ("txt", "caption")
 
-    def __init__(self, tokenizer: str = OPEN_CLIP, context_length: int = 77, max_bytes: int = 1_000_000) -> None:
+    def __init__(
+        self,
+        tokenizer: str = OPEN_CLIP,
+        context_length: int = 77,
+        max_bytes: int = 1_000_000,
+        captions: Literal["whole", "lines"] = "whole",
+    ) -> None:
         super().__init__()
-        self.name, self.context_length, self.max_bytes = tokenizer, context_length, max_bytes
+        if captions not in ("whole", "lines"):
+            raise ValueError(f'captions is {captions!r}, it must be "whole" or "lines"')
+        self.name, self.context_length, self.max_bytes, self.captions = tokenizer, context_length, max_bytes, captions
         self.pad_id = 0 if tokenizer == OPEN_CLIP else (self.tokenizer.pad_token_id or 0)
 
     def __getstate__(self) -> dict[str, Any]:  # a worker process makes its own tokenizer
@@ -52,6 +62,9 @@ class TextModality(Modality):
         return text
 
     def transform(self, raw: str, training: bool) -> Tensor:
+        if self.captions == "lines":
+            lines = [line.strip() for line in raw.splitlines() if line.strip()]
+            raw = lines[int(torch.randint(len(lines), ())) if training else 0]
         if self.name == OPEN_CLIP:
             tokens = self.tokenizer(raw)[0]
             return tokens[: int(tokens.count_nonzero())]

@@ -103,6 +103,17 @@ def test_text():
     assert batch[1, 0] == 49406 and batch[1, -1] == 49407
 
 
+def test_every_line_may_be_a_caption():
+    modality = TextModality(context_length=8, captions="lines")
+    raw = modality.decode(b"first\n\n second \nthird\n")
+    wanted = [TextModality(context_length=8).transform(word, False).tolist() for word in ("first", "second", "third")]
+    assert modality.transform(raw, False).tolist() == wanted[0]
+    drawn = [modality.transform(raw, True).tolist() for _ in range(60)]
+    assert all(tokens in wanted for tokens in drawn) and all(tokens in drawn for tokens in wanted)
+    with pytest.raises(ValueError, match="captions is 'some'"):
+        TextModality(captions="some")
+
+
 def test_centred_spectra_do_not_hear_the_loudness():
     modality = AudioModality(seconds=0.5, mels=16, window=512, hop=256, center=True)
     quiet = (torch.randn(1, 8000, generator=torch.Generator().manual_seed(0)) * 3000).to(torch.int16)
