@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from data_pipelines.glyphs.glyphs import draw
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.evaluation.retrieval import first_of_each_group, ranks
 
@@ -53,6 +52,9 @@ QUERIES = {
 
 def lookalikes(codes: list[int]) -> torch.Tensor:
     """bool, one a code point: another one is drawn the same."""
+    sys.path.insert(0, "")  # the corpus is described in the folder that this is run from
+    from data_pipelines.glyphs.glyphs import draw
+
     drawn = {code: draw(chr(code), FONT, 40, 48).tobytes() for code in set(codes)}
     pictures = list(drawn.values())
     return torch.tensor([pictures.count(drawn[code]) > 1 for code in codes])

@@ -1,6 +1,7 @@
 """A run's whole configuration: YAML with dotted overrides, typed and frozen, unknown keys refused with the nearest one."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,8 @@ from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.options import Component, Options
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, TrainOptions
 from mmcontrast.yaml_files import parse_yaml, read_yaml
+
+FORM = re.compile(r"str|list\[.*\]|dict\[.*\]")  # what pydantic puts into a place where several forms are allowed
 
 
 class RunOptions(Options):
@@ -93,9 +96,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _first_error(error: ValidationError) -> str:
-    """Pydantic's first complaint as one line, with the nearest valid key for an unknown one."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
+    """Pydantic's first complaint as one line, with the nearest valid key for an unknown one. Where several forms are allowed
+    it complains of each: the one that fits furthest is meant."""
+    errors = error.errors()
+    start = next((k for k, part in enumerate(errors[0]["loc"]) if FORM.fullmatch(str(part))), len(errors[0]["loc"]))
+    rivals = [e for e in errors if e["loc"][:start] == errors[0]["loc"][:start]]
+    first = max(rivals, key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden")) if len(rivals) > 1 else errors[0]
+    place = [part for part in map(str, first["loc"]) if not FORM.fullmatch(part)]
     if first["type"] == "extra_forbidden":
         return f"unknown key {'.'.join(place)!r}; {nearest(place[-1], _valid_keys(place[:-1]))}"
     message = first["msg"].removeprefix("Value error, ")
@@ -108,7 +115,13 @@ def _valid_keys(place: Sequence[str]) -> list[str]:
     options: type[BaseModel] = RunConfig
     for part in place:
         if part in options.model_fields:
-            annotation = options.model_fields[part].annotation
-            nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-            options = nested[0] if nested else options
+            options = next(iter(_options_in(options.model_fields[part].annotation)), options)
     return list(options.model_fields)
+
+
+def _options_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """All groups of options that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _options_in(part)

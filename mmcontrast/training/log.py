@@ -40,12 +40,15 @@ class StepLines:
     """A file of JSON objects, each with its `step`, cut back to the step that a run resumes from."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        kept = []
-        if path.exists() and resumed_at:
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.kept = [json.loads(line) for line in kept]
+        self.kept = 0  # lines of the steps before
+        with path.open("rb+" if path.exists() else "wb+") as file:
+            end = 0
+            for line in file if resumed_at else ():
+                if not line.endswith(b"}\n") or json.loads(line)["step"] > resumed_at:
+                    break  # half a line, or of a step that will come again
+                end += len(line)
+                self.kept += 1
+            file.truncate(end)
         self.file = path.open("a", buffering=1)
 
     def add(self, values: dict[str, Any]) -> None:

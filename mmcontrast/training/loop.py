@@ -138,7 +138,7 @@ class Audit:
         self.job, self.accelerator, main = job, accelerator, accelerator.is_main_process
         self.samples = StepLines(job.folder / SAMPLES, start) if job.data.record_samples and main else None
         self.bad_samples = StepLines(job.folder / BAD_SAMPLES, start) if main else None
-        kept = len(self.bad_samples.kept) if self.bad_samples else 0
+        kept = self.bad_samples.kept if self.bad_samples else 0
         self.bad = int(accelerator.reduce(torch.tensor(kept, device=accelerator.device), "sum"))
 
     def step(self, done: int, batch: Batch, bad: int, progress: Progress) -> int:
