@@ -190,3 +190,16 @@ def test_temperatures_rise_for_frequent_semantics_and_fall_for_rare_ones(seed):
     assert means[:3].mean() > 1.1 * start and means[-10:].mean() < 0.95 * start
     ranks = torch.stack([means, counts.float()]).argsort(1).argsort(1).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.8  # Spearman's
+
+
+@pytest.mark.parametrize("temperature", ["learnable", "constant", "individual"])
+def test_an_anchor_without_negatives_costs_and_remembers_nothing(temperature):
+    objective = GlobalContrastive(temperature=temperature)
+    for n, ids in ((1, None), (3, torch.tensor([4, 4, 4]))):
+        fields = {f: unit(n, 5, seed=k).requires_grad_() for k, f in enumerate("ab")}
+        scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+        loss = contrastive_loss(fields, objective=objective, logit_scale=scale, ids=ids, sample_ids=torch.arange(n))
+        loss.backward()
+        assert loss == 0 and not any(leaf.grad.any() for leaf in (*fields.values(), scale))
+    values = objective.table.get_extra_state()["values"]
+    assert values.isnan().all()
