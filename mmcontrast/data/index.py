@@ -96,6 +96,22 @@ class ShardIndex:
         return members
 
 
+@dataclass(frozen=True)
+class FolderIndex(ShardIndex):
+    """A folder of files, `a.jpg` beside `a.txt`, read like a shard; `offsets` are places in `names`, relative to it."""
+
+    names: tuple[str, ...] = ()
+
+    def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
+        members: dict[str, bytes] = {}
+        for extension in extensions:
+            if extension in self.extensions:
+                column = self.extensions.index(extension)
+                if self.sizes[sample, column] >= 0:
+                    members[extension] = (self.path / self.names[self.offsets[sample, column]]).read_bytes()
+        return members
+
+
 def open_shards(patterns: str | Sequence[str], progress: bool = False) -> list[ShardIndex]:
     """The indexes of all shards: from the cache where it has them, else scanned, on all cores where that is worth it.
 
@@ -126,10 +142,13 @@ def _indexed(path: Path) -> str | None:
 
 def index_shard(path: Path) -> ShardIndex:
     """The index of one tar, from the cache if the file is the one that was scanned (its size, time, first and last bytes).
+    A folder of files is indexed each time.
 
     Raises:
         UserError: if it is not a whole, uncompressed tar, or a sample's members are not adjacent in it.
     """
+    if path.is_dir():
+        return _index_folder(path)
     try:
         fingerprint = _fingerprint(path)
     except OSError as error:
@@ -184,24 +203,43 @@ def _index(path: Path, text: Any, ends: Any, extensions: Any, offsets: Any, size
 
 
 def _scan(path: Path) -> ShardIndex:
-    """Reads every header of a tar; 2 µs a member, and of what it finds no Python object stays."""
+    """Reads every header of a tar; 4 µs a member, and of what it finds no Python object stays."""
+    return _collected(path, _members(path))
+
+
+def _index_folder(path: Path) -> FolderIndex:
+    """Files that are one sample lie in one folder; their order is that of their names."""
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    names.sort(key=lambda name: _sample_of(name)[0])  # `a.b/x` between `a.png` and `a.txt` would part them
+    found = _collected(path, ((name, place, (path / name).stat().st_size) for place, name in enumerate(names)))
+    return FolderIndex(path, found.keys, found.extensions, found.offsets, found.sizes, found.digest, tuple(names))
+
+
+def _sample_of(name: str) -> tuple[str, str]:
+    """(key, extension) of a member's name; an empty extension if it belongs to no sample, as webdataset has it."""
+    folder, _, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not dot or not stem:
+        return name, ""
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def _collected(path: Path, members: Iterable[tuple[str, int, int]]) -> ShardIndex:
     text, ends, hashes = bytearray(), array("q"), array("q")
     rows, columns, offsets, sizes = array("q"), array("l"), array("q"), array("q")
     extensions: dict[str, int] = {}
     last_key = None
-    for name, offset, size in _members(path):
-        folder, _, base = name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not dot or not stem:
-            continue  # webdataset's rule: a member without an extension belongs to no sample
-        key = f"{folder}/{stem}" if folder else stem
+    for name, offset, size in members:
+        key, extension = _sample_of(name)
+        if not extension:
+            continue
         if key != last_key:
             text += key.encode("utf-8", "surrogateescape")
             ends.append(len(text))
             hashes.append(hash(key))
             last_key = key
         rows.append(len(ends) - 1)
-        columns.append(extensions.setdefault(extension.lower(), len(extensions)))
+        columns.append(extensions.setdefault(extension, len(extensions)))
         offsets.append(offset)
         sizes.append(size)
     keys = Keys(np.array(text, dtype=np.uint8), np.array(ends, dtype=np.int64))

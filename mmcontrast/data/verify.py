@@ -72,6 +72,8 @@ def _scanned(path: Path) -> tuple[int, str]:
 
 
 def _unlike_manifest(path: Path) -> str:
+    if path.is_dir():
+        return ""
     try:
         manifest = json.loads((path.parent / MANIFEST).read_text())
         entries = {entry["name"]: entry for split in manifest["splits"].values() for entry in split["shards"]}

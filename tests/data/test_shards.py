@@ -9,6 +9,7 @@ import webdataset
 from PIL import Image
 
 from mmcontrast.data import ShardDataset, all_batches, expand_shards, index_shard, write_shard
+from mmcontrast.data.verify import verify_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
 
@@ -138,3 +139,26 @@ def test_a_half_written_shard_never_has_its_name(tmp_path):
     with pytest.raises(AttributeError, match="encode"):  # webdataset, on the second sample
         write_shard(tmp_path / "a.tar", [{"__key__": "a", "txt": "fine"}, {"__key__": "b", "txt": object()}])
     assert not (tmp_path / "a.tar").exists()
+
+
+def test_a_folder_of_files_is_read_like_a_shard(tmp_path):
+    """Two samples, one in a folder within; a capital extension, a file of no sample, a dot where sorting would part a sample."""
+    for name, data in {
+        "a.PNG": png(3), "a.txt": b"first", "a.json": b'{"group_id": 5}', "a.b/x.txt": b"deep", "README": b"no sample",
+        "a!.txt": b"odd",
+    }.items():  # fmt: skip
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(data)
+    dataset = ShardDataset(str(tmp_path / "files"), MODALITIES, {})
+    (batch,) = all_batches(dataset, 8)
+    texts = {
+        entry["key"]: shard.read(row, ["txt"])["txt"] for shard in dataset.shards for row, entry in enumerate(batch.metadata)
+    }
+    assert texts == {"a": b"first", "a!": b"odd", "a.b/x": b"deep"}
+    here = [entry["key"] for entry in batch.metadata].index("a")
+    assert batch.present["image"].tolist() == [k == here for k in range(3)] and batch.group_ids[here] == 5
+    report = verify_shards(str(tmp_path / "files"), workers=1, progress=False)
+    assert (report["samples"], report["members"], report["faults"]) == (3, 5, [])
+    before = dataset.digest
+    (tmp_path / "files" / "a.txt").write_bytes(b"another first")
+    assert ShardDataset(str(tmp_path / "files"), MODALITIES, {}).digest != before
