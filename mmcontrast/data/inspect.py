@@ -18,7 +18,7 @@ def inspect_shards(patterns: Sequence[str]) -> Iterator[Table | str]:
     """
     shards = open_shards(patterns, progress=True)
     samples = sum(map(len, shards))
-    yield f"{len(shards)} shards, {samples} samples, {sum(s.path.stat().st_size for s in shards) / 2**20:.0f} MiB"
+    yield f"{len(shards)} shards, {samples} samples, {sum(int(s.sizes.clip(0).sum()) for s in shards) / 2**20:.0f} MiB"
     table = Table("member", "samples", "of all", "median bytes", "largest")
     sizes: dict[str, list[np.ndarray]] = {}
     for shard in shards:

@@ -24,7 +24,7 @@ class Multilinear(Pairing):
     are products of the others, its positive the sample's own. A sample that lacks a field takes no part.
 
     With unit embeddings the scores of independent fields are about 1/D, those of equal ones at most 1/√D: give the model a
-    logit scale √D times that of a pair (`logit_scale`, `max_logit_scale`). On several ranks each gathers all fields' embeddings.
+    logit scale √D times that of a pair (`logit_scale`, `max_logit_scale`). Of several ranks each gathers all embeddings.
 
     Args:
         negatives: "n": one product for every sample, of the other fields' embeddings in random orders, drawn anew for every

@@ -142,7 +142,7 @@ def test_a_half_written_shard_never_has_its_name(tmp_path):
 
 
 def test_a_folder_of_files_is_read_like_a_shard(tmp_path):
-    """Two samples, one in a folder within; a capital extension, a file of no sample, a dot where sorting would part a sample."""
+    """One sample in a folder within; a capital extension, a file of no sample, names that sorting would mix."""
     for name, data in {
         "a.PNG": png(3), "a.txt": b"first", "a.json": b'{"group_id": 5}', "a.b/x.txt": b"deep", "README": b"no sample",
         "a!.txt": b"odd",
