@@ -80,13 +80,22 @@ class ShardDataset(Dataset[Sample]):
         """Of the shards: equal for equal samples in the same places, wherever the files are."""
         return hashlib.blake2b("".join(shard.digest for shard in self.shards).encode(), digest_size=8).hexdigest()
 
-    def members(self, position: int, extensions: Sequence[str]) -> tuple[ShardIndex, str, dict[str, bytes]]:
-        """(shard, key, bytes per extension) of a sample."""
+    def locate(self, position: int) -> tuple[ShardIndex, int]:
+        """(shard, row in it) of a sample."""
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
-        shard, row = self.shards[number], position - int(self.starts[number])
-        if shard.sizes[row].max() > MAX_MEMBER_BYTES:
-            return shard, shard.keys[row], {}
-        return shard, shard.keys[row], shard.read(row, extensions)
+        return self.shards[number], position - int(self.starts[number])
+
+    def members(self, position: int, extensions: Sequence[str]) -> dict[str, bytes]:
+        """Bytes per extension, of those that the sample has.
+
+        Raises:
+            DecodeError: before anything is read, if one of them is larger than a sample's member may be.
+        """
+        shard, row = self.locate(position)
+        for column, extension in enumerate(shard.extensions):
+            if extension in extensions and shard.sizes[row, column] > MAX_MEMBER_BYTES:
+                raise DecodeError(f"member .{extension}: {shard.sizes[row, column]} bytes, more than {MAX_MEMBER_BYTES}")
+        return shard.read(row, extensions)
 
     def __getitem__(self, place: int | tuple[int, int]) -> Sample:
         """The sample at (epoch, position), or at position."""
@@ -101,8 +110,14 @@ class ShardDataset(Dataset[Sample]):
 
     def _sample(self, epoch: int, position: int) -> Sample:
         wanted = [extension for extensions in self.keys.values() for extension in extensions]
-        shard, key, members = self.members(position, [*wanted, "json"])
+        shard, row = self.locate(position)
+        key = shard.keys[row]
         sample = Sample({}, stable_hash(key), stable_hash(key), {"key": key})
+        try:
+            members = self.members(position, [*wanted, "json"])
+        except DecodeError as error:
+            sample.error = f"shard {shard.path}, sample {key!r}, {error}"
+            return sample
         extension = "json"
         try:
             if "json" in members:

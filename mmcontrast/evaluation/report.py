@@ -124,7 +124,7 @@ def _gallery(query: str, found: str, split: str, model: ContrastiveModel, datase
 def _media(dataset: ShardDataset, field: str, row: int, table: EmbeddingTable) -> str:
     """A sample's field as HTML: its own bytes, embedded."""
     extensions = dataset.keys[field]
-    _, _, members = dataset.members(row, extensions)
+    members = dataset.members(row, extensions)
     extension = next(e for e in extensions if e in members)
     data = members[extension]
     caption = html.escape(str(table.metadata[row].get("name", "")))
