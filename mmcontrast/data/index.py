@@ -27,6 +27,7 @@ from mmcontrast.errors import UserError
 
 BLOCK = 512  # bytes: tar's unit
 REGULAR, GNU_LONG_NAME, POSIX_RECORDS = b"0Lx"
+MAX_NAME_BYTES = 2**20  # of what tells a member's long name
 WORTH_PROCESSES = 256 * 2**20  # bytes of shards to scan from which several processes pay
 VERSION = 1  # of what the cache holds
 
@@ -140,9 +141,9 @@ def _indexed(path: Path) -> str | None:
     return None
 
 
-def index_shard(path: Path) -> ShardIndex:
-    """The index of one tar, from the cache if the file is the one that was scanned (its size, time, first and last bytes).
-    A folder of files is indexed each time.
+def index_shard(path: Path, scan: bool = False) -> ShardIndex:
+    """The index of one tar, from the cache if the file is the one that was scanned (its size, time, first and last bytes),
+    unless `scan` wants it read again. A folder of files is indexed each time.
 
     Raises:
         UserError: if it is not a whole, uncompressed tar, or a sample's members are not adjacent in it.
@@ -156,7 +157,7 @@ def index_shard(path: Path) -> ShardIndex:
     cached = _cached_file(path)
     try:
         with np.load(cached, allow_pickle=False) as entry:
-            if str(entry["fingerprint"]) == fingerprint:
+            if str(entry["fingerprint"]) == fingerprint and not scan:
                 arrays = {name: entry[name] for name in ("text", "ends", "extensions", "offsets", "sizes")}
                 return _index(path, **arrays, digest=str(entry["digest"]))
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
@@ -164,12 +165,13 @@ def index_shard(path: Path) -> ShardIndex:
     found = _scan(path)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".partial", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=f"{cached.stem}-", suffix=".partial", delete=False) as file:
             arrays = {"text": found.keys.text, "ends": found.keys.ends, "extensions": np.array(found.extensions, dtype="U")}
             np.savez(file, fingerprint=fingerprint, digest=found.digest, offsets=found.offsets, sizes=found.sizes, **arrays)
         os.replace(file.name, cached)
-    except OSError:
-        pass  # a cache that cannot be written is none
+    except OSError:  # a cache that cannot be written is none
+        for partial in cached.parent.glob(f"{cached.stem}-*.partial"):
+            partial.unlink(missing_ok=True)
     return found
 
 
@@ -271,8 +273,8 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 raise damaged
             if header[0] == 0 and not any(header):  # the end-of-archive mark: zeros to the end of the file, two blocks at least
                 file.seek(position)
-                rest = file.read()
-                if len(rest) < 2 * BLOCK or rest.count(0) < len(rest) or not _checksums_hold(headers):
+                zeros = all(rest.count(0) == len(rest) for rest in iter(lambda: file.read(2**20), b""))
+                if total - position < 2 * BLOCK or not zeros or not _checksums_hold(headers):
                     raise damaged
                 return
             headers.append(header)
@@ -283,7 +285,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
             size, kind = _octal(header[124:136]), header[156]
             content = position + BLOCK
             position = content + (size + BLOCK - 1) // BLOCK * BLOCK
-            if size < 0 or content + size > total:
+            if size < 0 or content + size > total or (kind in (GNU_LONG_NAME, POSIX_RECORDS) and size > MAX_NAME_BYTES):
                 raise damaged
             if kind == REGULAR or kind == 0:
                 if long_name:

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def verify_shards(patterns: str | Sequence[str], workers: int | None = None, pro
 def _scanned(path: Path) -> tuple[int, str]:
     """(samples, what is wrong with the shard as a whole)."""
     try:
-        return len(index_shard(path)), _unlike_manifest(path)
+        return len(index_shard(path, scan=True)), _unlike_manifest(path)
     except UserError as error:
         return 0, str(error)
 
@@ -94,7 +94,7 @@ def _unlike_manifest(path: Path) -> str:
 def _decoded(job: tuple[Path, int]) -> tuple[int, list[Fault]]:
     """(members tried, faults) of some of a shard's samples."""
     path, start = job
-    shard, faults, tried = index_shard(path), [], 0
+    shard, faults, tried = _opened(path), [], 0
     for row in range(start, min(start + ROWS, len(shard))):
         for column, extension in enumerate(shard.extensions):
             size = shard.sizes[row, column]
@@ -103,6 +103,9 @@ def _decoded(job: tuple[Path, int]) -> tuple[int, list[Fault]]:
                 if error := _error(extension, shard.read(row, [extension])[extension] if size <= MAX_MEMBER_BYTES else None):
                     faults.append(Fault(str(path), error, shard.keys[row], extension))
     return tried, faults
+
+
+_opened = lru_cache(maxsize=1)(index_shard)  # a worker takes a shard's jobs one after the other
 
 
 def _error(extension: str, data: bytes | None) -> str:

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -82,3 +83,30 @@ def test_a_member_beyond_the_cap_is_not_read(tmp_path, monkeypatch):
     assert dataset[0, 1].error is None and "text" in dataset[0, 1].values
     faults = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
     assert [fault["sample"] for fault in faults] == ["a", "b"] and "more than 100 bytes" in faults[0]["error"]
+
+
+def test_a_name_of_gigabytes_is_not_read(tmp_path):
+    """Nor a sparse file's endless end: 3 GiB that take no room, and must not take memory."""
+    entry = tarfile.TarInfo("././@LongLink")
+    entry.type, entry.size = tarfile.GNUTYPE_LONGNAME, 3 * 2**30
+    with (tmp_path / "x.tar").open("wb") as file:
+        file.write(entry.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(3 * 2**30 + 4096)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="not a whole tar"):
+        index_shard(tmp_path / "x.tar")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 * 2**20
+
+
+def test_verify_reads_headers_again_whatever_the_cache_holds(tmp_path):
+    tar_of(tmp_path / "x.tar", [("a.txt", b"text"), ("b.txt", b"x" * 9000), ("c.txt", b"text"), ("d.txt", b"y" * 9000)])
+    assert len(index_shard(tmp_path / "x.tar")) == 4
+    about, data = (tmp_path / "x.tar").stat(), bytearray((tmp_path / "x.tar").read_bytes())
+    place = data.index(b"c.txt")
+    data[place : place + 5] = b"C.TXT"  # the checksum is another now; size, time, first and last bytes are the same
+    (tmp_path / "x.tar").write_bytes(data)
+    os.utime(tmp_path / "x.tar", ns=(about.st_atime_ns, about.st_mtime_ns))
+    (fault,) = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
+    assert "not a whole tar" in fault["error"]
