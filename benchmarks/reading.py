@@ -25,6 +25,8 @@ import torch
 from PIL import Image
 from rich.progress import track
 
+from mmcontrast.cli import keep_freed_memory
+
 BATCH, WARM, TIMED = 64, 6, 24
 SIZES = {"640x480": (640, 480), "256x256": (256, 256)}
 SHARDS, EACH = 8, 256
@@ -89,6 +91,8 @@ def rate(side: str, shards: str, workers: int, checkouts: list[str]) -> float:
     sys.path[:0] = checkouts
     multiprocessing.set_start_method("fork", force=True)  # of workers; this process was spawned
     torch.set_num_threads(1)
+    if side != "open_clip":
+        keep_freed_memory()  # as the `mmcontrast` command does
     batches = SIDES[side](shards, workers)
     for _ in range(WARM):
         next(batches)

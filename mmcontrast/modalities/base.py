@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 
 class DecodeError(Exception):
@@ -37,7 +38,7 @@ class Modality(nn.Module):
         return value
 
     def collate(self, samples: list[Tensor]) -> Tensor:
-        return torch.stack(samples)
+        return default_collate(samples)  # in a worker, right into shared memory
 
     def forward(self, batch: Tensor) -> Tensor:
         return batch
