@@ -146,7 +146,7 @@ def data_build(
     console.print(build_corpus(config, out, workers, overwrite), highlight=False)
 
 
-Shards = Annotated[list[str], typer.Argument(help="paths, globs or brace ranges", metavar="SHARDS")]
+Shards = Annotated[list[str], typer.Argument(help="tars (by URL too), folders, tables: globs, brace ranges", metavar="SHARDS")]
 
 
 @command(data_app, "index")
@@ -155,18 +155,22 @@ def data_index(shards: Shards) -> None:
 
     Training does so by itself; do it beforehand where the scan takes long. Exit code 2 at the first damaged shard.
     """
-    from mmcontrast.data.index import cache_folder, open_shards
+    from mmcontrast.data import open_shards
+    from mmcontrast.data.range_cache import cache_root
 
     found = open_shards(shards, progress=True)
-    console.print(f"{len(found)} shards, {sum(map(len, found))} samples; indexes in {cache_folder()}", highlight=False)
+    console.print(f"{len(found)} shards, {sum(map(len, found))} samples; indexes in {cache_root()}", highlight=False)
 
 
 @command(data_app, "inspect")
-def data_inspect(shards: Shards) -> None:
-    """Show what shards hold: samples, members by extension with their sizes, groups, and a sample."""
+def data_inspect(
+    shards: Shards,
+    page: Annotated[Path | None, typer.Option(help="write a page with samples to look at and listen to")] = None,
+) -> None:
+    """Show what shards hold: samples, members with their sizes, lengths of texts, durations, sides of pictures, groups."""
     from mmcontrast.data.inspect import inspect_shards
 
-    for part in inspect_shards(shards):
+    for part in inspect_shards(shards, page):
         console.print(part, highlight=False)
 
 

@@ -21,7 +21,8 @@ class Batch:
         sample_ids: int64 [N], unique and stable: the key of audit, augmentation and per-sample state.
         group_ids: int64 [N], what a sample is about; equal ones are not negatives of each other.
         metadata: per sample, what its shard says of it, with its `key`.
-        replaced: what was wrong with samples that could not be decoded, in whose place others stand.
+        replaced: of samples that could not be decoded, in whose place others stand: their `error`, and `source` if there
+            are several.
     """
 
     values: dict[str, Tensor]
@@ -29,7 +30,7 @@ class Batch:
     sample_ids: Tensor
     group_ids: Tensor
     metadata: list[dict[str, Any]]
-    replaced: list[str] = field(default_factory=list)
+    replaced: list[dict[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -1,10 +1,12 @@
 """Webdataset shards: indexed, read in an exact order, decoded into batches; and written."""
 
 from mmcontrast.data.dataset import ShardDataset
-from mmcontrast.data.index import ShardIndex, expand_shards, index_shard
+from mmcontrast.data.files import expand_shards
+from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import all_batches, training_batches
 from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
 from mmcontrast.data.order import SampleOrder
+from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.writer import write_corpus, write_shard
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "all_batches",
     "expand_shards",
     "index_shard",
+    "open_shards",
     "training_batches",
     "write_corpus",
     "write_shard",

@@ -1,8 +1,10 @@
-"""Samples of shards, decoded and transformed per field, collated into a `Batch`; loaders for training and evaluation."""
+"""Samples of shards, decoded and transformed per field, collated into a `Batch`."""
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,29 +12,72 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmcontrast.data.index import ShardIndex, open_shards
+from mmcontrast.data.files import is_remote
+from mmcontrast.data.index import open_shards
+from mmcontrast.data.shard import ShardIndex
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import DecodeError, Modality
+from mmcontrast.modalities import DecodeError, Modality, TextModality
 from mmcontrast.types import Batch
 
 REPLACEMENTS = 16  # tried for a sample, before its error ends the run
 MAX_MEMBER_BYTES = 256 * 2**20  # a member larger than this is no sample of a contrastive corpus
+READERS = 16  # samples of a batch that are read at a time, where they are remote
+Members = dict[str, bytes] | Exception  # of a sample, by extension; or why they could not be read
 
 
 @dataclass
 class Sample:
-    """One sample in a worker: transformed fields, or the reason why it cannot be used."""
+    """One sample in a worker: transformed fields, or the reason why it cannot be used.
+
+    Attributes:
+        lost: the reason lies with the storage, not with the sample: no other stands in for it.
+        replaces: the `error` of each of those in whose place it stands, and its `source` if there are several.
+    """
 
     values: dict[str, torch.Tensor]
     sample_id: int
     group_id: int
     metadata: dict[str, Any]
     error: str | None = None
-    replaces: tuple[str, ...] = ()  # errors of those in whose place it stands
+    lost: bool = False
+    replaces: tuple[dict[str, str], ...] = ()
 
 
-class ShardDataset(Dataset[Sample]):
-    """Random access to the samples of webdataset shards, by position in the concatenated shards.
+class Samples(Dataset[Sample]):
+    """Random access by position, in two steps: `fetch` the bytes, then `make` a sample of them. Bytes that come from afar are
+    fetched for many samples at a time."""
+
+    remote: bool
+    modalities: dict[str, Modality]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def fetch(self, position: int) -> Members: ...
+
+    @abstractmethod
+    def make(self, epoch: int, position: int, members: Members) -> Sample: ...
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Sample:
+        """The sample at (epoch, position), or at position."""
+        epoch, position = place if isinstance(place, tuple) else (0, place)
+        return self.make(epoch, position, self.fetch(position))
+
+    def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        if not self.remote:
+            return [self[place] for place in places]
+        pairs = [place if isinstance(place, tuple) else (0, place) for place in places]
+        with ThreadPoolExecutor(READERS) as threads:
+            fetched = threads.map(self.fetch, [position for _, position in pairs])
+            return [self.make(epoch, position, members) for (epoch, position), members in zip(pairs, fetched, strict=True)]
+
+    def collate(self, samples: list[Sample]) -> Batch | str:
+        return collate(samples, self.modalities)
+
+
+class ShardDataset(Samples):
+    """Random access to the samples of shards (tars, folders, tables), by position in the concatenated shards.
 
     In training a sample that cannot be decoded is replaced by another, a function of (seed, epoch, position), and reported with
     its batch; otherwise its error ends the iteration.
@@ -47,6 +92,7 @@ class ShardDataset(Dataset[Sample]):
         seed: of augmentation, with the epoch and the sample's id.
         training: augment, and replace what cannot be decoded.
         partial: leave out fields of which no sample has a member, instead of refusing.
+        files: of tables whose columns name files: the folder in which these are; default: the table's own.
     """
 
     def __init__(
@@ -57,10 +103,13 @@ class ShardDataset(Dataset[Sample]):
         seed: int = 0,
         training: bool = False,
         partial: bool = False,
+        files: str | None = None,
     ) -> None:
-        self.shards: list[ShardIndex] = open_shards(shards, progress=True)
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        named = {e for field, of in self.keys.items() if not isinstance(modalities[field], TextModality) for e in of}
+        self.shards: list[ShardIndex] = open_shards(shards, True, named, files)
+        self.remote = any(is_remote(shard.name) for shard in self.shards)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         there = {extension for shard in self.shards for extension in shard.extensions}
         for field, extensions in list(self.keys.items()):
@@ -90,62 +139,77 @@ class ShardDataset(Dataset[Sample]):
 
         Raises:
             DecodeError: before anything is read, if one of them is larger than a sample's member may be.
+            UserError: if they cannot be read.
         """
         shard, row = self.locate(position)
-        for column, extension in enumerate(shard.extensions):
-            if extension in extensions and shard.sizes[row, column] > MAX_MEMBER_BYTES:
-                raise DecodeError(f"member .{extension}: {shard.sizes[row, column]} bytes, more than {MAX_MEMBER_BYTES}")
+        for extension in shard.extensions:
+            if extension in extensions and (size := shard.size(row, extension)) > MAX_MEMBER_BYTES:
+                raise DecodeError(f"member .{extension}: {size} bytes, more than {MAX_MEMBER_BYTES}")
         return shard.read(row, extensions)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> Sample:
-        """The sample at (epoch, position), or at position."""
-        epoch, position = place if isinstance(place, tuple) else (0, place)
-        sample = self._sample(epoch, position)
-        errors: list[str] = []
-        while sample.error and self.training and len(errors) < REPLACEMENTS:
-            errors.append(sample.error)
-            other = stable_hash(f"{self.seed} {epoch} {position} {len(errors)}") % len(self)
-            sample = replace(self._sample(epoch, other), replaces=tuple(errors))
-        return sample
-
-    def _sample(self, epoch: int, position: int) -> Sample:
+    def fetch(self, position: int) -> Members:
         wanted = [extension for extensions in self.keys.values() for extension in extensions]
-        shard, row = self.locate(position)
-        key = shard.keys[row]
-        sample = Sample({}, stable_hash(key), stable_hash(key), {"key": key})
         try:
-            members = self.members(position, [*wanted, "json"])
-        except DecodeError as error:
-            sample.error = f"shard {shard.path}, sample {key!r}, {error}"
-            return sample
-        extension = "json"
-        try:
-            if "json" in members:
-                about = json.loads(members["json"])
-                sample.metadata |= about
-                sample.sample_id = int(about.get("sample_id", sample.sample_id))
-                sample.group_id = int(about.get("group_id", sample.sample_id))
-                if sample.group_id < 0:
-                    raise DecodeError(f"group_id {sample.group_id} is negative")
-            if self.training:
-                torch.default_generator.manual_seed(stable_hash(f"{self.seed} {epoch} {sample.sample_id}"))
-            for field, modality in self.modalities.items():
-                extension = next((e for e in self.keys[field] if e in members), "")
-                if extension:
-                    sample.values[field] = modality.transform(modality.decode(members[extension]), self.training)
-        except (DecodeError, ValueError, TypeError, AttributeError) as error:
-            sample.error = f"shard {shard.path}, sample {key!r}, member .{extension}: {error}"
+            return self.members(position, [*wanted, "json"])
+        except (DecodeError, UserError) as error:
+            return error
+
+    def make(self, epoch: int, position: int, members: Members) -> Sample:
+        sample = self._sample(epoch, position, members)
+        errors: list[dict[str, str]] = []
+        while sample.error and not sample.lost and self.training and len(errors) < REPLACEMENTS:
+            errors.append({"error": sample.error})
+            other = stable_hash(f"{self.seed} {epoch} {position} {len(errors)}") % len(self)
+            sample = replace(self._sample(epoch, other, self.fetch(other)), replaces=tuple(errors))
         return sample
 
-    def collate(self, samples: list[Sample]) -> Batch | str:
-        return collate(samples, self.modalities)
+    def _sample(self, epoch: int, position: int, members: Members) -> Sample:
+        shard, row = self.locate(position)
+        seed = f"{self.seed} {epoch}" if self.training else None
+        sample = decoded(shard.keys[row], members, self.modalities, self.keys, seed)
+        if sample.error and not sample.lost:
+            sample.error = f"shard {shard.name}, sample {shard.keys[row]!r}, {sample.error}"
+        return sample
+
+
+def decoded(
+    key: str, members: Members, modalities: Mapping[str, Modality], keys: Mapping[str, Sequence[str]], seed: str | None
+) -> Sample:
+    """A sample of its members, or the first error.
+
+    Args:
+        seed: of augmentation, with the sample's id; None: not training.
+    """
+    sample = Sample({}, stable_hash(key), stable_hash(key), {"key": key})
+    if isinstance(members, Exception):
+        return replace(sample, error=str(members), lost=isinstance(members, UserError))
+    extension = "json"
+    try:
+        if "json" in members:
+            about = json.loads(members["json"])
+            sample.metadata |= about
+            sample.sample_id = int(about.get("sample_id", sample.sample_id))
+            sample.group_id = int(about.get("group_id", sample.sample_id))
+            if sample.group_id < 0:
+                raise DecodeError(f"group_id {sample.group_id} is negative")
+        if seed is not None:
+            torch.default_generator.manual_seed(stable_hash(f"{seed} {sample.sample_id}"))
+        for field, modality in modalities.items():
+            extension = next((e for e in keys[field] if e in members), "")
+            if extension:
+                sample.values[field] = modality.transform(modality.decode(members[extension]), seed is not None)
+    except (DecodeError, ValueError, TypeError, AttributeError) as error:
+        sample.error = f"member .{extension}: {error}"
+    return sample
 
 
 def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch | str:
     """The batch, or the first bad sample's error: workers cannot raise it in one line."""
     for sample in samples:
+        if sample.error and sample.lost:
+            return f"{sample.error}. When it can be read again, --resume continues the run"
         if sample.error:
-            return sample.error
+            return f"{sample.error}; repair or remove the sample (`mmcontrast data verify` finds all of them)"
     values = {}
     for field, modality in modalities.items():
         rows = [s.values[field] for s in samples if field in s.values]
@@ -156,7 +220,7 @@ def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch 
         torch.tensor([s.sample_id for s in samples]),
         torch.tensor([s.group_id for s in samples]),
         [s.metadata for s in samples],
-        [error for s in samples for error in s.replaces],
+        [dict(bad) for s in samples for bad in s.replaces],
     )
 
 

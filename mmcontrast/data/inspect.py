@@ -1,46 +1,162 @@
-"""`mmcontrast data inspect`: what shards hold."""
+"""`mmcontrast data inspect`: what shards hold, as tables and as a page to look at and listen to."""
 
+import html
+import io
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+import soundfile
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from mmcontrast.data.index import ShardIndex, open_shards
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES
+from mmcontrast.data.index import open_shards
+from mmcontrast.data.page import media, page, svg
+from mmcontrast.data.shard import ShardIndex
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import AudioModality, ImageModality, TextModality
+from mmcontrast.modalities.image import FORMATS
+
+LOOKED_INTO, SHOWN = 2000, 24  # samples, evenly spread over the shards: those whose members are read, and shown on the page
+Measures = dict[tuple[str, str], list[float]]  # of (member, what): its values
 
 
-def inspect_shards(patterns: Sequence[str]) -> Iterator[Table | str]:
+def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[Table | str]:
     """Tables and lines for the console.
+
+    Args:
+        to: where a page with samples is written.
 
     Raises:
         UserError: for a damaged shard.
     """
     shards = open_shards(patterns, progress=True)
-    samples = sum(map(len, shards))
-    yield f"{len(shards)} shards, {samples} samples, {sum(int(s.sizes.clip(0).sum()) for s in shards) / 2**20:.0f} MiB"
-    table = Table("member", "samples", "of all", "median bytes", "largest")
-    sizes: dict[str, list[np.ndarray]] = {}
-    for shard in shards:
-        for column, extension in enumerate(shard.extensions):
-            column_sizes = shard.sizes[:, column]
-            sizes.setdefault(extension, []).append(column_sizes[column_sizes >= 0])
-    for extension, parts in sorted(sizes.items()):
-        every = np.concatenate(parts)
-        table.add_row(
-            f".{extension}", str(len(every)), f"{len(every) / samples:.1%}", f"{np.median(every):.0f}", str(every.max())
-        )
-    yield table
-    if "json" in sizes:
-        groups = Counter(
-            json.loads(shard.read(row, ["json"])["json"]).get("group_id")
-            for shard, row in _rows(shards)
-            if shard.sizes[row, shard.extensions.index("json")] >= 0
-        )
-        yield f"{len(groups)} groups; the largest has {max(groups.values())} samples"
-    first = shards[0].read(0, ["txt", "json"])
-    yield f"first sample {shards[0].keys[0]}: {b' '.join(first.values()).decode('utf-8', 'replace')[:400]}"
+    samples, extensions = sum(map(len, shards)), sorted({e for shard in shards for e in shard.extensions})
+    if not samples:
+        raise UserError(f"{', '.join(patterns)}: no sample in {len(shards)} shards")
+    sizes = {e: np.concatenate([shard.sizes_of(e) for shard in shards if e in shard.extensions]) for e in extensions}
+    sizes = {e: of[of >= 0] for e, of in sizes.items()}
+    yield f"{len(shards)} shards, {samples} samples, {sum(int(of.sum()) for of in sizes.values()) / 2**20:.0f} MiB"
+    members = Table("member", "samples", "of all", "median bytes", "largest")
+    for extension, of in sizes.items():
+        if len(of):
+            share, middle = f"{len(of) / samples:.1%}", f"{np.median(of):.0f}"
+            members.add_row(f".{extension}", str(len(of)), share, middle, str(of.max()))
+    yield members
+
+    chosen = _spread(shards, LOOKED_INTO)
+    measures, groups, faults = _look(chosen, extensions)
+    if measures:
+        yield f"of {len(chosen)} samples:"
+        yield _quantiles(measures)
+    if groups:
+        yield f"{len(groups)} groups in them; the largest has {max(groups.values())}"
+    if faults:
+        yield f"{faults} members cannot be read: `mmcontrast data verify` says which and why"
+    if to:
+        title = f"{samples} samples: {', '.join(patterns)}"
+        cards = "".join(_card(shard, row) for shard, row in _spread(shards, SHOWN))
+        sections = [_histograms(measures), f'<h2>Samples</h2><div class="cards">{cards}</div>']
+        to.write_text(page(title, sections), encoding="utf-8")
+        yield f"page: {to}"
 
 
-def _rows(shards: Sequence[ShardIndex]) -> Iterator[tuple[ShardIndex, int]]:
-    return ((shard, row) for shard in shards for row in range(len(shard)))
+def _spread(shards: Sequence[ShardIndex], number: int) -> list[tuple[ShardIndex, int]]:
+    """So many samples, or all, as (shard, row)."""
+    ends = np.cumsum([len(shard) for shard in shards])
+    places = np.unique(np.linspace(0, ends[-1] - 1, min(number, int(ends[-1]))).astype(np.int64))
+    of = np.searchsorted(ends, places, side="right")
+    return [(shards[k], int(place - ends[k] + len(shards[k]))) for k, place in zip(of, places, strict=True)]
+
+
+def _look(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]) -> tuple[Measures, Counter[int], int]:
+    """(lengths, durations and sides; samples of each group; members that could not be read)."""
+    measures: Measures = defaultdict(list)
+    groups: Counter[int] = Counter()
+    faults = 0
+    for shard, row in track(chosen, "reading samples", console=Console(stderr=True), transient=True):
+        for extension in extensions:
+            measure = MEASURES.get(extension.rpartition(".")[2])
+            if (not measure and extension != "json") or not 0 <= shard.size(row, extension) <= MAX_MEMBER_BYTES:
+                continue
+            try:
+                data = shard.read(row, [extension])[extension]
+                if extension == "json":
+                    about = json.loads(data)
+                    groups.update([int(about["group_id"])] if "group_id" in about else [])
+                elif measure:
+                    for what, value in measure(data).items():
+                        measures[f".{extension}", what].append(value)
+            except (OSError, SyntaxError, ValueError, TypeError, soundfile.SoundFileError):
+                faults += 1
+    return measures, groups, faults
+
+
+def _of_text(data: bytes) -> dict[str, float]:
+    text = data.decode("utf-8")
+    return {"words": len(text.split()), "lines": len(text.strip().splitlines())}
+
+
+def _of_picture(data: bytes) -> dict[str, float]:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # its header alone
+        return {"width": image.width, "height": image.height}
+
+
+def _of_sound(data: bytes) -> dict[str, float]:
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        return {"seconds": file.frames / file.samplerate, "Hz": file.samplerate}
+
+
+MEASURES: dict[str, Callable[[bytes], dict[str, float]]] = {
+    **dict.fromkeys(TextModality.extensions, _of_text),
+    **dict.fromkeys(ImageModality.extensions, _of_picture),
+    **dict.fromkeys(AudioModality.extensions, _of_sound),
+}
+
+
+def _quantiles(measures: Measures) -> Table:
+    table = Table("member", "", "least", "5 %", "median", "95 %", "most")
+    for (member, what), values in measures.items():
+        cells = np.quantile(values, (0, 0.05, 0.5, 0.95, 1))
+        table.add_row(member, what, *(f"{cell:.6g}" for cell in cells))
+    return table
+
+
+def _histograms(measures: Measures) -> str:
+    """Of those that differ between samples."""
+    from matplotlib.figure import Figure
+
+    shown = [(name, values) for name, values in measures.items() if min(values) < max(values)]
+    if not shown:
+        return ""
+    figure = Figure(figsize=(11, 2.2 * -(-len(shown) // 4)), layout="constrained")
+    axes = list(figure.subplots(-(-len(shown) // 4), 4, squeeze=False).flat)
+    for axis, ((member, what), values) in zip(axes, shown, strict=False):
+        axis.hist(values, bins=30)
+        axis.set_title(f"{member}: {what}", fontsize=10)
+        axis.tick_params(labelsize=8)
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    return svg(figure)
+
+
+def _card(shard: ShardIndex, row: int) -> str:
+    """Of a sample: what of it can be seen and heard first."""
+    parts = []
+    for extension in sorted(shard.extensions, key=lambda e: (e == "json", e)):
+        size = shard.size(row, extension)
+        if not 0 <= size <= MAX_MEMBER_BYTES:
+            continue
+        name = extension.rpartition(".")[2]
+        try:
+            data = shard.read(row, [extension])[extension] if name in MEASURES or extension == "json" else b""
+        except ValueError as error:
+            data = str(error).encode()
+        shown = media(data) if data else f"{size} bytes"
+        parts.append(f"<p><small>.{html.escape(extension)}</small> {shown}</p>")
+    return f'<div class="card"><small>{html.escape(shard.keys[row])}</small>{"".join(parts)}</div>'

@@ -38,7 +38,7 @@ class _Steps:
 def _checked(loader: DataLoader) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, str):
-            raise UserError(f"{batch}; repair or remove the sample (`mmcontrast data verify` finds all of them)")
+            raise UserError(batch)
         yield batch
 
 

@@ -8,13 +8,11 @@ from itertools import accumulate
 from typing import Literal
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from mmcontrast.data.dataset import Sample, ShardDataset, collate, stable_hash
+from mmcontrast.data.dataset import Members, Sample, Samples, ShardDataset, stable_hash
 from mmcontrast.data.order import SampleOrder, lanes_of
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
-from mmcontrast.types import Batch
 
 SLOTS = 8192  # in which every source has its share to within one
 
@@ -104,7 +102,7 @@ def _window(weights: tuple[float, ...], seed: int, lane: int, number: int) -> tu
     return sources, before
 
 
-class MixtureDataset(Dataset[Sample]):
+class MixtureDataset(Samples):
     """The concatenation of several sources, each with its own shards, modalities and transforms.
 
     Args:
@@ -117,6 +115,7 @@ class MixtureDataset(Dataset[Sample]):
         self, sources: Mapping[str, ShardDataset], modalities: Mapping[str, Modality], own_ids: Collection[str] = ()
     ) -> None:
         self.sources, self.modalities, self.own_ids = dict(sources), dict(modalities), frozenset(own_ids)
+        self.remote = any(source.remote for source in self.sources.values())
         self.names, self.starts = list(self.sources), [0, *accumulate(map(len, self.sources.values()))]
         for field in self.modalities:
             if not any(field in source.modalities for source in self.sources.values()):
@@ -125,16 +124,22 @@ class MixtureDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """The sample at (epoch of its source, position)."""
-        epoch, position = place
+    def locate(self, position: int) -> tuple[str, int]:
+        """(source, position in it)."""
         number = bisect_right(self.starts, position) - 1
-        name = self.names[number]
-        sample = self.sources[name][epoch, position - self.starts[number]]
+        return self.names[number], position - self.starts[number]
+
+    def fetch(self, position: int) -> Members:
+        name, own = self.locate(position)
+        return self.sources[name].fetch(own)
+
+    def make(self, epoch: int, position: int, members: Members) -> Sample:
+        """`epoch` is of the sample's source."""
+        name, own = self.locate(position)
+        sample = self.sources[name].make(epoch, own, members)
         sample.metadata["source"] = name
+        for bad in sample.replaces:
+            bad["source"] = name
         if name in self.own_ids:
             sample.sample_id, sample.group_id = (stable_hash(f"{name} {i}") for i in (sample.sample_id, sample.group_id))
         return sample
-
-    def collate(self, samples: list[Sample]) -> Batch | str:
-        return collate(samples, self.modalities)

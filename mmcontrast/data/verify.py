@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import track
 
 from mmcontrast.data.dataset import MAX_MEMBER_BYTES
-from mmcontrast.data.index import expand_shards, index_shard
+from mmcontrast.data.files import expand_shards, is_remote
+from mmcontrast.data.index import index_shard
 from mmcontrast.data.loading import start_worker
+from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.writer import MANIFEST
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
@@ -55,7 +57,7 @@ def verify_shards(patterns: str | Sequence[str], workers: int | None = None, pro
         for path, (number, error) in zip(paths, track(pool.map(_scanned, paths), "scanning", len(paths), **show), strict=True):
             samples += number
             if error:
-                faults.append(Fault(str(path), error))
+                faults.append(Fault(path, error))
             jobs += [(path, start) for start in range(0, number, ROWS)]
         for count, found in track(pool.map(_decoded, jobs), "decoding", len(jobs), **show):
             members += count
@@ -63,16 +65,17 @@ def verify_shards(patterns: str | Sequence[str], workers: int | None = None, pro
     return {"shards": len(paths), "samples": samples, "members": members, "faults": [asdict(fault) for fault in faults]}
 
 
-def _scanned(path: Path) -> tuple[int, str]:
+def _scanned(name: str) -> tuple[int, str]:
     """(samples, what is wrong with the shard as a whole)."""
     try:
-        return len(index_shard(path, scan=True)), _unlike_manifest(path)
+        return len(index_shard(name, scan=True)), _unlike_manifest(name)
     except UserError as error:
         return 0, str(error)
 
 
-def _unlike_manifest(path: Path) -> str:
-    if path.is_dir():
+def _unlike_manifest(name: str) -> str:
+    path = Path(name)
+    if is_remote(name) or path.is_dir():
         return ""
     try:
         manifest = json.loads((path.parent / MANIFEST).read_text())
@@ -91,28 +94,29 @@ def _unlike_manifest(path: Path) -> str:
     return f"shard {path} is not as it was written: {MANIFEST} has other bytes for it; build or copy it again"
 
 
-def _decoded(job: tuple[Path, int]) -> tuple[int, list[Fault]]:
+def _decoded(job: tuple[str, int]) -> tuple[int, list[Fault]]:
     """(members tried, faults) of some of a shard's samples."""
-    path, start = job
-    shard, faults, tried = _opened(path), [], 0
+    name, start = job
+    shard, faults, tried = _opened(name), [], 0
     for row in range(start, min(start + ROWS, len(shard))):
-        for column, extension in enumerate(shard.extensions):
-            size = shard.sizes[row, column]
+        for extension in shard.extensions:
+            size = shard.size(row, extension)
             if size >= 0:
                 tried += 1
-                if error := _error(extension, shard.read(row, [extension])[extension] if size <= MAX_MEMBER_BYTES else None):
-                    faults.append(Fault(str(path), error, shard.keys[row], extension))
+                if error := _error(shard, row, extension, size):
+                    faults.append(Fault(name, error, shard.keys[row], extension))
     return tried, faults
 
 
 _opened = lru_cache(maxsize=1)(index_shard)  # a worker takes a shard's jobs one after the other
 
 
-def _error(extension: str, data: bytes | None) -> str:
+def _error(shard: ShardIndex, row: int, extension: str, size: int) -> str:
     """What is wrong with a member; nothing, if only its name is unknown."""
-    if data is None:
+    if size > MAX_MEMBER_BYTES:
         return f"more than {MAX_MEMBER_BYTES} bytes"
     try:
+        data = shard.read(row, [extension])[extension]
         if extension == "json":
             about = json.loads(data)
             if not isinstance(about, dict):
@@ -123,7 +127,7 @@ def _error(extension: str, data: bytes | None) -> str:
                 return f"group_id {about['group_id']} is negative"
         elif decoder := _decoders().get(extension.rpartition(".")[2]):
             decoder.decode(data)
-    except DecodeError as error:
+    except (DecodeError, UserError) as error:
         return str(error)
     except (ValueError, TypeError) as error:
         return f"not JSON as it should be ({error})"

@@ -1,8 +1,6 @@
 """A run as one self-contained page: its curves, its results, and galleries of what it finds."""
 
-import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from itertools import permutations
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from mmcontrast.data import ShardDataset
+from mmcontrast.data.page import media, page, svg
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.evaluation.evaluate import Results, shown_results
 from mmcontrast.evaluation.retrieval import first_of_each_group
@@ -19,22 +18,6 @@ from mmcontrast.modalities import AudioModality, ImageModality, TextModality
 from mmcontrast.model import ContrastiveModel
 
 QUERIES, SHOWN = 6, 8  # of each gallery: rows, and hits in a row
-TYPES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
-TYPES |= {"flac": "audio/flac", "wav": "audio/wav", "ogg": "audio/ogg", "mp3": "audio/mpeg"}
-STYLE = """
-:root{color-scheme:light dark;--line:#8884;--hit:#1a9850}
-body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
-table{border-collapse:collapse}td,th{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:right}
-td:first-child,th:first-child{text-align:left}
-.row{display:grid;grid-template-columns:12rem repeat(auto-fill,minmax(6.2rem,1fr));gap:.4rem;padding:.5rem 0;
-border-bottom:1px solid var(--line)}
-.query{font-weight:600;align-self:center}.item{font-size:.78rem;text-align:center;overflow-wrap:anywhere;
-border:2px solid transparent;border-radius:.4rem;padding:.2rem}
-.hit{border-color:var(--hit)}.hit::after{content:"✓";color:var(--hit);font-weight:700}
-img.media{width:56px;height:56px;image-rendering:auto;background:#fff}audio{width:100%;height:2rem}
-.curves svg{max-width:100%;height:auto;background:#fff}
-"""
 
 
 def write_report(
@@ -49,16 +32,11 @@ def write_report(
 ) -> None:
     """Writes the page. `log` are the lines of metrics.jsonl; `split` is the data set shown in the galleries."""
     sections = [
-        f"<h1>{html.escape(name)}</h1>",
-        f'<h2>Training</h2><div class="curves">{_curves(log)}</div>' if log else "",
+        f"<h2>Training</h2>{_curves(log)}" if log else "",
         f"<h2>Results</h2>{_results(results)}",
         *(_gallery(query, found, split, model, dataset, table) for query, found in _galleries(model, table)),
     ]
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(name)}</title><style>{STYLE}</style>{''.join(sections)}</html>"
-    )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(name, sections), encoding="utf-8")
 
 
 def _galleries(model: ContrastiveModel, table: EmbeddingTable) -> list[tuple[str, str]]:
@@ -90,10 +68,7 @@ def _curves(log: Sequence[dict[str, Any]]) -> str:
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    target = io.StringIO()
-    figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = target.getvalue()
-    return text[text.index("<svg") :]
+    return svg(figure)
 
 
 def _results(results: Results) -> str:
@@ -125,15 +100,8 @@ def _media(dataset: ShardDataset, field: str, row: int, table: EmbeddingTable) -
     """A sample's field as HTML: its own bytes, embedded."""
     extensions = dataset.keys[field]
     members = dataset.members(row, extensions)
-    extension = next(e for e in extensions if e in members)
-    data = members[extension]
-    caption = html.escape(str(table.metadata[row].get("name", "")))
-    if extension not in TYPES:
-        return html.escape(data.decode("utf-8", "replace")[:300])
-    source = f"data:{TYPES[extension]};base64,{base64.b64encode(data).decode()}"
-    if TYPES[extension].startswith("image"):
-        return f'<img class="media" src="{source}" alt="{caption}"><br>{caption}'
-    return f'<audio controls preload="none" src="{source}"></audio>{caption}'
+    data = next(members[e] for e in extensions if e in members)
+    return media(data, str(table.metadata[row].get("name", "")))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ class AudioModality(Modality):
 
     filters: Tensor
     hann: Tensor
-    extensions = ("flac", "wav", "ogg", "mp3")
+    extensions = ("flac", "wav", "ogg", "mp3", "audio")
 
     def __init__(
         self,

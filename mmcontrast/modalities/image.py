@@ -35,7 +35,7 @@ class ImageModality(Modality):
 
     factor: Tensor
     shift: Tensor
-    extensions = ("jpg", "jpeg", "png", "webp")
+    extensions = ("jpg", "jpeg", "png", "webp", "image")
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ class TextModality(Modality):
             the first.
     """
 
-    extensions = ("txt", "caption")
+    extensions = ("txt", "caption", "text")
 
     def __init__(
         self,

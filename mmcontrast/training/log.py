@@ -40,14 +40,13 @@ class StepLines:
     """A file of JSON objects, each with its `step`, cut back to the step that a run resumes from."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        self.kept = 0  # lines of the steps before
+        self.lines: list[dict[str, Any]] = []  # of the steps before
         with path.open("rb+" if path.exists() else "wb+") as file:
             end = 0
             for line in file if resumed_at else ():
                 if not line.endswith(b"}\n") or json.loads(line)["step"] > resumed_at:
                     break  # half a line, or of a step that will come again
                 end += len(line)
-                self.kept += 1
             file.truncate(end)
         self.file = path.open("a", buffering=1)
 

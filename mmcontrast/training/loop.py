@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from rich.progress import Progress
 from torch import nn
 
@@ -107,7 +108,7 @@ def train(job: Job, resume: bool = False) -> Results:
                 log.arrived(options.batch_size)
             done, logging = step + 1, due(step + 1, options.log_every, options.steps)
             values = training_step(step, batch, learner, watch=logging and options.signals)
-            values["bad_samples"] = audit.step(done, batch, values["bad_samples"], progress)
+            values |= audit.step(done, batch, values["bad_samples"], progress)
 
             if log and logging:
                 seen = {"step": done, "samples_seen": done * options.batch_size}
@@ -138,11 +139,12 @@ class Audit:
         self.job, self.accelerator, main = job, accelerator, accelerator.is_main_process
         self.samples = StepLines(job.folder / SAMPLES, start) if job.data.record_samples and main else None
         self.bad_samples = StepLines(job.folder / BAD_SAMPLES, start) if main else None
-        kept = self.bad_samples.kept if self.bad_samples else 0
-        self.bad = int(accelerator.reduce(torch.tensor(kept, device=accelerator.device), "sum"))
+        kept = (job.folder / BAD_SAMPLES).read_text().splitlines() if main else []
+        sources = [json.loads(line).get("source", "") for line in kept]
+        self.bad: Counter[str] = broadcast_object_list([Counter(sources)])[0]
 
-    def step(self, done: int, batch: Batch, bad: int, progress: Progress) -> int:
-        """Writes down a step; returns the number of bad samples since the run began.
+    def step(self, done: int, batch: Batch, bad: int, progress: Progress) -> dict[str, int]:
+        """Writes down a step; returns the number of bad samples since the run began, in all and of each source.
 
         Raises:
             UserError: on all ranks, if they are too many.
@@ -152,20 +154,21 @@ class Audit:
             if self.samples:
                 self.samples.add({"step": done, "ids": ids.tolist()})
         if bad:
-            errors = gather_object(batch.replaced)
-            if self.bad_samples:
-                for error in errors:
-                    self.bad_samples.add({"step": done, "error": error})
-                    progress.console.print(f"replaced: {error}", highlight=False, markup=False)
-            self.bad += bad
+            replaced = gather_object(batch.replaced)
+            for one in replaced:
+                if self.bad_samples:
+                    self.bad_samples.add({"step": done} | one)
+                    progress.console.print(f"replaced: {one['error']}", highlight=False, markup=False)
+            self.bad.update(one.get("source", "") for one in replaced)
             seen = max(1000, done * self.job.options.batch_size)
-            if self.bad > self.job.data.max_bad_share * seen:
+            if self.bad.total() > self.job.data.max_bad_share * seen:
                 raise UserError(
-                    f"{self.bad} samples of {done * self.job.options.batch_size} could not be decoded, more than"
-                    f" data.max_bad_share={self.job.data.max_bad_share}; the last: {errors[-1]}. All are in"
+                    f"{self.bad.total()} samples of {done * self.job.options.batch_size} could not be decoded, more than"
+                    f" data.max_bad_share={self.job.data.max_bad_share}; the last: {replaced[-1]['error']}. All are in"
                     f" {self.job.folder / BAD_SAMPLES}; `mmcontrast data verify` finds what else is wrong"
                 )
-        return self.bad
+        of_sources = {f"bad_samples/{source}": count for source, count in self.bad.items() if source}
+        return {"bad_samples": self.bad.total()} | of_sources
 
 
 def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:

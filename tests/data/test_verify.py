@@ -161,11 +161,11 @@ def test_a_mutated_shard_is_reported_or_whole(whole, mutations):
     path = whole / f"{hash(data)}.tar"
     path.write_bytes(data)
     try:
-        number, error = _scanned(path)
+        number, error = _scanned(str(path))
         if error:
             assert str(path) in error and "\n" not in error
             return
-        members, faults = _decoded((path, 0))
+        members, faults = _decoded((str(path), 0))
         with tarfile.open(path, ignore_zeros=True) as tar:  # beyond holes too
             names = [entry.name for entry in tar if entry.isfile() and re.match(r"[^/.]+\.", entry.name)]
         assert faults or (members == len(names) and number == len({name.partition(".")[0] for name in names}))

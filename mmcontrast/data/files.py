@@ -1,0 +1,215 @@
+"""Files that samples are read from, by ranges of bytes: on a disk, or at a URL that fsspec reaches."""
+
+import glob
+import logging
+import os
+import random
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import braceexpand
+import fsspec
+
+from mmcontrast.data.range_cache import range_cache
+from mmcontrast.errors import UserError
+
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")  # of URLs that are opened; others may run or read anything
+STALLED = 30.0  # seconds without a byte after which an HTTP request is given up
+ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.5, 30.0  # of a read; in seconds, doubled each time: a minute in all
+ENDS = 4096  # bytes at either end of a file that are part of its fingerprint
+STAMPS = {"etag", "last-modified", "lastmodified", "last_modified", "generation", "updated", "mtime", "blob_id"}
+logger = logging.getLogger("mmcontrast")
+T = TypeVar("T")
+
+
+def expand_shards(patterns: str | Sequence[str]) -> list[str]:
+    """Files named by paths, globs (`train-*.tar`), brace ranges (`train-{00000..00025}.tar`) and URLs of them, in order.
+
+    Raises:
+        UserError: if a pattern matches no file, or a URL's scheme is none of `SCHEMES`.
+    """
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for expanded in braceexpand.braceexpand(pattern):
+            if not is_remote(expanded):
+                matches = sorted(glob.glob(expanded))
+            elif "*" in expanded:
+                scheme, filesystem = expanded.partition("://")[0], _filesystem(expanded)
+                matches = [str(filesystem.unstrip_protocol(path)) for path in sorted(filesystem.glob(expanded))]
+                matches = [match if is_remote(match) else f"{scheme}://{match}" for match in matches]
+            else:
+                _filesystem(expanded)
+                matches = [expanded]
+            if not matches:
+                raise UserError(f"no shard at {expanded!r} (from {Path.cwd()}): correct the path, or build the data first")
+            found.extend(matches)
+    return found
+
+
+def is_remote(name: str) -> bool:
+    return "://" in name
+
+
+def open_file(name: str) -> "LocalFile | RemoteFile":
+    """
+    Raises:
+        UserError: if it is not there or cannot be read.
+    """
+    if is_remote(name):
+        return _open_remote(name)
+    try:
+        with Path(name).open("rb") as file:
+            about = os.fstat(file.fileno())
+            ends = file.read(ENDS)
+            file.seek(max(0, about.st_size - ENDS))
+            ends += file.read()
+    except OSError as error:
+        raise UserError(f"shard {name} cannot be read: {error.strerror}") from error
+    return LocalFile(name, about.st_size, f"{about.st_size} {about.st_mtime_ns} {zlib.crc32(ends):08x}")
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on a disk.
+
+    Attributes:
+        size: bytes.
+        fingerprint: changes if the file does, as far as its size, time, first and last bytes tell.
+    """
+
+    name: str
+    size: int
+    fingerprint: str
+
+    def read(self, start: int, stop: int) -> bytes:
+        """
+        Raises:
+            UserError: if the bytes are not there.
+        """
+        try:
+            with Path(self.name).open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), stop - start, start)
+        except OSError as error:
+            raise UserError(f"shard {self.name} cannot be read: {error.strerror}") from error
+        if len(data) != stop - start:
+            raise UserError(f"shard {self.name} has changed since it was indexed: start again")
+        return data
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file at a URL; what was read of it is kept in the range cache. Picklable, and safe to use after a fork.
+
+    Attributes:
+        fingerprint: changes if the file does: its size and the server's tag or time for it.
+    """
+
+    name: str
+    size: int
+    fingerprint: str
+
+    def read(self, start: int, stop: int) -> bytes:
+        """
+        Raises:
+            UserError: if the bytes still do not come after all attempts.
+        """
+        return range_cache().read(f"{self.name} {self.fingerprint}", self.size, start, stop, self.fetch)
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """`read`, past the cache."""
+
+        def once() -> bytes:
+            data = _filesystem(self.name).cat_file(self.name, start, stop)
+            if len(data) > stop - start:
+                raise _no_ranges(self.name)
+            if len(data) < stop - start:
+                raise EOFError(f"{len(data)} bytes came of {stop - start}")
+            return data
+
+        return _patiently(once, self.name) if stop > start else b""
+
+    def check_ranges(self) -> None:
+        """
+        Raises:
+            UserError: if the server sends whole files only. Known from its answer's head, before they come.
+        """
+
+        def once() -> None:
+            with _filesystem(self.name).open(self.name, "rb", size=self.size, cache_type="none") as file:
+                file.seek(self.size - 1)
+                try:
+                    file.read(1)
+                except ValueError as error:
+                    raise _no_ranges(self.name) from error
+
+        if self.name.startswith("http") and self.size > 1:
+            _patiently(once, self.name)
+
+
+def _no_ranges(name: str) -> UserError:
+    return UserError(f"shard {name}: its server sends whole files only, not ranges of them; read it with data.sequential=true")
+
+
+def _open_remote(name: str) -> RemoteFile:
+    about: dict[str, Any] = _patiently(lambda: _filesystem(name).info(name), name)
+    if about.get("size") is None:
+        raise UserError(f"shard {name}: its server does not tell its size; read it with data.sequential=true")
+    size = int(about["size"])
+    stamps = [f"{key}={about[key]}" for key in sorted(about) if key.lower() in STAMPS and about[key]]
+    if not stamps:
+        file = RemoteFile(name, size, "")
+        stamps = [f"{zlib.crc32(file.fetch(0, min(ENDS, size)) + file.fetch(max(0, size - ENDS), size)):08x}"]
+    return RemoteFile(name, size, " ".join([str(size), *stamps]))
+
+
+def _filesystem(name: str) -> Any:
+    """fsspec's, which keeps one for each process and set of options.
+
+    Raises:
+        UserError: for a scheme that is not allowed, or whose package is not installed.
+    """
+    scheme = name.partition("://")[0]
+    if scheme not in SCHEMES:
+        raise UserError(f"shard {name}: URLs of {scheme!r} are not opened; there is: {', '.join(SCHEMES)}")
+    options: dict[str, Any] = {}
+    try:
+        if scheme.startswith("http"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
+            options = {"client_kwargs": {"timeout": timeout}}
+        return fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        raise UserError(f"shard {name}: install what reads it: pip install 'fsspec[{scheme}]' ({error})") from error
+
+
+def _patiently(read: Callable[[], T], name: str) -> T:
+    """What `read` returns, tried again with growing pauses, as long as its errors may pass.
+
+    Raises:
+        UserError: for an error that will not pass, or after the last attempt.
+    """
+    began = time.monotonic()
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return read()
+        except UserError:
+            raise
+        except Exception as error:  # every file system has its own kinds
+            cause = error.__cause__ or error  # fsspec says "not found" of whatever happened
+            reason = f"{type(cause).__name__}: {cause}".rstrip(": ")
+            status = getattr(cause, "status", None)
+            lasting = cause is error and isinstance(error, FileNotFoundError | PermissionError)
+            if lasting or (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)):
+                raise UserError(f"shard {name} cannot be read ({reason})") from error
+            if attempt == ATTEMPTS:
+                took = time.monotonic() - began
+                raise UserError(f"shard {name} could not be read in {attempt} attempts over {took:.0f} s ({reason})") from error
+            pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+            logger.warning("shard %s: attempt %d of %d failed (%s), again in %.1f s", name, attempt, ATTEMPTS, reason, pause)
+            time.sleep(pause)
+    raise AssertionError

@@ -1,0 +1,59 @@
+"""Pages to look at: one self-contained HTML file, with pictures and sounds in it."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+from typing import Any
+
+TYPES = {  # by a file's first bytes: what is shown is what it is, not what it is called
+    b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"fLaC": "audio/flac", b"OggS": "audio/ogg", b"ID3": "audio/mpeg",
+    b"\xff\xfb": "audio/mpeg",
+}  # fmt: skip
+RIFF_TYPES = {b"WEBP": "image/webp", b"WAVE": "audio/wav"}
+STYLE = """
+:root{color-scheme:light dark;--line:#8884;--hit:#1a9850}
+body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
+table{border-collapse:collapse}td,th{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:right}
+td:first-child,th:first-child{text-align:left}
+.row{display:grid;grid-template-columns:12rem repeat(auto-fill,minmax(6.2rem,1fr));gap:.4rem;padding:.5rem 0;
+border-bottom:1px solid var(--line)}
+.query{font-weight:600;align-self:center}.item{font-size:.78rem;text-align:center;overflow-wrap:anywhere;
+border:2px solid transparent;border-radius:.4rem;padding:.2rem}
+.hit{border-color:var(--hit)}.hit::after{content:"✓";color:var(--hit);font-weight:700}
+img.media{width:56px;height:56px;image-rendering:auto;background:#fff}audio{width:100%;height:2rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.8rem}
+.card{border:1px solid var(--line);border-radius:.5rem;padding:.6rem;overflow-wrap:anywhere}
+.card img.media{width:100%;height:11rem;object-fit:contain;background:none}.card small{color:#888}.card p{margin:.3rem 0}
+.curves svg{max-width:100%;height:auto;background:#fff}
+"""
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """The document. `sections` are HTML, the title is not."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1>{''.join(sections)}</html>"
+    )
+
+
+def media(data: bytes, caption: str = "") -> str:
+    """A member as HTML: a picture or a sound with its bytes embedded, anything else as text."""
+    kind = RIFF_TYPES.get(data[8:12]) if data[:4] == b"RIFF" else None
+    kind = kind or next((kind for start, kind in TYPES.items() if data.startswith(start)), None)
+    if kind is None:
+        return html.escape(data[:1200].decode("utf-8", "replace")[:300])
+    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    if kind.startswith("image"):
+        return f'<img class="media" src="{source}" alt="{html.escape(caption)}"><br>{html.escape(caption)}'
+    return f'<audio controls preload="none" src="{source}"></audio>{html.escape(caption)}'
+
+
+def svg(figure: Any) -> str:
+    """A matplotlib figure as a part of a page."""
+    target = io.StringIO()
+    figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = target.getvalue()
+    return f'<div class="curves">{text[text.index("<svg") :]}</div>'

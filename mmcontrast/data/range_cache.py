@@ -1,0 +1,131 @@
+"""Remote bytes that were read are kept on the local disk, up to a size; any number of processes may read and write."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+CHUNK = 4 * 2**20  # bytes that are fetched and kept together
+KEPT_FREE = 2 * 2**30  # of the disk: beyond that nothing more is kept
+LOCKS = 1024
+
+
+def cache_root() -> Path:
+    """$MMCONTRAST_CACHE, or mmcontrast in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmcontrast"
+    return Path(os.environ.get("MMCONTRAST_CACHE", default))
+
+
+def range_cache() -> "RangeCache":
+    """This process's, in $MMCONTRAST_CACHE/ranges, of $MMCONTRAST_CACHE_GIB (default: 32)."""
+    return _opened(cache_root() / "ranges", int(float(os.environ.get("MMCONTRAST_CACHE_GIB", "32")) * 2**30))
+
+
+class RangeCache:
+    """Chunks of files, each a file of its own that appears when it is complete; the least recently read go first.
+
+    The limit holds to a hundredth for every process that writes at the same time.
+
+    Args:
+        limit: bytes; 0: nothing is kept, and ranges are fetched as they are asked for.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.written = limit  # bytes since the folder was last looked through
+
+    def read(self, file: str, size: int, start: int, stop: int, fetch: Callable[[int, int], bytes]) -> bytes:
+        """Bytes start … stop − 1 of a file, which its name tells from every other (and from what it was before a change).
+
+        Args:
+            size: bytes of the whole file.
+            fetch: reads a range where it is not here.
+        """
+        if self.limit < CHUNK or start == stop:
+            return fetch(start, stop)
+        name = hashlib.blake2b(file.encode(), digest_size=12).hexdigest()
+        parts = []
+        for number in range(start // CHUNK, (stop - 1) // CHUNK + 1):
+            first = number * CHUNK
+            last = min(first + CHUNK, size)
+            part = slice(max(start - first, 0), min(stop, last) - first)
+            parts.append(self._chunk(self.folder / name[:2] / f"{name}-{number:06d}", first, last, part, fetch))
+        return b"".join(parts)
+
+    def _chunk(self, path: Path, first: int, last: int, part: slice, fetch: Callable[[int, int], bytes]) -> bytes:
+        kept = _part(path, last - first, part)
+        if kept is not None:
+            return kept
+        with self._alone(path):  # the others wait for the one that fetches it
+            kept = _part(path, last - first, part)
+            if kept is not None:
+                return kept
+            data = fetch(first, last)
+            with suppress(OSError):  # a full disk, a read-only folder: nothing is kept
+                self._keep(path, data)
+            return data[part]
+
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / f"{zlib.crc32(path.name.encode()) % LOCKS:04d}.lock").open("wb")
+        except OSError:
+            yield
+            return
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        if shutil.disk_usage(self.folder).free < KEPT_FREE + len(data):
+            return
+        partial = Path(tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-", suffix=".partial")[1])
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        self.written += len(data)
+        if self.written > self.limit // 100:
+            self.written = 0
+            self._evict()
+
+    def _evict(self) -> None:
+        """Down to nine tenths of the limit, if there is more than that and a twentieth."""
+        entries = []
+        for folder in os.scandir(self.folder):
+            if folder.is_dir():
+                with suppress(FileNotFoundError):
+                    entries += [(about.st_mtime_ns, about.st_size, e.path) for e in os.scandir(folder) for about in [e.stat()]]
+        excess = sum(size for _, size, _ in entries) - self.limit * 9 // 10
+        if excess <= self.limit // 20:
+            return
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                break
+            with suppress(FileNotFoundError):  # another process was faster
+                os.unlink(path)
+            excess -= size
+
+
+def _part(path: Path, length: int, part: slice) -> bytes | None:
+    """Of a chunk that is kept, whole; it counts as read now."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != length:
+                return None  # torn by a crash
+            os.utime(file.fileno())
+            return os.pread(file.fileno(), part.stop - part.start, part.start)
+    except OSError:
+        return None
+
+
+_opened = lru_cache(RangeCache)

@@ -1,0 +1,182 @@
+"""Where every sample of a webdataset tar lies: a scan of its headers, so that samples are read by offset.
+
+The scan accepts a tar only if it is whole: every header's checksum holds and the end-of-archive block is there. A
+truncated or overwritten one is refused, where a sequential reader would silently stop early. A scan is kept in a cache.
+"""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmcontrast.data.files import LocalFile, RemoteFile, is_remote, open_file
+from mmcontrast.data.range_cache import cache_root
+from mmcontrast.data.shard import MemberIndex, Members
+from mmcontrast.errors import UserError
+
+BLOCK = 512  # bytes: tar's unit
+REGULAR, GNU_LONG_NAME, POSIX_RECORDS = b"0Lx"
+MAX_NAME_BYTES = 2**20  # of what tells a member's long name
+NEAR = 64 * 2**10  # bytes between two members that are read with them rather than skipped
+AHEAD = 2**20  # bytes that a remote scan reads at a time
+VERSION = 2  # of what the cache holds
+
+
+@dataclass(frozen=True)
+class TarIndex(MemberIndex):
+    """`places` are offsets in the file, in bytes."""
+
+    file: LocalFile | RemoteFile
+
+    def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
+        members: dict[str, bytes] = {}
+        run: list[tuple[int, int, str]] = []
+        for member in [*self.wanted(sample, extensions), None]:
+            if run and (member is None or member[0] - (run[-1][0] + run[-1][1]) > NEAR):
+                start = run[0][0]
+                data = self.file.read(start, run[-1][0] + run[-1][1])
+                members |= {extension: data[place - start :][:size] for place, size, extension in run}
+                run = []
+            if member:
+                run.append(member)
+        return members
+
+
+def index_tar(name: str, scan: bool = False) -> TarIndex:
+    """From the cache if the file is the one that was scanned, by its fingerprint, unless `scan` wants it read again.
+
+    Raises:
+        UserError: if it is not a whole, uncompressed tar, or a sample's members are not adjacent in it.
+    """
+    file, cached = open_file(name), index_file(name)
+    found = None if scan else _load(cached, file.fingerprint)
+    if found is None:
+        found = Members.collect(name, _members(file))
+        _keep(cached, file.fingerprint, found)
+    return TarIndex(name, found.keys, found.extensions, found.digest, found.places, found.sizes, file)
+
+
+def index_file(name: str) -> Path:
+    """Where a tar's index is kept."""
+    place = name if is_remote(name) else str(Path(name).absolute())
+    return cache_root() / "index" / f"{hashlib.blake2b(place.encode(), digest_size=12).hexdigest()}.npz"
+
+
+def _load(cached: Path, fingerprint: str) -> Members | None:
+    try:
+        with np.load(cached, allow_pickle=False) as entry:
+            if str(entry["fingerprint"]) == f"{VERSION} {fingerprint}":
+                arrays = {name: entry[name] for name in ("text", "ends", "extensions", "places", "sizes")}
+                return Members.of(**arrays, digest=str(entry["digest"]))
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or not ours
+    return None
+
+
+def _keep(cached: Path, fingerprint: str, found: Members) -> None:
+    entry = {"text": found.keys.text, "ends": found.keys.ends, "places": found.places, "sizes": found.sizes}
+    names, known = np.array(found.extensions, dtype="U"), f"{VERSION} {fingerprint}"
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=f"{cached.stem}-", suffix=".partial", delete=False) as file:
+            np.savez(file, **entry, extensions=names, fingerprint=known, digest=found.digest)  # type: ignore[arg-type]
+        os.replace(file.name, cached)
+    except OSError:  # a cache that cannot be written is none
+        for partial in cached.parent.glob(f"{cached.stem}-*.partial"):
+            partial.unlink(missing_ok=True)
+
+
+def _members(file: LocalFile | RemoteFile) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of the data, size) of every regular file in the tar; 4 µs a member of a local one. Checksums are
+    verified a few thousand at a time."""
+    damaged = UserError(f"shard {file.name} is not a whole tar (truncated, compressed or overwritten): write or copy it again")
+    headers: list[bytes] = []
+    total, position, long_name = file.size, 0, None
+    with _reader(file) as read:
+        while True:
+            header = read(position, BLOCK)
+            if len(header) < BLOCK:
+                raise damaged
+            if header[0] == 0 and not any(header):  # the end-of-archive mark: zeros to the end, two blocks at least
+                pieces = (read(start, min(2**20, total - start)) for start in range(position, total, 2**20))
+                zeros = all(piece.count(0) == len(piece) for piece in pieces)
+                if total - position < 2 * BLOCK or not zeros or not _checksums_hold(headers):
+                    raise damaged
+                return
+            headers.append(header)
+            if len(headers) == 4096:
+                if not _checksums_hold(headers):
+                    raise damaged
+                headers.clear()
+            size, kind = _octal(header[124:136]), header[156]
+            content = position + BLOCK
+            position = content + (size + BLOCK - 1) // BLOCK * BLOCK
+            if size < 0 or content + size > total or (kind in (GNU_LONG_NAME, POSIX_RECORDS) and size > MAX_NAME_BYTES):
+                raise damaged
+            if kind == REGULAR or kind == 0:
+                if long_name:
+                    name, long_name = long_name, None
+                else:
+                    name = _text(header[:100])
+                    if header[345] and header[257:263] == b"ustar\0":
+                        name = f"{_text(header[345:500])}/{name}"
+                yield name.removeprefix("./"), content, size
+            elif kind == GNU_LONG_NAME:  # the data is the next member's name
+                long_name = _text(read(content, size))
+            elif kind == POSIX_RECORDS:  # of the form "27 path=…\n"
+                records = _text(read(content, size)).split("\n")
+                long_name = next((r.partition("path=")[2] for r in records if " path=" in r), long_name)
+
+
+@contextmanager
+def _reader(file: LocalFile | RemoteFile) -> Iterator[Callable[[int, int], bytes]]:
+    """Reads (start, number of bytes); fewer at the file's end."""
+    if isinstance(file, LocalFile):
+        with Path(file.name).open("rb", buffering=0) as opened:
+            descriptor = opened.fileno()
+            yield lambda start, size: os.pread(descriptor, size, start)
+        return
+    file.check_ranges()
+    window, first = b"", 0
+
+    def read(start: int, size: int) -> bytes:
+        nonlocal window, first
+        if not first <= start <= start + size <= first + len(window):
+            window, first = file.read(start, min(start + max(size, AHEAD), file.size)), start
+        return window[start - first :][:size]
+
+    yield read
+
+
+def is_header(block: bytes) -> bool:
+    """Whether 512 bytes can be the start of an uncompressed tar."""
+    return len(block) == BLOCK and (not any(block) or _checksums_hold([block]))
+
+
+def _checksums_hold(headers: list[bytes]) -> bool:
+    """A header's bytes add up to the number in it, its own eight taken for spaces."""
+    if not headers:
+        return True
+    table = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK)
+    sums = table.sum(1, dtype=np.int64) - table[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
+    return all(_octal(header[148:156]) == found for header, found in zip(headers, sums.tolist(), strict=True))
+
+
+def _octal(field: bytes) -> int:
+    """A number in a tar header; −1 if it is none. Base 256, with its top bit set, is for sizes of 8 GiB and more."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b"\0 "), 8) if field[:1].isdigit() or field[:1] == b" " else -1
+    except ValueError:
+        return -1
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
