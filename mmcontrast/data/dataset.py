@@ -134,6 +134,38 @@ class ShardDataset(Samples):
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         return self.shards[number], position - int(self.starts[number])
 
+    def key(self, position: int) -> str:
+        shard, row = self.locate(position)
+        return shard.keys[row]
+
+    def sample_id(self, position: int) -> int:
+        """Read from its json, if there is one.
+
+        Raises:
+            UserError: if that is wrong.
+        """
+        key = self.key(position)
+        try:
+            sample = decoded(key, self.members(position, ["json"]), {}, {}, None)
+        except DecodeError as error:
+            raise UserError(f"sample {key!r}: {error}") from error
+        if sample.error:
+            raise UserError(f"sample {key!r}: {sample.error}")
+        return sample.sample_id
+
+    def lengths(self, field: str, positions: np.ndarray) -> np.ndarray:
+        """Bytes of a field's member, of the first of its keys that a sample has; 0 where it has none."""
+        found = np.zeros(len(positions), dtype=np.int64)
+        numbers = np.searchsorted(self.starts, positions, side="right") - 1
+        for number in np.unique(numbers):
+            here = np.flatnonzero(numbers == number)
+            shard, rows = self.shards[number], positions[here] - self.starts[number]
+            for extension in reversed(self.keys[field]):
+                if extension in shard.extensions:
+                    sizes = shard.sizes_of(extension)[rows]
+                    found[here] = np.where(sizes >= 0, sizes, found[here])
+        return found
+
     def members(self, position: int, extensions: Sequence[str]) -> dict[str, bytes]:
         """Bytes per extension, of those that the sample has.
 
@@ -197,7 +229,9 @@ def decoded(
         for field, modality in modalities.items():
             extension = next((e for e in keys[field] if e in members), "")
             if extension:
-                sample.values[field] = modality.transform(modality.decode(members[extension]), seed is not None)
+                value = modality.transform(modality.decode(members[extension]), seed is not None)
+                if value is not None:
+                    sample.values[field] = value
     except (DecodeError, ValueError, TypeError, AttributeError) as error:
         sample.error = f"member .{extension}: {error}"
     return sample

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import braceexpand
 import fsspec
@@ -148,6 +148,21 @@ class RemoteFile:
 
         if self.name.startswith("http") and self.size > 1:
             _patiently(once, self.name)
+
+
+def open_stream(name: str) -> BinaryIO:
+    """The file from its beginning, to be read once. Opening it is tried again; what breaks later is not.
+
+    Raises:
+        UserError: if it cannot be opened.
+    """
+    if is_remote(name):
+        whole = {"block_size": 0} if name.startswith("http") else {"cache_type": "readahead"}
+        return _patiently(lambda: _filesystem(name).open(name, "rb", **whole), name)
+    try:
+        return Path(name).open("rb")
+    except OSError as error:
+        raise UserError(f"shard {name} cannot be read: {error.strerror}") from error
 
 
 def _no_ranges(name: str) -> UserError:

@@ -2,15 +2,22 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from mmcontrast.data.clusters import ClusterOrder
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
 from mmcontrast.data.order import SampleOrder
+from mmcontrast.data.stream import StreamDataset, StreamOrder
 from mmcontrast.errors import UserError
 from mmcontrast.types import Batch
+
+TrainingDataset = ShardDataset | MixtureDataset | StreamDataset
+ExactOrder = SampleOrder | MixtureOrder | ClusterOrder
+TrainingOrder = ExactOrder | StreamOrder
 
 
 def start_worker(_: int = 0) -> None:
@@ -24,7 +31,7 @@ def start_worker(_: int = 0) -> None:
 class _Steps:
     """The places (epoch, position) of one rank's share of every batch, from a step on: a batch sampler."""
 
-    def __init__(self, order: SampleOrder | MixtureOrder, steps: range, rank: int, world_size: int) -> None:
+    def __init__(self, order: ExactOrder, steps: range, rank: int, world_size: int) -> None:
         self.order, self.steps, self.rank, self.world_size = order, steps, rank, world_size
 
     def __len__(self) -> int:
@@ -35,16 +42,16 @@ class _Steps:
             yield self.order.places(step, self.rank, self.world_size)
 
 
-def _checked(loader: DataLoader) -> Iterator[Batch]:
-    for batch in loader:
+def _checked(loader: DataLoader, number: int) -> Iterator[Batch]:
+    for _, batch in zip(range(number), loader, strict=False):
         if isinstance(batch, str):
             raise UserError(batch)
         yield batch
 
 
 def training_batches(
-    dataset: ShardDataset | MixtureDataset,
-    order: SampleOrder | MixtureOrder,
+    dataset: TrainingDataset,
+    order: TrainingOrder,
     steps: range,
     *,
     rank: int,
@@ -55,19 +62,26 @@ def training_batches(
     """This rank's share of the batch of every step in `steps`.
 
     Raises:
-        UserError: at the first sample that cannot be decoded.
+        UserError: for samples that cannot be had, when their batch is due.
     """
-    return _checked(
-        DataLoader(
-            dataset,
-            batch_sampler=_Steps(order, steps, rank, world_size),
-            num_workers=num_workers,
-            collate_fn=dataset.collate,
-            worker_init_fn=start_worker,
-            prefetch_factor=4 if num_workers else None,
-            pin_memory=pin_memory,
-        )
-    )
+    common: dict[str, Any] = {
+        "num_workers": num_workers,
+        "collate_fn": dataset.collate,
+        "worker_init_fn": start_worker,
+        "prefetch_factor": 4 if num_workers else None,
+        "pin_memory": pin_memory,
+    }
+    if isinstance(dataset, StreamDataset):
+        stream = dataset.starting(steps.start, rank)
+        return _checked(DataLoader(stream, batch_size=_share(order.batch_size, world_size), **common), len(steps))
+    assert not isinstance(order, StreamOrder)
+    return _checked(DataLoader(dataset, batch_sampler=_Steps(order, steps, rank, world_size), **common), len(steps))
+
+
+def _share(batch_size: int, world_size: int) -> int:
+    if batch_size % world_size:
+        raise UserError(f"{world_size} ranks cannot share train.batch_size={batch_size}: set it to a multiple of them")
+    return batch_size // world_size
 
 
 def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
@@ -76,8 +90,7 @@ def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0) ->
     Raises:
         UserError: at the first sample that cannot be decoded.
     """
-    return _checked(
-        DataLoader(
-            dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=start_worker
-        )
+    loader = DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=start_worker
     )
+    return _checked(loader, len(loader))

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,6 +51,10 @@ class MixtureOrder:
     @property
     def batch_size(self) -> int:
         return self.orders[0].batch_size
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one."""
+        return {"orders": [order.state() for order in self.orders], "weights": self.weights, "batches": self.batches}
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
         """(epoch of its source, position in the concatenated sources) of each sample of one rank at a global step."""
@@ -128,6 +132,19 @@ class MixtureDataset(Samples):
         """(source, position in it)."""
         number = bisect_right(self.starts, position) - 1
         return self.names[number], position - self.starts[number]
+
+    def key(self, position: int) -> str:
+        name, own = self.locate(position)
+        return self.sources[name].key(own)
+
+    def sample_id(self, position: int) -> int:
+        name, own = self.locate(position)
+        sample_id = self.sources[name].sample_id(own)
+        return stable_hash(f"{name} {sample_id}") if name in self.own_ids else sample_id
+
+    @property
+    def digest(self) -> str:
+        return " ".join(source.digest for source in self.sources.values())
 
     def fetch(self, position: int) -> Members:
         name, own = self.locate(position)

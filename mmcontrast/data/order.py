@@ -6,8 +6,10 @@ rank r of W owns lanes r·L/W … (r+1)·L/W − 1. So the position in the data 
 the windows at hand is ever in memory, so 10⁹ samples are ordered in seconds.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,10 @@ class SampleOrder:
         block: consecutive samples that stay together until a window shuffles them; what one rank reads in one place.
         window: samples shuffled together in a lane.
         data: digest of the shards.
+        bucket_by: a field by whose length samples are brought together: in each window a lane's samples are sorted by it and
+            cut into the parts of its steps, which come in a random order that is the same in all lanes. So all samples of a
+            step are about as long.
+        lengths: of samples, by position: bytes of that field.
     """
 
     shard_sizes: tuple[int, ...]
@@ -34,6 +40,8 @@ class SampleOrder:
     block: int
     window: int
     data: str = ""
+    bucket_by: str | None = None
+    lengths: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size % self.lanes:
@@ -45,18 +53,32 @@ class SampleOrder:
             )
 
     @property
+    def share(self) -> int:
+        """Samples that a step takes of a lane."""
+        return self.batch_size // self.lanes
+
+    @property
+    def shuffled(self) -> int:
+        """Samples that a lane shuffles together: a window, of whole steps if they are sorted by length."""
+        return max(self.share, self.window // self.share * self.share) if self.bucket_by else self.window
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one."""
+        return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
+
+    @property
     def lane_length(self) -> int:
         return sum(self.shard_sizes) // self.lanes
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches only: fewer than lanes + batch_size samples, other ones each epoch, are left out at its end."""
-        return self.lane_length // (self.batch_size // self.lanes)
+        return self.lane_length // self.share
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[int, np.ndarray]:
         """(epoch, [batch_size / world_size] positions in the concatenated shards) of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        share, stream = self.batch_size // self.lanes, _epoch(self, epoch)
+        share, stream = self.share, _epoch(self, epoch)
         parts = [stream.lane(k, step * share, (step + 1) * share) for k in lanes_of(self.lanes, rank, world_size)]
         return epoch, np.concatenate(parts)
 
@@ -104,7 +126,7 @@ class _Epoch:
 
     def lane(self, lane: int, start: int, stop: int) -> np.ndarray:
         """Positions of a lane's samples start … stop − 1."""
-        window = self.order.window
+        window = self.order.shuffled
         parts = []
         for number in range(start // window, (stop - 1) // window + 1):
             if self.windows.get(lane, (-1, None))[0] != number:
@@ -114,11 +136,17 @@ class _Epoch:
         return np.concatenate(parts)
 
     def _shuffled(self, lane: int, number: int) -> np.ndarray:
-        order = self.order
+        order, window = self.order, self.order.shuffled
         start = lane * order.lane_length
-        places = np.arange(number * order.window, min((number + 1) * order.window, order.lane_length)) + start
+        places = np.arange(number * window, min((number + 1) * window, order.lane_length)) + start
         samples = places + self.shift[np.searchsorted(self.ends, places, side="right")]
         np.random.Generator(np.random.PCG64([order.seed, self.epoch, lane, number])).shuffle(samples)
+        if order.lengths:
+            steps = len(samples) // order.share  # what is left over is no step: any samples, not the longest
+            sorted_by = samples[: steps * order.share]
+            parts = sorted_by[np.argsort(order.lengths(sorted_by), kind="stable")].reshape(steps, order.share)
+            turns = np.random.Generator(np.random.PCG64([order.seed, self.epoch, number])).permutation(steps)
+            samples[: steps * order.share] = parts[turns].ravel()
         return samples
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmcontrast.data import ShardDataset, all_batches
 from mmcontrast.errors import UserError
+from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
 
 PART_ROWS = 100_000
@@ -146,7 +147,8 @@ def embed_dataset(
 def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
     """Unit embeddings [N, D] of prompts, read by a text field's modality and tower. Puts the model in evaluation mode."""
     modality = model.modality(field)
-    batch = modality.collate([modality.transform(modality.encode(text), False) for text in texts])
+    assert isinstance(modality, TextModality)
+    batch = modality.collate([modality.tokens(text) for text in texts])
     was_training = model.training
     model.eval()
     embeddings = model.encode(field, batch.to(device)).cpu()

@@ -1,6 +1,7 @@
-"""Sound: decoded by soundfile, resampled by soxr, cut or padded to one length; log-mel spectrograms on the device."""
+"""Sound: decoded by soundfile, resampled by soxr; on the device log-mel spectrograms, or waveforms of any length."""
 
 import io
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -12,8 +13,12 @@ from transformers.audio_utils import mel_filter_bank
 from mmcontrast.modalities.base import DecodeError, Modality
 
 
+PADDING = -32768  # no sample of a sound has this value
+
+
 class AudioModality(Modality):
-    """int16 [samples] in the worker; on the device a log-mel spectrogram [1, mels, frames], about unit variance.
+    """int16 [samples] in the worker; on the device a log-mel spectrogram [1, mels, frames] of about unit variance, or float
+    [samples] of zero mean and unit variance.
 
     Args:
         sample_rate: Hz; other rates are resampled.
@@ -23,6 +28,9 @@ class AudioModality(Modality):
             (cepstral mean normalization).
         shift: in training, the padded sound starts up to this many seconds late.
         max_seconds: longer members are refused before they are decoded.
+        representation: "mel", or "waveform" for towers such as wav2vec2 (input_values).
+        variable: of waveforms: shorter sounds keep their own length. A batch is as long as its longest; what lies beyond a
+            sound's end is NaN, which the tower masks, so that a sound's embedding does not depend on its batch.
     """
 
     filters: Tensor
@@ -39,8 +47,15 @@ class AudioModality(Modality):
         center: bool = False,
         shift: float = 0.0,
         max_seconds: float = 3600.0,
+        representation: Literal["mel", "waveform"] = "mel",
+        variable: bool = False,
     ) -> None:
         super().__init__()
+        if representation not in ("mel", "waveform"):
+            raise ValueError(f'representation is {representation!r}, it must be "mel" or "waveform"')
+        if variable and representation == "mel":
+            raise ValueError("variable is for waveforms: the towers of spectrograms know no mask")
+        self.representation, self.variable = representation, variable
         self.sample_rate, self.length, self.max_seconds = sample_rate, round(seconds * sample_rate), max_seconds
         self.window, self.hop, self.center, self.shift = window, hop, center, round(shift * sample_rate)
         filters = mel_filter_bank(window // 2 + 1, mels, 0.0, sample_rate / 2, sample_rate, norm="slaney", mel_scale="slaney")
@@ -59,7 +74,8 @@ class AudioModality(Modality):
         if not len(sound):
             raise DecodeError("an empty sound")
         mono = sound[:, 0] if sound.shape[1] == 1 else sound.mean(1).astype(np.int16)
-        return torch.from_numpy(mono if rate == self.sample_rate else soxr.resample(mono, rate, self.sample_rate))
+        sound = mono if rate == self.sample_rate else soxr.resample(mono, rate, self.sample_rate)
+        return torch.from_numpy(sound).clamp_(min=PADDING + 1)
 
     def transform(self, raw: Tensor, training: bool) -> Tensor:
         spare = len(raw) - self.length
@@ -67,14 +83,23 @@ class AudioModality(Modality):
             start = int(torch.randint(spare + 1, ())) if training else spare // 2
             return raw[start : start + self.length]
         late = int(torch.randint(min(self.shift, -spare) + 1, ())) if training else 0
-        padded = torch.zeros(self.length, dtype=torch.int16)
+        padded = torch.zeros(max(late + len(raw), self.window) if self.variable else self.length, dtype=torch.int16)
         padded[late : late + len(raw)] = raw
         return padded
 
     def blank(self) -> Tensor:
         return torch.zeros(self.length, dtype=torch.int16)
 
+    def collate(self, samples: list[Tensor]) -> Tensor:
+        if self.variable:
+            return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=PADDING)
+        return super().collate(samples)
+
     def forward(self, batch: Tensor) -> Tensor:
+        if self.representation == "waveform":
+            sounds = batch.float().masked_fill(batch == PADDING, torch.nan)
+            centred = sounds - sounds.nanmean(1, keepdim=True)
+            return centred / (centred.square().nanmean(1, keepdim=True) + 1e-7).sqrt()
         with torch.autocast(batch.device.type, enabled=False):  # a spectrum's range is beyond bf16's precision
             frames = batch.unfold(1, self.window, self.hop).float() * (self.hann / 32768)
             spectrum = torch.fft.rfft(frames)

@@ -25,8 +25,8 @@ class Modality(nn.Module):
         """Raises DecodeError if the bytes cannot be decoded safely."""
 
     @abstractmethod
-    def transform(self, raw: Any, training: bool) -> Tensor:
-        """One decoded value as a tensor; augmented if training."""
+    def transform(self, raw: Any, training: bool) -> Tensor | None:
+        """One decoded value as a tensor; augmented if training. None: the sample lacks the field after all."""
 
     @abstractmethod
     def blank(self) -> Tensor:

@@ -18,8 +18,9 @@ class TextModality(Modality):
         tokenizer: "open_clip" (its byte-pair encoding, shipped in its wheel), or a Hugging Face name or folder.
         context_length: longer texts are cut to this many tokens.
         max_bytes: longer members are refused.
-        captions: "whole", or "lines": every line is a caption of its own, of which training draws one and evaluation reads
-            the first.
+        captions: "whole"; "lines": every line is a caption of its own, of which training draws one and evaluation reads the
+            first; or a number: that line alone, from 0 on, and a sample with fewer lacks the field. Fields with the numbers 0,
+            1, 2 … that share a tower show all captions of a sample in one batch.
     """
 
     extensions = ("txt", "caption", "text")
@@ -29,11 +30,11 @@ class TextModality(Modality):
         tokenizer: str = OPEN_CLIP,
         context_length: int = 77,
         max_bytes: int = 1_000_000,
-        captions: Literal["whole", "lines"] = "whole",
+        captions: Literal["whole", "lines"] | int = "whole",
     ) -> None:
         super().__init__()
-        if captions not in ("whole", "lines"):
-            raise ValueError(f'captions is {captions!r}, it must be "whole" or "lines"')
+        if captions not in ("whole", "lines") and not (isinstance(captions, int) and captions >= 0):
+            raise ValueError(f'captions is {captions!r}, it must be "whole", "lines", or the number of a line')
         self.name, self.context_length, self.max_bytes, self.captions = tokenizer, context_length, max_bytes, captions
         self.pad_id = 0 if tokenizer == OPEN_CLIP else (self.tokenizer.pad_token_id or 0)
 
@@ -61,10 +62,18 @@ class TextModality(Modality):
             raise DecodeError("an empty text")
         return text
 
-    def transform(self, raw: str, training: bool) -> Tensor:
-        if self.captions == "lines":
+    def transform(self, raw: str, training: bool) -> Tensor | None:
+        if self.captions != "whole":
             lines = [line.strip() for line in raw.splitlines() if line.strip()]
-            raw = lines[int(torch.randint(len(lines), ())) if training else 0]
+            drawn = int(torch.randint(len(lines), ())) if training and self.captions == "lines" else 0
+            number = drawn if isinstance(self.captions, str) else self.captions
+            if number >= len(lines):
+                return None
+            raw = lines[number]
+        return self.tokens(raw)
+
+    def tokens(self, raw: str) -> Tensor:
+        """int64 [length] of one text."""
         if self.name == OPEN_CLIP:
             tokens = self.tokenizer(raw)[0]
             return tokens[: int(tokens.count_nonzero())]
@@ -72,7 +81,7 @@ class TextModality(Modality):
         return torch.tensor(ids, dtype=torch.int64)
 
     def blank(self) -> Tensor:
-        return self.transform("blank", False)
+        return self.tokens("blank")
 
     def collate(self, samples: list[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=self.pad_id)

@@ -66,13 +66,23 @@ class TransformersTower(Tower):
 
     def _features(self, batch: Tensor) -> Tensor:
         inputs: dict[str, Tensor] = {self.input: batch}
+        mask = None
         if self.input == "input_ids":
             mask = self._mask(batch)
             inputs["attention_mask"] = mask.long()
+        elif self.input == "input_values" and batch.isnan().any():
+            if getattr(self.network.config, "feat_extract_norm", "layer") != "layer":
+                raise UserError(
+                    "transformers tower: this model's feat_extract_norm mixes padding into the features; set variable: false of"
+                    " its audio modality, or take a model with feat_extract_norm: layer"
+                )
+            inputs = {self.input: batch.nan_to_num(0.0), "attention_mask": batch.isfinite().long()}
         hidden = self.network(**inputs).last_hidden_state
         if hidden.dim() == 4:  # a convolutional model's map: [N, C, H, W] → [N, H·W, C]
             hidden = hidden.flatten(2).transpose(1, 2)
-        if self.input != "input_ids":
+        if self.input == "input_values" and "attention_mask" in inputs:
+            mask = self.network._get_feature_vector_attention_mask(hidden.shape[1], inputs["attention_mask"])
+        elif mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if self.pooling == "first":
             return hidden[:, 0]

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from rich.progress import Progress
 from torch import nn
 
-from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardDataset, training_batches
+from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder, training_batches
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, Results, evaluate, results_table
 from mmcontrast.evaluation.report import read_log, write_report
@@ -46,8 +46,8 @@ class Job:
     model: ContrastiveModel
     objective: Objective
     pairing: Pairing
-    dataset: ShardDataset | MixtureDataset
-    order: SampleOrder | MixtureOrder
+    dataset: TrainingDataset
+    order: TrainingOrder
     data: DataOptions
     eval_datasets: Mapping[str, ShardDataset]
     evaluation: EvaluationOptions
@@ -216,7 +216,7 @@ def save(done: int, job: Job, folder: Path, learner: Learner) -> Path | None:
         "optimizer": learner.optimizer.state_dict(),
         "queue": learner.queue.state_dict() if learner.queue else {},
         "objective": job.objective.state_dict(),
-        "order": asdict(job.order),
+        "order": job.order.state(),
         "threads": torch.get_num_threads(),
     }
     return checkpoint.save(folder, done, job.model.state_dict(), state, job.config)
@@ -229,7 +229,7 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
         UserError: if the checkpoint is of another model or another order of the data; it says what differs.
     """
     state: dict[str, Any] = checkpoint.load_state(path)
-    now = asdict(job.order)
+    now = job.order.state()
     for name in sorted(state["order"].keys() | now.keys()):
         before, after = (str(order.get(name)) for order in (state["order"], now))
         if before != after:

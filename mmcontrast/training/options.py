@@ -38,13 +38,15 @@ class SourceOptions(Options):
     """One of several sources of training samples.
 
     Attributes:
-        shards: its shards.
+        shards: its shards: tars, also by URL, folders, tables.
+        files: of tables whose columns name files, the folder in which these are; default: the table's own.
         weight: how often its samples are seen, in proportion to the others'; default: as many as it has.
         keys, modalities: of its fields that differ from `fields`: {text: [caption]}, {image: {augment: []}}.
         own_ids: its sample_id and group_id mean nothing to the other sources, where the same numbers may occur.
     """
 
     shards: Patterns
+    files: str | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
     keys: dict[str, list[str]] = {}
     modalities: dict[str, dict[str, Any]] = {}
@@ -55,8 +57,13 @@ class DataOptions(Options):
     """Where training samples come from, and in which order. See `mmcontrast.data.order` and `.mixture`.
 
     Attributes:
-        train: shards; or several sources by name.
+        train: shards (tars, also by URL, folders, tables); or several sources by name.
         batches: of several sources: "mixed", or "single", a step's samples all of one.
+        clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
+            cluster, each other's hard negatives.
+        bucket_by: a field by whose length (in bytes) samples are brought together, so that little is padded.
+        sequential: read tars from their beginning to their end, for what cannot be indexed. Not the exact order: see
+            `mmcontrast.data.stream`.
         num_workers: decoding processes of each rank; 0: decode in the training process.
         lanes: a multiple of every number of ranks the run may ever have; default: the largest power of two up to 64
             that divides the batch.
@@ -68,6 +75,9 @@ class DataOptions(Options):
 
     train: Patterns | dict[str, SourceOptions]
     batches: Literal["mixed", "single"] = "mixed"
+    clusters: str | None = None
+    bucket_by: str | None = None
+    sequential: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 4
     lanes: Positive | None = None
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01

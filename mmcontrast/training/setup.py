@@ -1,17 +1,29 @@
 """From options to the objects of a run: modalities, towers, model, data. What the loop and the evaluation work on."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
 from mmcontrast.components import build, nearest
-from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardDataset
+from mmcontrast.data import (
+    ClusterOrder,
+    MixtureDataset,
+    MixtureOrder,
+    SampleOrder,
+    ShardDataset,
+    StreamDataset,
+    StreamOrder,
+    TrainingDataset,
+    TrainingOrder,
+    clusters_of,
+)
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, Modality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
 from mmcontrast.towers import TOWERS
-from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions
+from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 
 def make_model(
@@ -55,43 +67,77 @@ def make_dataset(
 
 def make_training_data(
     options: DataOptions, fields: Mapping[str, FieldOptions], model: ContrastiveModel, batch_size: int, seed: int
-) -> tuple[ShardDataset | MixtureDataset, SampleOrder | MixtureOrder]:
-    """The samples and their order: of one set of shards, or of several sources.
+) -> tuple[TrainingDataset, TrainingOrder]:
+    """The samples and their order: of one set of shards, of several sources, within clusters, or sequential.
 
     Raises:
-        UserError: for shards, fields or weights that do not fit.
+        UserError: for shards, fields, weights or options that do not fit.
     """
+    sources = options.train if isinstance(options.train, dict) else {}
+    refuse_combinations(options, fields)
     lanes = options.lanes or max(lanes for lanes in (1, 2, 4, 8, 16, 32, 64) if batch_size % lanes == 0)
+    keys = {field: of.keys for field, of in fields.items() if of.keys}
+    if options.sequential:
+        assert not isinstance(options.train, dict)
+        modalities = {field: model.modality(field) for field in fields}
+        return StreamDataset(options.train, modalities, keys, seed), StreamOrder(batch_size, seed)
 
     def order_of(dataset: ShardDataset) -> SampleOrder:
-        sizes = tuple(len(shard) for shard in dataset.shards)
-        return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest)
+        sizes, by = tuple(len(shard) for shard in dataset.shards), options.bucket_by
+        lengths = partial(dataset.lengths, by) if by else None
+        return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest, by, lengths)
 
-    if not isinstance(options.train, dict):
-        dataset = make_dataset(options.train, fields, model, seed=seed, training=True)
+    dataset: ShardDataset | MixtureDataset
+    if sources:
+        opened = {name: make_source(name, source, fields, model, seed) for name, source in sources.items()}
+        every = {field: model.modality(field) for field in fields}
+        dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids])
+    else:
+        dataset = make_dataset(options.train, fields, model, seed=seed, training=True)  # type: ignore[arg-type]  # no dict
+    if options.clusters:
+        clusters, table = clusters_of(dataset, options.clusters)
+        return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest, table, clusters)
+    if isinstance(dataset, ShardDataset):
         return dataset, order_of(dataset)
-    sources = {}
-    for name, source in options.train.items():
-        for field in source.keys.keys() | source.modalities.keys():
-            if field not in fields:
-                raise UserError(f"data.train.{name}: no field {field!r}; {nearest(field, fields)}")
-        changed = {field: fields[field].modality for field in fields}
-        for field, other in source.modalities.items():
-            own = changed[field]
-            changed[field] = {**({"type": own} if isinstance(own, str) else own), **other}
-        modalities = {
-            field: build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
-            if field in source.modalities
-            else model.modality(field)
-            for field, spec in changed.items()
-        }
-        keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
-        sources[name] = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True)
-    weights = [source.weight or float(len(sources[name])) for name, source in options.train.items()]
-    mixture = MixtureDataset(
-        sources,
-        {field: model.modality(field) for field in fields},
-        [name for name, source in options.train.items() if source.own_ids],
-    )
-    orders = tuple(order_of(dataset) for dataset in sources.values())
-    return mixture, MixtureOrder(orders, tuple(weight / sum(weights) for weight in weights), options.batches)
+    orders = tuple(order_of(source) for source in dataset.sources.values())
+    weights = [source.weight or float(len(dataset.sources[name])) for name, source in sources.items()]
+    return dataset, MixtureOrder(orders, tuple(weight / sum(weights) for weight in weights), options.batches)
+
+
+def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]) -> None:
+    """
+    Raises:
+        UserError: for options that contradict each other.
+    """
+    several = isinstance(options.train, dict)
+    if options.bucket_by and options.bucket_by not in fields:
+        raise UserError(f"data.bucket_by: no field {options.bucket_by!r}; {nearest(options.bucket_by, fields)}")
+    if options.bucket_by and several:
+        raise UserError("data.bucket_by: steps are brought together by length within one source; there are several")
+    if options.clusters and options.bucket_by:
+        raise UserError("data.clusters and data.bucket_by: a step is of one cluster, or of one length, not both")
+    weighted = [name for name, source in options.train.items() if source.weight] if isinstance(options.train, dict) else []
+    if options.clusters and (weighted or options.batches == "single"):
+        raise UserError("data.clusters: an epoch shows each sample once, so there are no weights and no data.batches")
+    if options.sequential and (several or options.clusters or options.bucket_by):
+        raise UserError("data.sequential: the order is that of the tars: no several sources, clusters or bucket_by")
+
+
+def make_source(
+    name: str, source: SourceOptions, fields: Mapping[str, FieldOptions], model: ContrastiveModel, seed: int
+) -> ShardDataset:
+    """One of several sources, with its own keys and transforms.
+
+    Raises:
+        UserError: for a field that there is not.
+    """
+    for field in source.keys.keys() | source.modalities.keys():
+        if field not in fields:
+            raise UserError(f"data.train.{name}: no field {field!r}; {nearest(field, fields)}")
+    modalities = {field: model.modality(field) for field in fields}
+    for field, changed in source.modalities.items():
+        own = fields[field].modality
+        spec = {**({"type": own} if isinstance(own, str) else own), **changed}
+        modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
+    keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
+    return ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)

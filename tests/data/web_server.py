@@ -15,7 +15,8 @@ FAULTS = ("drop", "stall", "truncate", "503")
 class Server(ThreadingHTTPServer):
     """
     Attributes:
-        plan: what happens to the next requests (of a HEAD only the 503), in turn: one of FAULTS, or "" for nothing; then to all: `always`.
+        plan: what happens to the next requests (of a HEAD only the 503), in turn: one of FAULTS, or "" for nothing.
+        always: what happens to all after those.
         seen: requests by what was done to them, "" if nothing. ranges: (file, start, stop) of all GET requests.
     """
 

@@ -1,0 +1,106 @@
+"""Batches drawn within clusters: samples that are alike make each other's negatives hard."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import track
+
+from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.mixture import MixtureDataset
+from mmcontrast.data.order import lanes_of
+from mmcontrast.data.tables import open_table
+from mmcontrast.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClusterOrder:
+    """Every step's samples are of one cluster; a pure function of (seed, epoch), as every order.
+
+    An epoch permutes each cluster's samples and cuts them into batches; what is left of the clusters, one after the other in
+    a random order, makes further batches of a few clusters each. The batches come in a random order, each sample once, but for
+    fewer than a batch. Samples are read one by one, wherever they are, not in blocks.
+
+    Attributes:
+        batch_size: of all ranks together. lanes: the number of ranks must divide it.
+        data: digest of the shards. table: of the clusters.
+        clusters: [N] int64, of each sample by position, from 0 on.
+    """
+
+    batch_size: int
+    seed: int
+    lanes: int
+    data: str
+    table: str
+    clusters: np.ndarray = field(compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch < 1:
+            raise UserError(
+                f"the training data has {len(self.clusters)} samples, fewer than train.batch_size={self.batch_size}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.clusters) // self.batch_size
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one."""
+        return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
+
+    def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """(epoch, position) of each sample of one rank at a global step."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        lanes, share = lanes_of(self.lanes, rank, world_size), self.batch_size // self.lanes
+        return [(epoch, position) for position in _epoch(self, epoch)[step, lanes.start * share : lanes.stop * share].tolist()]
+
+
+@lru_cache(maxsize=2)
+def _epoch(order: ClusterOrder, epoch: int) -> np.ndarray:
+    """[steps, batch] positions."""
+    random = np.random.Generator(np.random.PCG64([order.seed, epoch]))
+    size, clusters = order.batch_size, order.clusters
+    rank_of = random.permutation(int(clusters.max()) + 1)[clusters]  # clusters in a random order
+    shuffled = random.permutation(len(clusters))
+    stream = shuffled[np.argsort(rank_of[shuffled], kind="stable")]
+    _, first, count = np.unique(rank_of[stream], return_index=True, return_counts=True)
+    within = np.arange(len(stream)) - np.repeat(first, count)
+    whole = within < np.repeat(count // size * size, count)
+    steps = np.concatenate([stream[whole], stream[~whole]])[: order.steps_per_epoch * size].reshape(-1, size)
+    return steps[random.permutation(len(steps))]
+
+
+def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.ndarray, str]:
+    """([N] the cluster of every sample, digest of the table), from a Parquet or CSV file with the columns `cluster` and
+    `key` or `sample_id`.
+
+    Raises:
+        UserError: if a sample is not in it.
+    """
+    if not Path(table).is_file():
+        raise UserError(f"data.clusters: no file {table}")
+    opened = open_table(table)
+    if "cluster" not in opened.extensions or not {"key", "sample_id"} & set(opened.extensions):
+        have = ", ".join(opened.extensions)
+        raise UserError(f"data.clusters: {table} needs the columns 'cluster' and 'key' or 'sample_id'; it has {have}")
+    by = "key" if "key" in opened.extensions else "sample_id"
+    _, numbers = np.unique(_numpy(opened.table["cluster"]), return_inverse=True)
+    cluster_of = dict(zip(opened.table[by].to_pylist(), numbers.tolist(), strict=True))
+    name_of: Callable[[int], Any] = dataset.key if by == "key" else dataset.sample_id
+    console = Console(stderr=True)
+    found = np.empty(len(dataset), dtype=np.int64)
+    for position in track(range(len(dataset)), "looking up clusters", console=console, transient=True):
+        name = name_of(position)
+        if (cluster := cluster_of.get(name)) is None:
+            raise UserError(f"data.clusters: {table} has no cluster for the sample with {by}={name!r}; every sample needs one")
+        found[position] = cluster
+    return found, opened.digest
+
+
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.to_pylist())

@@ -1,0 +1,140 @@
+"""The sequential mode: tars read from their beginning to their end, through the webdataset package, for what cannot be indexed.
+
+It promises less than the exact order: shards are drawn with replacement, each worker of each rank for itself, so no epoch
+shows each sample once, batches depend on the numbers of ranks and workers, and a resumed run goes on with other samples.
+"""
+
+import logging
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import IO, Any, BinaryIO, cast
+
+import numpy as np
+import webdataset
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES, Members, Sample, collate, decoded
+from mmcontrast.data.files import expand_shards, open_stream
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import DecodeError, Modality
+from mmcontrast.types import Batch
+
+BUFFER = 1000  # samples that a worker shuffles at a time
+END_MARK = bytes(1024)
+logger = logging.getLogger("mmcontrast")
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """What a sequential run keeps of its order: there is nothing in it to hold a resumed run to."""
+
+    batch_size: int
+    seed: int
+
+    def state(self) -> dict[str, Any]:
+        return {"sequential": True}
+
+
+class StreamDataset(IterableDataset[Sample]):
+    """Endless samples of shards drawn at random. Samples that cannot be decoded are left out and reported with the next; what
+    is left of a shard that breaks off is lost, with a warning.
+
+    Args:
+        shards: paths, globs, brace ranges, URLs.
+        modalities, keys, seed: as for `ShardDataset`.
+    """
+
+    def __init__(
+        self, shards: str | Sequence[str], modalities: Mapping[str, Modality], keys: Mapping[str, Sequence[str]], seed: int
+    ) -> None:
+        self.names, self.modalities, self.seed = expand_shards(shards), dict(modalities), seed
+        self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        self.start = self.rank = 0
+
+    def starting(self, step: int, rank: int) -> "StreamDataset":
+        """Itself, for a rank that begins at a step: another stream for each."""
+        self.start, self.rank = step, rank
+        return self
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        seeds = [self.seed, self.start, self.rank, worker.id if worker else 0]
+        random = np.random.Generator(np.random.PCG64(seeds))
+        grouped = webdataset.tariterators.group_by_keys(self._drawn(random), handler=_warn)
+        shuffled = webdataset.filters.shuffle(BUFFER, initial=BUFFER // 2, seed=int(random.integers(2**31)))(grouped)
+        skipped: list[dict[str, str]] = []
+        try:
+            for number, raw in enumerate(shuffled):
+                bad = next((value for value in raw.values() if isinstance(value, DecodeError)), None)
+                members: Members = bad or {name: value for name, value in raw.items() if not name.startswith("__")}
+                sample = decoded(raw["__key__"], members, self.modalities, self.keys, f"{seeds} {number}")
+                if sample.error:
+                    skipped.append({"error": f"shard {raw['__url__']}, sample {raw['__key__']!r}, {sample.error}"})
+                else:
+                    sample.replaces, skipped = tuple(skipped), []
+                    yield sample
+        except UserError as error:
+            yield Sample({}, 0, 0, {}, str(error), lost=True)
+
+    def _drawn(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+        """The members of shards drawn with replacement, one after the other.
+
+        Raises:
+            UserError: after so many shards in turn without a member that there is none.
+        """
+        empty = 0
+        while empty < max(8, 2 * len(self.names)):
+            members, name = 0, self.names[int(random.integers(len(self.names)))]
+            try:
+                for member in _members(name):
+                    members += 1
+                    yield member
+            except Exception as error:  # every file system has its own kinds
+                logger.warning("%s", error if isinstance(error, UserError) else f"shard {name} breaks off: {error}")
+            yield {}  # what follows belongs to other samples
+            empty = 0 if members else empty + 1
+        raise UserError(f"no member came of {empty} shards in turn ({', '.join(self.names[:3])} …): see the warnings")
+
+    def collate(self, samples: list[Sample]) -> Batch | str:
+        return collate(samples, self.modalities)
+
+
+def _members(name: str) -> Iterator[dict[str, Any]]:
+    """The regular files of a tar, as webdataset groups them. Nothing is decompressed."""
+    with closing(open_stream(name)) as file:
+        tail = _Tail(file)
+        with tarfile.open(fileobj=cast(IO[bytes], tail), mode="r|") as tar:
+            for entry in tar:
+                if entry.isreg() and not entry.issparse():
+                    yield {"fname": entry.name, "data": _data(tar, entry), "__url__": name}
+                tar.members = []  # type: ignore[attr-defined]  # it would grow
+        while tail.read(2**20):
+            pass
+        if tail.last != END_MARK:
+            raise EOFError("it has no end; it is truncated")
+
+
+def _data(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes | DecodeError:
+    if entry.size > MAX_MEMBER_BYTES:
+        return DecodeError(f"member {entry.name}: {entry.size} bytes, more than {MAX_MEMBER_BYTES}")
+    opened = tar.extractfile(entry)
+    return opened.read() if opened else b""
+
+
+class _Tail:
+    """A stream that remembers its last bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.last = file, b""
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.last = (self.last + data)[-len(END_MARK) :]
+        return data
+
+
+def _warn(error: Exception) -> bool:
+    logger.warning("%s", error)
+    return True
