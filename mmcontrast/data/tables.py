@@ -93,7 +93,7 @@ class TableIndex(ShardIndex):
             value = data if data is not None and data.is_valid else path
             named = value is path
         else:
-            named = extension in self.file_columns and not _is_binary(value.type)
+            named = extension in self.file_columns and isinstance(value, pa.StringScalar | pa.LargeStringScalar)
         if value is None or not value.is_valid:
             return -1
         if named:
@@ -126,8 +126,8 @@ class TableIndex(ShardIndex):
             value = value.get("path") if named else value["bytes"]
         if value is None or isinstance(value, bytes):
             return value
-        if named:
-            path = self._file(str(value))
+        if named and isinstance(value, str):
+            path = self._file(value)
             try:
                 return path.read_bytes()
             except OSError as error:
@@ -212,7 +212,8 @@ def _copied(path: Path) -> tuple[tuple[Path, ...], str]:
             schema, batches = file.schema_arrow, file.iter_batches(ROWS)
         else:
             options = pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
-            reader = pyarrow.csv.open_csv(path, parse_options=options)
+            nothing = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+            reader = pyarrow.csv.open_csv(path, parse_options=options, convert_options=nothing)
             schema, batches = reader.schema, reader
         with pa.OSFile(partial, "wb") as target, pa.ipc.new_stream(target, schema) as writer:
             for batch in batches:

@@ -12,7 +12,6 @@ from transformers.audio_utils import mel_filter_bank
 
 from mmcontrast.modalities.base import DecodeError, Modality
 
-
 PADDING = -32768  # no sample of a sound has this value
 
 

@@ -77,3 +77,41 @@ def test_a_thousand_million_samples_take_little_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 400 * 2**20
+
+
+def bucketed(batch_size=16, window=50, lanes=4, seed=3, sizes=(400, 137, 64, 5)):
+    lengths = np.random.default_rng(1).integers(1, 1000, sum(sizes))
+    order = SampleOrder(sizes, batch_size, seed, lanes, 10, window, "", "text", lambda positions: lengths[positions])
+    return order, lengths
+
+
+def test_steps_of_samples_about_as_long():
+    """Each sample once an epoch, the same for any number of ranks, and a step's longest near its shortest; the left-out are
+    not the longest."""
+    order, lengths = bucketed()
+    plain = SampleOrder(order.shard_sizes, 16, 3, 4, 10, 50)
+    spread, plain_spread, left_out = [], [], []
+    for epoch in range(3):
+        seen = []
+        for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+            positions = order.batch(step)[1]
+            parts = [order.batch(step, rank, 2)[1].tolist() for rank in range(2)]
+            assert [p for part in parts for p in part] == positions.tolist()
+            seen += positions.tolist()
+            spread.append(np.ptp(lengths[positions]))
+            plain_spread.append(np.ptp(lengths[plain.batch(step)[1]]))
+        assert len(seen) == len(set(seen)) == order.steps_per_epoch * 16 > 606 - 20
+        left_out += list(set(range(606)) - set(seen))
+    assert np.mean(spread) < 0.45 * np.mean(plain_spread)
+    assert lengths[left_out].mean() < 800
+    means = [lengths[order.batch(step)[1]].mean() for step in range(12)]
+    assert means != sorted(means), "short and long steps come in turn"
+    assert order.state()["bucket_by"] == "text" and "lengths" not in order.state()
+    other, _ = bucketed(seed=4)
+    assert other.batch(0)[1].tolist() != order.batch(0)[1].tolist()
+
+
+def test_a_window_smaller_than_a_step_is_a_step():
+    order, _ = bucketed(batch_size=64, window=3)
+    seen = np.concatenate([order.batch(step)[1] for step in range(order.steps_per_epoch)])
+    assert len(set(seen)) == len(seen) == 64 * order.steps_per_epoch

@@ -144,3 +144,38 @@ def test_vectors():
     modality = VectorModality(3)
     raw = modality.decode(encoded(lambda f: np.save(f, np.array([1, 2, 3], np.float64))))
     assert raw.dtype == torch.float32 and raw.tolist() == [1, 2, 3] and modality.blank().tolist() == [0, 0, 0]
+
+
+def test_one_line_of_the_captions():
+    """All captions of a sample: a field for each line; a sample with fewer lacks the field."""
+    data = b"a dog\n\n  two dogs \nthree"
+    found = [TextModality(context_length=8, captions=k) for k in range(4)]
+    tokens = [modality.transform(modality.decode(data), training) for modality in found for training in (True, False)]
+    assert tokens[6] is tokens[7] is None
+    whole = TextModality(context_length=8)
+    for k, text in enumerate(("a dog", "two dogs", "three")):
+        assert torch.equal(tokens[2 * k], whole.tokens(text)) and torch.equal(tokens[2 * k + 1], whole.tokens(text))
+    assert torch.equal(found[2].tokens("a prompt"), whole.tokens("a prompt")), "prompts are texts, not captions of a sample"
+    for wrong in ("line", -1):
+        with pytest.raises(ValueError, match="captions is"):
+            TextModality(captions=wrong)
+
+
+def test_waveforms_of_any_length():
+    """Normalised over the sound alone; NaN beyond its end; cut at `seconds`."""
+    modality = AudioModality(sample_rate=8000, seconds=1.0, representation="waveform", variable=True)
+    sounds = [torch.randint(-3000, 3000, (n,), dtype=torch.int16) for n in (5000, 8000, 9000, 2000)]
+    batch = modality.collate([modality.transform(sound, False) for sound in sounds])
+    waves = modality(batch)
+    assert waves.shape == (4, 8000) and waves.isfinite().sum(1).tolist() == [5000, 8000, 8000, 2000]
+    for wave, sound in zip(waves, sounds, strict=True):
+        alone = modality(modality.transform(sound, False).unsqueeze(0))[0]
+        torch.testing.assert_close(wave[: len(alone)], alone, atol=1e-5, rtol=0)
+        assert abs(float(alone.mean())) < 1e-4 and float(alone.std()) == pytest.approx(1, abs=1e-3)
+    loud = encoded(lambda f: soundfile.write(f, np.full(3000, -32768, dtype=np.int16), 8000, format="WAV"))
+    assert modality(modality.transform(modality.decode(loud), False).unsqueeze(0)).isfinite().all(), "no sample is padding"
+    fixed = AudioModality(sample_rate=8000, seconds=1.0, representation="waveform")
+    assert fixed(fixed.collate([fixed.transform(sound, False) for sound in sounds])).isfinite().all()
+    for options in ({"variable": True}, {"representation": "spectrum"}):
+        with pytest.raises(ValueError, match=r"variable is for waveforms|representation is"):
+            AudioModality(**options)

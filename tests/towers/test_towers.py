@@ -5,7 +5,7 @@ import torch
 
 from mmcontrast.components import build
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import TextModality
+from mmcontrast.modalities import AudioModality, TextModality
 from mmcontrast.towers import TOWERS
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -85,3 +85,33 @@ def test_padding_does_not_change_text_features(pooling):
 def test_mistakes_are_named(spec, message):
     with pytest.raises(UserError, match=message):
         build(spec, TOWERS, "tower")
+
+
+WAV2VEC = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": [8, 8],
+    "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2, "mask_time_prob": 0.0,
+}  # fmt: skip
+
+
+def test_a_waveforms_features_do_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    spec = {"type": "transformers", "model": "wav2vec2", "config": WAV2VEC | {"feat_extract_norm": "layer"}}
+    for pooling in ("mean", "last", "first"):
+        tower = build({**spec, "pooling": pooling}, TOWERS, "tower").eval()
+        modality = AudioModality(seconds=1.0, representation="waveform", variable=True)
+        sounds = [torch.randint(-3000, 3000, (n,), dtype=torch.int16) for n in (300, 2000, 9000, 16000, 20000)]
+        samples = [modality.transform(sound, False) for sound in sounds]
+        with torch.no_grad():
+            together = tower(modality(modality.collate(samples)))
+            alone = torch.cat([tower(modality(modality.collate([sample]))) for sample in samples])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_padding_that_would_mix_into_the_features_is_refused():
+    spec = {"type": "transformers", "model": "wav2vec2", "config": WAV2VEC | {"feat_extract_norm": "group"}}
+    tower, waves = build(spec, TOWERS, "tower").eval(), torch.randn(2, 4000)
+    assert tower(waves).shape == (2, 16)
+    waves[1, 3000:] = torch.nan
+    with pytest.raises(UserError, match="mixes padding into the features"):
+        tower(waves)
