@@ -17,8 +17,9 @@ from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.options import Patterns
 from mmcontrast.training import checkpoint
+from mmcontrast.training.job import Job
 from mmcontrast.training.log import make_progress
-from mmcontrast.training.loop import Job, finish, load_weights
+from mmcontrast.training.loop import finish, load_weights
 from mmcontrast.training.options import FieldOptions
 from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
 

@@ -2,57 +2,36 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import ProjectConfiguration
 from rich.progress import Progress
 from torch import nn
 
-from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder, training_batches
+from mmcontrast.data import (
+    ShardDataset,
+    training_batches,
+)
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, Results, evaluate, results_table
 from mmcontrast.evaluation.report import read_log, write_report
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.objectives import Objective, Pairing
 from mmcontrast.training import checkpoint
+from mmcontrast.training.audit import Audit, warnings
 from mmcontrast.training.distributed import join_processes
-from mmcontrast.training.grad_cache import batch_norms
-from mmcontrast.training.log import StepLines, StepLog, make_progress
+from mmcontrast.training.job import Job
+from mmcontrast.training.log import StepLog, make_progress
 from mmcontrast.training.optim import make_optimizer
-from mmcontrast.training.options import DataOptions, TrainOptions
+from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.step import Learner, training_step
-from mmcontrast.types import Batch
 
 LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "results.json", "report.html"
-SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
-
-
-@dataclass
-class Job:
-    """All that a run is made of. `config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the
-    fields that only provide negatives, and for which field."""
-
-    name: str
-    folder: Path
-    config: str
-    model: ContrastiveModel
-    objective: Objective
-    pairing: Pairing
-    dataset: TrainingDataset
-    order: TrainingOrder
-    data: DataOptions
-    eval_datasets: Mapping[str, ShardDataset]
-    evaluation: EvaluationOptions
-    options: TrainOptions
-    negative_of: Mapping[str, str]
 
 
 def train(job: Job, resume: bool = False) -> Results:
@@ -98,7 +77,8 @@ def train(job: Job, resume: bool = False) -> Results:
 
     results: Results = {}
     with make_progress(accelerator.is_main_process) as progress:
-        warn_of_batch_norm(job, progress)
+        for warning in warnings(job):
+            progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
         for step in range(start, options.steps):
             if log:
@@ -132,45 +112,6 @@ def train(job: Job, resume: bool = False) -> Results:
     return results
 
 
-class Audit:
-    """What was seen, and what could not be: samples.jsonl (if asked for) and bad_samples.jsonl, continued on resume."""
-
-    def __init__(self, job: Job, start: int, accelerator: Accelerator) -> None:
-        self.job, self.accelerator, main = job, accelerator, accelerator.is_main_process
-        self.samples = StepLines(job.folder / SAMPLES, start) if job.data.record_samples and main else None
-        self.bad_samples = StepLines(job.folder / BAD_SAMPLES, start) if main else None
-        kept = (job.folder / BAD_SAMPLES).read_text().splitlines() if main else []
-        sources = [json.loads(line).get("source", "") for line in kept]
-        self.bad: Counter[str] = broadcast_object_list([Counter(sources)])[0]
-
-    def step(self, done: int, batch: Batch, bad: int, progress: Progress) -> dict[str, int]:
-        """Writes down a step; returns the number of bad samples since the run began, in all and of each source.
-
-        Raises:
-            UserError: on all ranks, if they are too many.
-        """
-        if self.job.data.record_samples:
-            ids = self.accelerator.gather(batch.sample_ids.to(self.accelerator.device))
-            if self.samples:
-                self.samples.add({"step": done, "ids": ids.tolist()})
-        if bad:
-            replaced = gather_object(batch.replaced)
-            for one in replaced:
-                if self.bad_samples:
-                    self.bad_samples.add({"step": done} | one)
-                    progress.console.print(f"replaced: {one['error']}", highlight=False, markup=False)
-            self.bad.update(one.get("source", "") for one in replaced)
-            seen = max(1000, done * self.job.options.batch_size)
-            if self.bad.total() > self.job.data.max_bad_share * seen:
-                raise UserError(
-                    f"{self.bad.total()} samples of {done * self.job.options.batch_size} could not be decoded, more than"
-                    f" data.max_bad_share={self.job.data.max_bad_share}; the last: {replaced[-1]['error']}. All are in"
-                    f" {self.job.folder / BAD_SAMPLES}; `mmcontrast data verify` finds what else is wrong"
-                )
-        of_sources = {f"bad_samples/{source}": count for source, count in self.bad.items() if source}
-        return {"bad_samples": self.bad.total()} | of_sources
-
-
 def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
     """accelerate's device, precision, data parallelism and trackers."""
     join_processes()
@@ -193,18 +134,6 @@ def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
         return None
     fields = [field for field in job.model.modalities if field not in job.negative_of]
     return MomentumQueue(job.model, fields, job.options.queue_size, job.options.queue_momentum).to(device)
-
-
-def warn_of_batch_norm(job: Job, progress: Progress) -> None:
-    """What a micro-batch's statistics make different from the whole batch's."""
-    options, names = job.options, batch_norms(job.model)
-    if options.micro_batch_size and options.micro_batch_size < options.batch_size and names:
-        progress.console.print(
-            f"warning: train.micro_batch_size={options.micro_batch_size}: batch norms ({names[0]}, … {len(names)} of them)"
-            " take their statistics from micro-batches, so the result is not that of the undivided batch; layer or group norms"
-            " have no such trouble",
-            highlight=False,
-        )
 
 
 def save(done: int, job: Job, folder: Path, learner: Learner) -> Path | None:

@@ -1,0 +1,96 @@
+"""What was seen, and what could not be: samples.jsonl and bad_samples.jsonl; and what may not be as a user thinks."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.progress import Progress
+
+from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardDataset, ShardIndex
+from mmcontrast.data.files import is_remote
+from mmcontrast.data.range_cache import range_cache
+from mmcontrast.errors import UserError
+from mmcontrast.training.grad_cache import batch_norms
+from mmcontrast.training.job import Job
+from mmcontrast.training.log import StepLines
+from mmcontrast.types import Batch
+
+SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
+
+
+class Audit:
+    """Writes samples.jsonl (if asked for) and bad_samples.jsonl, continued on resume."""
+
+    def __init__(self, job: Job, start: int, accelerator: Accelerator) -> None:
+        self.job, self.accelerator, main = job, accelerator, accelerator.is_main_process
+        self.samples = StepLines(job.folder / SAMPLES, start) if job.data.record_samples and main else None
+        self.bad_samples = StepLines(job.folder / BAD_SAMPLES, start) if main else None
+        kept = (job.folder / BAD_SAMPLES).read_text().splitlines() if main else []
+        sources = [json.loads(line).get("source", "") for line in kept]
+        self.bad: Counter[str] = broadcast_object_list([Counter(sources)])[0]
+
+    def step(self, done: int, batch: Batch, bad: int, progress: Progress) -> dict[str, int]:
+        """Writes down a step; returns the number of bad samples since the run began, in all and of each source.
+
+        Raises:
+            UserError: on all ranks, if they are too many.
+        """
+        if self.job.data.record_samples:
+            ids = self.accelerator.gather(batch.sample_ids.to(self.accelerator.device))
+            if self.samples:
+                self.samples.add({"step": done, "ids": ids.tolist()})
+        if bad:
+            replaced = gather_object(batch.replaced)
+            for one in replaced:
+                if self.bad_samples:
+                    self.bad_samples.add({"step": done} | one)
+                    progress.console.print(f"replaced: {one['error']}", highlight=False, markup=False)
+            self.bad.update(one.get("source", "") for one in replaced)
+            seen = max(1000, done * self.job.options.batch_size)
+            if self.bad.total() > self.job.data.max_bad_share * seen:
+                raise UserError(
+                    f"{self.bad.total()} samples of {done * self.job.options.batch_size} could not be decoded, more than"
+                    f" data.max_bad_share={self.job.data.max_bad_share}; the last: {replaced[-1]['error']}. All are in"
+                    f" {self.job.folder / BAD_SAMPLES}; `mmcontrast data verify` finds what else is wrong"
+                )
+        of_sources = {f"bad_samples/{source}": count for source, count in self.bad.items() if source}
+        return {"bad_samples": self.bad.total()} | of_sources
+
+
+def warnings(job: Job) -> Iterator[str]:
+    """What may not be as its user thinks."""
+    options, names = job.options, batch_norms(job.model)
+    if options.micro_batch_size and options.micro_batch_size < options.batch_size and names:
+        yield (
+            f"train.micro_batch_size={options.micro_batch_size}: batch norms ({names[0]}, … {len(names)} of them)"
+            " take their statistics from micro-batches, so the result is not that of the undivided batch; layer or group"
+            " norms have no such trouble"
+        )
+    if job.data.sequential:
+        yield (
+            "data.sequential: shards are drawn with replacement; no epoch shows each sample once, batches depend on the numbers"
+            " of ranks and workers, and a resumed run goes on with other samples"
+        )
+    sources = job.dataset.sources.values() if isinstance(job.dataset, MixtureDataset) else [job.dataset]
+    remote = [shard for of in sources if isinstance(of, ShardDataset) for shard in of.shards if is_remote(shard.name)]
+    limit, needed = range_cache().limit, working_set(remote, job)
+    if 0 < limit < needed:
+        yield (
+            f"the remote samples that this machine shuffles together are about {needed / 2**30:.1f} GiB, the cache holds"
+            f" {limit / 2**30:.1f}: the same bytes will be fetched many times; raise MMCONTRAST_CACHE_GIB, lower data.window,"
+            " or set MMCONTRAST_CACHE_GIB=0 to fetch single samples"
+        )
+
+
+def working_set(remote: Sequence[ShardIndex], job: Job) -> float:
+    """Bytes of remote shards from which a machine's lanes draw at a time."""
+    if not remote:
+        return 0.0
+    whole = float(sum(shard.sizes_of(extension).clip(0).sum() for shard in remote for extension in shard.extensions))
+    if not isinstance(job.order, SampleOrder | MixtureOrder):
+        return whole  # drawn from all over
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / int(os.environ.get("WORLD_SIZE", "1"))
+    return min(whole, whole / sum(map(len, remote)) * job.data.window * job.order.lanes * share)

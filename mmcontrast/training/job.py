@@ -1,0 +1,31 @@
+"""All that a run is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder
+from mmcontrast.evaluation import EvaluationOptions
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.objectives import Objective, Pairing
+from mmcontrast.training.options import DataOptions, TrainOptions
+
+
+@dataclass
+class Job:
+    """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
+    negatives, and for which field."""
+
+    name: str
+    folder: Path
+    config: str
+    model: ContrastiveModel
+    objective: Objective
+    pairing: Pairing
+    dataset: TrainingDataset
+    order: TrainingOrder
+    data: DataOptions
+    eval_datasets: Mapping[str, ShardDataset]
+    evaluation: EvaluationOptions
+    options: TrainOptions
+    negative_of: Mapping[str, str]
