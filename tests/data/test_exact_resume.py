@@ -3,12 +3,21 @@
 import hashlib
 import io
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmcontrast.data import SampleOrder, ShardDataset, training_batches, write_shard
+from mmcontrast.data import (
+    ClusterOrder,
+    MixtureDataset,
+    MixtureOrder,
+    SampleOrder,
+    ShardDataset,
+    training_batches,
+    write_shard,
+)
 from mmcontrast.modalities import ImageModality, TextModality
 
 SIZES = (60, 6, 33, 17)  # ten to one, among them
@@ -31,19 +40,32 @@ def shards(tmp_path_factory):
     return str(folder / "*.tar")
 
 
-def run_of(shards):
+def run_of(shards, kind="plain"):
     modalities = {
         "image": ImageModality(8, augment=[{"type": "RandomCrop", "size": 8}]),
         "text": TextModality(context_length=8),
     }
-    dataset = ShardDataset(shards, modalities, {}, seed=4, training=True)
-    order = SampleOrder(tuple(map(len, dataset.shards)), BATCH, 4, 4, 5, 20, dataset.digest)
+
+    def ordered(shards, by=None):
+        dataset = ShardDataset(shards, modalities, {}, seed=4, training=True)
+        lengths = partial(dataset.lengths, by) if by else None
+        sizes = tuple(map(len, dataset.shards))
+        return dataset, SampleOrder(sizes, BATCH, 4, 4, 5, 20, dataset.digest, by, lengths)
+
+    dataset, order = ordered(shards, "image" if kind == "buckets" else None)
+    if kind == "clusters":
+        clusters = np.arange(len(dataset)) * 7 % 3
+        return dataset, ClusterOrder(BATCH, 4, 4, dataset.digest, "", clusters)
+    if kind in ("mixed", "single"):
+        sources = {name: ordered(shards.replace("*", name)) for name in ("[03]", "[12]")}
+        mixture = MixtureDataset({name: dataset for name, (dataset, _) in sources.items()}, modalities)
+        return mixture, MixtureOrder(tuple(order for _, order in sources.values()), (0.3, 0.7), kind)
     return dataset, order
 
 
-def global_batches(shards, steps, world_size, num_workers):
+def global_batches(shards, steps, world_size, num_workers, kind="plain"):
     """(sample ids, hash of all pixels and tokens, what was replaced) of every step, put together from all ranks."""
-    dataset, order = run_of(shards)
+    dataset, order = run_of(shards, kind)
     ranks = [
         training_batches(dataset, order, steps, rank=r, world_size=world_size, num_workers=num_workers, pin_memory=False)
         for r in range(world_size)
@@ -52,7 +74,7 @@ def global_batches(shards, steps, world_size, num_workers):
         ids = [int(i) for part in parts for i in part.sample_ids]
         pixels = b"".join(part.values["image"].numpy().tobytes() for part in parts)
         tokens = [row[row > 0].tolist() for part in parts for row in part.values["text"]]
-        replaced = [error for part in parts for error in part.replaced]
+        replaced = [bad["error"] for part in parts for bad in part.replaced]
         yield ids, hashlib.sha256(pixels + repr(tokens).encode()).hexdigest(), replaced
 
 
@@ -86,3 +108,12 @@ def test_interrupted_twice_in_an_epoch_and_once_across_its_end(shards, uninterru
     for part, (start, stop) in enumerate(itertools.pairwise(stops)):
         world_size, num_workers = settings[(first + 4 * part) % 9]
         assert list(global_batches(shards, range(start, stop), world_size, num_workers)) == uninterrupted[start:stop]
+
+
+@pytest.mark.parametrize("kind", ["mixed", "single", "clusters", "buckets"])
+def test_so_are_those_of_every_other_order(shards, kind):
+    """Interrupted three times, with other ranks and workers each time."""
+    whole = list(global_batches(shards, range(24), 1, 0, kind))
+    for start, stop, world_size, num_workers in ((0, 4, 2, 2), (4, 11, 4, 0), (11, 19, 1, 3), (19, 24, 4, 2)):
+        assert list(global_batches(shards, range(start, stop), world_size, num_workers, kind)) == whole[start:stop]
+    assert sum(len(replaced) for _, _, replaced in whole) >= 2
