@@ -91,8 +91,11 @@ class LocalFile:
             UserError: if the bytes are not there.
         """
         try:
-            with Path(self.name).open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), stop - start, start)
+            descriptor = os.open(self.name, os.O_RDONLY)
+            try:
+                data = os.pread(descriptor, stop - start, start)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise UserError(f"shard {self.name} cannot be read: {error.strerror}") from error
         if len(data) != stop - start:

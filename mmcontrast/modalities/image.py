@@ -1,6 +1,7 @@
 """Images: decoded by simplejpeg or Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class ImageModality(Modality):
         bicubic = v2.InterpolationMode.BICUBIC
         fit = [v2.Resize(size, interpolation=bicubic, antialias=True), v2.CenterCrop(size)]
         if augment is None:
-            train = [v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic, antialias=True)]
+            train = [_RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic, antialias=True)]
         else:
             train = [*(build(spec, AUGMENTATIONS, "augmentation") for spec in augment), *fit]
         self.train_transform, self.eval_transform = v2.Compose(train), v2.Compose(fit)
@@ -103,3 +104,20 @@ class ImageModality(Modality):
 
     def forward(self, batch: Tensor) -> Tensor:
         return batch.float().mul_(self.factor).sub_(self.shift)  # (x / 255 − mean) / std, in place
+
+
+class _RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, with its random numbers drawn in one call: a tenth of the time that a small JPEG takes in all."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = flat_inputs[0].shape[-2:]
+        shortest, tallest = (math.log(side) for side in self.ratio)
+        for share, shape, down, right in torch.rand(10, 4).tolist():
+            area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
+            aspect = math.exp(shortest + shape * (tallest - shortest))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return {"top": int(down * (height - h + 1)), "left": int(right * (width - w + 1)), "height": h, "width": w}
+        w = min(width, round(height * max(self.ratio)))  # the largest crop in the middle
+        h = min(height, round(width / min(self.ratio)))
+        return {"top": (height - h) // 2, "left": (width - w) // 2, "height": h, "width": w}

@@ -179,3 +179,21 @@ def test_waveforms_of_any_length():
     for options in ({"variable": True}, {"representation": "spectrum"}):
         with pytest.raises(ValueError, match=r"variable is for waveforms|representation is"):
             AudioModality(**options)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (10, 200)])
+def test_random_crops_are_torchvisions(height, width):
+    """The same distribution of sizes and places; the same answer where no crop of the wanted shape fits."""
+    from torchvision.transforms import v2
+
+    ours = ImageModality(16).train_transform.transforms[0]
+    theirs = v2.RandomResizedCrop(16, scale=ours.scale)
+    picture = torch.zeros(3, height, width, dtype=torch.uint8)
+    drawn = [[list(crop.make_params([picture]).values()) for _ in range(4000)] for crop in (ours, theirs)]
+    a, b = (torch.tensor(values, dtype=torch.float64) for values in drawn)
+    assert ((a[:, 0] + a[:, 2] <= height) & (a[:, 1] + a[:, 3] <= width) & (a.min(1).values >= 0)).all()
+    spread = torch.maximum(a.std(0), b.std(0))
+    assert ((a.mean(0) - b.mean(0)).abs() <= 0.12 * spread + 1e-9).all() and (
+        (a.std(0) - b.std(0)).abs() <= 0.12 * spread
+    ).all()
+    assert (a.min(0).values - b.min(0).values).abs().max() <= 3 and (a.max(0).values - b.max(0).values).abs().max() <= 3
