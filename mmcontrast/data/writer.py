@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ Sample = dict[str, Any]  # "__key__" and one value per extension: bytes, str (tx
 
 
 def write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
-    """Writes one tar under a temporary name, flushes it to the disk, then gives it its own; returns its manifest entry."""
+    """Writes one tar under a temporary name, flushes it to the disk, then gives it its own; returns its manifest entry,
+    with how many members it has of each extension."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         with webdataset.TarWriter(file, mtime=0) as writer:
@@ -27,7 +29,9 @@ def write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
         os.fsync(file.fileno())
     data = partial.read_bytes()
     os.replace(partial, path)
-    return {"name": path.name, "samples": len(samples), "bytes": len(data), "crc32": zlib.crc32(data)}
+    members = Counter(name for sample in samples for name in sample if not name.startswith("__"))
+    about = {"name": path.name, "samples": len(samples), "bytes": len(data), "crc32": zlib.crc32(data)}
+    return about | {"members": dict(sorted(members.items()))}
 
 
 class Source(Protocol):
@@ -65,10 +69,12 @@ def write_corpus(
     with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
         written = track(pool.imap(_run_job, jobs), f"writing {folder}", total=len(jobs), console=Console(stderr=True))
         entries = list(written)
-    manifest: dict[str, Any] = {**(about or {}), "splits": {split: {"samples": 0, "shards": []} for split in splits}}
+    described: dict[str, dict[str, Any]] = {split: {"samples": 0, "members": Counter(), "shards": []} for split in splits}
     for (_, _, split, _), entry in zip(jobs, entries, strict=True):
-        manifest["splits"][split]["samples"] += entry["samples"]
-        manifest["splits"][split]["shards"].append(entry)
+        described[split]["samples"] += entry["samples"]
+        described[split]["members"].update(entry.pop("members"))
+        described[split]["shards"].append(entry)
+    manifest = {**(about or {}), "splits": described}
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1))
     os.replace(partial, folder / MANIFEST)  # last: a corpus with a manifest is complete

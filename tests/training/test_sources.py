@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 
 from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.config import load_config
@@ -154,6 +155,32 @@ def test_a_sequential_run_says_what_it_does_not_promise(config_file, corpus, tmp
     assert [line["step"] for line in lines_of(tmp_path / "runs" / "small" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     refused = train(config_file, "--resume", "train.steps=8")
     assert refused.returncode == 2 and "its data order had" in refused.stderr
+
+
+def test_all_captions_of_a_sample_in_one_batch(config_file, corpus, tmp_path):
+    """Three fields for three lines, one tower; a sample with fewer lines lacks the last ones, and results say so."""
+    (shard,) = open_shards(str(corpus / "val-*.tar"))
+    samples = []
+    for row in range(len(shard)):
+        text = shard.read(row, ["txt"])["txt"].decode()
+        captions = [text, f"once more: {text}", f"again: {text}"][: 1 + row % 3]
+        about = json.loads(shard.read(row, ["json"])["json"])
+        png = shard.read(row, ["png"])["png"]
+        samples.append({"__key__": shard.keys[row], "png": png, "txt": "\n".join(captions), "json": about})
+    write_shard(tmp_path / "captions.tar", samples)
+    config = yaml.safe_load(config_file.read_text())
+    del config["fields"]["text"], config["fields"]["audio"], config["towers"]["audio"], config["evaluation"]["zero_shot"]
+    for k in range(3):
+        modality = {"type": "text", "context_length": 24, "captions": k}
+        config["fields"][f"caption{k}"] = {"modality": modality, "tower": "text"}
+    config["pairing"] = {"type": "anchor", "field": "image"}
+    config["data"]["train"] = config["evaluation"]["splits"]["val"] = str(tmp_path / "captions.tar")
+    config_file.write_text(yaml.safe_dump(config))
+    done = train(config_file, "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "runs" / "small" / "results.json").read_text())
+    queries = [results[f"val/retrieval/caption{k}_to_image/num_queries"] for k in range(3)]
+    assert queries == [24, 16, 8]
 
 
 @pytest.mark.parametrize(
