@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mmcontrast.errors import UserError
+from mmcontrast.errors import EveryRankError, UserError
 
 app = typer.Typer(
     name="mmcontrast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Pretrain, evaluate and fine-tune multimodal contrastive models. Start with: [bold]mmcontrast train"
     " configs/quickstart.yaml[/]", rich_markup_mode="rich",
-    epilog="Exit codes: 0 done, 2 a mistake in what was given, 3 training stopped on a non-finite loss, 130 interrupted.",
+    epilog="Exit codes: 0 done, 2 a mistake in what was given, 3 stopped on a non-finite loss, 4 stalled, 5 another rank"
+    " ended, 75 asked to end and saved (requeue it), 130 interrupted.",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Build and look into webdataset shards.")
 app.add_typer(data_app, name="data")
@@ -41,9 +42,9 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
             try:
                 function(*args, **kwargs)
             except UserError as error:
-                console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
-                stopped = type(error).__name__ == "TrainingStopped"  # its module is not imported for other commands
-                raise typer.Exit(3 if stopped else 2) from None
+                if os.environ.get("RANK", "0") == "0" or not isinstance(error, EveryRankError):
+                    console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+                raise typer.Exit(error.exit_code) from None
             except KeyboardInterrupt:
                 console.print("interrupted; a training run continues from its last checkpoint with --resume")
                 raise typer.Exit(130) from None

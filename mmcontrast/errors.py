@@ -1,5 +1,36 @@
-"""The one exception that a command prints as one line: a mistake its user can mend."""
+"""The exceptions that a command prints as one line instead of a traceback."""
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
     """Something the user gave is wrong. The message names it, says what was found, and what to do."""
+
+    exit_code = 2
+
+
+class EveryRankError(UserError):
+    """Raised on all ranks at once, with the same message: one of them prints it."""
+
+
+class TrainingStopped(EveryRankError):
+    """Training cannot go on: the loss or the gradients are not finite. Raised before the weights change.
+
+    Attributes:
+        sample_ids: of the step, in their order.
+    """
+
+    exit_code = 3
+    sample_ids: Sequence[int] = ()
+
+
+class Preempted(EveryRankError):
+    """The run was asked to end, has saved a checkpoint, and waits to be continued."""
+
+    exit_code = 75  # of sysexits.h: temporary, try again; what a scheduler requeues on
+
+
+class PeerLost(EveryRankError):
+    """Another rank has ended without a word to this one; its own message says why."""
+
+    exit_code = 5

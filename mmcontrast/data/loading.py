@@ -22,10 +22,11 @@ TrainingOrder = ExactOrder | StreamOrder
 
 def start_worker(_: int = 0) -> None:
     """Workers compute on one thread (a fork that used several would wait for threads that it does not have), and leave
-    interrupts to the process that owns them."""
+    signals to the process that owns them: a scheduler sends them to all. A second SIGTERM is that process's own."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
 
 
 class _Steps:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardDataset, ShardIndex
 from mmcontrast.data.files import is_remote
 from mmcontrast.data.range_cache import range_cache
-from mmcontrast.errors import UserError
+from mmcontrast.errors import EveryRankError
 from mmcontrast.training.grad_cache import batch_norms
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLines
@@ -36,7 +36,7 @@ class Audit:
         """Writes down a step; returns the number of bad samples since the run began, in all and of each source.
 
         Raises:
-            UserError: on all ranks, if they are too many.
+            EveryRankError: if they are too many.
         """
         if self.job.data.record_samples:
             ids = self.accelerator.gather(batch.sample_ids.to(self.accelerator.device))
@@ -51,7 +51,7 @@ class Audit:
             self.bad.update(one.get("source", "") for one in replaced)
             seen = max(1000, done * self.job.options.batch_size)
             if self.bad.total() > self.job.data.max_bad_share * seen:
-                raise UserError(
+                raise EveryRankError(
                     f"{self.bad.total()} samples of {done * self.job.options.batch_size} could not be decoded, more than"
                     f" data.max_bad_share={self.job.data.max_bad_share}; the last: {replaced[-1]['error']}. All are in"
                     f" {self.job.folder / BAD_SAMPLES}; `mmcontrast data verify` finds what else is wrong"

@@ -1,9 +1,20 @@
 """Joining the other processes of a launch (torchrun, accelerate launch, Slurm), through accelerate."""
 
+import multiprocessing
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
+
+from mmcontrast.errors import PeerLost
+
+COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while one evaluates; of stalls the watchdog knows better
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
 
 def join_processes() -> PartialState:
@@ -13,7 +24,30 @@ def join_processes() -> PartialState:
         RuntimeError: if fewer processes meet than were launched: each would train alone.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    state = PartialState(cpu=True) if launched > 1 and not torch.cuda.is_available() else PartialState()
+    options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} if launched > 1 else {}
+    state = PartialState(cpu=launched > 1 and not torch.cuda.is_available(), **options)
     if state.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, {state.num_processes} met")
     return state
+
+
+def end_now(code: int) -> NoReturn:
+    """Ends this process without another thought, and its data workers with it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """What a rank sees of another's end becomes one error, that says so.
+
+    Raises:
+        PeerLost: for what the collectives raise then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if dist.is_initialized() and any(sign in str(error) for sign in LOST):
+            raise PeerLost("another rank has ended; its own message says why") from error
+        raise

@@ -17,21 +17,24 @@ from mmcontrast.data import (
     ShardDataset,
     training_batches,
 )
-from mmcontrast.errors import UserError
+from mmcontrast.errors import Preempted, TrainingStopped, UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, Results, evaluate, results_table
 from mmcontrast.evaluation.report import read_log, write_report
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import Audit, warnings
-from mmcontrast.training.distributed import join_processes
+from mmcontrast.training.distributed import join_processes, peers
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLog, make_progress
 from mmcontrast.training.optim import make_optimizer
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.preemption import preemptible
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.step import Learner, training_step
+from mmcontrast.training.watchdog import Watchdog
 
 LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "results.json", "report.html"
+STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
 def train(job: Job, resume: bool = False) -> Results:
@@ -39,6 +42,7 @@ def train(job: Job, resume: bool = False) -> Results:
 
     Raises:
         TrainingStopped: if the loss or the gradients cease to be finite.
+        Preempted: after SIGTERM or SIGUSR1, when the step is saved.
         UserError: for data that cannot be decoded, a checkpoint that does not fit, a full disk.
     """
     options, checkpoints = job.options, job.folder / "checkpoints"
@@ -76,18 +80,33 @@ def train(job: Job, resume: bool = False) -> Results:
     )
 
     results: Results = {}
-    with make_progress(accelerator.is_main_process) as progress:
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    with (
+        preemptible() as preemption,
+        Watchdog(options.stall_seconds, job.folder, rank, world_size) as watchdog,
+        make_progress(accelerator.is_main_process) as progress,
+        peers(),
+    ):
         for warning in warnings(job):
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
         for step in range(start, options.steps):
             if log:
                 log.waiting()
+            watchdog.move(step, "waiting for a batch")
             batch = next(batches)
             if log:
                 log.arrived(options.batch_size)
             done, logging = step + 1, due(step + 1, options.log_every, options.steps)
-            values = training_step(step, batch, learner, watch=logging and options.signals)
+            watchdog.move(step, "training")
+            try:
+                values = training_step(step, batch, learner, logging and options.signals, asked=bool(preemption.asked))
+            except TrainingStopped as error:
+                if accelerator.is_main_process:
+                    about = {"step": done, "error": str(error), "ids": list(error.sample_ids)}
+                    (job.folder / STOPPED).write_text(json.dumps(about))
+                raise
+            stopping = values.pop("asked")
             values |= audit.step(done, batch, values["bad_samples"], progress)
 
             if log and logging:
@@ -99,15 +118,17 @@ def train(job: Job, resume: bool = False) -> Results:
                 if not progress.console.is_terminal:  # a log file shows no bar
                     progress.console.print(f"step {done}/{options.steps}  {note}", highlight=False)
             progress.update(bar, completed=done)
-            evaluating = due(done, options.evaluate_every, options.steps)
-            if due(done, options.checkpoint_every, options.steps) or evaluating:
-                with log.paused() if log else nullcontext():
+            evaluating = due(done, options.evaluate_every, options.steps) and (done == options.steps or not stopping)
+            if due(done, options.checkpoint_every, options.steps) or evaluating or stopping:
+                with log.paused() if log else nullcontext(), watchdog.away():
                     saved = save(done, job, checkpoints, learner)
                     if evaluating and accelerator.is_main_process:
                         results = evaluate_now(job, done, saved, accelerator, progress, last=done == options.steps)
                     if accelerator.is_main_process:
                         checkpoint.prune(checkpoints, options.keep_checkpoints)
                     accelerator.wait_for_everyone()
+            if stopping and done < options.steps:
+                raise Preempted(f"{job.name}: asked to end; step {done} is saved: continue with --resume")
     accelerator.end_training()
     return results
 

@@ -109,6 +109,8 @@ class TrainOptions(Options):
         init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
         log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
         keep_checkpoints: the last so many, and the best.
+        stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
+            and the run ends.
         signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
             batch and effective negatives of directions.
     """
@@ -135,4 +137,5 @@ class TrainOptions(Options):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Positive = 2
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     signals: bool = True

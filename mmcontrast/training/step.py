@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmcontrast.errors import UserError
+from mmcontrast.errors import TrainingStopped
 from mmcontrast.model import Embeddings
 from mmcontrast.objectives import Objective, Pairing, contrastive_loss
 from mmcontrast.objectives.inputs import NO_GROUP
@@ -21,10 +21,6 @@ from mmcontrast.training.optim import schedule
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.types import Batch
-
-
-class TrainingStopped(UserError):
-    """Training cannot go on: the loss or the gradients are not finite. Raised before the weights change."""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -96,9 +92,9 @@ class Learner:
         return loss.detach(), embeddings
 
 
-def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False) -> dict[str, Any]:
+def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False, asked: bool = False) -> dict[str, Any]:
     """Trains on one batch and returns what there is to log; with `watch` also the signals of the objective. `bad_samples`: how
-    many of the batch, on all ranks, could not be decoded.
+    many of the batch, on all ranks, could not be decoded; `asked`: whether any rank is asked to end.
 
     Raises:
         TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
@@ -120,14 +116,16 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
         loss += value_of_part
     norm = accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf)
 
-    value, bad = accelerator.reduce(torch.stack([loss, loss.new_tensor(len(batch.replaced))]), "mean").tolist()
+    told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked))])
+    value, bad, asked_of_all = accelerator.reduce(told, "mean").tolist()
     # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
     if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(float(norm))):
-        raise TrainingStopped(
-            f"step {step + 1}: the loss is {value}, the gradient norm {float(norm)}: stopped before the update. Samples of"
-            f" rank {accelerator.process_index}: {batch.sample_ids.tolist()[:8]}…; lower train.lr or look at the samples,"
-            " then continue from the last checkpoint with --resume"
+        error = TrainingStopped(
+            f"step {step + 1}: the loss is {value}, the gradient norm {float(norm)}: stopped before the update; lower train.lr"
+            " or look at the samples (stopped.json), then continue from the last checkpoint with --resume"
         )
+        error.sample_ids = accelerator.gather(batch.sample_ids.to(accelerator.device)).tolist()
+        raise error
     optimizer.step()
     optimizer.zero_grad()
     model = accelerator.unwrap_model(learner.model)
@@ -140,7 +138,7 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
     per_pair = scale if isinstance(scale, dict) else {}
     scales = torch.stack([*per_pair.values()] if isinstance(scale, dict) else [scale]).detach()
     values = {"loss": value, "lr": lr, "logit_scale": float(scales.mean()), "grad_norm": float(norm)}
-    values["bad_samples"] = round(bad * accelerator.num_processes)
+    values |= {"bad_samples": round(bad * accelerator.num_processes), "asked": asked_of_all > 0}
     values |= {f"logit_scale/{term_name(pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
     if signals:
         seen = accelerator.reduce(torch.stack([s.float() for s in signals.values()]), "mean")

@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
-from mmcontrast.errors import UserError
+from mmcontrast.errors import TrainingStopped, UserError
 from mmcontrast.runs import embed_shards, make_job, open_run
 from mmcontrast.training import checkpoint
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
-from mmcontrast.training.step import TrainingStopped
 
 ROOT = Path(__file__).parent.parent.parent
 

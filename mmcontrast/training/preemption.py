@@ -1,0 +1,36 @@
+"""A scheduler's warning: the step at hand is finished and saved, and the process ends with a code to requeue on."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mmcontrast.errors import Preempted
+from mmcontrast.training.distributed import end_now
+
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption:
+    """Whether this process has been warned. A second warning ends it at once."""
+
+    asked: signal.Signals | None = None
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            end_now(Preempted.exit_code)
+        self.asked = signal.Signals(number)
+        print(f"{self.asked.name}: finishing the step, then saving; a second one ends at once", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def preemptible() -> Iterator[Preemption]:
+    """Handles the signals within it. Data workers ignore them: see `start_worker`."""
+    preemption = Preemption()
+    before = {number: signal.signal(number, preemption.handle) for number in WARNINGS}
+    try:
+        yield preemption
+    finally:
+        for number, handler in before.items() if not preemption.asked else ():
+            signal.signal(number, handler)

@@ -1,0 +1,186 @@
+"""Two real ranks of which one raises, stalls, or has a NaN; warnings of a scheduler: all end in time with a clear message."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmcontrast.training import checkpoint
+from tests.training.test_training import train
+
+ROOT = Path(__file__).parent.parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+MY_LAB = """
+import os, time
+import torch
+from mmcontrast.errors import UserError
+from mmcontrast.objectives import InfoNCE
+from mmcontrast.modalities import TextModality
+
+def here():
+    return os.environ.get("RANK") == "1"
+
+class Faulty(InfoNCE):
+    '''Does something in the third step, on rank 1.'''
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, d):
+        losses = super().forward(d)
+        if self.progress and self.fault == "slow":
+            time.sleep(0.5)
+        elif self.progress >= 2 / 6 and here():
+            if self.fault == "raise":
+                raise RuntimeError("the third step of rank 1")
+            if self.fault == "refuse":
+                raise UserError("rank 1 has no more licences")
+            if self.fault == "stall":
+                time.sleep(1000)
+            if self.fault == "nan":
+                losses = losses * float("nan")
+            if self.fault == "die":
+                os._exit(9)
+        return losses
+
+class Endless(TextModality):
+    '''Never comes back from the fortieth text, on rank 1.'''
+    texts = 0
+
+    def transform(self, raw, training):
+        self.texts += 1
+        if training and here() and self.texts > 30:
+            time.sleep(1000)
+        return super().transform(raw, training)
+"""
+
+
+def two_ranks(config_file, tmp_path, *options):
+    (tmp_path / "my_lab.py").write_text(MY_LAB)
+    launcher = [sys.executable, *TORCHRUN, "-m", "mmcontrast", "train"]
+    options = ["data.lanes=2", "train.checkpoint_every=1", *options]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*launcher, str(config_file), *options], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    return done, time.monotonic() - began
+
+
+CASES = {
+    "raise": ("the third step of rank 1", ["exitcode  : 1"]),
+    "refuse": ("error: rank 1 has no more licences", ["exitcode  : 2"]),
+    "nan": ("error: step 3: the loss is nan", ["exitcode  : 3"]),
+    "stall": ("error: stalled: no step for 6 s", ["exitcode  : 4"]),
+    "die": ("exitcode : 9", []),
+}
+
+
+@pytest.mark.parametrize("fault", CASES)
+def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, fault):
+    message, codes = CASES[fault]
+    done, seconds = two_ranks(
+        config_file, tmp_path, f"objective={{type: my_lab:Faulty, fault: {fault}}}", "train.stall_seconds=6"
+    )
+    assert done.returncode and seconds < 60, done.stderr[-2000:]
+    text = " ".join(done.stderr.split())
+    assert text.count(message) == 1 or fault in ("raise", "die"), done.stderr[-3000:]
+    assert message in text and all(" ".join(code.split()) in text for code in codes), done.stderr[-3000:]
+    run = tmp_path / "runs" / "small"
+    assert checkpoint.find(run / "checkpoints", "last").name == "step-00000002"
+    weights = load_file(checkpoint.find(run / "checkpoints", "last") / checkpoint.WEIGHTS)
+    assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
+    if fault == "nan":
+        stopped = json.loads((run / "stopped.json").read_text())
+        assert stopped["step"] == 3 and len(stopped["ids"]) == 16
+    if fault == "stall":
+        assert "rank 0 on" in text and "rank 1 on" in text and "my_lab.py" in text and "forward" in text
+        assert "time.sleep(1000)" in (run / "stalled" / "rank-00001.txt").read_text()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_endless_read_is_a_stall_of_the_loader(config_file, tmp_path, num_workers):
+    endless = "fields.text.modality={type: my_lab:Endless, context_length: 24}"
+    done, seconds = two_ranks(
+        config_file, tmp_path, endless, f"data.num_workers={num_workers}", "train.stall_seconds=6", "evaluation.splits={}",
+        "evaluation.zero_shot={}",
+    )  # fmt: skip
+    assert done.returncode and seconds < 60, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if "rank 1 on" in line]
+    assert "waiting for a batch for" in line and done.stderr.count("error: stalled") == 1
+    assert [line for line in done.stderr.splitlines() if "rank 0 on" in line and "training for" in line]
+
+
+def start(config_file, tmp_path, *options, launcher=()):
+    (tmp_path / "my_lab.py").write_text(MY_LAB)
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *options],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_warned_run_saves_and_continues_as_if_it_had_never_stopped(config_file, tmp_path, number):
+    """With data workers, to which a scheduler sends the signal too."""
+    options = ["train.steps=40", "data.num_workers=1", "evaluation.splits={}", "evaluation.zero_shot={}"]
+    whole = train(config_file, *options, "run.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    process = start(config_file, tmp_path, *options)
+    run = tmp_path / "runs" / "small"
+    wait_for(run / "checkpoints" / "step-00000002", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [*children, process.pid]:
+        os.kill(int(pid), number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"{number.name}: finishing the step" in errors and "is saved: continue with --resume" in " ".join(errors.split())
+    saved = checkpoint.find(run / "checkpoints", "last")
+    assert 2 <= int(saved.name[-8:]) < 40
+    assert train(config_file, *options, "--resume").returncode == 0
+    last = [tmp_path / "runs" / name / "checkpoints" / "step-00000040" for name in ("whole", "small")]
+    ends = [load_file(folder / checkpoint.WEIGHTS) for folder in last]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_second_warning_ends_at_once(config_file, tmp_path):
+    process = start(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: slow}", "train.steps=400")
+    wait_for(tmp_path / "runs" / "small" / "checkpoints" / "step-00000002", process)
+    time.sleep(1.5)  # in the slow third step
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and time.monotonic() - began < 3
+    shutil.rmtree(tmp_path / "runs")
+
+
+def test_one_warned_rank_is_enough(config_file, tmp_path):
+    """SIGUSR1 reaches rank 1 alone; both save the same step and end."""
+    process = start(config_file, tmp_path, "train.steps=400", "data.lanes=2", launcher=TORCHRUN)
+    run = tmp_path / "runs" / "small"
+    wait_for(run / "checkpoints" / "step-00000002", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = [pid for pid in children if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()]
+    os.kill(int(second), signal.SIGUSR1)
+    _, errors = process.communicate(timeout=90)
+    text = " ".join(errors.split())
+    assert process.returncode and "exitcode : 75" in text and text.count("is saved: continue with --resume") == 1, errors[
+        -3000:
+    ]
+    assert 2 <= int(checkpoint.find(run / "checkpoints", "last").name[-8:]) < 400
