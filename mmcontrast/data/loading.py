@@ -1,5 +1,7 @@
 """Batches in the run's order for training, and in the shards' order for evaluation; decoding in worker processes."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +29,12 @@ def start_worker(_: int = 0) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+
+
+@atexit.register  # before multiprocessing's own, which would wait for workers that take its SIGTERM for a scheduler's
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class _Steps:

@@ -1,0 +1,100 @@
+"""SIGKILL at random moments, in saves too: the run that is resumed every time ends as one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmcontrast.training import checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+CONVNEXT = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})  # without batch norms, which see ranks apart
+SETTINGS = [
+    "train.steps=150", "train.checkpoint_every=3", "train.warmup_steps=20", "train.lr=1e-3", "data.num_workers=1",
+    "data.lanes=4", "data.record_samples=true", "evaluation.splits={}", "evaluation.zero_shot={}",
+    f"towers.image={CONVNEXT}", f"towers.audio={CONVNEXT}",
+    "fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200",
+]  # fmt: skip
+DROPOUT = "towers.text.config.hidden_dropout_prob=0.1"
+
+
+def start(config_file, ranks, *options):
+    launcher = TORCHRUN if ranks == 2 else ()
+    command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *SETTINGS, *options]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def kill(process, run, moment, chooser):
+    """At a step, or while a checkpoint is being written, from `moment` on."""
+    writing = chooser.random() < 0.5
+    deadline = time.monotonic() + 200
+    try:
+        while True:
+            assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()[-3000:]
+            last = checkpoint.complete(run / "checkpoints")[-1:]
+            if last and int(last[0].name[-8:]) >= moment and (not writing or list((run / "checkpoints").glob(".*.partial"))):
+                break
+            time.sleep(0.0005 if writing else 0.005)
+        if not writing:
+            time.sleep(chooser.random() * 0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def end_of(run):
+    weights = load_file(run / "checkpoints" / "step-00000150" / checkpoint.WEIGHTS)
+    return weights, (run / "samples.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ten_kills(config_file, tmp_path, ranks):
+    """Bitwise on one process, with dropout, caching and a queue; no sample lost or seen twice; twice within an epoch."""
+    options = [DROPOUT, "train.micro_batch_size=5", "train.queue_size=20"]
+    finish(start(config_file, ranks, *options, "run.name=whole"))
+    chooser = random.Random(ranks)
+    run = tmp_path / "runs" / "killed"
+    moments = sorted([3, 4, *(chooser.randrange(5, 140) for _ in range(8))])
+    for number, moment in enumerate(moments):
+        process = start(config_file, ranks, *options, "run.name=killed", *(["--resume"] if number else []))
+        kill(process, run, moment, chooser)
+    finish(start(config_file, ranks, *options, "run.name=killed", "--resume"))
+    (whole, seen), (killed, seen_again) = end_of(tmp_path / "runs" / "whole"), end_of(run)
+    assert seen == seen_again and len(seen.splitlines()) == 150
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 151))
+    for name, tensor in whole.items():
+        if ranks == 1:
+            assert torch.equal(tensor, killed[name]), name
+        else:
+            torch.testing.assert_close(tensor, killed[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_ranks(config_file, tmp_path):
+    """2 → 1 → 2, killed in between: equal to rounding."""
+    finish(start(config_file, 2, "train.lr=1e-4", "run.name=whole"))
+    chooser = random.Random(0)
+    run = tmp_path / "runs" / "killed"
+    for ranks, moment, resume in ((2, 40, []), (1, 90, ["--resume"])):
+        kill(start(config_file, ranks, "train.lr=1e-4", "run.name=killed", *resume), run, moment, chooser)
+    finish(start(config_file, 2, "train.lr=1e-4", "run.name=killed", "--resume"))
+    (whole, seen), (killed, seen_again) = end_of(tmp_path / "runs" / "whole"), end_of(run)
+    assert seen == seen_again
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, killed[name], rtol=1e-3, atol=1e-4)
