@@ -2,18 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 from rich.progress import track
 
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.mixture import MixtureDataset
-from mmcontrast.data.order import lanes_of
+from mmcontrast.data.order import check_lanes, lanes_of, recent
 from mmcontrast.data.tables import open_table
 from mmcontrast.errors import UserError
 
@@ -38,8 +36,10 @@ class ClusterOrder:
     data: str
     table: str
     clusters: np.ndarray = field(compare=False, repr=False)
+    epochs: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_lanes(self.lanes, self.batch_size)
         if self.steps_per_epoch < 1:
             raise UserError(
                 f"the training data has {len(self.clusters)} samples, fewer than train.batch_size={self.batch_size}"
@@ -57,10 +57,10 @@ class ClusterOrder:
         """(epoch, position) of each sample of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
         lanes, share = lanes_of(self.lanes, rank, world_size), self.batch_size // self.lanes
-        return [(epoch, position) for position in _epoch(self, epoch)[step, lanes.start * share : lanes.stop * share].tolist()]
+        steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
+        return [(epoch, position) for position in steps[step, lanes.start * share : lanes.stop * share].tolist()]
 
 
-@lru_cache(maxsize=2)
 def _epoch(order: ClusterOrder, epoch: int) -> np.ndarray:
     """[steps, batch] positions."""
     random = np.random.Generator(np.random.PCG64([order.seed, epoch]))
@@ -89,7 +89,10 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
         have = ", ".join(opened.extensions)
         raise UserError(f"data.clusters: {table} needs the columns 'cluster' and 'key' or 'sample_id'; it has {have}")
     by = "key" if "key" in opened.extensions else "sample_id"
-    _, numbers = np.unique(_numpy(opened.table["cluster"]), return_inverse=True)
+    column = opened.table["cluster"]
+    if column.null_count:
+        raise UserError(f"data.clusters: {table} has {column.null_count} rows without a cluster")
+    _, numbers = np.unique(np.asarray(column.to_pylist()), return_inverse=True)
     cluster_of = dict(zip(opened.table[by].to_pylist(), numbers.tolist(), strict=True))
     name_of: Callable[[int], Any] = dataset.key if by == "key" else dataset.sample_id
     console = Console(stderr=True)
@@ -100,7 +103,3 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
             raise UserError(f"data.clusters: {table} has no cluster for the sample with {by}={name!r}; every sample needs one")
         found[position] = cluster
     return found, opened.digest
-
-
-def _numpy(column: pa.ChunkedArray) -> np.ndarray:
-    return np.asarray(column.to_pylist())

@@ -219,11 +219,8 @@ def decoded(
     try:
         if "json" in members:
             about = json.loads(members["json"])
+            sample.sample_id, sample.group_id = ids_of(about, sample.sample_id)
             sample.metadata |= about
-            sample.sample_id = int(about.get("sample_id", sample.sample_id))
-            sample.group_id = int(about.get("group_id", sample.sample_id))
-            if sample.group_id < 0:
-                raise DecodeError(f"group_id {sample.group_id} is negative")
         if seed is not None:
             torch.default_generator.manual_seed(stable_hash(f"{seed} {sample.sample_id}"))
         for field, modality in modalities.items():
@@ -232,9 +229,29 @@ def decoded(
                 value = modality.transform(modality.decode(members[extension]), seed is not None)
                 if value is not None:
                     sample.values[field] = value
-    except (DecodeError, ValueError, TypeError, AttributeError) as error:
-        sample.error = f"member .{extension}: {error}"
+    except (DecodeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, RuntimeError) as error:
+        sample.error = f"member .{extension}: {error or type(error).__name__}"
     return sample
+
+
+def ids_of(about: Any, default: int) -> tuple[int, int]:
+    """(sample id, group id) of what a json member says.
+
+    Raises:
+        DecodeError: if it cannot be so.
+    """
+    if not isinstance(about, dict):
+        raise DecodeError(f"a JSON {type(about).__name__}, not an object")
+    try:
+        sample_id = int(about.get("sample_id", default))
+        group_id = int(about.get("group_id", sample_id))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise DecodeError(f"not JSON as it should be ({error})") from error
+    if group_id < 0:
+        raise DecodeError(f"group_id {group_id} is negative")
+    if max(abs(sample_id), group_id) >= 2**63:
+        raise DecodeError(f"sample_id {sample_id}, group_id {group_id}: beyond 64 bits")
+    return sample_id, group_id
 
 
 def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch | str:
@@ -260,4 +277,4 @@ def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch 
 
 def stable_hash(text: str) -> int:
     """A stable id in [0, 2^63)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1

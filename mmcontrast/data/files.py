@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -34,13 +35,17 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for expanded in braceexpand.braceexpand(pattern):
+        try:
+            names = list(braceexpand.braceexpand(pattern))
+        except ValueError as error:
+            raise UserError(f"the braces of {pattern!r} do not match: write {{00000..00025}}") from error
+        for expanded in names:
             if not is_remote(expanded):
                 matches = sorted(glob.glob(expanded))
             elif "*" in expanded:
-                scheme, filesystem = expanded.partition("://")[0], _filesystem(expanded)
-                matches = [str(filesystem.unstrip_protocol(path)) for path in sorted(filesystem.glob(expanded))]
-                matches = [match if is_remote(match) else f"{scheme}://{match}" for match in matches]
+                filesystem = _filesystem(expanded)
+                paths = _patiently(partial(filesystem.glob, expanded), expanded)
+                matches = [str(filesystem.unstrip_protocol(path)) for path in sorted(paths)]
             else:
                 _filesystem(expanded)
                 matches = [expanded]

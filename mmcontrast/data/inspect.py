@@ -19,7 +19,7 @@ from mmcontrast.data.index import open_shards
 from mmcontrast.data.page import media, page, svg
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import AudioModality, ImageModality, TextModality
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, TextModality
 from mmcontrast.modalities.image import FORMATS
 
 LOOKED_INTO, SHOWN = 2000, 24  # samples, evenly spread over the shards: those whose members are read, and shown on the page
@@ -62,7 +62,7 @@ def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[
         title = f"{samples} samples: {', '.join(patterns)}"
         cards = "".join(_card(shard, row) for shard, row in _spread(shards, SHOWN))
         sections = [_histograms(measures), f'<h2>Samples</h2><div class="cards">{cards}</div>']
-        to.write_text(page(title, sections), encoding="utf-8")
+        to.write_text(page(title, sections), encoding="utf-8", errors="replace")
         yield f"page: {to}"
 
 
@@ -85,14 +85,16 @@ def _look(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]) -
             if (not measure and extension != "json") or not 0 <= shard.size(row, extension) <= MAX_MEMBER_BYTES:
                 continue
             try:
-                data = shard.read(row, [extension])[extension]
+                data = shard.read(row, [extension]).get(extension)
+                if data is None:  # a list of nothing
+                    continue
                 if extension == "json":
                     about = json.loads(data)
                     groups.update([int(about["group_id"])] if "group_id" in about else [])
                 elif measure:
                     for what, value in measure(data).items():
                         measures[f".{extension}", what].append(value)
-            except (OSError, SyntaxError, ValueError, TypeError, soundfile.SoundFileError):
+            except (OSError, SyntaxError, ValueError, TypeError, RuntimeError, DecodeError):
                 faults += 1
     return measures, groups, faults
 
@@ -154,8 +156,8 @@ def _card(shard: ShardIndex, row: int) -> str:
             continue
         name = extension.rpartition(".")[2]
         try:
-            data = shard.read(row, [extension])[extension] if name in MEASURES or extension == "json" else b""
-        except ValueError as error:
+            data = shard.read(row, [extension]).get(extension) if name in MEASURES or extension == "json" else b""
+        except (ValueError, DecodeError) as error:
             data = str(error).encode()
         shown = media(data) if data else f"{size} bytes"
         parts.append(f"<p><small>.{html.escape(extension)}</small> {shown}</p>")

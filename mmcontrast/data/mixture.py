@@ -22,7 +22,8 @@ class MixtureOrder:
     """Which source the samples of every step come from, a pure function of the seed; within a source, its own order.
 
     Each lane's slots are cut into windows; a window holds every source as often as its weight says, shuffled. A source's lane
-    walks its epochs one after the other, whatever the others do. So weights hold exactly, no sample of a source comes
+    walks its epochs one after the other, whatever the others do. So weights hold to within two
+    slots of a window and never drift, no sample of a source comes
     again before its epoch is over (but for fewer than `lanes` of them), and the state is the step.
 
     Attributes:

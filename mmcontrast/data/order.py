@@ -8,12 +8,13 @@ the windows at hand is ever in memory, so 10⁹ samples are ordered in seconds.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mmcontrast.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class SampleOrder:
     data: str = ""
     bucket_by: str | None = None
     lengths: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False, repr=False)
+    epochs: "dict[int, _Epoch]" = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.lanes:
-            raise UserError(f"data.lanes={self.lanes} must divide train.batch_size={self.batch_size}")
+        check_lanes(self.lanes, self.batch_size)
         if self.steps_per_epoch < 1:
             raise UserError(
                 f"the training data has {sum(self.shard_sizes)} samples, fewer than train.batch_size={self.batch_size}"
@@ -78,7 +79,7 @@ class SampleOrder:
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[int, np.ndarray]:
         """(epoch, [batch_size / world_size] positions in the concatenated shards) of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        share, stream = self.share, _epoch(self, epoch)
+        share, stream = self.share, self._epoch(epoch)
         parts = [stream.lane(k, step * share, (step + 1) * share) for k in lanes_of(self.lanes, rank, world_size)]
         return epoch, np.concatenate(parts)
 
@@ -87,15 +88,36 @@ class SampleOrder:
         epoch, positions = self.batch(step, rank, world_size)
         return [(epoch, position) for position in positions.tolist()]
 
+    def _epoch(self, epoch: int) -> "_Epoch":
+        return recent(self.epochs, epoch, lambda number: _Epoch(self, number))
+
     def endless_lane(self, lane: int, start: int, stop: int) -> list[tuple[int, int]]:
         """(epoch, position) of a lane's samples start … stop − 1, when it walks all of its own, epoch after epoch."""
         found: list[tuple[int, int]] = []
         while start < stop:
             epoch, first = divmod(start, self.lane_length)
             last = min(first + stop - start, self.lane_length)
-            found += [(epoch, position) for position in _epoch(self, epoch).lane(lane, first, last).tolist()]
+            found += [(epoch, position) for position in self._epoch(epoch).lane(lane, first, last).tolist()]
             start += last - first
         return found
+
+
+def recent(kept: dict[int, T], epoch: int, make: Callable[[int], T]) -> T:
+    """An epoch's order, of the two that were asked for last: at an epoch's end some lanes are already in the next."""
+    if epoch not in kept:
+        if len(kept) > 1:
+            del kept[min(kept)]
+        kept[epoch] = make(epoch)
+    return kept[epoch]
+
+
+def check_lanes(lanes: int, batch_size: int) -> None:
+    """
+    Raises:
+        UserError: if a batch cannot be taken of them evenly.
+    """
+    if batch_size % lanes:
+        raise UserError(f"data.lanes={lanes} must divide train.batch_size={batch_size}")
 
 
 def lanes_of(lanes: int, rank: int, world_size: int) -> range:
@@ -148,6 +170,3 @@ class _Epoch:
             turns = np.random.Generator(np.random.PCG64([order.seed, self.epoch, number])).permutation(steps)
             samples[: steps * order.share] = parts[turns].ravel()
         return samples
-
-
-_epoch = lru_cache(maxsize=8)(_Epoch)

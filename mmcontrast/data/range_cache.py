@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from mmcontrast.errors import UserError
+
 CHUNK = 4 * 2**20  # bytes that are fetched and kept together
 KEPT_FREE = 2 * 2**30  # of the disk: beyond that nothing more is kept
 LOCKS = 1024
@@ -18,13 +20,23 @@ LOCKS = 1024
 
 def cache_root() -> Path:
     """$MMCONTRAST_CACHE, or mmcontrast in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmcontrast"
-    return Path(os.environ.get("MMCONTRAST_CACHE", default))
+    if named := os.environ.get("MMCONTRAST_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcontrast"
 
 
 def range_cache() -> "RangeCache":
-    """This process's, in $MMCONTRAST_CACHE/ranges, of $MMCONTRAST_CACHE_GIB (default: 32)."""
-    return _opened(cache_root() / "ranges", int(float(os.environ.get("MMCONTRAST_CACHE_GIB", "32")) * 2**30))
+    """This process's, in $MMCONTRAST_CACHE/ranges, of $MMCONTRAST_CACHE_GIB (default: 32).
+
+    Raises:
+        UserError: if that is no number.
+    """
+    gib = os.environ.get("MMCONTRAST_CACHE_GIB", "32")
+    try:
+        limit = int(float(gib) * 2**30)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"MMCONTRAST_CACHE_GIB={gib!r} is not a number of GiB; 0 keeps nothing") from error
+    return _opened(cache_root() / "ranges", limit)
 
 
 class RangeCache:
@@ -86,12 +98,13 @@ class RangeCache:
     def _keep(self, path: Path, data: bytes) -> None:
         if shutil.disk_usage(self.folder).free < KEPT_FREE + len(data):
             return
-        partial = Path(tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-", suffix=".partial")[1])
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-", suffix=".partial")
         try:
-            partial.write_bytes(data)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             os.replace(partial, path)
         except OSError:
-            partial.unlink(missing_ok=True)
+            Path(partial).unlink(missing_ok=True)
             raise
         self.written += len(data)
         if self.written > self.limit // 100:

@@ -11,6 +11,8 @@ import numpy as np
 
 from mmcontrast.errors import UserError
 
+MAX_EXTENSIONS = 1000  # of a shard: beyond that the keys have dots
+
 
 class Keys(Sequence[str]):
     """The samples' names, in one block of bytes."""
@@ -141,7 +143,17 @@ class Members:
                 raise UserError(
                     f"shard {shard}: the members of sample {keys[first]!r} are not adjacent; write the shard again, sorted"
                 )
+        if len(extensions) > MAX_EXTENSIONS:
+            raise UserError(
+                f"shard {shard}: {len(extensions)} different extensions, as .{next(reversed(extensions))}; what follows the"
+                " first dot of a member's name is its extension: write the names without dots before it"
+            )
         names = sorted(extensions)
+        cells = np.array(rows, dtype=np.int64) * max(1, len(names)) + np.array(columns, dtype=np.int64)
+        cells.sort()
+        if len(twice := cells[:-1][cells[1:] == cells[:-1]]):
+            row = int(twice[0]) // len(names)
+            raise UserError(f"shard {shard}: sample {keys[row]!r} has two members of one name; write the shard again")
         column_of = np.array([names.index(extension) for extension in extensions], dtype=np.int64)
         table = np.full((2, len(keys), len(names)), -1, dtype=np.int64)
         table[:, np.array(rows), column_of[np.array(columns, dtype=np.int64)]] = np.array(places), np.array(sizes)

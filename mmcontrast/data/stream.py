@@ -6,7 +6,7 @@ shows each sample once, batches depend on the numbers of ranks and workers, and 
 
 import logging
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, cast
@@ -17,12 +17,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmcontrast.data.dataset import MAX_MEMBER_BYTES, Members, Sample, collate, decoded
 from mmcontrast.data.files import expand_shards, open_stream
+from mmcontrast.data.shard import sample_of
+from mmcontrast.data.tar import MAX_NAME_BYTES
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError, Modality
 from mmcontrast.types import Batch
 
 BUFFER = 1000  # samples that a worker shuffles at a time
 END_MARK = bytes(1024)
+NAMES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 logger = logging.getLogger("mmcontrast")
 
 
@@ -70,6 +73,8 @@ class StreamDataset(IterableDataset[Sample]):
                 bad = next((value for value in raw.values() if isinstance(value, DecodeError)), None)
                 members: Members = bad or {name: value for name, value in raw.items() if not name.startswith("__")}
                 sample = decoded(raw["__key__"], members, self.modalities, self.keys, f"{seeds} {number}")
+                if sample.error and len(skipped) >= BUFFER:
+                    raise UserError(f"{len(skipped)} samples in turn could not be decoded; the last: {skipped[-1]['error']}")
                 if sample.error:
                     skipped.append({"error": f"shard {raw['__url__']}, sample {raw['__key__']!r}, {sample.error}"})
                 else:
@@ -84,11 +89,11 @@ class StreamDataset(IterableDataset[Sample]):
         Raises:
             UserError: after so many shards in turn without a member that there is none.
         """
-        empty = 0
+        empty, wanted = 0, {"json", *(extension for of in self.keys.values() for extension in of)}
         while empty < max(8, 2 * len(self.names)):
             members, name = 0, self.names[int(random.integers(len(self.names)))]
             try:
-                for member in _members(name):
+                for member in _members(name, wanted):
                     members += 1
                     yield member
             except Exception as error:  # every file system has its own kinds
@@ -101,13 +106,13 @@ class StreamDataset(IterableDataset[Sample]):
         return collate(samples, self.modalities)
 
 
-def _members(name: str) -> Iterator[dict[str, Any]]:
-    """The regular files of a tar, as webdataset groups them. Nothing is decompressed."""
+def _members(name: str, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Those of the wanted extensions in a tar, as webdataset groups them. Nothing is decompressed."""
     with closing(open_stream(name)) as file:
         tail = _Tail(file)
-        with tarfile.open(fileobj=cast(IO[bytes], tail), mode="r|") as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], tail), mode="r|", tarinfo=_Entry) as tar:
             for entry in tar:
-                if entry.isreg() and not entry.issparse():
+                if entry.isreg() and not entry.issparse() and sample_of(entry.name)[1] in wanted:
                     yield {"fname": entry.name, "data": _data(tar, entry), "__url__": name}
                 tar.members = []  # type: ignore[attr-defined]  # it would grow
         while tail.read(2**20):
@@ -121,6 +126,17 @@ def _data(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes | DecodeError:
         return DecodeError(f"member {entry.name}: {entry.size} bytes, more than {MAX_MEMBER_BYTES}")
     opened = tar.extractfile(entry)
     return opened.read() if opened else b""
+
+
+class _Entry(tarfile.TarInfo):
+    """What tells a name is of a name's size: tarfile would read it whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Entry":
+        entry = super().frombuf(buf, encoding, errors)
+        if entry.type in NAMES and entry.size > MAX_NAME_BYTES:
+            raise tarfile.ReadError(f"a name of {entry.size} bytes")
+        return entry
 
 
 class _Tail:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,7 +76,7 @@ class TableIndex(ShardIndex):
         if extension == "json" or extension in self.file_columns:
             return np.array([self.size(row, extension) for row in range(len(self))], dtype=np.int64)
         column = self.table[extension]
-        if pa.types.is_struct(column.type):
+        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
             column = pc.struct_field(column, "bytes")
         if pa.types.is_string(column.type) or _is_binary(column.type) or pa.types.is_large_string(column.type):
             lengths = pc.binary_length(column)
@@ -89,7 +89,7 @@ class TableIndex(ShardIndex):
             return 0
         value = self.table[extension][sample]
         if pa.types.is_struct(value.type):
-            data, path = value.get("bytes"), value.get("path")
+            data, path = (value.get(name) if value.is_valid and name in value else None for name in ("bytes", "path"))
             value = data if data is not None and data.is_valid else path
             named = value is path
         else:
@@ -99,11 +99,21 @@ class TableIndex(ShardIndex):
         if named:
             try:
                 return self._file(value.as_py()).stat().st_size
-            except (OSError, DecodeError):
+            except (OSError, ValueError, RuntimeError, DecodeError):
                 return 0  # said when it is read
         return value.as_buffer().size if hasattr(value, "as_buffer") else 8
 
     def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
+        """
+        Raises:
+            DecodeError: for a value that cannot be read, or a file that is not there.
+        """
+        try:
+            return self._read(sample, extensions)
+        except (ValueError, TypeError, KeyError, RuntimeError, OSError, pa.ArrowException) as error:
+            raise DecodeError(f"row {sample} cannot be read ({error})") from error
+
+    def _read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
         members = {}
         for extension in extensions:
             if extension == "json":
@@ -132,8 +142,8 @@ class TableIndex(ShardIndex):
                 return path.read_bytes()
             except OSError as error:
                 raise DecodeError(f"{path} cannot be read: {error.strerror}") from error
-        if isinstance(value, list) and value and isinstance(value[0], str):
-            return "\n".join(text for text in value if text).encode()
+        if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
+            return "\n".join(text for text in value if text).encode() or None
         if isinstance(value, list):
             target = io.BytesIO()
             np.save(target, np.array(value, dtype=np.float32))
@@ -165,18 +175,26 @@ def open_table(name: str, file_columns: Collection[str] = FILE_COLUMNS, files: s
     try:
         arrow, digest = _dataset(path) if path.is_dir() else _copied(path)
         table = _mapped(arrow)
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        if path.is_dir():
+            table.validate(full=True)  # somebody else wrote it: an offset that points astray would end the process
+        keys = _keys(table, digest)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name} cannot be read as a table ({' '.join(str(error).split())[:300]})") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise UserError(f"{name}: two columns have one name, among {', '.join(table.column_names)}")
     columns = tuple(column for column in table.column_names if column != "json")
-    texts = [c for c in ("key", "__key__") if c in columns and pa.types.is_string(table[c].type)]
-    keys: Sequence[str] = RowKeys(digest, len(table))
-    if texts:
-        named = [str(key).encode() for key in table[texts[0]].to_pylist()]
-        keys = Keys(np.frombuffer(b"".join(named), dtype=np.uint8), np.cumsum([len(key) for key in named]))
     folder = Path(files) if files else path.parent if path.is_file() else path
     return TableIndex(name, keys, (*columns, "json"), digest, arrow, frozenset(file_columns), folder)
+
+
+def _keys(table: pa.Table, digest: str) -> Sequence[str]:
+    for column in {"key", "__key__"} & set(table.column_names):
+        if pa.types.is_string(table[column].type) or pa.types.is_large_string(table[column].type):
+            named = [str(key).encode() for key in table[column].to_pylist()]
+            return Keys(np.frombuffer(b"".join(named), dtype=np.uint8), np.cumsum([len(key) for key in named], dtype=np.int64))
+    return RowKeys(digest, len(table))
 
 
 def _mapped(arrow: Sequence[Path]) -> pa.Table:
@@ -194,41 +212,63 @@ def _dataset(path: Path) -> tuple[tuple[Path, ...], str]:
 
 
 def _copied(path: Path) -> tuple[tuple[Path, ...], str]:
-    """(the Arrow copy, digest of its bytes) of a Parquet or CSV file."""
-    fingerprint = open_file(str(path)).fingerprint
-    name = hashlib.blake2b(f"{path.absolute()}".encode(), digest_size=12).hexdigest()
-    copy, about = (cache_root() / "tables" / f"{name}.{suffix}" for suffix in ("arrow", "json"))
-    if about.exists() and copy.exists():
-        known = json.loads(about.read_text())
-        if known["fingerprint"] == fingerprint:
-            return (copy,), known["digest"]
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=copy.parent, prefix=f"{name}-", suffix=".partial")
-    os.close(handle)
+    """(the Arrow copy, digest of its bytes) of a Parquet or CSV file. Any number of processes may make it at once.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    place = hashlib.blake2b(str(path.absolute()).encode(), digest_size=12).hexdigest()
+    version = hashlib.blake2b(open_file(str(path)).fingerprint.encode(), digest_size=6).hexdigest()
+    folder = cache_root() / "tables"
+    copy, about = (folder / f"{place}-{version}.{suffix}" for suffix in ("arrow", "digest"))
     try:
-        batches: Iterable[pa.RecordBatch]
-        if path.suffix == ".parquet":
-            file = pq.ParquetFile(path)
-            schema, batches = file.schema_arrow, file.iter_batches(ROWS)
-        else:
-            options = pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
-            nothing = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
-            reader = pyarrow.csv.open_csv(path, parse_options=options, convert_options=nothing)
-            schema, batches = reader.schema, reader
-        with pa.OSFile(partial, "wb") as target, pa.ipc.new_stream(target, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        with open(partial, "rb") as written:
-            digest = hashlib.file_digest(written, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-        about.unlink(missing_ok=True)
-        os.replace(partial, copy)
-        about.with_suffix(".partial").write_text(json.dumps({"fingerprint": fingerprint, "digest": digest}))
-        os.replace(about.with_suffix(".partial"), about)
+        _mapped([copy])
+        return (copy,), about.read_text()
+    except (OSError, ValueError, pa.ArrowException):
+        pass  # not there, or torn by a crash
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = _write_whole(copy, lambda partial: _convert(path, partial))
+        _write_whole(about, lambda partial: partial.write_text(digest))
+        for other in {*folder.glob(f"{place}-*")} - {copy, about}:  # of the file before it changed
+            if not other.name.endswith(".partial"):
+                other.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: no Arrow copy of it can be written to {copy.parent} ({error.strerror})") from error
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        if error.errno is None:  # Arrow's, about what it reads
+            raise ValueError(str(error)) from error
+        raise UserError(f"{path}: no Arrow copy of it can be written to {folder} ({error.strerror})") from error
     return (copy,), digest
+
+
+def _write_whole(target: Path, write: Callable[[Path], object]) -> str:
+    """Under a temporary name first; returns the digest of what was written."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f"{target.name}-", suffix=".partial")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        with partial.open("rb") as written:
+            digest = hashlib.file_digest(written, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def _convert(path: Path, target: Path) -> None:
+    batches: Iterable[pa.RecordBatch]
+    if path.suffix == ".parquet":
+        file = pq.ParquetFile(path)
+        schema, batches = file.schema_arrow, file.iter_batches(ROWS)
+    else:
+        options = pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
+        texts = {"key": pa.string(), "__key__": pa.string()}  # 001 is not 1
+        kinds = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True, column_types=texts)
+        reader = pyarrow.csv.open_csv(path, parse_options=options, convert_options=kinds)
+        schema, batches = reader.schema, reader
+    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from mmcontrast.data.shard import MemberIndex, Members
 from mmcontrast.errors import UserError
 
 BLOCK = 512  # bytes: tar's unit
-REGULAR, GNU_LONG_NAME, POSIX_RECORDS = b"0Lx"
+REGULAR, GNU_LONG_NAME, GNU_LONG_LINK, POSIX_RECORDS, POSIX_GLOBAL_RECORDS = b"0LKxg"
 MAX_NAME_BYTES = 2**20  # of what tells a member's long name
 NEAR = 64 * 2**10  # bytes between two members that are read with them rather than skipped
 AHEAD = 2**20  # bytes that a remote scan reads at a time
@@ -74,7 +75,7 @@ def _load(cached: Path, fingerprint: str) -> Members | None:
             if str(entry["fingerprint"]) == f"{VERSION} {fingerprint}":
                 arrays = {name: entry[name] for name in ("text", "ends", "extensions", "places", "sizes")}
                 return Members.of(**arrays, digest=str(entry["digest"]))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         pass  # not there, or not ours
     return None
 
@@ -132,6 +133,8 @@ def _members(file: LocalFile | RemoteFile) -> Iterator[tuple[str, int, int]]:
             elif kind == POSIX_RECORDS:  # of the form "27 path=…\n"
                 records = _text(read(content, size)).split("\n")
                 long_name = next((r.partition("path=")[2] for r in records if " path=" in r), long_name)
+            elif kind not in (GNU_LONG_LINK, POSIX_GLOBAL_RECORDS):  # a folder's or a link's own name
+                long_name = None
 
 
 @contextmanager

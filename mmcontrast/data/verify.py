@@ -1,5 +1,6 @@
 """`mmcontrast data verify`: every shard scanned, every member decoded, all that is wrong listed."""
 
+import io
 import json
 import zlib
 from collections.abc import Sequence
@@ -9,10 +10,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mmcontrast.data.dataset import MAX_MEMBER_BYTES
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES, ids_of
 from mmcontrast.data.files import expand_shards, is_remote
 from mmcontrast.data.index import index_shard
 from mmcontrast.data.loading import start_worker
@@ -39,7 +41,7 @@ class Fault:
 
 @cache
 def _decoders() -> dict[str, Modality]:
-    decoders: tuple[Modality, ...] = (ImageModality(size=1), TextModality(), AudioModality())
+    decoders: tuple[Modality, ...] = (ImageModality(size=224), TextModality(), AudioModality())
     return {extension: modality for modality in decoders for extension in modality.extensions}
 
 
@@ -80,16 +82,16 @@ def _unlike_manifest(name: str) -> str:
     try:
         manifest = json.loads((path.parent / MANIFEST).read_text())
         entries = {entry["name"]: entry for split in manifest["splits"].values() for entry in split["shards"]}
-        written = entries.get(path.name)
+        written = {entry["name"]: (entry["bytes"], entry["crc32"]) for entry in entries.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""  # none, or not ours
-    if written is None:
-        return ""
+    if path.name not in written:
+        return f"shard {path} is not named in the {MANIFEST} beside it: left from another corpus, or the manifest is not whole"
     checksum = 0
     with path.open("rb") as file:
         while data := file.read(2**24):
             checksum = zlib.crc32(data, checksum)
-    if (path.stat().st_size, checksum) == (written["bytes"], written["crc32"]):
+    if (path.stat().st_size, checksum) == written[path.name]:
         return ""
     return f"shard {path} is not as it was written: {MANIFEST} has other bytes for it; build or copy it again"
 
@@ -116,19 +118,18 @@ def _error(shard: ShardIndex, row: int, extension: str, size: int) -> str:
     if size > MAX_MEMBER_BYTES:
         return f"more than {MAX_MEMBER_BYTES} bytes"
     try:
-        data = shard.read(row, [extension])[extension]
+        data = shard.read(row, [extension]).get(extension)
+        if data is None:  # of a table: a list of nothing
+            return ""
         if extension == "json":
-            about = json.loads(data)
-            if not isinstance(about, dict):
-                return f"a JSON {type(about).__name__}, not an object"
-            for name in ("sample_id", "group_id"):
-                int(about.get(name, 0))
-            if int(about.get("group_id", 0)) < 0:
-                return f"group_id {about['group_id']} is negative"
+            ids_of(json.loads(data), 0)
+        elif extension.rpartition(".")[2] == "npy":
+            np.load(io.BytesIO(data), allow_pickle=False)
         elif decoder := _decoders().get(extension.rpartition(".")[2]):
             decoder.decode(data)
     except (DecodeError, UserError) as error:
         return str(error)
-    except (ValueError, TypeError) as error:
-        return f"not JSON as it should be ({error})"
+    except (ValueError, TypeError, EOFError, MemoryError, RuntimeError) as error:
+        kind = "JSON" if extension == "json" else "an array"
+        return f"not {kind} as it should be ({error or type(error).__name__})"
     return ""

@@ -53,6 +53,7 @@ def write_corpus(
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Makes every sample of every split and writes `<split>-<number>.tar`, and last `manifest.json`; returns the manifest.
+    Shards that an earlier corpus of these splits has beyond are removed.
 
     Args:
         folder: made if it is not there. Shards of the same names are replaced, one by one, whole.
@@ -75,6 +76,11 @@ def write_corpus(
         described[split]["members"].update(entry.pop("members"))
         described[split]["shards"].append(entry)
     manifest = {**(about or {}), "splits": described}
+    for split in splits:
+        kept = {entry["name"] for entry in described[split]["shards"]}
+        for shard in folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].tar"):
+            if shard.name not in kept:
+                shard.unlink()
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1))
     os.replace(partial, folder / MANIFEST)  # last: a corpus with a manifest is complete

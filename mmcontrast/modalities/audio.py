@@ -12,6 +12,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from mmcontrast.modalities.base import DecodeError, Modality
 
+MAX_VALUES = 2**28  # frames × channels of a sound, by its header, before it is decoded
 PADDING = -32768  # no sample of a sound has this value
 
 
@@ -34,6 +35,7 @@ class AudioModality(Modality):
 
     filters: Tensor
     hann: Tensor
+    of_source = frozenset({"shift", "max_seconds"})
     extensions = ("flac", "wav", "ogg", "mp3", "audio")
 
     def __init__(
@@ -67,6 +69,8 @@ class AudioModality(Modality):
             with soundfile.SoundFile(io.BytesIO(data)) as file:
                 if file.frames > self.max_seconds * file.samplerate:
                     raise DecodeError(f"{file.frames / file.samplerate:.0f} s of sound, more than {self.max_seconds}")
+                if file.frames * file.channels > MAX_VALUES:
+                    raise DecodeError(f"{file.frames} × {file.channels} values of sound, more than {MAX_VALUES}")
                 sound, rate = file.read(dtype="int16", always_2d=True), file.samplerate
         except (soundfile.SoundFileError, ValueError) as error:
             raise DecodeError(f"not a sound that can be decoded ({error})") from error

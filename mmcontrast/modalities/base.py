@@ -20,6 +20,8 @@ class Modality(nn.Module):
 
     extensions: ClassVar[tuple[str, ...]]  # members of a sample that it reads, the first one present
 
+    of_source: ClassVar[frozenset[str]] = frozenset()  # options that a source may have otherwise: none that changes the tensors
+
     @abstractmethod
     def decode(self, data: bytes) -> Any:
         """Raises DecodeError if the bytes cannot be decoded safely."""

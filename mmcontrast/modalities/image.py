@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -36,6 +37,7 @@ class ImageModality(Modality):
 
     factor: Tensor
     shift: Tensor
+    of_source = frozenset({"augment", "max_pixels", "scaled_decode"})
     extensions = ("jpg", "jpeg", "png", "webp", "image")
 
     def __init__(
@@ -92,8 +94,12 @@ class ImageModality(Modality):
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
             raise DecodeError(f"{width}×{height} pixels, more than max_pixels={self.max_pixels}")
+        if max(width, height) * self.size**2 > self.max_pixels * max(1, min(width, height)):
+            raise DecodeError(f"{width}×{height} pixels, so narrow that scaled to {self.size} it has more than max_pixels")
 
     def encode(self, value: Image.Image) -> Tensor:
+        if value.mode.startswith("I"):  # 16 bits, which Pillow would clip
+            value = Image.fromarray((np.asarray(value).clip(0, 65535) / 257).round().astype(np.uint8))
         return v2.functional.pil_to_tensor(value.convert("RGB" if self.channels == 3 else "L"))
 
     def transform(self, raw: Tensor, training: bool) -> Tensor:

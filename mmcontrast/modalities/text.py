@@ -23,6 +23,7 @@ class TextModality(Modality):
             1, 2 … that share a tower show all captions of a sample in one batch.
     """
 
+    of_source = frozenset({"context_length", "max_bytes", "captions"})
     extensions = ("txt", "caption", "text")
 
     def __init__(
@@ -36,7 +37,10 @@ class TextModality(Modality):
         if captions not in ("whole", "lines") and not (isinstance(captions, int) and captions >= 0):
             raise ValueError(f'captions is {captions!r}, it must be "whole", "lines", or the number of a line')
         self.name, self.context_length, self.max_bytes, self.captions = tokenizer, context_length, max_bytes, captions
-        self.pad_id = 0 if tokenizer == OPEN_CLIP else (self.tokenizer.pad_token_id or 0)
+        try:
+            self.pad_id = 0 if tokenizer == OPEN_CLIP else (self.tokenizer.pad_token_id or 0)
+        except OSError as error:
+            raise ValueError(f"tokenizer {tokenizer!r}: {' '.join(str(error).split())[:300]}") from error
 
     def __getstate__(self) -> dict[str, Any]:  # a worker process makes its own tokenizer
         return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -37,6 +38,7 @@ class TransformersTower(Tower):
     ) -> None:
         super().__init__()
         overrides = dict(config or {})
+        self.pad_id: int | None = None  # of the texts; set with the modality
         try:
             if pretrained:
                 self.network = AutoModel.from_pretrained(model, **overrides)
@@ -44,14 +46,16 @@ class TransformersTower(Tower):
                 self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
             else:
                 self.network = AutoModel.from_config(AutoConfig.for_model(model, **overrides))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"transformers tower {model!r}: {str(error).splitlines()[0]}") from error
+            self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
+            self.width = _width(self.network.config)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+            raise UserError(f"transformers tower {model!r}: {' '.join(str(error).split())[:300]}") from error
         if getattr(self.network, "pooler", None) is not None:
             self.network.pooler = None  # we pool ourselves; data parallelism refuses parameters that nobody uses
         if pooling not in ("mean", "first", "last"):
             raise UserError(f"transformers tower: pooling must be mean, first or last, not {pooling!r}")
         self.pooling, self.input = pooling, input or self.network.main_input_name
-        self.width, self.length_chunks = self.network.config.hidden_size, length_chunks
+        self.length_chunks = length_chunks
 
     def forward(self, batch: Tensor) -> Tensor:
         if self.input != "input_ids" or self.length_chunks == 1:
@@ -62,7 +66,7 @@ class TransformersTower(Tower):
         return torch.cat(parts)[order.argsort()]
 
     def _mask(self, tokens: Tensor) -> Tensor:
-        return torch.ne(tokens, self.network.config.pad_token_id or 0)
+        return torch.ne(tokens, (self.network.config.pad_token_id or 0) if self.pad_id is None else self.pad_id)
 
     def _features(self, batch: Tensor) -> Tensor:
         inputs: dict[str, Tensor] = {self.input: batch}
@@ -90,3 +94,16 @@ class TransformersTower(Tower):
             return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).clamp(min=1) - 1]
         weight = mask.unsqueeze(2).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _width(config: Any) -> int:
+    """Of the last hidden state.
+
+    Raises:
+        ValueError: for models that have several.
+    """
+    if hasattr(config, "hidden_size"):
+        return config.hidden_size
+    if hasattr(config, "hidden_sizes"):
+        return config.hidden_sizes[-1]
+    raise ValueError(f"{config.model_type} has no one hidden size; name a single encoder, as clip_vision_model of clip")

@@ -121,7 +121,7 @@ class TrainOptions(Options):
     accumulation_steps: Positive = 1
     queue_size: Annotated[int, Field(ge=0)] = 0
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     lr: Annotated[float, Field(gt=0)] = 1e-3
     tower_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
     weight_decay: Annotated[float, Field(ge=0)] = 0.1

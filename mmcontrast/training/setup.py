@@ -19,10 +19,11 @@ from mmcontrast.data import (
     clusters_of,
 )
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import MODALITIES, Modality
+from mmcontrast.modalities import MODALITIES, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
 from mmcontrast.towers import TOWERS
+from mmcontrast.towers.transformers import TransformersTower
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 
@@ -41,12 +42,17 @@ def make_model(
         if tower not in {of.tower for of in fields.values()}:
             raise UserError(f"towers.{tower} serves no field: name it in fields.<field>.tower, or remove it")
     torch.manual_seed(seed)
-    return ContrastiveModel(
-        make_modalities(fields),
-        {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()},
-        {field: of.tower for field, of in fields.items()},
-        **options.model_dump(),
-    )
+    modalities = make_modalities(fields)
+    made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
+    for field, modality in modalities.items():
+        tower = made[fields[field].tower]
+        if isinstance(modality, TextModality) and isinstance(tower, TransformersTower):
+            if tower.pad_id not in (None, modality.pad_id):
+                raise UserError(
+                    f"fields.{field}: its tokenizer pads with {modality.pad_id}, another's of its tower with {tower.pad_id}"
+                )
+            tower.pad_id = modality.pad_id
+    return ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
 
 
 def make_modalities(fields: Mapping[str, FieldOptions]) -> dict[str, Modality]:
@@ -136,8 +142,16 @@ def make_source(
             raise UserError(f"data.train.{name}: no field {field!r}; {nearest(field, fields)}")
     modalities = {field: model.modality(field) for field in fields}
     for field, changed in source.modalities.items():
+        for option in changed.keys() - modalities[field].of_source:
+            may = ", ".join(sorted(modalities[field].of_source)) or "none"
+            raise UserError(
+                f"data.train.{name}.modalities.{field}: {option!r} must be that of the model; a source may have: {may}"
+            )
         own = fields[field].modality
         spec = {**({"type": own} if isinstance(own, str) else own), **changed}
         modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
-    return ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)
+    dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)
+    for field in source.keys.keys() - dataset.keys.keys():
+        raise UserError(f"data.train.{name}.keys.{field}: no sample has a member {' or '.join(source.keys[field])}")
+    return dataset

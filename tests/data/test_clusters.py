@@ -110,3 +110,8 @@ def test_what_is_missing_is_named(shards, tmp_path):
         clusters_of(dataset, table(tmp_path / "other.parquet", a=[1], cluster=[1]))
     with pytest.raises(UserError, match="no file nowhere"):
         clusters_of(dataset, "nowhere.parquet")
+
+
+def test_lanes_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(UserError, match="data.lanes=8 must divide train.batch_size=12"):
+        ClusterOrder(12, 0, 8, "", "", CLUSTERS)

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardDataset, training_batches, write_shard
+from mmcontrast.data import order as order_module
 from mmcontrast.data.mixture import SLOTS
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality, VectorModality
@@ -28,7 +29,7 @@ def source_of(position):
 
 @pytest.mark.parametrize("batches", ["mixed", "single"])
 def test_weights_hold_and_every_source_walks_its_epochs(batches):
-    """To within one in every window of every lane; a source's lane shows all it has before it shows any of it again."""
+    """In all to within one slot a lane; a source's lane shows all it has before it shows any of it again."""
     order = mixture(batches)
     steps = SLOTS // (1 if batches == "single" else 4)
     places = [order.places(step) for step in range(steps)]
@@ -111,3 +112,25 @@ def test_a_field_of_no_source_is_refused(sources):
     datasets = opened(sources)[0].sources
     with pytest.raises(UserError, match="field 'vector': no sample of any source"):
         MixtureDataset(datasets, {"vector": VectorModality(3)})
+
+
+def test_many_sources_keep_their_epochs_at_hand(monkeypatch):
+    """Of every source the two last, however many there are: nothing is made again for each lane."""
+    made = []
+    make = order_module._Epoch
+    monkeypatch.setattr(order_module, "_Epoch", lambda order, epoch: made.append((order.data, epoch)) or make(order, epoch))
+    orders = tuple(SampleOrder((400,), 64, 3, 8, 10, 12, str(k)) for k in range(20))
+    order = MixtureOrder(orders, (0.05,) * 20)
+    for step in range(60):
+        order.places(step)
+    assert len(made) == len(set(made)) and {source for source, _ in made} == {str(k) for k in range(20)}
+
+
+def test_weights_never_drift():
+    """To within two slots of each window of a lane, and to within one of all windows so far."""
+    order, seen = mixture(weights=(0.4713, 0.0611, 0.4676)), Counter()
+    for number in range(12):
+        counts = Counter(source for source, _ in order._slots(2, number * SLOTS, (number + 1) * SLOTS))
+        seen += counts
+        for source, weight in enumerate(order.weights):
+            assert abs(counts[source] - SLOTS * weight) < 2 and abs(seen[source] - (number + 1) * SLOTS * weight) < 1

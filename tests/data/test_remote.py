@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -193,3 +194,13 @@ def test_a_cache_that_cannot_be_written_is_none(tmp_path, server, monkeypatch):
 def test_evaluation_reads_from_a_url(server):
     dataset = ShardDataset(f"{server.url}/val-00000.tar", {"text": TextModality(context_length=8)}, {})
     assert sum(map(len, all_batches(dataset, 8, num_workers=1))) == 24
+
+
+def test_files_of_the_cache_do_not_stay_open(tmp_path):
+    def opened():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    cache, before = RangeCache(tmp_path, 100 * CHUNK), opened()
+    for k in range(20):
+        cache.read(f"file {k}", 1000, 0, 1000, lambda a, b: bytes(b - a))
+    assert opened() == before

@@ -3,12 +3,13 @@
 import io
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 import webdataset
 from PIL import Image
 
-from mmcontrast.data import ShardDataset, all_batches, expand_shards, index_shard, write_shard
+from mmcontrast.data import ShardDataset, all_batches, expand_shards, index_shard, write_corpus, write_shard
 from mmcontrast.data.verify import verify_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
@@ -162,3 +163,62 @@ def test_a_folder_of_files_is_read_like_a_shard(tmp_path):
     before = dataset.digest
     (tmp_path / "files" / "a.txt").write_bytes(b"another first")
     assert ShardDataset(str(tmp_path / "files"), MODALITIES, {}).digest != before
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE])
+def test_a_long_name_of_a_folder_or_link_is_not_the_next_files(tmp_path, format, kind):
+    with tarfile.open(tmp_path / "x.tar", "w", format=format) as tar:
+        other = tarfile.TarInfo("é" + "n" * 120 + ".png")
+        other.type, other.linkname = kind, "é" + "m" * 120
+        tar.addfile(other)
+        for name in ("a.txt", "b.txt"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 3
+            tar.addfile(entry, io.BytesIO(b"abc"))
+    index = index_shard(tmp_path / "x.tar")
+    assert tuple(index.keys) == ("a", "b") and index.extensions == ("txt",)
+
+
+def test_names_that_are_no_keys_and_extensions_are_refused(tmp_path):
+    def tar(names):
+        with tarfile.open(tmp_path / "x.tar", "w") as file:
+            for name in names:
+                file.addfile(tarfile.TarInfo(name))
+        return index_shard(tmp_path / "x.tar")
+
+    with pytest.raises(UserError, match="sample 'a' has two members of one name"):
+        tar(["a.txt", "a.png", "a.txt", "b.txt"])
+    with pytest.raises(UserError, match=r"2000 different extensions, as \.1999\.jpg; what follows the first dot"):
+        tar([f"{k:05d}_0.{k}.jpg" for k in range(2000)])
+    with pytest.raises(UserError, match="braces of .* do not match"):
+        expand_shards("train-{0..3.tar")
+
+
+def test_sixteen_bits_of_grey_are_scaled():
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    target = io.BytesIO()
+    Image.fromarray(ramp).save(target, "PNG")
+    picture = ImageModality(8, channels=1).decode(target.getvalue())
+    assert picture.shape == (1, 64, 64) and abs(picture.float().mean() - 127.5) < 1 and picture.max() == 255
+
+
+def test_an_overwritten_corpus_leaves_nothing_of_the_last(tmp_path):
+    for count, each in ((20, 5), (12, 10)):
+        write_corpus(tmp_path, Numbers(count), samples_per_shard=each, workers=1)
+    assert sum(map(len, map(index_shard, expand_shards(str(tmp_path / "train-*.tar"))))) == 12
+    assert not verify_shards(str(tmp_path / "train-*.tar"), 1, progress=False)["faults"]
+    write_shard(tmp_path / "train-00009.tar", [{"__key__": "old", "txt": "x"}])
+    (fault,) = verify_shards(str(tmp_path / "train-*.tar"), 1, progress=False)["faults"]
+    assert "train-00009.tar is not named in the manifest.json beside it" in fault["error"]
+
+
+class Numbers:
+    def __init__(self, count):
+        self.count = count
+
+    def splits(self):
+        return {"train": range(self.count)}
+
+    def make_sample(self, split, item):
+        return {"__key__": f"k{item:03d}", "txt": str(item)}

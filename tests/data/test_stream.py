@@ -5,6 +5,7 @@ import io
 import logging
 import pickle
 import tarfile
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -117,3 +118,29 @@ def test_nothing_of_a_hostile_shard_does_harm(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["inner", "x.tar"]
     with pytest.raises(UserError, match="no shard at"):
         batches(f"pipe:touch {tmp_path}/harmed", 1)
+
+
+def test_samples_that_all_fail_end_the_run(tmp_path):
+    write_shard(tmp_path / "x.tar", [{"__key__": f"k{k}", "png": b"no picture"} for k in range(5)])
+    with pytest.raises(UserError, match="20 samples in turn could not be decoded; the last: .*not a picture"):
+        batches(str(tmp_path / "x.tar"), 1)
+
+
+def test_members_that_no_field_wants_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "MAX_MEMBER_BYTES", 1000)
+    write_shard(tmp_path / "x.tar", [{"__key__": f"k{k}", "txt": "fine", "mp4": b"x" * 2000} for k in range(5)])
+    assert not any(batch.replaced for batch in batches(str(tmp_path / "x.tar"), 5))
+
+
+def test_a_name_of_gigabytes_is_not_read(tmp_path, caplog):
+    entry = tarfile.TarInfo("x")
+    entry.type, entry.size = tarfile.XHDTYPE, 2**30
+    with (tmp_path / "x.tar").open("wb") as file:
+        file.write(entry.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**30 + 2048)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="no member came of"):
+        batches(str(tmp_path / "x.tar"), 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20 and "a name of 1073741824 bytes" in caplog.text

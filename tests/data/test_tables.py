@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import pickle
 
 import datasets
@@ -222,3 +223,60 @@ def test_a_training_run_of_a_table(config_file, corpus, tmp_path):
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def opened_at_once(name):
+    return open_shards(name)[0].digest
+
+
+def test_many_processes_open_a_table_at_once(tmp_path):
+    name = as_parquet(tmp_path)
+    with multiprocessing.get_context("fork").Pool(8) as pool:
+        digests = pool.map(opened_at_once, [name] * 40, chunksize=1)
+    assert len(set(digests)) == 1
+
+
+def test_a_torn_copy_is_made_again(tmp_path):
+    name = as_parquet(tmp_path)
+    (first,) = open_shards(name)
+    for suffix in ("arrow", "digest"):
+        (kept,) = (tmp_path / "cache" / "tables").glob(f"*.{suffix}")
+        kept.unlink() if suffix == "digest" else kept.write_bytes(b"")
+        (again,) = open_shards(name)
+        assert again.digest == first.digest and again.read(4, ["text"]) == {"text": b"number 4"}
+
+
+@pytest.mark.parametrize("end", [2 * 10**9, -5, 3000])
+def test_offsets_that_point_astray_are_refused(tmp_path, end):
+    name = as_dataset(tmp_path)
+    file = sorted((tmp_path / "x").glob("*.arrow"))[0]
+    data, texts = file.read_bytes(), "".join(f"number {k}" for k in range(10) if k != 5).encode()
+    place = data.index(np.cumsum([0, *(0 if k == 5 else 8 for k in range(10))], dtype=np.int32).tobytes())
+    assert texts in data
+    file.write_bytes(data[: place + 40] + np.int32(end).tobytes() + data[place + 44 :])
+    with pytest.raises(UserError, match="cannot be read as a table"):
+        open_shards(name)
+
+
+def test_keys_of_every_kind_of_text(tmp_path):
+    (tmp_path / "x.csv").write_text("key,text\n001,one\n002,two\n")
+    large = pa.array(["a", "b"], pa.large_string())
+    pq.write_table(pa.table({"key": large, "text": large}), tmp_path / "y.parquet")
+    assert [*open_shards(str(tmp_path / "x.csv"))[0].keys] == ["001", "002"]
+    assert [*open_shards(str(tmp_path / "y.parquet"))[0].keys] == ["a", "b"]
+
+
+def test_odd_values_are_absent_or_bad_samples_not_tracebacks(tmp_path):
+    rows = {"text": [[None, "a dog"], [], None, ["fine"]], "image": ["a\0b", "loop", None, "nowhere.png"]}
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    pq.write_table(pa.table(rows), tmp_path / "x.parquet")
+    text = ShardDataset(str(tmp_path / "x.parquet"), {"text": MODALITIES["text"]}, {})
+    (batch,) = all_batches(text, 4)
+    assert batch.present["text"].tolist() == [True, False, False, True]
+    image = ShardDataset(str(tmp_path / "x.parquet"), {"image": MODALITIES["image"]}, {})
+    assert [bool(image[k].error) for k in range(4)] == [True, True, False, True]
+    assert not any(image[k].lost for k in range(4))
+    assert [*inspect_shards([str(tmp_path / "x.parquet")], tmp_path / "page.html")]
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="two columns have one name"):
+        open_shards(str(tmp_path / "twice.parquet"))

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmcontrast.data import write_shard
+from mmcontrast.data import ShardDataset, all_batches, write_shard
+from mmcontrast.data.inspect import inspect_shards
 from mmcontrast.data.verify import _decoded, _scanned, verify_shards
+from mmcontrast.modalities import AudioModality, ImageModality, TextModality, VectorModality
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -171,3 +173,48 @@ def test_a_mutated_shard_is_reported_or_whole(whole, mutations):
         assert faults or (members == len(names) and number == len({name.partition(".")[0] for name in names}))
     finally:
         path.unlink()
+
+
+NARROW = io.BytesIO()
+Image.new("L", (40_000, 4)).save(NARROW, "PNG")
+HUGE_SOUND = bytearray(sound())  # its header alone says so: 3,600 s at 655,350 Hz, 8 channels
+HUGE_SOUND[18:26] = (655350 << 44 | 7 << 41 | 15 << 36 | 3600 * 655350).to_bytes(8, "big")
+WORSE_MEMBERS = {
+    "a picture so narrow that it grows": ("png", NARROW.getvalue(), "so narrow that scaled to 224"),
+    "a sound that is huge by its header": ("flac", bytes(HUGE_SOUND), "values of sound, more than"),
+    "an infinite number": ("json", b'{"sample_id": Infinity}', "not JSON as it should be"),
+    "a number beyond 64 bits": ("json", b'{"group_id": 1e30}', "beyond 64 bits"),
+    "a deep nest": ("json", b"[" * 100_000, "not JSON as it should be"),
+    "no array": ("npy", b"garbage", "not an array"),
+    "a pickled array": (
+        "npy",
+        b"\x93NUMPY\x01\x00\x76\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+        "not an array",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WORSE_MEMBERS)
+def test_worse_members_are_found_and_survived(tmp_path, fault):
+    """Found by verify with a reason; in training replaced."""
+    extension, data, message = WORSE_MEMBERS[fault]
+    good = [("a.png", picture()), ("a.txt", b"fine"), ("a.flac", sound()), ("a.json", b"{}")]
+    tar_of(tmp_path / "x.tar", [*good, (f"b.{extension}", data), ("b.txt", b"fine")] if extension != "txt" else good)
+    (found,) = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
+    assert (found["sample"], found["member"]) == ("b", extension) and message in found["error"]
+    modalities = {"image": ImageModality(224), "text": TextModality(), "audio": AudioModality(), "vector": VectorModality(2)}
+    if extension != "npy":
+        del modalities["vector"]
+    dataset = ShardDataset(str(tmp_path / "x.tar"), modalities, {}, training=True)
+    sample = dataset[0, 1]
+    assert (sample.error is None and message.split(",")[0] in sample.replaces[0]["error"]) or extension == "npy"
+
+
+def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        entry = tarfile.TarInfo("caf\xe9.txt")
+        entry.size = 4
+        tar.addfile(entry, io.BytesIO(b"text"))
+    (batch,) = all_batches(ShardDataset(str(tmp_path / "x.tar"), {"text": TextModality()}, {}), 1)
+    assert len(batch) == 1 and batch.metadata[0]["key"] == "caf\udce9"
+    assert [*inspect_shards([str(tmp_path / "x.tar")], tmp_path / "page.html")] and (tmp_path / "page.html").exists()

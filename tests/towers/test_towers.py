@@ -7,6 +7,8 @@ from mmcontrast.components import build
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, TextModality
 from mmcontrast.towers import TOWERS
+from mmcontrast.training.options import FieldOptions, ModelOptions
+from mmcontrast.training.setup import make_modalities, make_model
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 CASES = {
@@ -115,3 +117,37 @@ def test_padding_that_would_mix_into_the_features_is_refused():
     waves[1, 3000:] = torch.nan
     with pytest.raises(UserError, match="mixes padding into the features"):
         tower(waves)
+
+
+@pytest.mark.parametrize("model", ["bert", "qwen2", "roberta", "clip_text_model"])
+def test_the_tokenizers_padding_is_the_towers(model):
+    """Whatever the model's own config says: a text's features do not depend on what stands beside it."""
+    text = {"modality": {"type": "text", "context_length": 12}, "tower": "text"}
+    config = SMALL | {"vocab_size": 49408, "num_key_value_heads": 2, "hidden_dropout_prob": 0.0}
+    config = config if model != "clip_text_model" else SMALL | {"vocab_size": 49408}
+    for pooling in ("mean", "last"):
+        spec = {"type": "transformers", "model": model, "config": config, "pooling": pooling}
+        fields = {name: FieldOptions(**text) for name in ("a", "b")}
+        tower = make_model(fields, {"text": spec}, ModelOptions(embed_dim=8), 0).towers["text"].eval()
+        with torch.no_grad():
+            alone = tower(tokens()[:1, :3])
+            torch.testing.assert_close(tower(tokens())[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_a_tower_is_said_in_a_line(tmp_path):
+    for spec in ({"model": "clip"}, {"model": "bert", "config": {"hidden_size": "x"}}):
+        with pytest.raises(UserError, match="transformers tower"):
+            build({"type": "transformers", **spec}, TOWERS, "tower")
+    convnext = {"hidden_sizes": [8, 8, 8, 12], "depths": [1, 1, 1, 1]}
+    tower = build({"type": "transformers", "model": "convnext", "config": convnext}, TOWERS, "tower")
+    assert tower(torch.randn(2, 3, 32, 32)).shape == (2, 12)
+    with pytest.raises(UserError, match="tokenizer 'nope/nope'"):
+        make_modalities({"a": FieldOptions(modality={"type": "text", "tokenizer": "nope/nope"}, tower="t")})
+
+
+def test_a_half_precision_checkpoint_learns_in_full(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(**SMALL, vocab_size=100)).to(torch.bfloat16).save_pretrained(tmp_path / "bert")
+    tower = build({"type": "transformers", "model": str(tmp_path / "bert"), "pretrained": True}, TOWERS, "tower")
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}

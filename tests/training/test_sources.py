@@ -191,14 +191,20 @@ def test_all_captions_of_a_sample_in_one_batch(config_file, corpus, tmp_path):
         (["data.sequential=true", "data.bucket_by=text"], "data.sequential: the order is that of the tars"),
         (["data.train={a: {shards: x.tar}}", "data.bucket_by=text"], "data.bucket_by: .* there are several"),
         (["data.train={a: {shards: x.tar, weight: 2}}", "data.clusters=x.csv"], "so there are no weights"),
+        (["train.seed=-1"], "train.seed"),
+        (
+            ["data.train={a: {shards: '{corpus}/train-*.tar', modalities: {image: {mean: [0.1]}}}}"],
+            "'mean' must be that of the model",
+        ),
+        (["data.train={a: {shards: '{corpus}/train-*.tar', keys: {text: [captoin]}}}"], "no sample has a member captoin"),
         (["data.clusters=x.csv"], "data.clusters: no file x.csv"),
         (["data.train=pipe:touch harmed"], "no shard at 'pipe:touch harmed'"),
         (["data.train=file:///etc/passwd"], "URLs of 'file' are not opened; there is: http, https, s3"),
     ],
 )
-def test_what_does_not_go_together_is_refused(config_file, options, message):
+def test_what_does_not_go_together_is_refused(config_file, corpus, options, message):
     with pytest.raises(UserError, match=message):
-        make_job(load_config(config_file, options))
+        make_job(load_config(config_file, [option.replace("{corpus}", str(corpus)) for option in options]))
 
 
 def test_a_cache_too_small_for_what_is_shuffled_is_told_of(config_file, corpus, monkeypatch):
