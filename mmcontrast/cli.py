@@ -73,7 +73,7 @@ def train(
     and report.html. On several GPUs: torchrun --nproc-per-node 8 -m mmcontrast train CONFIG
     """
     from mmcontrast.config import load_config
-    from mmcontrast.runs import check_folder, make_job, prepare_folder
+    from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder
     from mmcontrast.training.distributed import join_processes
     from mmcontrast.training.loop import train as run_training
 
@@ -81,6 +81,7 @@ def train(
     state = join_processes()
     if state.is_main_process:
         check_folder(loaded, resume, overwrite)
+        lock = lock_folder(loaded)
         console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
     job = make_job(loaded)
     if state.is_main_process:
@@ -89,6 +90,7 @@ def train(
     results = run_training(job, resume)
     if state.is_main_process and results:
         console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)
+        lock.close()
 
 
 @command(app, "evaluate")

@@ -58,10 +58,17 @@ class ContrastiveModel(nn.Module):
         self.modalities, self.towers, self.tower_of = nn.ModuleDict(modalities), nn.ModuleDict(towers), dict(tower_of)
         self.projections = nn.ModuleDict({name: _head(t.width, embed_dim, projection) for name, t in towers.items()})
         self.embed_dim, self.max_logit_scale = embed_dim, max_logit_scale
+        self.locked: list[nn.Module] = []  # modules that never train
         # shape [1]: sharded data parallelism refuses parameters without a dimension
         self.pairs = list(combinations(modalities, 2)) if scale_per_pair else []
         self.log_logit_scale = nn.Parameter(torch.full((len(self.pairs) or 1,), math.log(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([float(logit_bias)]))
+
+    def train(self, mode: bool = True) -> "ContrastiveModel":
+        super().train(mode)
+        for module in self.locked:
+            module.eval()
+        return self
 
     def modality(self, field: str) -> Modality:
         modality = self.modalities[field]

@@ -1,8 +1,10 @@
 """A run and its folder: made from a config for training, or opened again for evaluation and embedding."""
 
+import fcntl
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from rich.table import Table
@@ -128,6 +130,21 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{folder} exists: continue it with --resume, replace it with --overwrite, or set run.name")
 
 
+def lock_folder(config: RunConfig) -> IO[str]:
+    """Keeps others from training the same run, as long as this process lives and the file that is returned is open.
+
+    Raises:
+        UserError: if another process trains it.
+    """
+    config.folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = (config.folder.parent / f".{config.folder.name}.lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no data worker inherits it
+    except OSError as error:
+        raise UserError(f"another process is training {config.folder}: wait for its end, or choose another run.name") from error
+    return lock
+
+
 def prepare_folder(config: RunConfig, overwrite: bool) -> None:
     """Makes the run's folder, anew if `overwrite`, with its config."""
     if overwrite:
@@ -147,7 +164,7 @@ class TrainedRun:
 
 
 def open_run(folder: Path, which: str = "last", device: str | None = None) -> TrainedRun:
-    """Rebuilds a model from its run's folder.
+    """Rebuilds a model from its run's folder, with the averaged weights if the run has them.
 
     Args:
         which: the checkpoint: "last", "best" or a step's number.
@@ -161,7 +178,7 @@ def open_run(folder: Path, which: str = "last", device: str | None = None) -> Tr
     config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
     model = make_model(config.fields, config.towers, config.model, config.train.seed)
-    load_weights(model, checkpoint.load_weights(saved), str(saved))
+    load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return TrainedRun(folder, config, model.eval().to(where), where)
 

@@ -6,6 +6,7 @@ Written under a temporary name, flushed to the disk, renamed: a folder of the ri
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from torch import Tensor
 
 from mmcontrast.errors import UserError
 
-WEIGHTS, STATE, CONFIG = "model.safetensors", "state.pt", "config.yaml"
+WEIGHTS, AVERAGED, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
 BEST = "best.json"  # the name of the best checkpoint, and by what value
 
 
-def save(folder: Path, step: int, weights: dict[str, Tensor], state: dict[str, Any], config: str) -> Path:
-    """Writes the checkpoint of a step; `state` is anything that `torch.load(weights_only=True)` admits.
+def save(
+    folder: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: str,
+    averaged: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Writes the checkpoint of a step; `state` is anything that `torch.load(weights_only=True)` admits. `averaged` weights are
+    a file of their own, if there are some.
 
     Raises:
         UserError: if it cannot be written (a full disk); earlier checkpoints stay as they were.
@@ -30,7 +39,9 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], state: dict[str, A
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / WEIGHTS)
+        for name, tensors in ((WEIGHTS, weights), (AVERAGED, averaged or {})):
+            if tensors:
+                save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name)
         torch.save(state, partial / STATE)
         (partial / CONFIG).write_text(config)
         for file in (*partial.iterdir(), partial):
@@ -60,11 +71,11 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the last `keep` and the best."""
+def prune(folder: Path, keep: int, every: int = 0) -> None:
+    """Removes all but the last `keep`, the best, and those of every `every`-th step."""
     best = best_of(folder)
     for checkpoint in complete(folder)[:-keep]:
-        if checkpoint != best:
+        if checkpoint != best and not (every and int(checkpoint.name.removeprefix("step-")) % every == 0):
             shutil.rmtree(checkpoint)
 
 
@@ -100,13 +111,13 @@ def find(folder: Path, which: str) -> Path:
     raise UserError(f"no checkpoint {which!r} in {folder}; there are steps: {have}")
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Of a checkpoint's folder, or of a .safetensors file.
+def load_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
+    """Of a checkpoint's folder, or of a .safetensors file; with `averaged` the moving average, where a checkpoint has one.
 
     Raises:
         UserError: if there is no such file.
     """
-    file = path / WEIGHTS if path.is_dir() else path
+    file = path / (AVERAGED if averaged and (path / AVERAGED).exists() else WEIGHTS) if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no weights at {file}")
     return load_file(file)

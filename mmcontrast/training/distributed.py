@@ -1,9 +1,11 @@
 """Joining the other processes of a launch (torchrun, accelerate launch, Slurm), through accelerate."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -13,6 +15,7 @@ from accelerate import PartialState
 
 from mmcontrast.errors import PeerLost
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while one evaluates; of stalls the watchdog knows better
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 
@@ -24,6 +27,9 @@ def join_processes() -> PartialState:
         RuntimeError: if fewer processes meet than were launched: each would train alone.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gives its ranks sessions of their own, so they would outlive its kill
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} if launched > 1 else {}
     state = PartialState(cpu=launched > 1 and not torch.cuda.is_available(), **options)
     if state.num_processes != launched:

@@ -1,5 +1,6 @@
 """The training loop: the only one. Read it from top to bottom."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import Audit, warnings
 from mmcontrast.training.distributed import join_processes, peers
 from mmcontrast.training.job import Job
-from mmcontrast.training.log import StepLog, make_progress
-from mmcontrast.training.optim import make_optimizer
+from mmcontrast.training.log import StepLines, StepLog, make_progress
+from mmcontrast.training.optim import follow, freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.preemption import preemptible
 from mmcontrast.training.queue import MomentumQueue
@@ -57,8 +58,10 @@ def train(job: Job, resume: bool = False) -> Results:
             f" train.accumulation_steps={options.accumulation_steps} equal parts"
         )
     objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
+    until = freeze(job.model, options.freeze)
+    averaged = copy.deepcopy(job.model).requires_grad_(False).to(accelerator.device) if options.ema_decay else None
     model, optimizer = accelerator.prepare(job.model, make_optimizer(job.model, options))
-    learner = Learner(model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue)
+    learner = Learner(model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until)
 
     start = 0
     if resume:
@@ -67,7 +70,10 @@ def train(job: Job, resume: bool = False) -> Results:
         load_weights(job.model, checkpoint.load_weights(weights_path(options.init_from)), options.init_from)
         if queue:
             queue.follow(job.model, momentum=0.0)
+        if averaged:
+            follow(averaged, job.model, momentum=0.0)
     log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
+    evaluations = StepLines(job.folder / EVALUATIONS, start) if accelerator.is_main_process else None
     audit = Audit(job, start, accelerator)
     batches = training_batches(
         job.dataset,
@@ -122,10 +128,10 @@ def train(job: Job, resume: bool = False) -> Results:
             if due(done, options.checkpoint_every, options.steps) or evaluating or stopping:
                 with log.paused() if log else nullcontext(), watchdog.away():
                     saved = save(done, job, checkpoints, learner)
-                    if evaluating and accelerator.is_main_process:
-                        results = evaluate_now(job, done, saved, accelerator, progress, last=done == options.steps)
+                    if evaluating and evaluations:
+                        results = evaluate_now(job, done, saved, learner, evaluations, progress)
                     if accelerator.is_main_process:
-                        checkpoint.prune(checkpoints, options.keep_checkpoints)
+                        checkpoint.prune(checkpoints, options.keep_checkpoints, options.keep_every)
                     accelerator.wait_for_everyone()
             if stopping and done < options.steps:
                 raise Preempted(f"{job.name}: asked to end; step {done} is saved: continue with --resume")
@@ -169,7 +175,8 @@ def save(done: int, job: Job, folder: Path, learner: Learner) -> Path | None:
         "order": job.order.state(),
         "threads": torch.get_num_threads(),
     }
-    return checkpoint.save(folder, done, job.model.state_dict(), state, job.config)
+    averaged = learner.averaged.state_dict() if learner.averaged else {}
+    return checkpoint.save(folder, done, job.model.state_dict(), state, job.config, averaged)
 
 
 def restore(path: Path, job: Job, learner: Learner) -> int:
@@ -190,8 +197,13 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
     if state["step"] >= job.options.steps:
         raise UserError(f"{job.folder} already has its {state['step']} steps: raise train.steps, or `mmcontrast evaluate`")
     load_weights(job.model, checkpoint.load_weights(path), str(path))
-    learner.optimizer.load_state_dict(state["optimizer"])
+    try:
+        learner.optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"cannot resume {job.folder}: another optimizer, or other weights learn ({error})") from error
     job.objective.load_state_dict(state["objective"])
+    if learner.averaged:
+        load_weights(learner.averaged, checkpoint.load_weights(path, averaged=True), str(path))
     if learner.queue:
         if len(state["queue"]) != len(learner.queue.state_dict()):
             raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
@@ -219,16 +231,19 @@ def weights_path(source: str) -> Path:
     return checkpoint.find(path / "checkpoints", "last") if (path / "checkpoints").is_dir() else path
 
 
-def evaluate_now(job: Job, done: int, saved: Path | None, accelerator: Accelerator, progress: Progress, last: bool) -> Results:
-    """Evaluates the weights at hand, keeps score of the best checkpoint, and at the end writes results and page."""
-    results, tables = evaluate(job.model, job.eval_datasets, job.evaluation, accelerator.device, progress)
+def evaluate_now(
+    job: Job, done: int, saved: Path | None, learner: Learner, evaluations: StepLines, progress: Progress
+) -> Results:
+    """Evaluates the weights at hand, averaged if they are, keeps score of the best checkpoint, and at the end writes results
+    and page."""
+    model = learner.averaged or job.model
+    results, tables = evaluate(model, job.eval_datasets, job.evaluation, learner.accelerator.device, progress)
     if not results:
         return results
-    with (job.folder / EVALUATIONS).open("a") as file:
-        file.write(json.dumps({"step": done} | results) + "\n")
-    accelerator.log(results, step=done)
-    if last:  # before anything that may be refused: the results are kept
-        finish(job.folder, job.name, results, tables, job.model, job.eval_datasets, job.evaluation)
+    evaluations.add({"step": done} | results)
+    learner.accelerator.log(results, step=done)
+    if done == job.options.steps:  # before anything that may be refused: the results are kept
+        finish(job.folder, job.name, results, tables, model, job.eval_datasets, job.evaluation)
         progress.console.print(results_table(results))
     key = job.evaluation.best or next(name for name in results if "/mean_recall_at_" in name)
     if key not in results:

@@ -1,41 +1,123 @@
-"""AdamW with the usual groups, and the learning rate as a function of the step."""
+"""The optimizer with its groups, what is frozen, the averaged weights, and the learning rate as a function of the step."""
 
 import math
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
 
+import timm.optim
 import torch
+from torch import nn
 
+from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.training.options import TrainOptions
 
+BLOCK = re.compile(r".*?(stages\.\d+\.(blocks|layers)\.\d+|layer\d+\.\d+|(stages|blocks|layers|layer|resblocks|h)\.\d+)\.")
 
-def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.optim.AdamW:
+
+def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.optim.Optimizer:
     """Matrices decay; vectors and scalars (biases, norms, the logit scale and bias) do not. A group's `peak_lr` is what
-    the schedule scales.
+    the schedule scales: that of its tower, times the tower's layer decay for every layer above (as in BEiT, arXiv:2106.08254).
 
     Raises:
-        UserError: if `tower_lr` names no tower of the model.
+        UserError: if `tower_lr` or `layer_decay` name no tower of the model, or there is no such optimizer.
     """
-    for name in options.tower_lr.keys() - model.towers.keys():
-        raise UserError(f"train.tower_lr: no tower {name!r}; there is {', '.join(model.towers)}")
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for option in ("tower_lr", "layer_decay"):
+        for name in getattr(options, option).keys() - model.towers.keys():
+            raise UserError(f"train.{option}: no tower {name!r}; there is {', '.join(model.towers)}")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    heights = {name: heights_of(tower) for name, tower in model.towers.items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tower = name.split(".")[1] if name.startswith(("towers.", "projections.")) else ""
-            decay = options.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((options.tower_lr.get(tower, options.lr), decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": group, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()],
-        betas=options.betas,
-        eps=options.eps,
-        fused=True,
-    )
+            kind, _, rest = name.partition(".")
+            tower, _, inner = rest.partition(".") if kind in ("towers", "projections") else ("", "", "")
+            lr, decay = options.tower_lr.get(tower, options.lr), options.weight_decay if parameter.dim() > 1 else 0.0
+            if kind == "towers" and tower in options.layer_decay:
+                lr *= options.layer_decay[tower] ** heights[tower][inner]
+            groups.setdefault((lr, decay), []).append(parameter)
+    made = [{"params": group, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+    if not made:
+        raise UserError("train.freeze leaves nothing to learn")
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(made, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    given: dict[str, Any] = {"type": options.optimizer} if isinstance(options.optimizer, str) else dict(options.optimizer)
+    kind = str(given.pop("type", "adamw"))
+    if kind not in timm.optim.list_optimizers():
+        raise UserError(f"train.optimizer: no {kind!r}; {nearest(kind, map(str, timm.optim.list_optimizers()))}")
+    try:
+        return timm.optim.create_optimizer_v2(made, opt=kind, lr=options.lr, **given)
+    except (TypeError, AssertionError, ImportError) as error:
+        raise UserError(f"train.optimizer {kind}: {error}") from error
+
+
+def heights_of(tower: nn.Module) -> dict[str, int]:
+    """Of each parameter, how many layers are above it: 0 for what follows the last block, most for what precedes the first."""
+    names = [name for name, _ in tower.named_parameters()]
+    blocks = list(dict.fromkeys(match.group() for name in names if (match := BLOCK.match(name))))
+    heights, seen = {}, False
+    for name in names:
+        match = BLOCK.match(name)
+        seen = seen or match is not None
+        below = blocks.index(match.group()) + 1 if match else (len(blocks) + 1 if seen else 0)
+        heights[name] = len(blocks) + 1 - below
+    return heights
+
+
+def freeze(model: ContrastiveModel, patterns: Mapping[str, int | None]) -> list[tuple[int, nn.Parameter]]:
+    """Locks the weights whose names match a pattern: for good, or until a step. Modules that are locked for good are in
+    evaluation mode always: no dropout, batch norms as they are (LiT, arXiv:2111.07991).
+
+    Returns:
+        (step, parameter) of those that are locked until then.
+
+    Raises:
+        UserError: for a pattern that matches nothing.
+    """
+    parameters, until = dict(model.named_parameters()), []
+    for pattern, step in patterns.items():
+        matching = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UserError(f"train.freeze: no weights match {pattern!r}; {nearest(pattern, parameters)}")
+        for parameter in matching:
+            parameter.requires_grad_(step is not None)
+        until += [(step, parameter) for parameter in matching if step is not None]
+    model.locked = [module for module in model.modules() if module is not model and _is_locked(module)]
+    model.train(model.training)
+    return until
+
+
+def _is_locked(module: nn.Module) -> bool:
+    own = list(module.parameters())
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+def still_locked(until: list[tuple[int, nn.Parameter]], step: int) -> Iterator[nn.Parameter]:
+    return (parameter for end, parameter in until if step < end)
+
+
+@torch.no_grad()
+def follow(averaged: nn.Module, model: nn.Module, momentum: float) -> None:
+    """averaged ← momentum · averaged + (1 − momentum) · model; running statistics are taken over."""
+    for weight, other in zip(averaged.parameters(), model.parameters(), strict=True):
+        weight.lerp_(other.detach(), 1 - momentum)
+    for statistic, its in zip(averaged.buffers(), model.buffers(), strict=True):
+        statistic.copy_(its)
 
 
 def schedule(step: int, options: TrainOptions) -> float:
-    """The share of its peak that a learning rate has at optimizer step number `step`, from 0: linear warm-up, then a
-    cosine that reaches 0 after the last step."""
+    """The share of its peak that a learning rate has at optimizer step number `step`, from 0: linear warm-up, then the
+    schedule's own way to `final_lr_share` after the last step. "wsd" stays at the peak and falls linearly in the last
+    `decay_share` of the steps (warm-up–stable–decay, arXiv:2404.06395)."""
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    left = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+        "wsd": min(1.0, (options.steps - step) / max(1.0, options.decay_share * options.steps)),
+    }[options.schedule]
+    return options.final_lr_share + (1 - options.final_lr_share) * left

@@ -99,16 +99,23 @@ class TrainOptions(Options):
         queue_size: so many past embeddings of each field, of a momentum encoder, are further negatives (MoCo); 0: none.
         queue_momentum: of that encoder's weights.
         seed: of weights, order and augmentation.
-        lr, weight_decay, betas, eps: AdamW's; biases, norms, the logit scale and bias do not decay.
+        optimizer: adamw, or the name of one of timm's, with its options: {type: lion, betas: [0.95, 0.98]}.
+        lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any); biases, norms, logit scale and bias do not decay.
         tower_lr: lr of the towers that need another, by name, with their projection: {text: 5e-4}.
-        warmup_steps: of linear warm-up, before the cosine to zero.
+        layer_decay: of towers by name: each layer has this times the lr of the one above: {image: 0.75}.
+        freeze: weights by patterns of their names, locked until a step or for good: {towers.image.*: null, towers.text.*: 9}.
+        warmup_steps: of linear warm-up, before the schedule.
+        schedule: cosine, linear, constant, or wsd (warm-up, stable, decay over the last decay_share of the steps).
+        final_lr_share: what is left of the lr after the last step.
+        ema_decay: of an exponential moving average of the weights, which is evaluated and saved beside them; at step n no more
+            than (1 + n) / (10 + n), so that it forgets the start.
         clip_grad_norm: largest gradient norm; null: no clipping.
         precision: of the towers. Losses and statistics are fp32 always.
         channels_last: memory format of convolutions.
         threads: of torch in each process; null: torch's default.
         init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
         log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
-        keep_checkpoints: the last so many, and the best.
+        keep_checkpoints: the last so many, the best, and those of every keep_every-th step (0: none).
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
             and the run ends.
         signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
@@ -122,12 +129,19 @@ class TrainOptions(Options):
     queue_size: Annotated[int, Field(ge=0)] = 0
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     seed: Annotated[int, Field(ge=0)] = 0
+    optimizer: Component = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     tower_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
+    layer_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    freeze: dict[str, Positive | None] = {}
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
@@ -137,5 +151,6 @@ class TrainOptions(Options):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Positive = 2
+    keep_every: Annotated[int, Field(ge=0)] = 0
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     signals: bool = True

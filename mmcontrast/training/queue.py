@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.score.ranks import exchange, gather_rows
+from mmcontrast.training.optim import follow
 from mmcontrast.types import ABSENT, Batch
 
 
@@ -42,14 +43,9 @@ class MomentumQueue(nn.Module):
             found[field] = rows[share].clone(), ids[share].clone()
         return found
 
-    @torch.no_grad()
     def follow(self, model: nn.Module, momentum: float | None = None) -> None:
         """Moves the encoder's weights towards a model's; running statistics are taken over."""
-        momentum = self.momentum if momentum is None else momentum
-        for weight, other in zip(self.encoder.parameters(), model.parameters(), strict=True):
-            weight.lerp_(other.detach(), 1 - momentum)
-        for statistic, its in zip(self.encoder.buffers(), model.buffers(), strict=True):
-            statistic.copy_(its)
+        follow(self.encoder, model, self.momentum if momentum is None else momentum)
 
     @torch.no_grad()
     def push(self, batch: Batch, micro_batch_size: int | None, device: torch.device, group: dist.ProcessGroup | None) -> None:

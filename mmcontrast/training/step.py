@@ -1,5 +1,6 @@
 """One optimizer step: forward, loss over all ranks, backward, the check that all is finite, update."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -12,12 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmcontrast.errors import TrainingStopped
-from mmcontrast.model import Embeddings
+from mmcontrast.model import ContrastiveModel, Embeddings
 from mmcontrast.objectives import Objective, Pairing, contrastive_loss
 from mmcontrast.objectives.inputs import NO_GROUP
 from mmcontrast.objectives.pairing import term_name
 from mmcontrast.training.grad_cache import cached_backward, no_sync
-from mmcontrast.training.optim import schedule
+from mmcontrast.training.optim import follow, schedule, still_locked
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.types import Batch
@@ -38,6 +39,8 @@ class Learner:
     Attributes:
         negative_of: fields that only provide negatives, and for which field.
         queue: past embeddings as further negatives, or None.
+        averaged: the moving average of the model, or None.
+        until: steps and weights that are locked until then.
     """
 
     model: nn.Module
@@ -48,6 +51,8 @@ class Learner:
     options: TrainOptions
     negative_of: Mapping[str, str]
     queue: MomentumQueue | None = None
+    averaged: ContrastiveModel | None = None
+    until: list[tuple[int, nn.Parameter]] = dataclasses.field(default_factory=list)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -114,6 +119,8 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
         last = part is parts[-1]
         value_of_part, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
         loss += value_of_part
+    for parameter in still_locked(learner.until, step):
+        parameter.grad = None
     norm = accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf)
 
     told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked))])
@@ -130,6 +137,8 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
     optimizer.zero_grad()
     model = accelerator.unwrap_model(learner.model)
     model.clamp_logit_scale()
+    if learner.averaged and options.ema_decay:
+        follow(learner.averaged, model, min(options.ema_decay, (1 + step) / (10 + step)))
     if learner.queue:
         learner.queue.follow(model)
         with accelerator.autocast():

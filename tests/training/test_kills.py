@@ -1,9 +1,7 @@
 """SIGKILL at random moments, in saves too: the run that is resumed every time ends as one that was left alone."""
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -30,7 +28,7 @@ DROPOUT = "towers.text.config.hidden_dropout_prob=0.1"
 def start(config_file, ranks, *options):
     launcher = TORCHRUN if ranks == 2 else ()
     command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *SETTINGS, *options]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):
@@ -54,7 +52,7 @@ def kill(process, run, moment, chooser):
         if not writing:
             time.sleep(chooser.random() * 0.1)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # torchrun alone, if it is there: its ranks go with it
         process.communicate()
 
 

@@ -17,7 +17,7 @@ from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
 from mmcontrast.errors import TrainingStopped, UserError
-from mmcontrast.runs import embed_shards, make_job, open_run
+from mmcontrast.runs import embed_shards, lock_folder, make_job, open_run
 from mmcontrast.training import checkpoint
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
@@ -293,3 +293,13 @@ def test_signals_and_a_scale_for_every_pair(config_file):
         assert 0 <= line[f"signals/{direction}/accuracy"] <= 1
         assert 1 <= line[f"signals/{direction}/effective_negatives"] <= 16
     assert "effective negatives" in (folder / "report.html").read_text()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(config_file, tmp_path):
+    config = load_config(config_file)
+    with lock_folder(config):
+        for options in ((), ("--overwrite",)):
+            done = train(config_file, *options)
+            assert done.returncode == 2 and "another process is training" in " ".join(done.stderr.split())
+        assert not (tmp_path / "runs" / "small").exists()
+    assert train(config_file, "train.steps=1").returncode == 0
