@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -56,6 +58,70 @@ def save(
             " untouched: make room, then continue with --resume"
         ) from error
     return target
+
+
+class Saver:
+    """Writes checkpoints beside the training: `save` copies what there is to write, and returns; a thread does the rest.
+
+    Args:
+        beside: False: `save` returns when all is written.
+    """
+
+    def __init__(self, folder: Path, keep: int, every: int, beside: bool) -> None:
+        self.folder, self.keep, self.every, self.beside = folder, keep, every, beside
+        self.writing: Future[Path] | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def save(
+        self, step: int, weights: Mapping[str, Tensor], state: dict[str, Any], config: str, averaged: Mapping[str, Tensor]
+    ) -> None:
+        """
+        Raises:
+            UserError: if this one, or the one before, could not be written.
+        """
+        self.wait()
+        what = (weights, state, config, averaged)
+        self.writing = self.thread.submit(self._write, step, *(_copied(what) if self.beside else what))
+        if not self.beside:
+            self.wait()
+
+    def _write(self, step: int, *what: Any) -> Path:
+        written = save(self.folder, step, *what)
+        prune(self.folder, self.keep, self.every)
+        return written
+
+    def wait(self) -> Path | None:
+        """Until the last one is written; returns it.
+
+        Raises:
+            UserError: if it could not be written.
+        """
+        writing, self.writing = self.writing, None
+        return writing.result() if writing else None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Whatever ends the run, what was begun is written."""
+        self.thread.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def mark_best(self, value: float) -> None:
+        """Takes note of the last one, if its value is higher than any before."""
+        if written := self.wait():
+            mark_best(self.folder, written, value)
+            prune(self.folder, self.keep, self.every)
+
+
+def _copied(tree: Any) -> Any:
+    """The same with tensors of its own, in the memory of the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree
 
 
 def _flush(path: Path) -> None:

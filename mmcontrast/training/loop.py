@@ -31,6 +31,7 @@ from mmcontrast.training.optim import follow, freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.preemption import preemptible
 from mmcontrast.training.queue import MomentumQueue
+from mmcontrast.training.spikes import Spikes
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.watchdog import Watchdog
 
@@ -73,8 +74,10 @@ def train(job: Job, resume: bool = False) -> Results:
         if averaged:
             follow(averaged, job.model, momentum=0.0)
     log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
+    keeping = options.keep_checkpoints, options.keep_every
+    saver = checkpoint.Saver(checkpoints, *keeping, options.async_checkpoints) if accelerator.is_main_process else None
     evaluations = StepLines(job.folder / EVALUATIONS, start) if accelerator.is_main_process else None
-    audit = Audit(job, start, accelerator)
+    audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)
     batches = training_batches(
         job.dataset,
         job.order,
@@ -92,8 +95,9 @@ def train(job: Job, resume: bool = False) -> Results:
         Watchdog(options.stall_seconds, job.folder, rank, world_size) as watchdog,
         make_progress(accelerator.is_main_process) as progress,
         peers(),
+        saver or nullcontext(),
     ):
-        for warning in warnings(job):
+        for warning in warnings(job) if log else ():
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
         for step in range(start, options.steps):
@@ -113,6 +117,8 @@ def train(job: Job, resume: bool = False) -> Results:
                     (job.folder / STOPPED).write_text(json.dumps(about))
                 raise
             stopping = values.pop("asked")
+            for warning in spikes.see(done, values["loss"], values["logit_scale"]) if log else ():
+                progress.console.print(f"warning: {warning}", highlight=False, markup=False)
             values |= audit.step(done, batch, values["bad_samples"], progress)
 
             if log and logging:
@@ -127,11 +133,12 @@ def train(job: Job, resume: bool = False) -> Results:
             evaluating = due(done, options.evaluate_every, options.steps) and (done == options.steps or not stopping)
             if due(done, options.checkpoint_every, options.steps) or evaluating or stopping:
                 with log.paused() if log else nullcontext(), watchdog.away():
-                    saved = save(done, job, checkpoints, learner)
-                    if evaluating and evaluations:
-                        results = evaluate_now(job, done, saved, learner, evaluations, progress)
-                    if accelerator.is_main_process:
-                        checkpoint.prune(checkpoints, options.keep_checkpoints, options.keep_every)
+                    if saver:
+                        saver.save(done, *state_of(done, job, learner))
+                    if evaluating and evaluations and saver:
+                        results = evaluate_now(job, done, saver, learner, evaluations, progress)
+                    if saver and (stopping or done == options.steps):
+                        saver.wait()
                     accelerator.wait_for_everyone()
             if stopping and done < options.steps:
                 raise Preempted(f"{job.name}: asked to end; step {done} is saved: continue with --resume")
@@ -163,10 +170,8 @@ def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
     return MomentumQueue(job.model, fields, job.options.queue_size, job.options.queue_momentum).to(device)
 
 
-def save(done: int, job: Job, folder: Path, learner: Learner) -> Path | None:
-    """The checkpoint after a number of steps, written by the main process."""
-    if not learner.accelerator.is_main_process:
-        return None
+def state_of(done: int, job: Job, learner: Learner) -> tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]:
+    """(weights, state, config, averaged weights) after a number of steps: what a checkpoint holds."""
     state = {
         "step": done,
         "optimizer": learner.optimizer.state_dict(),
@@ -176,7 +181,7 @@ def save(done: int, job: Job, folder: Path, learner: Learner) -> Path | None:
         "threads": torch.get_num_threads(),
     }
     averaged = learner.averaged.state_dict() if learner.averaged else {}
-    return checkpoint.save(folder, done, job.model.state_dict(), state, job.config, averaged)
+    return job.model.state_dict(), state, job.config, averaged
 
 
 def restore(path: Path, job: Job, learner: Learner) -> int:
@@ -232,7 +237,7 @@ def weights_path(source: str) -> Path:
 
 
 def evaluate_now(
-    job: Job, done: int, saved: Path | None, learner: Learner, evaluations: StepLines, progress: Progress
+    job: Job, done: int, saver: checkpoint.Saver, learner: Learner, evaluations: StepLines, progress: Progress
 ) -> Results:
     """Evaluates the weights at hand, averaged if they are, keeps score of the best checkpoint, and at the end writes results
     and page."""
@@ -248,8 +253,7 @@ def evaluate_now(
     key = job.evaluation.best or next(name for name in results if "/mean_recall_at_" in name)
     if key not in results:
         raise UserError(f"evaluation.best={key!r} is no result; there is: {', '.join(results)}")
-    assert saved is not None
-    checkpoint.mark_best(job.folder / "checkpoints", saved, results[key])
+    saver.mark_best(results[key])
     return results
 
 

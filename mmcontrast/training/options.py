@@ -115,6 +115,7 @@ class TrainOptions(Options):
         threads: of torch in each process; null: torch's default.
         init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
         log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
+        async_checkpoints: write them beside the training, from a copy in memory.
         keep_checkpoints: the last so many, the best, and those of every keep_every-th step (0: none).
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
             and the run ends.
@@ -150,6 +151,7 @@ class TrainOptions(Options):
     log_every: Positive = 10
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    async_checkpoints: bool = True
     keep_checkpoints: Positive = 2
     keep_every: Annotated[int, Field(ge=0)] = 0
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0

@@ -209,6 +209,34 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert checkpoint.load_state(checkpoint.find(tmp_path, "last")) == state
 
 
+def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
+    """What is written is what there was when it was asked for; a failure comes with the next; best and every fourth stay."""
+    weights, state = {"w": torch.zeros(1000)}, {"step": 0, "optimizer": {"state": [torch.zeros(3), (1, 2)]}}
+    with checkpoint.Saver(tmp_path, 1, 4, beside=True) as saver:
+        for step in range(1, 8):
+            saver.save(step, weights, state, "a: 1", {})
+            weights["w"] += 1
+            state["optimizer"]["state"][0].add_(1)
+            if step == 3:
+                saver.mark_best(0.9)
+    kept = checkpoint.complete(tmp_path)
+    assert [path.name for path in kept] == ["step-00000003", "step-00000004", "step-00000007"]
+    for path in kept:
+        before = int(path.name[-8:]) - 1
+        assert (checkpoint.load_weights(path)["w"] == before).all()
+        assert checkpoint.load_state(path)["optimizer"]["state"][0].tolist() == [before] * 3
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with checkpoint.Saver(tmp_path, 9, 0, beside=True) as saver:
+        saver.save(8, weights, state, "a: 1", {})
+        with pytest.raises(UserError, match="step 8 could not be written"):
+            saver.save(9, weights, state, "a: 1", {})
+    assert checkpoint.complete(tmp_path) == kept
+
+
 def test_the_last_and_the_best_are_kept(tmp_path):
     for step, value in enumerate([0.1, 0.9, 0.3, 0.2], start=1):
         checkpoint.mark_best(tmp_path, checkpoint.save(tmp_path, step, {"w": torch.ones(1)}, {}, ""), value)

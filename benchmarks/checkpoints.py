@@ -1,0 +1,70 @@
+"""What checkpoints cost: a run that writes one every 20 steps, beside the training and in its way, and one that writes none.
+
+    make data && python benchmarks/checkpoints.py --pairs 3
+
+The quickstart's model and data, in turn, each in a process of its own; wall time from the first step to the last, medians, and
+ratios of pairs.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+SIDES = {
+    "none": ["train.checkpoint_every=0"],
+    "beside": ["train.checkpoint_every=20", "train.async_checkpoints=true"],
+    "in the way": ["train.checkpoint_every=20", "train.async_checkpoints=false"],
+}
+
+
+def seconds(side: str, steps: int) -> float:
+    from mmcontrast.cli import keep_freed_memory
+    from mmcontrast.config import load_config
+    from mmcontrast.runs import make_job, prepare_folder
+    from mmcontrast.training.log import StepLog
+    from mmcontrast.training.loop import train
+
+    keep_freed_memory()
+    began: list[float] = []
+    write = StepLog.write
+
+    def timed(log, values, device):  # the first logged step: data and memory are warm
+        began.append(time.perf_counter())
+        return write(log, values, device)
+
+    StepLog.write = timed  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"run.dir={folder}", f"train.steps={steps}", "evaluation.splits={}", "evaluation.zero_shot={}"]
+        config = load_config("configs/quickstart.yaml", [*options, "train.log_every=10", *SIDES[side]])
+        job = make_job(config)
+        prepare_folder(config, overwrite=False)
+        train(job)
+    return began[-1] - began[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=110)
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    if not Path("data/glyphs/manifest.json").exists():
+        parser.error("no data/glyphs: run `make data` first")
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    for _ in range(options.pairs):
+        for side in SIDES:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                times[side].append(pool.submit(seconds, side, options.steps).result())
+    for side in list(SIDES)[1:]:
+        ratios = [a / b for a, b in zip(times[side], times["none"], strict=True)]
+        print(
+            f"{side}: {statistics.median(times[side]):.1f} s, none {statistics.median(times['none']):.1f} s:"
+            f" {statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
