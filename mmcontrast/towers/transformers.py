@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import huggingface_hub.errors
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from mmcontrast.errors import UserError
 from mmcontrast.towers.base import Tower
 
-INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
+WRONG_VALUE = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
 
 
 class TransformersTower(Tower):
@@ -48,7 +48,7 @@ class TransformersTower(Tower):
                 self.network = AutoModel.from_config(AutoConfig.for_model(model, **overrides))
             self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
             self.width = _width(self.network.config)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, WRONG_VALUE) as error:
             raise UserError(f"transformers tower {model!r}: {' '.join(str(error).split())[:300]}") from error
         if getattr(self.network, "pooler", None) is not None:
             self.network.pooler = None  # we pool ourselves; data parallelism refuses parameters that nobody uses
