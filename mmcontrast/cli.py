@@ -81,10 +81,10 @@ def train(
     state = join_processes()
     if state.is_main_process:
         check_folder(loaded, resume, overwrite)
-        lock = lock_folder(loaded)
         console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
     job = make_job(loaded)
     if state.is_main_process:
+        lock = lock_folder(loaded)
         prepare_folder(loaded, overwrite)
     state.wait_for_everyone()
     results = run_training(job, resume)
