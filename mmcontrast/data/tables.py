@@ -72,7 +72,16 @@ class TableIndex(ShardIndex):
     def table(self) -> pa.Table:
         return _mapped(self.arrow)
 
+    @cached_property
+    def _sizes(self) -> dict[str, np.ndarray]:
+        return {}
+
     def sizes_of(self, extension: str) -> np.ndarray:
+        if extension not in self._sizes:  # an order by length asks in every window
+            self._sizes[extension] = self._measured(extension)
+        return self._sizes[extension]
+
+    def _measured(self, extension: str) -> np.ndarray:
         if extension == "json" or extension in self.file_columns:
             return np.array([self.size(row, extension) for row in range(len(self))], dtype=np.int64)
         column = self.table[extension]

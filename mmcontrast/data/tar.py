@@ -157,11 +157,6 @@ def _reader(file: LocalFile | RemoteFile) -> Iterator[Callable[[int, int], bytes
     yield read
 
 
-def is_header(block: bytes) -> bool:
-    """Whether 512 bytes can be the start of an uncompressed tar."""
-    return len(block) == BLOCK and (not any(block) or _checksums_hold([block]))
-
-
 def _checksums_hold(headers: list[bytes]) -> bool:
     """A header's bytes add up to the number in it, its own eight taken for spaces."""
     if not headers:

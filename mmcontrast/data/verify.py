@@ -81,8 +81,8 @@ def _unlike_manifest(name: str) -> str:
         return ""
     try:
         manifest = json.loads((path.parent / MANIFEST).read_text())
-        entries = {entry["name"]: entry for split in manifest["splits"].values() for entry in split["shards"]}
-        written = {entry["name"]: (entry["bytes"], entry["crc32"]) for entry in entries.values()}
+        entries = [entry for split in manifest["splits"].values() for entry in split["shards"]]
+        written = {entry["name"]: (entry["bytes"], entry["crc32"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""  # none, or not ours
     if path.name not in written:

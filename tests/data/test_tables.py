@@ -280,3 +280,12 @@ def test_odd_values_are_absent_or_bad_samples_not_tracebacks(tmp_path):
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "twice.parquet")
     with pytest.raises(UserError, match="two columns have one name"):
         open_shards(str(tmp_path / "twice.parquet"))
+
+
+@pytest.mark.parametrize("make", [as_parquet, as_csv, as_dataset])
+def test_sizes_are_those_of_a_tar_and_measured_once(tmp_path, make):
+    (table,), (tar,) = open_shards(make(tmp_path)), open_shards(as_tar(tmp_path))
+    for column, member in (("image", "png"), ("text", "txt"), ("audio", "flac")):
+        sizes = table.sizes_of(column)
+        assert sizes.tolist() == tar.sizes_of(member).tolist() == [table.size(row, column) for row in range(COUNT)]
+        assert table.sizes_of(column) is sizes
