@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 FAULTS = ("drop", "stall", "truncate", "503")
+AT_MOST = 4  # faults of a plan that one request meets, however many threads ask: below the attempts of a reader
 
 
 class Server(ThreadingHTTPServer):
@@ -28,6 +29,7 @@ class Server(ThreadingHTTPServer):
         self.plan: list[str] = []
         self.always, self.with_ranges, self.stamp = "", True, "1"
         self.seen: Counter[str] = Counter()
+        self.met: Counter[tuple[str, str, str]] = Counter()
         self.ranges: list[tuple[str, int, int]] = []
 
     @property
@@ -50,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = ""
         with server.lock:
             if not head or (server.plan or [server.always])[0] == "503":
-                fault = server.plan.pop(0) if server.plan else server.always
+                fault = self.planned() if server.plan else server.always
                 server.seen[fault] += 1
         if fault == "503" or not path.is_file():
             self.send_response(503 if fault else 404)
@@ -84,6 +86,15 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(3)
             return
         self.wfile.write(body)
+
+    def planned(self) -> str:
+        """The plan's next turn, or nothing for a request that has met its share of faults."""
+        request = (self.command, self.path, self.headers.get("Range", ""))
+        if self.server.plan[0] and self.server.met[request] >= AT_MOST:
+            return ""
+        fault = self.server.plan.pop(0)
+        self.server.met[request] += bool(fault)
+        return fault
 
     def log_message(self, *_: object) -> None:
         pass
