@@ -21,9 +21,10 @@ from mmcontrast.options import Patterns
 from mmcontrast.training import checkpoint
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import make_progress
-from mmcontrast.training.loop import finish, load_weights
+from mmcontrast.training.loop import finish
 from mmcontrast.training.options import FieldOptions
 from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
+from mmcontrast.training.state import load_weights
 
 CONFIG = "config.yaml"
 
@@ -178,6 +179,7 @@ def open_run(folder: Path, which: str = "last", device: str | None = None) -> Tr
     config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
     model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    checkpoint.check(saved)
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return TrainedRun(folder, config, model.eval().to(where), where)

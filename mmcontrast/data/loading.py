@@ -3,7 +3,7 @@
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,13 +93,20 @@ def _share(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
-    """Every sample once, in the shards' order.
+def all_batches(
+    dataset: ShardDataset, batch_size: int, num_workers: int = 0, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Every sample once, in the shards' order; or those of some rows.
 
     Raises:
         UserError: at the first sample that cannot be decoded.
     """
     loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=start_worker
+        dataset,
+        batch_size=batch_size,
+        sampler=rows,
+        num_workers=num_workers,
+        collate_fn=dataset.collate,
+        worker_init_fn=start_worker,
     )
     return _checked(loader, len(loader))

@@ -1,8 +1,9 @@
 """Embedding tables: what a model makes of a data set, in memory and on disk."""
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +20,7 @@ from mmcontrast.data import ShardDataset, all_batches
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.types import ABSENT, Batch
 
 PART_ROWS = 100_000
 
@@ -113,15 +116,23 @@ def embed_dataset(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     label: str = "embedding",
+    group: dist.ProcessGroup | None = None,
 ) -> EmbeddingTable:
-    """Every sample of a data set, in order. The model is put in evaluation mode and left as it was."""
+    """Every sample of a data set, in order. The model is put in evaluation mode and left as it was.
+
+    With a process group each rank embeds its share, in as many batches as any other; the first returns the whole table, the
+    others what they have made.
+    """
     was_training = model.training
     model.eval()
-    task = progress.add_task(label, total=len(dataset), note="") if progress else None
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    start, stop = len(dataset) * rank // world_size, len(dataset) * (rank + 1) // world_size
+    share = range(start, start + math.ceil(len(dataset) / world_size))  # of the same length everywhere: it may overlap the next
+    task = progress.add_task(label, total=len(share), note="") if progress else None
     rows: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
-    for batch in all_batches(dataset, batch_size, num_workers):
+    for batch in all_batches(dataset, batch_size, num_workers, share):
         embeddings = model(batch.to(torch.device(device)))
         for field in fields:
             fields[field].append(embeddings.fields[field].float().cpu())
@@ -134,12 +145,29 @@ def embed_dataset(
     if progress and task is not None:
         progress.remove_task(task)
     model.train(was_training)
+    keep = slice(stop - start)
+    own = EmbeddingTable(
+        {field: torch.cat(parts)[keep] for field, parts in fields.items()},
+        {field: torch.cat(parts)[keep] for field, parts in present.items()},
+        torch.cat(rows["sample_ids"])[keep],
+        torch.cat(rows["group_ids"])[keep],
+        rows["metadata"][keep],
+    )
+    if not group:
+        return own
+    tables: list[Any] | None = None if rank else [None] * world_size
+    dist.gather_object(own, tables, group_dst=0, group=group)
+    return joined(tables) if tables else own
+
+
+def joined(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
+    """One after the other."""
     return EmbeddingTable(
-        {field: torch.cat(parts) for field, parts in fields.items()},
-        {field: torch.cat(parts) for field, parts in present.items()},
-        torch.cat(rows["sample_ids"]),
-        torch.cat(rows["group_ids"]),
-        rows["metadata"],
+        {field: torch.cat([table.fields[field] for table in tables]) for field in tables[0].fields},
+        {field: torch.cat([table.present[field] for table in tables]) for field in tables[0].present},
+        torch.cat([table.sample_ids for table in tables]),
+        torch.cat([table.group_ids for table in tables]),
+        [entry for table in tables for entry in table.metadata],
     )
 
 
@@ -151,6 +179,8 @@ def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], devic
     batch = modality.collate([modality.tokens(text) for text in texts])
     was_training = model.training
     model.eval()
-    embeddings = model.encode(field, batch.to(device)).cpu()
+    nobodys = torch.full((len(batch),), ABSENT)
+    prompts = Batch({field: batch}, {field: nobodys == ABSENT}, nobodys, nobodys, [{}] * len(batch))
+    embeddings = model(prompts.to(torch.device(device))).fields[field].float().cpu()
     model.train(was_training)
     return embeddings

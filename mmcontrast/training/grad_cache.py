@@ -41,7 +41,7 @@ def cached_backward(
     device = torch.device(device)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     parts, states, seen = batch.split(micro_batch_size), [], []
-    with torch.no_grad(), _running_statistics_kept(inner):
+    with torch.no_grad(), running_statistics_kept(inner):
         for part in parts:
             states.append(_random_state(device))
             seen.append(inner(part.to(device)))
@@ -93,7 +93,7 @@ def batch_norms(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Batch norms count a micro-batch once, though it passes twice."""
     tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     tracking = [module for module in tracking if module.training]

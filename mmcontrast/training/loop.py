@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from rich.progress import Progress
-from torch import nn
 
 from mmcontrast.data import (
     ShardDataset,
@@ -24,14 +24,16 @@ from mmcontrast.evaluation.report import read_log, write_report
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import Audit, warnings
-from mmcontrast.training.distributed import join_processes, peers
+from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, peers
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLines, StepLog, make_progress
 from mmcontrast.training.optim import follow, freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.parallel import is_sharded, place
 from mmcontrast.training.preemption import preemptible
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.spikes import Spikes
+from mmcontrast.training.state import load_weights, restore, state_of, weights_path
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.watchdog import Watchdog
 
@@ -60,8 +62,10 @@ def train(job: Job, resume: bool = False) -> Results:
         )
     objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
     until = freeze(job.model, options.freeze)
-    averaged = copy.deepcopy(job.model).requires_grad_(False).to(accelerator.device) if options.ema_decay else None
-    model, optimizer = accelerator.prepare(job.model, make_optimizer(job.model, options))
+    averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
+    copies = [one for one in (averaged, queue and queue.encoder) if one]
+    model = place(job.model, copies, options, accelerator)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(job.model, options))
     learner = Learner(model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until)
 
     start = 0
@@ -74,8 +78,7 @@ def train(job: Job, resume: bool = False) -> Results:
         if averaged:
             follow(averaged, job.model, momentum=0.0)
     log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
-    keeping = options.keep_checkpoints, options.keep_every
-    saver = checkpoint.Saver(checkpoints, *keeping, options.async_checkpoints) if accelerator.is_main_process else None
+    saver = make_saver(checkpoints, options, accelerator)
     evaluations = StepLines(job.folder / EVALUATIONS, start) if accelerator.is_main_process else None
     audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)
     batches = training_batches(
@@ -134,8 +137,8 @@ def train(job: Job, resume: bool = False) -> Results:
             if due(done, options.checkpoint_every, options.steps) or evaluating or stopping:
                 with log.paused() if log else nullcontext(), watchdog.away():
                     if saver:
-                        saver.save(done, *state_of(done, job, learner))
-                    if evaluating and evaluations and saver:
+                        saver.save(done, state_of(done, job, learner))
+                    if evaluating:
                         results = evaluate_now(job, done, saver, learner, evaluations, progress)
                     if saver and (stopping or done == options.steps):
                         saver.wait()
@@ -150,7 +153,7 @@ def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
     """accelerate's device, precision, data parallelism and trackers."""
     join_processes()
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
+        mixed_precision={"fp32": "no", "tf32": "no"}.get(options.precision, options.precision),
         log_with="tensorboard",
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
     )
@@ -162,6 +165,17 @@ def due(done: int, every: int, total: int) -> bool:
     return done == total or (every > 0 and done % every == 0)
 
 
+def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) -> checkpoint.Saver | None:
+    """On the first rank; where weights are in shards on all of them, with a process group of its own."""
+    sharded, rank = is_sharded(options), accelerator.process_index
+    group: Any = None
+    if sharded:
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    elif rank:
+        return None
+    return checkpoint.Saver(folder, options.keep_checkpoints, options.keep_every, options.async_checkpoints, rank, group)
+
+
 def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
     """The queue that the options ask for; on a model that accelerate has not prepared yet."""
     if not job.options.queue_size:
@@ -170,80 +184,15 @@ def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
     return MomentumQueue(job.model, fields, job.options.queue_size, job.options.queue_momentum).to(device)
 
 
-def state_of(done: int, job: Job, learner: Learner) -> tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]:
-    """(weights, state, config, averaged weights) after a number of steps: what a checkpoint holds."""
-    state = {
-        "step": done,
-        "optimizer": learner.optimizer.state_dict(),
-        "queue": learner.queue.state_dict() if learner.queue else {},
-        "objective": job.objective.state_dict(),
-        "order": job.order.state(),
-        "threads": torch.get_num_threads(),
-    }
-    averaged = learner.averaged.state_dict() if learner.averaged else {}
-    return job.model.state_dict(), state, job.config, averaged
-
-
-def restore(path: Path, job: Job, learner: Learner) -> int:
-    """Loads a checkpoint into a job; returns the steps that are done.
-
-    Raises:
-        UserError: if the checkpoint is of another model or another order of the data; it says what differs.
-    """
-    state: dict[str, Any] = checkpoint.load_state(path)
-    now = job.order.state()
-    for name in sorted(state["order"].keys() | now.keys()):
-        before, after = (str(order.get(name)) for order in (state["order"], now))
-        if before != after:
-            raise UserError(
-                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]};"
-                " give it back, or start another run with train.init_from"
-            )
-    if state["step"] >= job.options.steps:
-        raise UserError(f"{job.folder} already has its {state['step']} steps: raise train.steps, or `mmcontrast evaluate`")
-    load_weights(job.model, checkpoint.load_weights(path), str(path))
-    try:
-        learner.optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"cannot resume {job.folder}: another optimizer, or other weights learn ({error})") from error
-    job.objective.load_state_dict(state["objective"])
-    if learner.averaged:
-        load_weights(learner.averaged, checkpoint.load_weights(path, averaged=True), str(path))
-    if learner.queue:
-        if len(state["queue"]) != len(learner.queue.state_dict()):
-            raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
-        load_weights(learner.queue, state["queue"], f"the queue in {path}")
-    return state["step"]
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """
-    Raises:
-        UserError: if names or shapes differ; it names the first.
-    """
-    own = model.state_dict()
-    for name in sorted(own.keys() ^ weights.keys()):
-        raise UserError(f"{source}: {name} is {'missing in it' if name in own else 'not in the model'}: another architecture")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
-    model.load_state_dict(dict(weights))
-
-
-def weights_path(source: str) -> Path:
-    """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder."""
-    path = Path(source)
-    return checkpoint.find(path / "checkpoints", "last") if (path / "checkpoints").is_dir() else path
-
-
 def evaluate_now(
-    job: Job, done: int, saver: checkpoint.Saver, learner: Learner, evaluations: StepLines, progress: Progress
+    job: Job, done: int, saver: checkpoint.Saver | None, learner: Learner, evaluations: StepLines | None, progress: Progress
 ) -> Results:
-    """Evaluates the weights at hand, averaged if they are, keeps score of the best checkpoint, and at the end writes results
-    and page."""
+    """Evaluates the weights at hand, averaged if they are; all ranks embed, the first has the results, keeps score of the best
+    checkpoint, and at the end writes results and page."""
     model = learner.averaged or job.model
-    results, tables = evaluate(model, job.eval_datasets, job.evaluation, learner.accelerator.device, progress)
-    if not results:
+    device, group = learner.accelerator.device, learner.group
+    results, tables = evaluate(model, job.eval_datasets, job.evaluation, device, progress, group)
+    if not (results and evaluations and saver):
         return results
     evaluations.add({"step": done} | results)
     learner.accelerator.log(results, step=done)

@@ -110,7 +110,14 @@ class TrainOptions(Options):
         ema_decay: of an exponential moving average of the weights, which is evaluated and saved beside them; at step n no more
             than (1 + n) / (10 + n), so that it forgets the start.
         clip_grad_norm: largest gradient norm; null: no clipping.
-        precision: of the towers. Losses and statistics are fp32 always.
+        precision: of the towers. Losses and statistics are fp32 always; "tf32": matrix products of fp32, theirs too, through
+            the tensor cores of NVIDIA's.
+        parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
+            gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
+        reshard_after_forward: of fsdp: let a block's weights go after its forward, and fetch them again for its backward.
+        recompute: towers whose blocks keep their inputs alone, and compute the rest again in the backward: activation
+            checkpointing.
+        compile: towers whose blocks are compiled by torch.compile.
         channels_last: memory format of convolutions.
         threads: of torch in each process; null: torch's default.
         init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
@@ -144,7 +151,11 @@ class TrainOptions(Options):
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    reshard_after_forward: bool = True
+    recompute: list[str] = []
+    compile: list[str] = []
     channels_last: bool = False
     threads: Positive | None = None
     init_from: str | None = None
