@@ -22,7 +22,7 @@ from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.towers import blocks_of
-from mmcontrast.training.grad_cache import running_statistics_kept
+from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept
 from mmcontrast.training.options import TrainOptions
 
 
@@ -57,6 +57,9 @@ def place(
         for name in getattr(options, option):
             if name not in model.towers:
                 raise UserError(f"train.{option}: no tower {name!r}; {nearest(name, model.towers)}")
+    for name in set(options.recompute) & set(options.compile):
+        if batch_norms(model.towers[name]):
+            raise UserError(f"train.recompute and train.compile of tower {name!r}: its batch norms allow one of the two")
     if options.parallel == "fsdp" and options.precision == "fp16":
         raise UserError("train.parallel=fsdp with train.precision=fp16 is not there: take bf16")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -82,6 +85,9 @@ def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = type(self).forward.__get__(self)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+
+    if not batch_norms(self):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     def contexts() -> tuple[Any, Any]:
         return nullcontext(), running_statistics_kept(self)
