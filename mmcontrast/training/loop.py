@@ -5,15 +5,18 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import ProjectConfiguration
 from rich.progress import Progress
 
+from mmcontrast.components import nearest
 from mmcontrast.data import (
     ShardDataset,
     training_batches,
@@ -33,8 +36,10 @@ from mmcontrast.training.parallel import is_sharded, place
 from mmcontrast.training.preemption import preemptible
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.spikes import Spikes
+from mmcontrast.training.stages import check_stages
 from mmcontrast.training.state import load_weights, restore, state_of, weights_path
 from mmcontrast.training.step import Learner, training_step
+from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
 
 LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "results.json", "report.html"
@@ -52,7 +57,9 @@ def train(job: Job, resume: bool = False) -> Results:
     options, checkpoints = job.options, job.folder / "checkpoints"
     if options.threads:
         torch.set_num_threads(options.threads)
-    accelerator = make_accelerator(options, job.folder)
+    if options.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    accelerator = make_accelerator(options, job.name, job.folder)
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
     if (options.batch_size // accelerator.num_processes) % options.accumulation_steps:
@@ -61,6 +68,7 @@ def train(job: Job, resume: bool = False) -> Results:
             f" train.accumulation_steps={options.accumulation_steps} equal parts"
         )
     objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
+    check_stages(job.model, options)
     until = freeze(job.model, options.freeze)
     averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
     copies = [one for one in (averaged, queue and queue.encoder) if one]
@@ -77,7 +85,7 @@ def train(job: Job, resume: bool = False) -> Results:
             queue.follow(job.model, momentum=0.0)
         if averaged:
             follow(averaged, job.model, momentum=0.0)
-    log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
+    log = StepLog(job.folder / LOG, start, accelerator.num_processes) if accelerator.is_main_process else None
     saver = make_saver(checkpoints, options, accelerator)
     evaluations = StepLines(job.folder / EVALUATIONS, start) if accelerator.is_main_process else None
     audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)
@@ -99,11 +107,13 @@ def train(job: Job, resume: bool = False) -> Results:
         make_progress(accelerator.is_main_process) as progress,
         peers(),
         saver or nullcontext(),
+        tracing(options.profile_steps, job.folder, rank) as trace,
     ):
         for warning in warnings(job) if log else ():
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
         for step in range(start, options.steps):
+            trace(step + 1)
             if log:
                 log.waiting()
             watchdog.move(step, "waiting for a batch")
@@ -128,10 +138,12 @@ def train(job: Job, resume: bool = False) -> Results:
                 seen = {"step": done, "samples_seen": done * options.batch_size}
                 line = log.write(seen | values, accelerator.device)
                 accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)
-                note = f"loss {line['loss']:.3f}  scale {line['logit_scale']:.1f}  {line['samples_per_second']:.0f} samples/s"
+                note = log.note(line)
                 progress.update(bar, note=note)
                 if not progress.console.is_terminal:  # a log file shows no bar
-                    progress.console.print(f"step {done}/{options.steps}  {note}", highlight=False)
+                    left = progress.tasks[bar].time_remaining
+                    eta = f"  eta {timedelta(seconds=round(left))}" if left is not None else ""
+                    progress.console.print(f"step {done}/{options.steps}  {note}{eta}", highlight=False, soft_wrap=True)
             progress.update(bar, completed=done)
             evaluating = due(done, options.evaluate_every, options.steps) and (done == options.steps or not stopping)
             if due(done, options.checkpoint_every, options.steps) or evaluating or stopping:
@@ -149,15 +161,27 @@ def train(job: Job, resume: bool = False) -> Results:
     return results
 
 
-def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
-    """accelerate's device, precision, data parallelism and trackers."""
+def make_accelerator(options: TrainOptions, name: str, folder: Path) -> Accelerator:
+    """accelerate's device, precision, data parallelism and trackers.
+
+    Raises:
+        UserError: for a tracker that there is not, or whose package is not installed.
+    """
     join_processes()
+    trackers: list[Any] = []
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "tf32": "no"}.get(options.precision, options.precision),
-        log_with="tensorboard",
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
     )
-    accelerator.init_trackers("tensorboard")
+    for kind, given in options.trackers.items():
+        if kind not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"train.trackers: no {kind!r}; {nearest(kind, map(str, LOGGER_TYPE_TO_CLASS))}")
+        accelerator.log_with = filter_trackers([kind], folder)
+        if not accelerator.log_with:
+            raise UserError(f"train.trackers: {kind} is not installed: pip install {kind}")
+        accelerator.init_trackers(kind if kind == "tensorboard" else name, init_kwargs={kind: given})
+        trackers += accelerator.trackers
+    accelerator.trackers = trackers
     return accelerator
 
 

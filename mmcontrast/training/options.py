@@ -1,10 +1,12 @@
 """The options of training: `train`, `data` and `model` of a config."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mmcontrast.options import Component, Options, Patterns, Positive
+
+T = TypeVar("T")
 
 
 class FieldOptions(Options):
@@ -86,6 +88,15 @@ class DataOptions(Options):
     window: Positive = 8192
 
 
+def _from_the_start(points: dict[int, T]) -> dict[int, T]:
+    if 0 not in points:
+        raise ValueError("the first step of a stage must be 0")
+    return points
+
+
+Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_from_the_start)]  # from a step on, a value
+
+
 class TrainOptions(Options):
     """The training loop.
 
@@ -109,6 +120,9 @@ class TrainOptions(Options):
         final_lr_share: what is left of the lr after the last step.
         ema_decay: of an exponential moving average of the weights, which is evaluated and saved beside them; at step n no more
             than (1 + n) / (10 + n), so that it forgets the start.
+        resolution: of fields with pictures, the side to which they are scaled from a step on: {image: {0: 112, 40000: 224}}.
+        patch_dropout: of towers, the share of patches that they drop from a step on: {image: {0: 0.5, 40000: 0.0}} (FLIP,
+            arXiv:2212.00794).
         clip_grad_norm: largest gradient norm; null: no clipping.
         precision: of the towers. Losses and statistics are fp32 always; "tf32": matrix products of fp32, theirs too, through
             the tensor cores of NVIDIA's.
@@ -124,6 +138,8 @@ class TrainOptions(Options):
         log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
         async_checkpoints: write them beside the training, from a copy in memory.
         keep_checkpoints: the last so many, the best, and those of every keep_every-th step (0: none).
+        trackers: accelerate's by name, each with the options of its start: {tensorboard: {}, wandb: {entity: my-team}}.
+        profile_steps: first and last step of a trace of torch's profiler, in profile/.
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
             and the run ends.
         signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
@@ -150,6 +166,8 @@ class TrainOptions(Options):
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    resolution: dict[str, Stages[Positive]] = {}
+    patch_dropout: dict[str, Stages[Annotated[float, Field(ge=0, lt=1)]]] = {}
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -165,5 +183,7 @@ class TrainOptions(Options):
     async_checkpoints: bool = True
     keep_checkpoints: Positive = 2
     keep_every: Annotated[int, Field(ge=0)] = 0
+    trackers: dict[str, dict[str, Any]] = {"tensorboard": {}}
+    profile_steps: tuple[Positive, Positive] | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     signals: bool = True

@@ -22,6 +22,7 @@ from mmcontrast.training.optim import follow, schedule
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import whole
 from mmcontrast.training.queue import MomentumQueue
+from mmcontrast.training.stages import set_stage
 from mmcontrast.types import Batch
 
 
@@ -112,6 +113,8 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
     learner.objective.progress = step / options.steps
+    model = accelerator.unwrap_model(learner.model)
+    set_stage(model, options, step)
 
     signals: dict[str, Tensor] | None = {} if watch else None
     loss = torch.zeros((), device=accelerator.device)
@@ -120,7 +123,6 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
         last = part is parts[-1]
         value_of_part, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
         loss += value_of_part
-    model = accelerator.unwrap_model(learner.model)
     for name in [name for name, end in learner.until.items() if step < end]:
         model.get_parameter(name).grad = None
     norm = whole(accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf))
