@@ -64,7 +64,7 @@ def test_the_runs_name_defaults_to_the_files(config_file):
         ("fields.image.modality.sise=3", "did you mean 'size'"),
         ("fields.image.modality={type: image}", "missing a required argument: 'size'"),
         ("objective=no_such_lab.losses:Mine", "cannot be imported: No module named 'no_such_lab'"),
-        ("train.precision=fp8", "train.precision: input should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=fp8", "train.precision: input should be 'fp32', 'tf32', 'bf16' or 'fp16'"),
     ],
 )
 def test_mistakes_are_one_line_that_helps(config_file, override, message):
