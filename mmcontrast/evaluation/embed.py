@@ -20,6 +20,7 @@ from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
 
 PART_ROWS = 100_000
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -51,8 +52,13 @@ class EmbeddingTable:
         """
         self.refuse_to_overwrite(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.write_parts(folder)
+        write_json(folder / MANIFEST, manifest | (about or {}))  # last: a table with a manifest is complete
+
+    def write_parts(self, folder: Path, first: int = 0) -> dict[str, Any]:
+        """Writes the parts, numbered from `first`, and returns the manifest."""
         parts = []
-        for number, start in enumerate(range(0, max(len(self), 1), PART_ROWS)):
+        for number, start in enumerate(range(0, max(len(self), 1), PART_ROWS), first):
             rows, name = slice(start, start + PART_ROWS), f"part-{number:05d}"
             tensors = {field: values[rows].contiguous() for field, values in self.fields.items()}
             tensors |= {f"present.{field}": here[rows].contiguous() for field, here in self.present.items()}
@@ -65,22 +71,18 @@ class EmbeddingTable:
             }
             pq.write_table(pa.table(columns), folder / f"{name}.parquet")
             parts.append({"name": name, "rows": len(columns["key"])})
-        manifest = {
+        return {
             "format": "mmcontrast embedding table 1",
             "rows": len(self),
             "parts": parts,
             "fields": sorted(self.fields),
             "dim": next(iter(self.fields.values())).shape[1],
             "dtype": "float32",
-            **(about or {}),
         }
-        partial = folder / ".manifest.partial"
-        partial.write_text(json.dumps(manifest, indent=1))
-        os.replace(partial, folder / "manifest.json")  # last: a table with a manifest is complete
 
     @staticmethod
     def refuse_to_overwrite(folder: Path) -> None:
-        if (folder / "manifest.json").exists():
+        if (folder / MANIFEST).exists():
             raise UserError(f"{folder} already holds an embedding table: remove it, or choose another folder")
 
     @classmethod
@@ -89,9 +91,9 @@ class EmbeddingTable:
         Raises:
             UserError: if the folder holds no complete table.
         """
-        if not (folder / "manifest.json").exists():
-            raise UserError(f"{folder} holds no complete embedding table (no manifest.json)")
-        manifest = json.loads((folder / "manifest.json").read_text())
+        if not (folder / MANIFEST).exists():
+            raise UserError(f"{folder} holds no complete embedding table (no {MANIFEST})")
+        manifest = json.loads((folder / MANIFEST).read_text())
         tensors = [load_file(folder / f"{part['name']}.safetensors") for part in manifest["parts"]]
         rows = pa.concat_tables([pq.read_table(folder / f"{part['name']}.parquet") for part in manifest["parts"]])
         return cls(
@@ -101,6 +103,13 @@ class EmbeddingTable:
             torch.tensor(rows["group_id"].to_pylist()),
             [json.loads(entry) for entry in rows["metadata"].to_pylist()],
         )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The file appears when it is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)
 
 
 @torch.no_grad()
@@ -113,22 +122,23 @@ def embed_dataset(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     label: str = "embedding",
+    rows: range | None = None,
 ) -> EmbeddingTable:
-    """Every sample of a data set, in order. The model is put in evaluation mode and left as it was."""
+    """Every sample of a data set, or those of `rows`, in order. The model is put in evaluation mode and left as it was."""
     was_training = model.training
     model.eval()
-    task = progress.add_task(label, total=len(dataset), note="") if progress else None
-    rows: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
+    task = progress.add_task(label, total=len(dataset if rows is None else rows), note="") if progress else None
+    about: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
-    for batch in all_batches(dataset, batch_size, num_workers):
+    for batch in all_batches(dataset, batch_size, num_workers, rows):
         embeddings = model(batch.to(torch.device(device)))
         for field in fields:
             fields[field].append(embeddings.fields[field].float().cpu())
             present[field].append(batch.present[field])
-        rows["sample_ids"].append(batch.sample_ids)
-        rows["group_ids"].append(batch.group_ids)
-        rows["metadata"].extend(batch.metadata)
+        about["sample_ids"].append(batch.sample_ids)
+        about["group_ids"].append(batch.group_ids)
+        about["metadata"].extend(batch.metadata)
         if progress and task is not None:
             progress.advance(task, len(batch))
     if progress and task is not None:
@@ -137,9 +147,9 @@ def embed_dataset(
     return EmbeddingTable(
         {field: torch.cat(parts) for field, parts in fields.items()},
         {field: torch.cat(parts) for field, parts in present.items()},
-        torch.cat(rows["sample_ids"]),
-        torch.cat(rows["group_ids"]),
-        rows["metadata"],
+        torch.cat(about["sample_ids"]),
+        torch.cat(about["group_ids"]),
+        about["metadata"],
     )
 
 
