@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -136,6 +137,8 @@ class Launch:
             if done.returncode:
                 if not jobs:
                     shutil.rmtree(self.folder)
+                    with suppress(OSError):  # others' launches
+                        self.folder.parent.rmdir()
                 said = " ".join(done.stderr.replace("sbatch: error: ", "").split()) or f"exit code {done.returncode}"
                 waiting = f"; job {', '.join(jobs)} is submitted: cancel it with scancel, or leave it" if jobs else ""
                 raise UserError(f"sbatch refused {name}.sbatch: {said}{waiting}")

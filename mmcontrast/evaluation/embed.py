@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -107,7 +108,7 @@ class EmbeddingTable:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """The file appears when it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several processes, and several machines, may do so
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, path)
 

@@ -52,9 +52,7 @@ class TableSlice:
             UserError: if there are fewer rows than slices.
         """
         if total < self.of:
-            raise UserError(
-                f"--part {self.number}/{self.of}: the data have {total} samples, which cannot make {self.of} slices"
-            )
+            raise UserError(f"--part {self.number}/{self.of}: {total} samples cannot make {self.of} slices")
         return range(total * (self.number - 1) // self.of, total * self.number // self.of)
 
     def done(self, about: dict[str, Any]) -> bool:

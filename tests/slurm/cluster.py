@@ -1,4 +1,7 @@
-"""A real Slurm of two nodes on this machine, with keys, ports and folders of its own; it needs root and no systemd."""
+"""A real Slurm on this machine: two nodes, with two devices each that pass for GPUs; keys, ports and folders of its own.
+
+It needs root, and no systemd.
+"""
 
 import os
 import shutil
@@ -41,8 +44,9 @@ JobRequeue=1
 KillWait=5
 MinJobAge=3600
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=4000
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=4000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=4000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -76,6 +80,7 @@ class Cluster:
         for node in ("n1", "n2"):
             (folder / f"spool-{node}").mkdir()
         (folder / "slurm.conf").write_text(CONF.format(host=host, folder=folder, ports=free_ports(3)))
+        (folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/null,/dev/zero\n")
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
         leave = ("SLURM_", "SBATCH_", "SRUN_", "MMCONTRAST_EXIT")
@@ -113,13 +118,12 @@ class Cluster:
         self.wait(lambda: self.job(number)["JobState"] in over, seconds, f"end of job {number}")
         return self.job(number)
 
-    @staticmethod
-    def processes_of(number: str) -> dict[int, str]:
+    def processes_of(self, number: str) -> dict[int, str]:
         """The command lines of a job's processes by their ids, the script's included."""
-        found = {}
+        found, ours = {}, {f"SLURM_JOB_ID={number}".encode(), f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if f"SLURM_JOB_ID={number}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                if ours <= set((folder / "environ").read_bytes().split(b"\0")):
                     found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
         return found
 
@@ -127,10 +131,11 @@ class Cluster:
         with suppress(AssertionError):
             self.call("scancel", "--user", "root")
             self.wait(lambda: not self.call("squeue", "-h"), 30, "end of all jobs")
+        processes = []
         for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munge"):
             with suppress(OSError, ValueError):
-                process = int((self.folder / f"{name}.pid").read_text())
-                os.kill(process, signal.SIGTERM)
-                deadline = time.monotonic() + 10
-                while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
-                    time.sleep(0.05)
+                processes.append(int((self.folder / f"{name}.pid").read_text()))
+                os.kill(processes[-1], signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{process}").exists() for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
