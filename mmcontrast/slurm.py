@@ -23,8 +23,10 @@ from mmcontrast.runs import CONFIG, check_components, step_of
 from mmcontrast.training import checkpoint
 
 PACKAGE = Path(mmcontrast.__file__).parent
-OURS = ("job-name", "chdir", "output", "open-mode", "array", "requeue", "signal", "dependency")
-OURS += ("time", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "partition", "account")
+OURS = (  # what a script relies on, or an option says
+    *("job-name", "chdir", "output", "open-mode", "array", "requeue", "signal", "dependency", "ntasks-per-node"),
+    *("time", "nodes", "cpus-per-task", "gpus-per-node", "partition", "account"),
+)
 
 
 class Script(Template):
