@@ -13,7 +13,7 @@ from mmcontrast.components import build, nearest
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation import EmbeddingTable, embed_dataset, evaluate, results_table
+from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset, evaluate, results_table
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
@@ -218,3 +218,37 @@ def embed_shards(
         )
     table.write(out, {"run": str(folder), "checkpoint": which, "shards": shards})
     return table
+
+
+def embed_slice(
+    folder: Path, shards: Patterns, part: TableSlice, which: str, device: str | None, batch_size: int, num_workers: int
+) -> bool:
+    """Embeds one slice of the samples, unless that is done; True if with it the table is complete.
+
+    Raises:
+        UserError: as `embed_shards`; if the folder holds slices of another checkpoint or other samples.
+    """
+    which = step_of(folder, which)  # "last" may be another one when the next slice is embedded
+    about = {"run": str(folder), "checkpoint": which, "shards": shards}
+    if part.done(about):
+        return part.complete()
+    run = open_run(folder, which, device)
+    dataset = make_dataset(shards, contrasted_fields(run.config), run.model)
+    about["data"] = dataset.digest
+    part.done(about)
+    with make_progress() as progress:
+        table = embed_dataset(
+            run.model, dataset, batch_size=batch_size, num_workers=num_workers, device=run.device, progress=progress,
+            rows=part.rows(len(dataset)),
+        )  # fmt: skip
+    part.write(table, len(dataset), about)
+    return part.complete()
+
+
+def step_of(folder: Path, which: str) -> str:
+    """The number of the step that a run's checkpoint "last" or "best" is of.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    return str(int(checkpoint.find(folder / "checkpoints", which).name.removeprefix("step-")))

@@ -3,7 +3,7 @@
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,10 +93,8 @@ def _share(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def all_batches(
-    dataset: ShardDataset, batch_size: int, num_workers: int = 0, rows: Sequence[int] | None = None
-) -> Iterator[Batch]:
-    """Every sample once, in the shards' order; or those of some rows.
+def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0, rows: range | None = None) -> Iterator[Batch]:
+    """Every sample once, in the shards' order; with `rows` those at these positions.
 
     Raises:
         UserError: at the first sample that cannot be decoded.
@@ -104,7 +102,7 @@ def all_batches(
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=rows,
+        sampler=rows,  # None: all in their order
         num_workers=num_workers,
         collate_fn=dataset.collate,
         worker_init_fn=start_worker,

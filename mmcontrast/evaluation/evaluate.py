@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts
+from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts, embed_together
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
 from mmcontrast.evaluation.retrieval import first_of_each_group, ranks, retrieval_metrics
 from mmcontrast.evaluation.zero_shot import phrase_embedding, zero_shot_metrics
@@ -37,7 +38,8 @@ def evaluate(
     tables: dict[str, EmbeddingTable] = {}
     classes = {name: embed_classes(model, task, device) for name, task in options.zero_shot.items()} if datasets else {}
     for split, dataset in datasets.items():
-        table = tables[split] = embed_dataset(
+        embed = partial(embed_together, group=group) if group else embed_dataset
+        table = tables[split] = embed(
             model,
             dataset,
             batch_size=options.batch_size,
@@ -45,7 +47,6 @@ def evaluate(
             device=device,
             progress=progress,
             label=f"embedding {split}",
-            group=group,
         )
         if group and dist.get_rank(group):
             continue

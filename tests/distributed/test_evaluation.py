@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 
 from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate
+from mmcontrast.evaluation.embed import embed_together
 from mmcontrast.modalities import TextModality, VectorModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.towers import LinearTower, OpenClipTextTower
@@ -29,7 +30,7 @@ def work(rank, folder, answers):
         for shard in sorted(folder.glob("*.tar")):
             model, dataset = make_parts(shard)
             options = EvaluationOptions(batch_size=2, splits={"val": str(shard)}, zero_shot={"kind": TASK})
-            table = embed_dataset(model, dataset, batch_size=2, group=dist.group.WORLD)
+            table = embed_together(model, dataset, dist.group.WORLD, batch_size=2)
             results, _ = evaluate(model, {"val": dataset}, options, group=dist.group.WORLD)
             answers.put((rank, shard.name, table, results))
     finally:
