@@ -86,24 +86,28 @@ def train(
     The run's folder is run.dir/run.name; it holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/, results.json
     and report.html. On several GPUs: torchrun --nproc-per-node 8 -m mmcontrast train CONFIG
     """
-    from mmcontrast.config import load_config
-    from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder
-    from mmcontrast.training.distributed import join_processes
-    from mmcontrast.training.loop import train as run_training
+    from mmcontrast.training.preemption import preemptible
 
-    loaded = load_config(config, overrides or ())
-    state = join_processes()
+    with preemptible() as preemption:  # a scheduler's warning is heard from the beginning on
+        from mmcontrast.config import load_config
+        from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder
+        from mmcontrast.training.distributed import join_processes
+        from mmcontrast.training.loop import train as run_training
+
+        loaded = load_config(config, overrides or ())
+        state = join_processes()
+        if state.is_main_process:
+            check_folder(loaded, resume, overwrite)
+            console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
+        job = make_job(loaded)
+        if state.is_main_process:
+            lock = lock_folder(loaded)
+            prepare_folder(loaded, overwrite)
+        state.wait_for_everyone()
+        run_training(job, resume, preemption)
     if state.is_main_process:
-        check_folder(loaded, resume, overwrite)
-        console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
-    job = make_job(loaded)
-    if state.is_main_process:
-        lock = lock_folder(loaded)
-        prepare_folder(loaded, overwrite)
-    state.wait_for_everyone()
-    results = run_training(job, resume)
-    if state.is_main_process and results:
-        console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)
+        if (job.folder / "results.json").exists():
+            console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)
         lock.close()
 
 

@@ -14,6 +14,7 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.runs import prepare_folder
 from mmcontrast.training import checkpoint
+from mmcontrast.training.checkpoint import Contents
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,7 +100,7 @@ def test_a_run_is_continued_with_its_own_config_or_on_demand(config_file, tmp_pa
         other.stderr.split()
     )
     assert submit(config_file, "train.lr=0.5", "--resume", "--dry-run").exit_code == 0
-    checkpoint.save(config.folder / "checkpoints", 6, {}, {}, "")
+    checkpoint.save(config.folder / "checkpoints", 6, Contents({}, {}, {}, ""))
     complete = submit(config_file, "--dry-run")
     assert complete.exit_code == 2 and "already has its 6 steps" in " ".join(complete.stderr.split())
     assert submit(config_file, "train.steps=8", "--resume", "--dry-run").exit_code == 0
@@ -139,7 +140,7 @@ def test_an_array_has_the_slices_that_are_missing(config_file, tmp_path):
     arguments = ["submit-embed", config.folder, "x-{0..3}.tar", out, "--time", "1:00:00", "--tasks", 4, "--dry-run"]
     none = command(*arguments)
     assert none.exit_code == 2 and "no checkpoint 'last'" in " ".join(none.stderr.split())
-    checkpoint.save(config.folder / "checkpoints", 6, {}, {}, "")
+    checkpoint.save(config.folder / "checkpoints", 6, Contents({}, {}, {}, ""))
     done = command(*arguments)
     check_shell(done.stdout)
     assert "array=1-4" in directives(done.stdout) and "'x-{0..3}.tar'" in done.stdout and "--checkpoint 6" in done.stdout
@@ -147,7 +148,7 @@ def test_an_array_has_the_slices_that_are_missing(config_file, tmp_path):
     out.mkdir()
     (out / ".slice-00003-of-00004.json").write_text(json.dumps(about))
     assert "array=1,2,4" in directives(command(*arguments).stdout)
-    checkpoint.save(config.folder / "checkpoints", 7, {}, {}, "")
+    checkpoint.save(config.folder / "checkpoints", 7, Contents({}, {}, {}, ""))
     other = command(*arguments)
     assert other.exit_code == 2 and "checkpoint: '6' there, '7' here" in " ".join(other.stderr.split())
 

@@ -33,7 +33,7 @@ from mmcontrast.training.log import StepLines, StepLog, make_progress
 from mmcontrast.training.optim import follow, freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import is_sharded, place
-from mmcontrast.training.preemption import preemptible
+from mmcontrast.training.preemption import Preemption, preemptible
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.spikes import Spikes
 from mmcontrast.training.stages import check_stages
@@ -46,8 +46,12 @@ LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "resul
 STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
-def train(job: Job, resume: bool = False) -> Results:
-    """Trains, evaluates, and writes the run's folder; returns the last results.
+def train(job: Job, resume: bool = False, preemption: Preemption | None = None) -> Results:
+    """Trains, evaluates, and writes the run's folder; returns the last results. A run that has all of its steps is evaluated,
+    if it was not.
+
+    Args:
+        preemption: of a caller that handles a scheduler's signals from its own beginning.
 
     Raises:
         TrainingStopped: if the loss or the gradients cease to be finite.
@@ -102,7 +106,7 @@ def train(job: Job, resume: bool = False) -> Results:
     results: Results = {}
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with (
-        preemptible() as preemption,
+        nullcontext(preemption) if preemption else preemptible() as preemption,
         Watchdog(options.stall_seconds, job.folder, rank, world_size) as watchdog,
         make_progress(accelerator.is_main_process) as progress,
         peers(),
@@ -112,6 +116,9 @@ def train(job: Job, resume: bool = False) -> Results:
         for warning in warnings(job) if log else ():
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
+        if start == options.steps and start not in evaluated_steps(job.folder):
+            with watchdog.away():
+                results = evaluate_now(job, start, saver, learner, evaluations, progress)
         for step in range(start, options.steps):
             trace(step + 1)
             if log:
@@ -218,16 +225,20 @@ def evaluate_now(
     results, tables = evaluate(model, job.eval_datasets, job.evaluation, device, progress, group)
     if not (results and evaluations and saver):
         return results
-    evaluations.add({"step": done} | results)
-    learner.accelerator.log(results, step=done)
     if done == job.options.steps:  # before anything that may be refused: the results are kept
         finish(job.folder, job.name, results, tables, model, job.eval_datasets, job.evaluation)
         progress.console.print(results_table(results))
+    evaluations.add({"step": done} | results)
+    learner.accelerator.log(results, step=done)
     key = job.evaluation.best or next(name for name in results if "/mean_recall_at_" in name)
     if key not in results:
         raise UserError(f"evaluation.best={key!r} is no result; there is: {', '.join(results)}")
     saver.mark_best(results[key])
     return results
+
+
+def evaluated_steps(folder: Path) -> set[int]:
+    return {json.loads(line)["step"] for line in (folder / EVALUATIONS).read_text().splitlines()}
 
 
 def finish(

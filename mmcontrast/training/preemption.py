@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mmcontrast.errors import Preempted
-from mmcontrast.training.distributed import end_now
 
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -19,6 +18,8 @@ class Preemption:
 
     def handle(self, number: int, _: FrameType | None) -> None:
         if self.asked:
+            from mmcontrast.training.distributed import end_now  # takes seconds, in which a warning may come
+
             end_now(Preempted.exit_code)
         self.asked = signal.Signals(number)
         print(f"{self.asked.name}: finishing the step, then saving; a second one ends at once", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice
 from mmcontrast.runs import embed_shards, embed_slice, prepare_folder
 from mmcontrast.training import checkpoint
+from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.setup import make_model
 
 
@@ -68,7 +69,7 @@ def test_a_slice_is_embedded_once_and_never_mixed_with_another_table(config_file
     config, out = load_config(config_file), tmp_path / "t"
     prepare_folder(config, overwrite=False)
     model, folder = make_model(config.fields, config.towers, config.model, 0), config.folder / "checkpoints"
-    checkpoint.save(folder, 6, model.state_dict(), {}, config.to_yaml())
+    checkpoint.save(folder, 6, Contents(model.state_dict(), {}, {}, config.to_yaml()))
     shards = str(corpus / "val-*.tar")
 
     def embed(text, shards=shards, which="last"):

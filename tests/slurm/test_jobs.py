@@ -19,6 +19,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.runs import embed_shards, prepare_folder
 from mmcontrast.training import checkpoint
+from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.setup import make_model
 from tests.slurm.cluster import Cluster, lacking
 
@@ -147,7 +148,7 @@ def test_an_array_makes_one_table_and_only_what_failed_is_done_again(config_file
     run, out, shards = config.folder, tmp_path / "table", tmp_path / "shards"
     model = make_model(config.fields, config.towers, config.model, config.train.seed)
     prepare_folder(config, overwrite=False)
-    checkpoint.save(run / "checkpoints", 1, model.state_dict(), {}, config.to_yaml())
+    checkpoint.save(run / "checkpoints", 1, Contents(model.state_dict(), {}, {}, config.to_yaml()))
     shutil.copytree(corpus, shards)
     broken = shards / "train-00001.tar"
     whole = broken.read_bytes()

@@ -62,8 +62,16 @@ def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
 
     refused = train(config_file)
     assert refused.returncode == 2 and "--resume" in refused.stderr and "--overwrite" in refused.stderr
-    complete = train(config_file, "--resume")
-    assert complete.returncode == 2 and "already has its 6 steps" in complete.stderr
+    written = (run / "results.json").stat().st_mtime_ns
+    assert train(config_file, "--resume").returncode == 0  # complete: nothing is done
+    assert (run / "results.json").stat().st_mtime_ns == written
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    (run / "evaluations.jsonl").unlink()
+    complete = train(config_file, "--resume")  # ended in its last evaluation
+    assert complete.returncode == 0 and json.loads((run / "results.json").read_text()) == results, complete.stderr
+    fewer = train(config_file, "--resume", "train.steps=5")
+    assert fewer.returncode == 2 and "already has 6 steps" in " ".join(fewer.stderr.split())
     longer = train(config_file, "--resume", "train.steps=8")
     assert longer.returncode == 0, longer.stderr
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
