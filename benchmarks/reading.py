@@ -32,15 +32,15 @@ SIZES = {"640x480": (640, 480), "256x256": (256, 256)}
 SHARDS, EACH = 8, 256
 
 
-def make(folder: Path, width: int, height: int) -> None:
-    """Pictures with colours, edges and noise: about a photograph's bytes."""
+def make(folder: Path, width: int, height: int, each: int = EACH) -> None:
+    """Shards of so many samples each. Pictures with colours, edges and noise: about a photograph's bytes."""
     from mmcontrast.data import write_shard
 
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for shard in track(range(SHARDS), f"writing {folder}"):
         samples = []
-        for number in range(EACH):
+        for number in range(each):
             coarse = Image.fromarray(generator.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
             pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
             pixels += generator.integers(-9, 10, pixels.shape)

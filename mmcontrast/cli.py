@@ -228,6 +228,31 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
     print(loaded.to_yaml(), end="")
 
 
+@command(app, "doctor")
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="look also at what this config needs", metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+    rate: Annotated[float | None, typer.Option(help="samples a second of its training: how many workers feed it")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write what was found to this file")] = None,
+) -> None:
+    """Is this machine ready? Packages, GPUs, a real all-reduce, speeds, limits, disks; and does it fit a config?
+
+    A row for each check, with what to do about it. Exit code 1 if anything is bad. Nothing is trained.
+    """
+    import json
+    from dataclasses import asdict
+
+    from mmcontrast.doctor import BAD, examine, table_of
+
+    with console.status("looking at the machine"):
+        checks = list(examine(config, overrides or (), rate))
+    console.print(table_of(checks))
+    if json_file:
+        json_file.write_text(json.dumps([asdict(check) for check in checks], indent=1))
+    if any(check.state == BAD for check in checks):
+        raise typer.Exit(1)
+
+
 @command(data_app, "build")
 def data_build(
     config: ConfigFile,

@@ -23,7 +23,8 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "config": ["training"],
     "runs": ["config"],
     "slurm": ["runs"],
-    "cli": ["slurm"],
+    "doctor": ["runs"],
+    "cli": ["slurm", "doctor"],
 }
 
 
@@ -49,8 +50,13 @@ def test_imports_point_downward():
 
 
 def test_importing_needs_torch_alone():
-    script = "import sys, mmcontrast; print(*{m.split('.')[0] for m in sys.modules})"
+    script = "import sys; from mmcontrast import *; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torchvision", "timm", "transformers", "open_clip", "accelerate", "webdataset", "pydantic", "yaml", "typer"}
     heavy |= {"rich", "PIL", "soundfile", "pyarrow", "matplotlib", "safetensors", "faiss"}
     assert not heavy & set(loaded)
+
+
+def test_the_command_sets_what_openmp_reads_before_torch_is_loaded():
+    script = "import os, sys, mmcontrast.cli; assert 'torch' not in sys.modules, 'too late for OMP_WAIT_POLICY'"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -20,6 +20,7 @@ from mmcontrast.types import Batch
 TrainingDataset = ShardDataset | MixtureDataset | StreamDataset
 ExactOrder = SampleOrder | MixtureOrder | ClusterOrder
 TrainingOrder = ExactOrder | StreamOrder
+PREFETCHED = 4  # batches that a worker has ready
 
 
 def start_worker(_: int = 0) -> None:
@@ -77,7 +78,7 @@ def training_batches(
         "num_workers": num_workers,
         "collate_fn": dataset.collate,
         "worker_init_fn": start_worker,
-        "prefetch_factor": 4 if num_workers else None,
+        "prefetch_factor": PREFETCHED if num_workers else None,
         "pin_memory": pin_memory,
     }
     if isinstance(dataset, StreamDataset):

@@ -112,9 +112,7 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
                 " give it back, or start another run with train.init_from"
             )
     if state["step"] > job.options.steps:
-        raise UserError(
-            f"{job.folder} already has {state['step']} steps, more than train.steps={job.options.steps}"
-        )
+        raise UserError(f"{job.folder} already has {state['step']} steps, more than train.steps={job.options.steps}")
     load_weights(job.model, checkpoint.load_weights(path), str(path))
     try:
         load_optimizer(learner.optimizer, job.model, state["optimizer"], path / checkpoint.SHARDS)

@@ -1,0 +1,195 @@
+"""What a config needs, against what is here: its shards open, its samples decode, its checkpoints fit."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmcontrast.config import RunConfig, load_config
+from mmcontrast.data import ShardDataset, StreamDataset, expand_shards, index_shard
+from mmcontrast.data.dataset import Sample
+from mmcontrast.data.files import is_remote, open_file
+from mmcontrast.data.loading import PREFETCHED
+from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
+from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processes, shared_memory
+from mmcontrast.errors import UserError
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.options import Component
+from mmcontrast.runs import check_components
+from mmcontrast.training.optim import freeze
+from mmcontrast.training.options import SourceOptions
+from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_source
+
+SAMPLES, SECONDS, AT_A_TIME = 200, 5.0, 8  # that are decoded, at most
+
+
+def run_checks(path: Path, overrides: Sequence[str], rate: float | None) -> Iterator[Check]:
+    try:
+        config = load_config(path, overrides)
+        check_components(config)
+    except UserError as error:
+        yield Check("config", one_line(error), BAD, "correct it: the rest of it is not looked at")
+        return
+    workers, fields = config.data.num_workers, len(config.fields)
+    yield Check("config", f"{path}: {fields} fields, {len(config.towers)} towers, {config.train.steps} steps")
+    yield cores(workers, config.train.threads)
+    yield open_files(workers, fields)
+    yield checkpoints(config)
+    yield cache_disk()
+    yield from shards(config)
+    bytes_each = []
+    for name, source in sources(config).items():
+        check = samples(name, source, config, rate)
+        bytes_each += [check.numbers["bytes_each"]] if check.numbers else []
+        yield check
+    if workers and bytes_each:
+        needed = int(max(bytes_each) * config.train.batch_size * workers * PREFETCHED)  # a rank's share, times the ranks
+        yield shared_memory(needed, f"; {workers} workers keep up to {PREFETCHED} batches each: {size(needed)}")
+
+
+def checkpoints(config: RunConfig) -> Check:
+    """Those that are kept, and one that is being written, against the free space."""
+    name, remedy = "disk of the run", "make room, lower train.keep_checkpoints, or set run.dir to another disk"
+    try:
+        each = checkpoint_bytes(config)
+    except UserError as error:
+        return Check(name, f"the model cannot be built: {one_line(error)}", BAD, "correct the config")
+    kept = config.train.keep_checkpoints + 2  # the best, and the one that is being written
+    if config.train.keep_every:
+        kept += config.train.steps // config.train.keep_every
+    why = f"; {kept} checkpoints of {size(each)} at most"
+    check = disk(name, config.folder, kept * each, remedy, why=why)
+    return Check(check.name, check.found, check.state, check.remedy, {**check.numbers, "checkpoint_bytes": each})
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Of weights, averages, a queue's encoder and embeddings, and two moments for each weight that learns (AdamW's). The model
+    takes no memory where its towers allow that, and pretrained weights are not loaded.
+
+    Raises:
+        UserError: for towers or patterns that do not fit.
+    """
+    towers = {name: _without_weights(spec) for name, spec in config.towers.items()}
+    made = partial(make_model, config.fields, towers, config.model, config.train.seed)
+    try:
+        with torch.device("meta"):
+            model = made()
+    except RuntimeError:  # a tower that computes while it is made
+        model = made()
+    freeze(model, config.train.freeze)
+    weights = sum(p.nbytes for p in model.state_dict().values())
+    learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    queue = config.train.queue_size * len(config.fields) * (4 * config.model.embed_dim + 8)
+    copies = 1 + bool(config.train.ema_decay) + bool(config.train.queue_size)
+    return copies * weights + 2 * learning + queue
+
+
+def _without_weights(spec: Component) -> Component:
+    return spec if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "pretrained"}
+
+
+def sources(config: RunConfig) -> Mapping[str, SourceOptions]:
+    """What is trained on, by name."""
+    train = config.data.train
+    return train if isinstance(train, dict) else {"train": SourceOptions(shards=train)}
+
+
+def shards(config: RunConfig) -> Iterator[Check]:
+    """Every pattern matches; the first and the last shard of each set open."""
+    sets = {name: (f"data.{name}", of.shards) for name, of in sources(config).items()}
+    sets |= {f"{name} ": (f"evaluation.splits.{name}", of) for name, of in config.evaluation.splits.items()}
+    for name, patterns in sets.values():
+        try:
+            names = expand_shards(patterns)
+            for shard in dict.fromkeys((names[0], names[-1])):
+                _open(shard, config.data.sequential)
+        except UserError as error:
+            yield Check(f"shards of {name}", one_line(error), BAD, "correct the path, or build, copy or repair the shard")
+        else:
+            yield Check(f"shards of {name}", f"{len(names)}; the first and the last open")
+
+
+def _open(shard: str, sequential: bool) -> None:
+    """Indexed where that costs little; else its first byte is read."""
+    if is_remote(shard) or sequential:
+        file = open_file(shard)
+        file.read(0, min(1, file.size))
+    else:
+        index_shard(shard)
+
+
+def samples(name: str, source: SourceOptions, config: RunConfig, rate: float | None) -> Check:
+    """Decodes and transforms some, from the first and the last shard, on one thread as a worker does."""
+    title, keys = f"samples of data.{name}", {field: of.keys for field, of in config.fields.items() if of.keys}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        names = expand_shards(source.shards)
+        ends = source.model_copy(update={"shards": list(dict.fromkeys((names[0], names[-1])))})
+        modalities = ContrastiveModel(make_modalities(config.fields), {}, {}, 1)
+        dataset: ShardDataset | StreamDataset
+        if config.data.sequential:
+            of_fields = {field: modalities.modality(field) for field in config.fields}
+            dataset = StreamDataset(source.shards, of_fields, keys, config.train.seed)
+        elif isinstance(config.data.train, dict):
+            dataset = make_source(name, ends, config.fields, modalities, config.train.seed)
+        else:
+            dataset = make_dataset(ends.shards, config.fields, modalities, seed=config.train.seed, training=True)
+        seen, seconds = _timed(_some(dataset))
+        if isinstance(problem := dataset.collate(seen), str):
+            return Check(title, problem, BAD, "repair it, or correct `fields`")
+    except UserError as error:
+        return Check(title, one_line(error), BAD, "correct the path or `fields`, or repair the shard")
+    finally:
+        torch.set_num_threads(threads)
+    return _judged(title, seen, seconds, config, rate)
+
+
+def _judged(title: str, seen: Sequence[Sample], seconds: float, config: RunConfig, rate: float | None) -> Check:
+    each, bad = len(seen) / seconds, sum(len(sample.replaces) for sample in seen)
+    numbers = {"per_second_and_worker": each, "samples": len(seen), "bad": bad}
+    numbers["bytes_each"] = sum(value.nbytes for sample in seen for value in sample.values.values()) / len(seen)
+    found, workers, ranks = f"{each:.0f}/s with one worker, of {len(seen)}", config.data.num_workers, processes()
+    if bad:
+        first = next(sample.replaces[0]["error"] for sample in seen if sample.replaces)
+        state = BAD if bad > config.data.max_bad_share * (len(seen) + bad) else WARNING
+        found = f"{bad} of {len(seen) + bad} are bad: {first}"
+        return Check(title, found, state, "`mmcontrast data verify` lists all", numbers)
+    if rate:
+        needed = next(n for n in count(1) if n * each * ranks >= rate)
+        found += f"; {rate:g}/s over {ranks} processes take {needed} workers each, there are {workers}"
+        if needed > max(1, workers):
+            return Check(title, found, WARNING, f"set data.num_workers to {needed}", numbers)
+    return Check(title, found, numbers=numbers)
+
+
+def _some(dataset: ShardDataset | StreamDataset) -> Iterator[list[Sample]]:
+    if isinstance(dataset, StreamDataset):
+        stream = iter(dataset.starting(0, 0))
+        yield from iter(lambda: list(islice(stream, AT_A_TIME)), [])
+        return
+    places = np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(np.int64))
+    for start in range(0, len(places), AT_A_TIME):
+        yield dataset.__getitems__([int(place) for place in places[start : start + AT_A_TIME]])
+
+
+def _timed(some: Iterator[list[Sample]]) -> tuple[list[Sample], float]:
+    """(samples, seconds) of up to `SAMPLES`, within `SECONDS`. What the first ones load, as a tokenizer, does not count if
+    there are others."""
+    began = time.perf_counter()
+    seen: list[Sample] = []
+    warm = 0
+    for part in some:
+        seen += part
+        now = time.perf_counter()
+        if not warm:
+            warm, began, first = len(part), now, now - began
+        if len(seen) >= SAMPLES or now - began > SECONDS:
+            break
+    if not seen:
+        raise UserError("there is no sample in the shards")
+    return seen, (now - began) * len(seen) / (len(seen) - warm) if len(seen) > warm else first
