@@ -130,7 +130,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
             done, logging = step + 1, due(step + 1, options.log_every, options.steps)
             watchdog.move(step, "training")
             try:
-                values = training_step(step, batch, learner, logging and options.signals, asked=bool(preemption.asked))
+                values = training_step(step, batch, learner, logging and options.signals, preemption.is_asked)
             except TrainingStopped as error:
                 if accelerator.is_main_process:
                     about = {"step": done, "error": str(error), "ids": list(error.sample_ids)}

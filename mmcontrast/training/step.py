@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -99,9 +99,12 @@ class Learner:
         return loss.detach(), embeddings
 
 
-def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False, asked: bool = False) -> dict[str, Any]:
+def training_step(
+    step: int, batch: Batch, learner: Learner, watch: bool = False, asked: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Trains on one batch and returns what there is to log; with `watch` also the signals of the objective. `bad_samples`: how
-    many of the batch, on all ranks, could not be decoded; `asked`: whether any rank is asked to end.
+    many of the batch, on all ranks, could not be decoded; `asked`: whether any rank is asked to end,
+    at the end of its backward.
 
     Raises:
         TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
@@ -127,7 +130,7 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
         model.get_parameter(name).grad = None
     norm = whole(accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf))
 
-    told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked))])
+    told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked()))])
     value, bad, asked_of_all = accelerator.reduce(told, "mean").tolist()
     # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
     if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(float(norm))):
