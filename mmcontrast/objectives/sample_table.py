@@ -83,7 +83,8 @@ class SampleTable(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         ids, values = self._content()
-        return {"columns": list(self.columns), "ids": ids.cpu(), "values": values.cpu()}
+        order = ids.argsort()  # not that of the table, which depends on when a run was resumed
+        return {"columns": list(self.columns), "ids": ids[order].cpu(), "values": values[order].cpu()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.columns = list(state["columns"])

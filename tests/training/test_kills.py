@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from mmcontrast.training import checkpoint
 
@@ -57,15 +58,22 @@ def kill(process, run, moment, chooser):
 
 
 def end_of(run):
-    weights = load_file(run / "checkpoints" / "step-00000150" / checkpoint.WEIGHTS)
+    last = run / "checkpoints" / "step-00000150"
+    weights = {
+        f"{file.name}/{name}": tensor for file in sorted(last.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    remembered = [leaf for leaf in tree_leaves(checkpoint.load_state(last)["objective"]) if isinstance(leaf, torch.Tensor)]
+    weights |= {f"objective/{number}": tensor for number, tensor in enumerate(remembered)}
     return weights, (run / "samples.jsonl").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ten_kills(config_file, tmp_path, ranks):
-    """Bitwise on one process, with dropout, caching and a queue; no sample lost or seen twice; twice within an epoch."""
-    options = [DROPOUT, "train.micro_batch_size=5", "train.queue_size=20"]
+    """Bitwise on one process, with dropout, caching, an average, and running estimators (on one) or a queue (on two); no sample
+    lost or seen twice; twice within an epoch."""
+    options = [DROPOUT, "train.micro_batch_size=5", "train.ema_decay=0.99"]
+    options += ["objective={type: global, temperature: individual}"] if ranks == 1 else ["train.queue_size=20"]
     finish(start(config_file, ranks, *options, "run.name=whole"))
     chooser = random.Random(ranks)
     run = tmp_path / "runs" / "killed"
@@ -78,6 +86,7 @@ def test_ten_kills(config_file, tmp_path, ranks):
     assert seen == seen_again and len(seen.splitlines()) == 150
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 151))
+    assert len(whole) == len(killed) and (ranks == 2 or any(name.startswith("objective/") for name in whole))
     for name, tensor in whole.items():
         if ranks == 1:
             assert torch.equal(tensor, killed[name]), name
