@@ -22,7 +22,8 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "training": ["objectives", "evaluation"],
     "config": ["training"],
     "runs": ["config"],
-    "cli": ["runs"],
+    "plan": ["runs"],
+    "cli": ["plan"],
 }
 
 

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from mmcontrast.options import Component, Options, Patterns, Positive
 
+Projection = Literal["linear", "mlp", "none"]
+
 
 class FieldOptions(Options):
     """One field of a sample.
@@ -27,7 +29,7 @@ class ModelOptions(Options):
     """What follows the towers. See `mmcontrast.model.ContrastiveModel`."""
 
     embed_dim: Positive = 512
-    projection: Literal["linear", "mlp"] = "linear"
+    projection: Projection | dict[str, Projection] = "linear"
     logit_scale: Annotated[float, Field(gt=0)] = 1 / 0.07
     logit_bias: float | None = None
     max_logit_scale: Annotated[float, Field(ge=1)] = 100.0
