@@ -228,13 +228,15 @@ def largest_that_fits(
     def total(samples: int) -> int:
         return sum(with_step(fixed, model, measure_step(model, samples, options, several=True)).values())
 
+    if total(1) > available:
+        return None
     low, high = (total(samples) for samples in PROBES)
     slope = max(1.0, (high - low) / (PROBES[1] - PROBES[0]))
     guess = min(part, max(1, int(PROBES[0] + (available - low) / slope)))
     samples = 2 ** math.floor(math.log2(guess))
-    while samples and total(samples) > available:
+    while samples > 1 and total(samples) > available:
         samples //= 2
-    return samples or None
+    return samples
 
 
 def plan_tower(model: ContrastiveModel, name: str, cost: Cost) -> TowerPlan:

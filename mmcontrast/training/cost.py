@@ -35,6 +35,7 @@ PEAK_FLOPS = {
     "L40": 181.05e12,
     "L4": 121e12,
     "A40": 149.7e12,
+    "A10G": 70e12,
     "A10": 125e12,
     "A6000": 154.8e12,
     "4090": 165.2e12,  # Ada architecture white paper: fp32 accumulation
@@ -232,12 +233,14 @@ class _AsOnGpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            kwargs = dict(zip(names, args, strict=False)) | kwargs | {"dropout_p": 0.0}
-            if kwargs.get("attn_mask") is not None:
-                kwargs["attn_mask"] = kwargs["attn_mask"].detach()
-            return func(**kwargs)
-        if func is F.dropout and kwargs.get("training", True) and not kwargs.get("inplace"):
-            return torch.native_dropout(args[0], kwargs.get("p", 0.5), True)[0]
+            given = dict(zip(names, args, strict=False)) | kwargs | {"dropout_p": 0.0}
+            if given.get("attn_mask") is not None:
+                given["attn_mask"] = given["attn_mask"].detach()
+            return func(**given)
+        if func is F.dropout:
+            given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+            if given.get("training", True) and not given.get("inplace") and (share := given.get("p", 0.5)):
+                return torch.native_dropout(given["input"], share, True)[0]
         if func in _IN_FP32 and torch.is_autocast_enabled("cpu"):
             args = [arg.float() if isinstance(arg, Tensor) and arg.dtype in _HALF else arg for arg in args]
         return func(*args, **kwargs)
