@@ -30,6 +30,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: t
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/", metavar="CONFIG")]
 RunFolder = Annotated[Path, typer.Argument(help="a run's folder: runs/NAME", metavar="RUN")]
 Checkpoint = Annotated[str, typer.Option(help="last, best, or a step's number")]
+Time = Annotated[str, typer.Option("--time", metavar="HH:MM:SS", help="the job's time limit")]
+Gpus = Annotated[int, typer.Option(min=0, help="0: none")]
+Cpus = Annotated[int | None, typer.Option(min=1, help="of a node; default: one for each process and each of its data workers")]
+Partition = Annotated[str | None, typer.Option(help="of the cluster; default: its own")]
+Account = Annotated[str | None, typer.Option(help="to be charged; default: yours")]
+Sbatch = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="any further option of sbatch: constraint=a100")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be submitted; write nothing")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if there is one")]
 
 
@@ -42,6 +49,7 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
             try:
                 function(*args, **kwargs)
             except UserError as error:
+                leave_exit_code(error.exit_code)
                 if os.environ.get("RANK", "0") == "0" or not isinstance(error, EveryRankError):
                     console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
                 raise typer.Exit(error.exit_code) from None
@@ -52,6 +60,12 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
         return group.command(name)(run)
 
     return decorate
+
+
+def leave_exit_code(code: int) -> None:
+    """The first rank leaves its exit code where a job's script asks for it: torchrun makes 1 of any."""
+    if (file := os.environ.get("MMCONTRAST_EXIT_CODE_FILE")) and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(str(code))
 
 
 def _escape(text: str) -> str:
@@ -110,16 +124,93 @@ def embed(
     device: Device = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     num_workers: Annotated[int, typer.Option(min=0, help="decoding processes")] = 0,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="the I-th of N slices alone: many processes, one table")
+    ] = None,
 ) -> None:
     """Embed every sample of DATA with a trained run.
 
     OUT gets part-*.safetensors (one tensor a field), part-*.parquet (key, sample_id, group_id, metadata) and, when it is
     complete, manifest.json.
     """
-    from mmcontrast.runs import embed_shards
+    from mmcontrast.evaluation import TableSlice
+    from mmcontrast.runs import embed_shards, embed_slice
 
+    if part:
+        complete = embed_slice(run, data, TableSlice.parse(out, part), checkpoint, device, batch_size, num_workers)
+        console.print(f"slice {part} of {out}{': the table is complete' if complete else ''}", highlight=False)
+        return
     table = embed_shards(run, data, out, checkpoint, device, batch_size, num_workers)
     console.print(f"{len(table)} samples, fields {', '.join(table.fields)}: {out}", highlight=False)
+
+
+@command(app, "submit")
+def submit(
+    config: ConfigFile,
+    time: Time,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Gpus = 1,
+    procs_per_node: Annotated[int | None, typer.Option(min=1, help="of nodes without GPUs; default: 1")] = None,
+    cpus_per_task: Cpus = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
+    warn: Annotated[int, typer.Option(min=1, help="seconds before the time limit: save, and queue again")] = 120,
+    evaluate_after: Annotated[bool, typer.Option("--evaluate-after", help="by a second job, after the last step")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a run that has another config")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train as a job of Slurm, which is queued again until it is complete. docs/slurm.md says how.
+
+    run.dir/run.name.slurm/ gets the config, the script, the version of the code and the log. A run that exists with this
+    config is continued.
+    """
+    from mmcontrast.config import load_config
+    from mmcontrast.slurm import Resources, training_launch
+
+    if gpus_per_node and procs_per_node:
+        raise UserError("--procs-per-node: a process for each GPU; it is for --gpus-per-node 0")
+    processes = gpus_per_node or procs_per_node or 1
+    cpus = cpus_per_task or processes * (1 + load_config(config, overrides or ()).data.num_workers)
+    resources = Resources(time, nodes, gpus_per_node, cpus, partition, account, sbatch or ())
+    launch = training_launch(config, overrides or (), resources, processes, warn, evaluate_after, resume)
+    if dry_run:
+        print("\n".join(text for name, text in launch.files.items() if name.endswith(".sbatch")), end="")
+        return
+    jobs = launch.submit(*(["train", "evaluate"] if evaluate_after else ["train"]))
+    console.print(f"submitted: job {', then '.join(jobs)}\nin:        {launch.folder}", highlight=False)
+
+
+@command(app, "submit-embed")
+def submit_embed(
+    run: RunFolder,
+    data: Annotated[str, typer.Argument(help="shards: a path, a glob, or a brace range", metavar="DATA")],
+    out: Annotated[Path, typer.Argument(help="the table's folder", metavar="OUT")],
+    tasks: Annotated[int, typer.Option(min=1, help="slices of the table, each a task of the array")],
+    time: Time,
+    checkpoint: Checkpoint = "last",
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    num_workers: Annotated[int, typer.Option(min=0, help="decoding processes of a task")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=0, max=1, help="of a task; 0: none")] = 1,
+    cpus_per_task: Cpus = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Embed DATA by an array of Slurm's tasks into one table. Submitted again, only slices that are missing are embedded."""
+    from mmcontrast.slurm import Resources, embedding_launch
+
+    resources = Resources(time, 1, gpus_per_node, cpus_per_task or 1 + num_workers, partition, account, sbatch or ())
+    launch = embedding_launch(run, data, out, tasks, checkpoint, resources, batch_size, num_workers)
+    if launch is None:
+        console.print(f"{out} is complete", highlight=False)
+    elif dry_run:
+        print(launch.files["embed.sbatch"], end="")
+    else:
+        (job,) = launch.submit("embed")
+        console.print(f"submitted: job {job}\nin:        {launch.folder}", highlight=False)
 
 
 @command(app, "config")

@@ -29,6 +29,9 @@ class Embeddings:
     logit_bias: Tensor | None
 
 
+torch.export.register_dataclass(Embeddings)  # sharded data parallelism looks for the tensors in what a model returns
+
+
 class ContrastiveModel(nn.Module):
     """Any number of fields, each with a modality and a tower; fields may share a tower, with its projection.
 

@@ -16,16 +16,19 @@ from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component
 from mmcontrast.runs import check_components, contrasted_fields
-from mmcontrast.training.cost import Cost, fakes, make_values, measure
+from mmcontrast.towers import blocks_of
+from mmcontrast.training.cost import Bytes, Flops, count_bytes, count_flops, fakes, make_values
 from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.parallel import check_placement, recompute_blocks
 from mmcontrast.training.setup import make_model
+from mmcontrast.training.stages import set_stage
 
 GIB = 2**30
 DEFAULT_MEMORY = 80 * GIB
 RESERVED, RESERVED_SHARE = GIB, 0.05  # assumed: CUDA's context and libraries; what the allocator cannot use
 LOSS_TILES = 48 * 2**20  # measured beside the gradients of a loss in docs/score_statistics.md
-PROBES = 8, 16
+SMALLEST, PROBES = 2, (8, 16)  # batch norms refuse one sample
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Plan:
         flops_per_sample: of forward and backward; of recomputation nothing.
         memory: bytes by what they are for. available: of one device.
         largest: the largest power of two for train.micro_batch_size that fits, or None where none does.
-        notes: what was assumed, or is not counted.
+        notes: what was assumed, or is not counted. remedies: options of training that are left to take less memory.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Plan:
     available: int
     largest: int | None
     notes: list[str]
+    remedies: list[str]
 
     @property
     def total(self) -> int:
@@ -85,7 +89,8 @@ class Plan:
         over = f"does not fit: {(self.total - self.available) / GIB:.1f} GiB too much"
         if self.largest:
             return f"{over}; train.micro_batch_size={self.largest} fits (the same loss, a second forward)"
-        return f"{over}, with any train.micro_batch_size: take a smaller model or larger devices"
+        remedies = [f"set {remedy}" for remedy in self.remedies]
+        return f"{over}, with any train.micro_batch_size: {' or '.join([*remedies, 'take a smaller model or larger devices'])}"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"total": self.total, "fits": self.fits, "verdict": self.verdict}
@@ -114,19 +119,27 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
     objective, pairing = check_components(bare)
     with fakes():
         model = make_model(bare.fields, bare.towers, bare.model, 0)
+        check_placement(model, options)
         freeze(model, options.freeze)
+        set_stage(model, largest_stage(options), 0)
         model.train()
-        cost = measure_step(model, at_a_time, options, several=at_a_time < per_device)
+        flops = flops_of(model)
+        recompute_blocks(model, options.recompute)
+        step = bytes_of(model, at_a_time, options, several=at_a_time < per_device)
         state, notes = optimizer_state(model, options)
         terms = pairing.weighted_terms(list(contrasted_fields(config)))
-        fixed = resident(model, options, devices) | {"optimizer state": state}
+        fixed = resident(model, options, devices, state)
         fixed |= {"embeddings and loss": loss_memory(model, options, part, devices, max(len(term) for term in terms))}
-        memory = with_step(fixed, model, cost)
+        memory = with_step(fixed, model, at_a_time, step)
         largest = None
         if sum(memory.values()) > available:
             largest = largest_that_fits(model, options, part, fixed, available)
     if getattr(objective, "stateful", False):
         notes.append("what the objective remembers of every sample is not counted")
+    if options.parallel == "fsdp" and devices > 1:
+        notes.append("gradients and activations are those of a device that has all weights: more than fsdp takes")
+    remedies = [] if options.recompute else [f"train.recompute=[{', '.join(model.towers)}]"]
+    remedies += ["train.parallel=fsdp"] if devices > 1 and options.parallel == "ddp" else []
     return Plan(
         name=config.run.name,
         devices=devices,
@@ -136,13 +149,21 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
         cached=bool(options.micro_batch_size),
         parameters=count(model.parameters()),
         learning=count(p for p in model.parameters() if p.requires_grad),
-        flops_per_sample=cost.flops_per_sample,
-        towers={name: plan_tower(model, name, cost) for name in model.towers},
+        flops_per_sample=flops.total,
+        towers={name: plan_tower(model, name, flops, step) for name in model.towers},
         memory=memory,
         available=available,
         largest=largest,
         notes=notes,
+        remedies=remedies,
     )
+
+
+def largest_stage(options: TrainOptions) -> TrainOptions:
+    """With the largest pictures and the most patches that any step sees."""
+    resolution = {field: {0: max(sides.values())} for field, sides in options.resolution.items()}
+    dropped = {tower: {0: min(shares.values())} for tower, shares in options.patch_dropout.items()}
+    return options.model_copy(update={"resolution": resolution, "patch_dropout": dropped})
 
 
 def device_memory() -> int:
@@ -166,17 +187,23 @@ def _random(tower: Component) -> Component:
     return {option: value for option, value in tower.items() if option not in ("pretrained", "length_chunks")}
 
 
-def measure_step(model: ContrastiveModel, samples: int, options: TrainOptions, several: bool) -> Cost:
-    """Of one part of a step; `several`: others have left their gradients before it.
-
-    Raises:
-        UserError: if the model decides by what is in a batch how it computes.
+def flops_of(model: ContrastiveModel) -> Flops:
     """
-    model.zero_grad()
+    Raises:
+        UserError: if what is in a batch decides how the model computes.
+    """
     try:
-        return measure(model, make_values(model, samples), options.precision, parts=2 if several else 1)
+        return count_flops(model, make_values(model, SMALLEST))
     except NotImplementedError as error:
         raise UserError(f"this model cannot be planned: {' '.join(str(error).split())[:200]}") from error
+
+
+def bytes_of(model: ContrastiveModel, samples: int, options: TrainOptions, several: bool) -> Bytes:
+    """Of one part of a step; `several`: others have left their gradients before it."""
+    model.zero_grad()
+    if several:
+        count_bytes(model, make_values(model, SMALLEST), options.precision)
+    return count_bytes(model, make_values(model, samples), options.precision)
 
 
 def optimizer_state(model: nn.Module, options: TrainOptions) -> tuple[int, list[str]]:
@@ -192,17 +219,24 @@ def optimizer_state(model: nn.Module, options: TrainOptions) -> tuple[int, list[
     return size(tensors), []
 
 
-def resident(model: ContrastiveModel, options: TrainOptions, devices: int) -> dict[str, int]:
-    """What is there from the first step to the last."""
+def resident(model: ContrastiveModel, options: TrainOptions, devices: int, state: int) -> dict[str, int]:
+    """What is there from the first step to the last. fsdp cuts it over the devices, and fetches one block and the next, with
+    what is in no block (reshard_after_forward: false: all)."""
+    sharded = options.parallel == "fsdp" and devices > 1
     weights = size([*model.parameters(), *model.buffers()])
-    memory = {"weights": weights}
-    if devices > 1:  # DistributedDataParallel's, beside the gradients
+    share = math.ceil(weights / devices) if sharded else weights
+    memory = {"weights": share, "optimizer state": math.ceil(state / devices) if sharded else state}
+    if sharded:
+        blocks = [size(block.parameters()) for tower in model.towers.values() for block in blocks_of(tower).values()]
+        at_once = sorted(blocks)[-2:] if options.reshard_after_forward else blocks
+        memory["weights that are fetched"] = weights - sum(blocks) + sum(at_once)
+    elif devices > 1:  # DistributedDataParallel's, beside the gradients
         memory["buckets for the gradients' reduction"] = size(p for p in model.parameters() if p.requires_grad)
     if options.ema_decay:
-        memory["averaged weights"] = weights
+        memory["averaged weights"] = share
     if options.queue_size:
         rows = options.queue_size * len(model.modalities) * (4 * model.embed_dim + 8)
-        memory["queue and its encoder"] = weights + rows
+        memory["queue and its encoder"] = share + rows
     return memory
 
 
@@ -213,10 +247,10 @@ def loss_memory(model: ContrastiveModel, options: TrainOptions, samples: int, de
     return rows * (2 * len(model.modalities) + fields + (4 if devices > 1 else 0)) + LOSS_TILES
 
 
-def with_step(fixed: dict[str, int], model: ContrastiveModel, cost: Cost) -> dict[str, int]:
+def with_step(fixed: dict[str, int], model: ContrastiveModel, samples: int, step: Bytes) -> dict[str, int]:
     """All rows of the table."""
-    values = size(make_values(model, cost.samples).values())
-    memory = fixed | {"gradients and activations, at their peak": cost.peak, "inputs": values}
+    values = size(make_values(model, samples).values())
+    memory = fixed | {"gradients and activations, at their peak": step.peak, "inputs": values}
     return memory | {"reserved (assumed)": round(RESERVED + RESERVED_SHARE * sum(memory.values()))}
 
 
@@ -226,27 +260,27 @@ def largest_that_fits(
     """Bytes grow linearly with the samples: the line through two probes says where to look, measuring there decides."""
 
     def total(samples: int) -> int:
-        return sum(with_step(fixed, model, measure_step(model, samples, options, several=True)).values())
+        return sum(with_step(fixed, model, samples, bytes_of(model, samples, options, several=True)).values())
 
-    if total(1) > available:
+    if total(SMALLEST) > available:
         return None
     low, high = (total(samples) for samples in PROBES)
     slope = max(1.0, (high - low) / (PROBES[1] - PROBES[0]))
-    guess = min(part, max(1, int(PROBES[0] + (available - low) / slope)))
+    guess = min(part, max(SMALLEST, int(PROBES[0] + (available - low) / slope)))
     samples = 2 ** math.floor(math.log2(guess))
-    while samples > 1 and total(samples) > available:
+    while samples > SMALLEST and total(samples) > available:
         samples //= 2
     return samples
 
 
-def plan_tower(model: ContrastiveModel, name: str, cost: Cost) -> TowerPlan:
+def plan_tower(model: ContrastiveModel, name: str, flops: Flops, step: Bytes) -> TowerPlan:
     fields = [field for field, tower in model.tower_of.items() if tower == name]
     parameters = [*model.towers[name].parameters(), *model.projections[name].parameters()]
     return TowerPlan(
         parameters=count(parameters),
         learning=count(p for p in parameters if p.requires_grad),
-        flops=sum(cost.forward[field] for field in fields) / cost.samples,
-        saved=sum(cost.saved[field] for field in fields),
+        flops=sum(flops.forward[field] for field in fields),
+        saved=sum(step.saved[field] for field in fields),
     )
 
 

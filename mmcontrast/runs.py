@@ -13,7 +13,7 @@ from mmcontrast.components import build, nearest
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation import EmbeddingTable, embed_dataset, evaluate, results_table
+from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset, evaluate, results_table
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
@@ -21,9 +21,10 @@ from mmcontrast.options import Patterns
 from mmcontrast.training import checkpoint
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import make_progress
-from mmcontrast.training.loop import finish, load_weights
+from mmcontrast.training.loop import finish
 from mmcontrast.training.options import FieldOptions
 from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
+from mmcontrast.training.state import load_weights
 
 CONFIG = "config.yaml"
 
@@ -178,6 +179,7 @@ def open_run(folder: Path, which: str = "last", device: str | None = None) -> Tr
     config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
     model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    checkpoint.check(saved)
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return TrainedRun(folder, config, model.eval().to(where), where)
@@ -216,3 +218,37 @@ def embed_shards(
         )
     table.write(out, {"run": str(folder), "checkpoint": which, "shards": shards})
     return table
+
+
+def embed_slice(
+    folder: Path, shards: Patterns, part: TableSlice, which: str, device: str | None, batch_size: int, num_workers: int
+) -> bool:
+    """Embeds one slice of the samples, unless that is done; True if with it the table is complete.
+
+    Raises:
+        UserError: as `embed_shards`; if the folder holds slices of another checkpoint or other samples.
+    """
+    which = step_of(folder, which)  # "last" may be another one when the next slice is embedded
+    about = {"run": str(folder), "checkpoint": which, "shards": shards}
+    if part.done(about):
+        return part.complete()
+    run = open_run(folder, which, device)
+    dataset = make_dataset(shards, contrasted_fields(run.config), run.model)
+    about["data"] = dataset.digest
+    part.done(about)
+    with make_progress() as progress:
+        table = embed_dataset(
+            run.model, dataset, batch_size=batch_size, num_workers=num_workers, device=run.device, progress=progress,
+            rows=part.rows(len(dataset)),
+        )  # fmt: skip
+    part.write(table, len(dataset), about)
+    return part.complete()
+
+
+def step_of(folder: Path, which: str) -> str:
+    """The number of the step that a run's checkpoint "last" or "best" is of.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    return str(int(checkpoint.find(folder / "checkpoints", which).name.removeprefix("step-")))

@@ -22,8 +22,9 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "training": ["objectives", "evaluation"],
     "config": ["training"],
     "runs": ["config"],
+    "slurm": ["runs"],
     "plan": ["runs"],
-    "cli": ["plan"],
+    "cli": ["slurm", "plan"],
 }
 
 

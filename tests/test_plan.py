@@ -15,7 +15,7 @@ from mmcontrast.modalities import VectorModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.plan import GIB, plan_run
 from mmcontrast.towers import LinearTower
-from mmcontrast.training.cost import fakes, flops_per_sample, make_values, measure, peak_flops
+from mmcontrast.training.cost import count_bytes, fakes, flops_per_sample, make_values, peak_flops
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import FieldOptions, ModelOptions
 from mmcontrast.training.setup import make_model
@@ -60,9 +60,10 @@ def test_activations_are_those_of_a_real_forward(frozen):
         real[field] = sum(storage.nbytes() for key, storage in kept.items() if key not in seen)
     with fakes():
         fake = tiny(**frozen)
-        found = measure(fake, make_values(fake, 6))
+        found = count_bytes(fake, make_values(fake, 6))
         assert all(type(parameter.data).__name__ == "FakeTensor" for parameter in fake.parameters())
     assert found.saved == real
+    assert found == count_bytes(model, values)  # and its peak is that of real tensors
     assert (real["image"] < real["audio"] / 10) == bool(frozen)  # what is locked keeps nothing; its projection does
 
 
@@ -70,7 +71,8 @@ def test_memory_grows_linearly_and_has_the_gradients():
     with fakes():
         model = tiny()
         learning = sum(4 * parameter.numel() for parameter in model.parameters())
-        costs = [measure(model, make_values(model, n), "bf16", parts=2) for n in (64, 128, 192)]
+        count_bytes(model, make_values(model, 2), "bf16")
+        costs = [count_bytes(model, make_values(model, n), "bf16") for n in (64, 128, 192)]
     first, second, third = (cost.peak for cost in costs)
     assert first > learning and third - second == pytest.approx(second - first, rel=0.02)
     first, second, third = (sum(cost.saved.values()) for cost in costs)
@@ -110,6 +112,24 @@ def test_flops_of_a_sample_are_counted_without_touching_the_model():
     assert flops_per_sample(model) == both_learn - tower - 2 * projection
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     assert isinstance(model.towers["a"].network.weight.detach().sum().item(), float)
+
+
+def test_recomputed_blocks_keep_their_inputs_alone():
+    config = CONFIGS / "clip-vit-b-32.yaml"
+
+    def planned(*overrides: str):
+        return plan_run(load_config(config, ["train.batch_size=512", "train.micro_batch_size=null", *overrides]), 8)
+
+    plain, again, sharded = planned(), planned("train.recompute=[image, text]"), planned("train.parallel=fsdp")
+    assert again.flops_per_sample == plain.flops_per_sample
+    assert all(again.towers[name].saved < plain.towers[name].saved / 4 for name in plain.towers)
+    step = "gradients and activations, at their peak"
+    assert again.memory[step] < plain.memory[step] / 2
+    assert sharded.memory["weights"] == pytest.approx(plain.memory["weights"] / 8, rel=1e-6)
+    assert sharded.memory["weights that are fetched"] < plain.memory["weights"] / 2 and sharded.notes
+    assert "buckets for the gradients' reduction" not in sharded.memory
+    with pytest.raises(UserError, match="train.recompute: no tower 'picture'"):
+        planned("train.recompute=[picture]")
 
 
 def test_peaks_are_found_by_the_devices_name():

@@ -93,13 +93,18 @@ def _share(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
-    """Every sample once, in the shards' order.
+def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0, rows: range | None = None) -> Iterator[Batch]:
+    """Every sample once, in the shards' order; with `rows` those at these positions.
 
     Raises:
         UserError: at the first sample that cannot be decoded.
     """
     loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=dataset.collate, worker_init_fn=start_worker
+        dataset,
+        batch_size=batch_size,
+        sampler=rows,  # None: all in their order
+        num_workers=num_workers,
+        collate_fn=dataset.collate,
+        worker_init_fn=start_worker,
     )
     return _checked(loader, len(loader))

@@ -1,15 +1,18 @@
 """Embedding tables: what a model makes of a data set, in memory and on disk."""
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,8 +21,10 @@ from mmcontrast.data import ShardDataset, all_batches
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.types import ABSENT, Batch
 
 PART_ROWS = 100_000
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -42,6 +47,16 @@ class EmbeddingTable:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def first(self, number: int) -> "EmbeddingTable":
+        """Of the samples so many."""
+        return EmbeddingTable(
+            {field: rows[:number] for field, rows in self.fields.items()},
+            {field: here[:number] for field, here in self.present.items()},
+            self.sample_ids[:number],
+            self.group_ids[:number],
+            self.metadata[:number],
+        )
+
     def write(self, folder: Path, about: dict[str, Any] | None = None) -> None:
         """`part-00000.safetensors` (one tensor a field, `present.<field>`), `part-00000.parquet` (key, sample_id,
         group_id, metadata as JSON) and so on, and last `manifest.json`.
@@ -51,8 +66,13 @@ class EmbeddingTable:
         """
         self.refuse_to_overwrite(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.write_parts(folder)
+        write_json(folder / MANIFEST, manifest | (about or {}))  # last: a table with a manifest is complete
+
+    def write_parts(self, folder: Path, first: int = 0) -> dict[str, Any]:
+        """Writes the parts, numbered from `first`, and returns the manifest."""
         parts = []
-        for number, start in enumerate(range(0, max(len(self), 1), PART_ROWS)):
+        for number, start in enumerate(range(0, max(len(self), 1), PART_ROWS), first):
             rows, name = slice(start, start + PART_ROWS), f"part-{number:05d}"
             tensors = {field: values[rows].contiguous() for field, values in self.fields.items()}
             tensors |= {f"present.{field}": here[rows].contiguous() for field, here in self.present.items()}
@@ -65,22 +85,18 @@ class EmbeddingTable:
             }
             pq.write_table(pa.table(columns), folder / f"{name}.parquet")
             parts.append({"name": name, "rows": len(columns["key"])})
-        manifest = {
+        return {
             "format": "mmcontrast embedding table 1",
             "rows": len(self),
             "parts": parts,
             "fields": sorted(self.fields),
             "dim": next(iter(self.fields.values())).shape[1],
             "dtype": "float32",
-            **(about or {}),
         }
-        partial = folder / ".manifest.partial"
-        partial.write_text(json.dumps(manifest, indent=1))
-        os.replace(partial, folder / "manifest.json")  # last: a table with a manifest is complete
 
     @staticmethod
     def refuse_to_overwrite(folder: Path) -> None:
-        if (folder / "manifest.json").exists():
+        if (folder / MANIFEST).exists():
             raise UserError(f"{folder} already holds an embedding table: remove it, or choose another folder")
 
     @classmethod
@@ -89,9 +105,9 @@ class EmbeddingTable:
         Raises:
             UserError: if the folder holds no complete table.
         """
-        if not (folder / "manifest.json").exists():
-            raise UserError(f"{folder} holds no complete embedding table (no manifest.json)")
-        manifest = json.loads((folder / "manifest.json").read_text())
+        if not (folder / MANIFEST).exists():
+            raise UserError(f"{folder} holds no complete embedding table (no {MANIFEST})")
+        manifest = json.loads((folder / MANIFEST).read_text())
         tensors = [load_file(folder / f"{part['name']}.safetensors") for part in manifest["parts"]]
         rows = pa.concat_tables([pq.read_table(folder / f"{part['name']}.parquet") for part in manifest["parts"]])
         return cls(
@@ -101,6 +117,13 @@ class EmbeddingTable:
             torch.tensor(rows["group_id"].to_pylist()),
             [json.loads(entry) for entry in rows["metadata"].to_pylist()],
         )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The file appears when it is whole."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several processes, and several machines, may do so
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)
 
 
 @torch.no_grad()
@@ -113,22 +136,23 @@ def embed_dataset(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     label: str = "embedding",
+    rows: range | None = None,
 ) -> EmbeddingTable:
-    """Every sample of a data set, in order. The model is put in evaluation mode and left as it was."""
+    """Every sample of a data set, or those of `rows`, in order. The model is put in evaluation mode and left as it was."""
     was_training = model.training
     model.eval()
-    task = progress.add_task(label, total=len(dataset), note="") if progress else None
-    rows: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
+    task = progress.add_task(label, total=len(dataset if rows is None else rows), note="") if progress else None
+    about: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
-    for batch in all_batches(dataset, batch_size, num_workers):
+    for batch in all_batches(dataset, batch_size, num_workers, rows):
         embeddings = model(batch.to(torch.device(device)))
         for field in fields:
             fields[field].append(embeddings.fields[field].float().cpu())
             present[field].append(batch.present[field])
-        rows["sample_ids"].append(batch.sample_ids)
-        rows["group_ids"].append(batch.group_ids)
-        rows["metadata"].extend(batch.metadata)
+        about["sample_ids"].append(batch.sample_ids)
+        about["group_ids"].append(batch.group_ids)
+        about["metadata"].extend(batch.metadata)
         if progress and task is not None:
             progress.advance(task, len(batch))
     if progress and task is not None:
@@ -137,9 +161,32 @@ def embed_dataset(
     return EmbeddingTable(
         {field: torch.cat(parts) for field, parts in fields.items()},
         {field: torch.cat(parts) for field, parts in present.items()},
-        torch.cat(rows["sample_ids"]),
-        torch.cat(rows["group_ids"]),
-        rows["metadata"],
+        torch.cat(about["sample_ids"]),
+        torch.cat(about["group_ids"]),
+        about["metadata"],
+    )
+
+
+def embed_together(model: ContrastiveModel, dataset: ShardDataset, group: dist.ProcessGroup, **options: Any) -> EmbeddingTable:
+    """`embed_dataset`, by all ranks of a group: each embeds its share, in as many batches as any other. The first returns the
+    whole table, the others what they have made."""
+    rank, world_size, n = dist.get_rank(group), dist.get_world_size(group), len(dataset)
+    start, stop = n * rank // world_size, n * (rank + 1) // world_size
+    share = range(start, start + math.ceil(n / world_size))  # of the same length everywhere: it may overlap the next
+    own = embed_dataset(model, dataset, rows=share, **options).first(stop - start)
+    tables: list[Any] | None = None if rank else [None] * world_size
+    dist.gather_object(own, tables, group_dst=0, group=group)
+    return joined(tables) if tables else own
+
+
+def joined(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
+    """One after the other."""
+    return EmbeddingTable(
+        {field: torch.cat([table.fields[field] for table in tables]) for field in tables[0].fields},
+        {field: torch.cat([table.present[field] for table in tables]) for field in tables[0].present},
+        torch.cat([table.sample_ids for table in tables]),
+        torch.cat([table.group_ids for table in tables]),
+        [entry for table in tables for entry in table.metadata],
     )
 
 
@@ -151,6 +198,8 @@ def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], devic
     batch = modality.collate([modality.tokens(text) for text in texts])
     was_training = model.training
     model.eval()
-    embeddings = model.encode(field, batch.to(device)).cpu()
+    nobodys = torch.full((len(batch),), ABSENT)
+    prompts = Batch({field: batch}, {field: nobodys == ABSENT}, nobodys, nobodys, [{}] * len(batch))
+    embeddings = model(prompts.to(torch.device(device))).fields[field].float().cpu()
     model.train(was_training)
     return embeddings

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import permutations
 
 import torch
+import torch.distributed as dist
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts
+from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts, embed_together
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
 from mmcontrast.evaluation.retrieval import first_of_each_group, ranks, retrieval_metrics
 from mmcontrast.evaluation.zero_shot import phrase_embedding, zero_shot_metrics
@@ -28,12 +30,16 @@ def evaluate(
     options: EvaluationOptions,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Results, dict[str, EmbeddingTable]]:
-    """The results as one flat dictionary, and each split's embeddings."""
+    """The results as one flat dictionary, and each split's embeddings. With a process group all ranks embed, and the first has
+    the results; the others' are empty."""
     results: Results = {}
     tables: dict[str, EmbeddingTable] = {}
+    classes = {name: embed_classes(model, task, device) for name, task in options.zero_shot.items()} if datasets else {}
     for split, dataset in datasets.items():
-        table = tables[split] = embed_dataset(
+        embed = partial(embed_together, group=group) if group else embed_dataset
+        table = tables[split] = embed(
             model,
             dataset,
             batch_size=options.batch_size,
@@ -42,6 +48,8 @@ def evaluate(
             progress=progress,
             label=f"embedding {split}",
         )
+        if group and dist.get_rank(group):
+            continue
         for query, candidate in permutations(table.fields, 2):
             found, candidates = retrieve(table, query, candidate, isinstance(model.modality(candidate), TextModality))
             metrics = retrieval_metrics(found, len(candidates), options.retrieval_at)
@@ -52,7 +60,7 @@ def evaluate(
         for field, rows in table.fields.items():
             results[f"{split}/uniformity/{field}"] = uniformity(rows[table.present[field]])
         for task, zero_shot in options.zero_shot.items():
-            metrics = classify(model, table, zero_shot, device)
+            metrics = classify(table, zero_shot, classes[task])
             results |= {f"{split}/zero_shot/{task}/{name}": value for name, value in metrics.items()}
     return results, tables
 
@@ -80,16 +88,18 @@ def retrieve(table: EmbeddingTable, query: str, candidate: str, once_a_group: bo
     return found, candidates
 
 
-def classify(
-    model: ContrastiveModel, table: EmbeddingTable, task: ZeroShotOptions, device: torch.device | str
-) -> dict[str, float]:
-    """Zero-shot metrics of one task on one split."""
+def embed_classes(model: ContrastiveModel, task: ZeroShotOptions, device: torch.device | str) -> list[Tensor]:
+    """Per class, the embeddings of its phrases."""
 
     def embed(phrase: str) -> Tensor:
         prompts = [template.format(phrase) for template in task.templates]
         return phrase_embedding(embed_texts(model, task.prompt_field, prompts, device))
 
-    classes = [torch.stack([embed(phrase) for phrase in phrases]) for phrases in task.classes.values()]
+    return [torch.stack([embed(phrase) for phrase in phrases]) for phrases in task.classes.values()]
+
+
+def classify(table: EmbeddingTable, task: ZeroShotOptions, classes: list[Tensor]) -> dict[str, float]:
+    """Zero-shot metrics of one task on one split."""
     number = {label: k for k, label in enumerate(task.classes)}
     if table.metadata and not any(task.label in entry for entry in table.metadata):
         raise UserError(f"zero-shot task: no sample has the label {task.label!r} in its json")

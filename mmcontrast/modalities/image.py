@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
@@ -33,7 +34,12 @@ class ImageModality(Modality):
         max_pixels: larger pictures are refused before they are decoded.
         scaled_decode: let a large JPEG be decoded at 1/2, 1/4 or 1/8 of its side, where that is still `size`: faster, and
             44–48 dB from the exact picture.
+
+    Attributes:
+        side: pictures are scaled to it, on the device, in training; None: they stay as they are.
     """
+
+    side: int | None = None
 
     factor: Tensor
     shift: Tensor
@@ -109,7 +115,10 @@ class ImageModality(Modality):
         return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
 
     def forward(self, batch: Tensor) -> Tensor:
-        return batch.float().mul_(self.factor).sub_(self.shift)  # (x / 255 − mean) / std, in place
+        pictures = batch.float()
+        if self.training and self.side not in (None, batch.shape[-1]):
+            pictures = F.interpolate(pictures, [self.side] * 2, mode="bicubic", antialias=True)
+        return pictures.mul_(self.factor).sub_(self.shift)  # (x / 255 − mean) / std, in place
 
 
 class _RandomResizedCrop(v2.RandomResizedCrop):

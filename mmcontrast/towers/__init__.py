@@ -1,6 +1,6 @@
 """Towers by the name a config gives them. A new backbone family is a file here and a line below."""
 
-from mmcontrast.towers.base import Tower
+from mmcontrast.towers.base import BLOCK, Tower, blocks_of
 from mmcontrast.towers.open_clip import OpenClipTextTower, OpenClipTower
 from mmcontrast.towers.timm import TimmTower
 from mmcontrast.towers.transformers import TransformersTower
@@ -14,4 +14,14 @@ TOWERS = {
     "linear": LinearTower,
 }
 
-__all__ = ["TOWERS", "LinearTower", "OpenClipTextTower", "OpenClipTower", "TimmTower", "Tower", "TransformersTower"]
+__all__ = [
+    "BLOCK",
+    "TOWERS",
+    "LinearTower",
+    "OpenClipTextTower",
+    "OpenClipTower",
+    "TimmTower",
+    "Tower",
+    "TransformersTower",
+    "blocks_of",
+]

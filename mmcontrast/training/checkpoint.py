@@ -1,63 +1,116 @@
-"""Checkpoints: complete or absent, never half. A folder `step-00000500` with weights, state and the config.
+"""Checkpoints: complete or absent, never half. A folder `step-00000500` with weights, state, the config, and checksums.
 
-Written under a temporary name, flushed to the disk, renamed: a folder of the right name is complete.
+Written under a temporary name, flushed to the disk, renamed: a folder of the right name is complete. The optimizer's state of
+weights in shards is a folder in it, written by all ranks through torch's distributed checkpoints.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from mmcontrast.errors import UserError
+from mmcontrast.errors import EveryRankError, UserError
 
 WEIGHTS, AVERAGED, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
+SHARDS, MANIFEST = "optimizer", "manifest.json"
 BEST = "best.json"  # the name of the best checkpoint, and by what value
 
 
-def save(
-    folder: Path,
-    step: int,
-    weights: Mapping[str, Tensor],
-    state: dict[str, Any],
-    config: str,
-    averaged: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Writes the checkpoint of a step; `state` is anything that `torch.load(weights_only=True)` admits. `averaged` weights are
-    a file of their own, if there are some.
+@dataclass
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        weights, averaged: whole; the average may be empty.
+        state: anything that `torch.load(weights_only=True)` admits.
+        config: as YAML.
+        shards: tensors of which every rank holds a part.
+    """
+
+    weights: Mapping[str, Tensor]
+    averaged: Mapping[str, Tensor]
+    state: dict[str, Any]
+    config: str
+    shards: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | None" = None) -> Path:
+    """Writes the checkpoint of a step, around the shards that may be on their way into `partial_of` it.
 
     Raises:
         UserError: if it cannot be written (a full disk); earlier checkpoints stay as they were.
     """
-    target = folder / f"step-{step:08d}"
-    partial = folder / f".{target.name}.partial"
+    target, partial = folder / f"step-{step:08d}", partial_of(folder, step)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, tensors in ((WEIGHTS, weights), (AVERAGED, averaged or {})):
+        if not shards:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, tensors in ((WEIGHTS, contents.weights), (AVERAGED, contents.averaged)):
             if tensors:
                 save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name)
-        torch.save(state, partial / STATE)
-        (partial / CONFIG).write_text(config)
-        for file in (*partial.iterdir(), partial):
+        torch.save(contents.state, partial / STATE)
+        (partial / CONFIG).write_text(contents.config)
+        if shards:
+            shards.result()
+        (partial / MANIFEST).write_text(json.dumps({"files": _checksums(partial)}, indent=1))
+        for file in (*partial.rglob("*"), partial):
             _flush(file)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
         _flush(folder)
-    except (OSError, RuntimeError) as error:  # torch.save and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, CheckpointException) as error:  # torch.save and safetensors: a full disk is a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder}: {error}; the earlier ones are"
-            " untouched: make room, then continue with --resume"
-        ) from error
+        raise _not_written(folder, step, error) from error
     return target
+
+
+def partial_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is until it is complete."""
+    return folder / f".step-{step:08d}.partial"
+
+
+def _not_written(folder: Path, step: int, error: BaseException) -> EveryRankError:
+    said = " ".join(str(error).split())
+    return EveryRankError(
+        f"the checkpoint of step {step} could not be written to {folder}: {said[:500]}; the earlier ones are untouched: make"
+        " room, then continue with --resume"
+    )
+
+
+def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file in a checkpoint, by its path there."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        found[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
+    return found
+
+
+def check(checkpoint: Path) -> None:
+    """
+    Raises:
+        UserError: if a file is not as it was written.
+    """
+    if (checkpoint / MANIFEST).exists():
+        written, now = json.loads((checkpoint / MANIFEST).read_text())["files"], _checksums(checkpoint)
+        for name in sorted(written.keys() | now.keys()):
+            if written.get(name) != now.get(name):
+                what = "missing" if name not in now else "not of it" if name not in written else "damaged (another checksum)"
+                raise UserError(f"{checkpoint}: {name} is {what}; remove this checkpoint, and the one before it is the last")
 
 
 class Saver:
@@ -65,28 +118,46 @@ class Saver:
 
     Args:
         beside: False: `save` returns when all is written.
+        rank: the first writes the checkpoint; the others only their shards, if there are some.
+        group: over which the ranks agree on their shards.
     """
 
-    def __init__(self, folder: Path, keep: int, every: int, beside: bool) -> None:
-        self.folder, self.keep, self.every, self.beside = folder, keep, every, beside
-        self.writing: Future[Path] | None = None
+    def __init__(
+        self, folder: Path, keep: int, every: int, beside: bool, rank: int = 0, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.folder, self.keep, self.every, self.beside, self.rank, self.group = folder, keep, every, beside, rank, group
+        self.writing: Future[Any] | None = None
+        self.step = 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
-    def save(
-        self, step: int, weights: Mapping[str, Tensor], state: dict[str, Any], config: str, averaged: Mapping[str, Tensor]
-    ) -> None:
+    def save(self, step: int, contents: Contents) -> None:
         """
         Raises:
             UserError: if this one, or the one before, could not be written.
         """
         self.wait()
-        what = (weights, state, config, averaged)
-        self.writing = self.thread.submit(self._write, step, *(_copied(what) if self.beside else what))
+        self.step = step
+        shards = self._write_shards(step, contents.shards) if contents.shards else None
+        whole = replace(contents, shards={})
+        if self.rank:
+            self.writing = shards
+        else:
+            self.writing = self.thread.submit(self._write, step, _copied(whole) if self.beside else whole, shards)
         if not self.beside:
             self.wait()
 
-    def _write(self, step: int, *what: Any) -> Path:
-        written = save(self.folder, step, *what)
+    def _write_shards(self, step: int, shards: Mapping[str, Tensor]) -> Future[Any]:
+        """Copies this rank's, and begins to write them."""
+        partial = partial_of(self.folder, step)
+        if not self.rank:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier(self.group)
+        writing = dcp.async_save(dict(shards), checkpoint_id=partial / SHARDS, process_group=self.group)
+        assert isinstance(writing, Future)
+        return writing
+
+    def _write(self, step: int, contents: Contents, shards: Future[Any] | None) -> Path:
+        written = save(self.folder, step, contents, shards)
         prune(self.folder, self.keep, self.every)
         return written
 
@@ -97,7 +168,11 @@ class Saver:
             UserError: if it could not be written.
         """
         writing, self.writing = self.writing, None
-        return writing.result() if writing else None
+        try:
+            written = writing.result() if writing else None
+        except CheckpointException as error:
+            raise _not_written(self.folder, self.step, error) from error
+        return written if isinstance(written, Path) else None
 
     def __enter__(self) -> "Saver":
         return self
@@ -119,6 +194,8 @@ def _copied(tree: Any) -> Any:
     """The same with tensors of its own, in the memory of the CPU."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Contents):
+        return Contents(_copied(tree.weights), _copied(tree.averaged), _copied(tree.state), tree.config)
     if isinstance(tree, Mapping):
         return {key: _copied(value) for key, value in tree.items()}
     return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,26 +59,35 @@ def peak_flops(device_name: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Flops:
+    """Of one sample that has every field; a multiplication with its addition is 2.
+
+    Attributes:
+        forward: per field, of its modality, tower and projection.
+        backward: of what learns.
+    """
+
+    forward: dict[str, float]
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.forward.values()) + self.backward
+
+
+@dataclass(frozen=True)
+class Bytes:
     """Of one forward and backward of some samples that have every field.
 
     Attributes:
-        forward: per field, FLOPs of its modality, tower and projection (2 for a multiplication with its addition).
-        backward: FLOPs of the backward, of what learns.
-        saved: per field, bytes that the forward keeps for the backward, parameters and inputs apart; what two fields share is
-            the first one's.
-        peak: bytes alive at the worst moment that were not before: activations, gradients, and what lies between.
+        saved: per field, what the forward keeps for the backward, parameters and inputs apart; what two fields share is the
+            first one's.
+        peak: what is alive at the worst moment and was not before, but for gradients: activations, gradients, and what lies
+            between.
     """
 
-    samples: int
-    forward: dict[str, int]
-    backward: int
     saved: dict[str, int]
     peak: int
-
-    @property
-    def flops_per_sample(self) -> float:
-        return (sum(self.forward.values()) + self.backward) / self.samples
 
 
 def flops_per_sample(model: ContrastiveModel, shapes: Mapping[str, Sequence[int]] | None = None) -> float:
@@ -92,7 +101,7 @@ def flops_per_sample(model: ContrastiveModel, shapes: Mapping[str, Sequence[int]
         shapes: of one sample by field, for texts the length that counts: {"text": [32]}; default: the longest.
     """
     with fakes(), _training(model), next(model.parameters()).device:
-        return measure(model, make_values(model, 2, shapes), accumulate=False).flops_per_sample
+        return count_flops(model, make_values(model, 2, shapes)).total
 
 
 @contextmanager
@@ -138,28 +147,29 @@ def make_values(model: ContrastiveModel, samples: int, shapes: Mapping[str, Sequ
     return values
 
 
-def measure(
-    model: ContrastiveModel, values: Mapping[str, Tensor], precision: str = "fp32", parts: int = 1, accumulate: bool = True
-) -> Cost:
-    """Runs the model once, forward and backward, and counts. Works on real tensors too, which is how it is tested.
+def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor]) -> Flops:
+    """Runs the model forward and backward, and counts; leaves no gradients."""
+    samples = len(next(iter(values.values())))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    forward, outputs = {}, []
+    with FlopCounterMode(display=False) as counter, _AsOnGpu():
+        for field, batch in values.items():
+            before = counter.get_total_flops()
+            outputs.append(model.encode(field, batch))
+            forward[field] = (counter.get_total_flops() - before) / samples
+        before = counter.get_total_flops()
+        torch.autograd.grad(torch.stack([output.sum() for output in outputs]).sum(), learning, allow_unused=True)
+        return Flops(forward, (counter.get_total_flops() - before) / samples)
+
+
+def count_bytes(model: ContrastiveModel, values: Mapping[str, Tensor], precision: str = "fp32") -> Bytes:
+    """Runs the model forward and backward, and looks what is alive; gradients are added to those that are there. On real
+    tensors it counts the same: that is how it is tested.
 
     Args:
-        model: in training mode.
-        values: per field, what its modality collates.
-        precision: of the towers: fp32, bf16 or fp16, by autocast's rules for a GPU.
-        parts: 2: there are gradients before it, of another part of the step.
-        accumulate: leave gradients in the parameters, as training does.
+        precision: train.precision, by autocast's rules for a GPU.
     """
-    for _ in range(parts - 1):
-        _measure_once(model, values, precision, accumulate)
-    return _measure_once(model, values, precision, accumulate)
-
-
-def _measure_once(model: ContrastiveModel, values: Mapping[str, Tensor], precision: str, accumulate: bool) -> Cost:
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
     given = {_key(tensor) for tensor in (*model.parameters(), *model.buffers(), *values.values())}
-    forward: dict[str, int] = {}
     saved: dict[str, int] = {}
     kept: dict[int, Any] = {}  # storages by their key
 
@@ -168,24 +178,22 @@ def _measure_once(model: ContrastiveModel, values: Mapping[str, Tensor], precisi
             kept.setdefault(_key(tensor), tensor.untyped_storage())
         return tensor
 
-    with FlopCounterMode(display=False) as counter, _Alive(given, gradients) as alive, _AsOnGpu():
+    with _Alive(given, [p.grad for p in model.parameters() if p.grad is not None]) as alive, _AsOnGpu():
         outputs = []
         for field, batch in values.items():
-            flops, count = counter.get_total_flops(), len(kept)
-            autocast = torch.autocast(batch.device.type, torch.bfloat16, enabled=precision != "fp32")
+            count = len(kept)
+            autocast = torch.autocast(batch.device.type, torch.bfloat16, enabled=precision in ("bf16", "fp16"))
             with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
                 outputs.append(model.encode(field, batch))
-            forward[field] = counter.get_total_flops() - flops
             saved[field] = sum(storage.nbytes() for storage in list(kept.values())[count:])
         kept.clear()  # from here on they live as long as the graph needs them
-        flops, total = counter.get_total_flops(), torch.stack([output.sum() for output in outputs]).sum()
+        total = torch.stack([output.sum() for output in outputs]).sum()
         del outputs
-        if accumulate:
-            total.backward()
-        else:
-            torch.autograd.grad(total, learning, allow_unused=True)
-        backward = counter.get_total_flops() - flops
-    return Cost(len(next(iter(values.values()))), forward, backward, saved, alive.peak)
+        # what torch.autograd.backward calls, which would leave `_AsOnGpu` while blocks are recomputed
+        _engine_run_backward(
+            (total,), (torch.ones_like(total),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+    return Bytes(saved, alive.peak)
 
 
 def _key(tensor: Tensor) -> int:

@@ -41,7 +41,7 @@ def cached_backward(
     device = torch.device(device)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     parts, states, seen = batch.split(micro_batch_size), [], []
-    with torch.no_grad(), _running_statistics_kept(inner):
+    with torch.no_grad(), running_statistics_kept(inner):
         for part in parts:
             states.append(_random_state(device))
             seen.append(inner(part.to(device)))
@@ -93,17 +93,17 @@ def batch_norms(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norms count a micro-batch once, though it passes twice."""
-    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    tracking = [module for module in tracking if module.training]
-    for module in tracking:
-        module.track_running_stats = False
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """What passes twice is counted by batch norms once: within it they leave their statistics as they are."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+    before = [(module.momentum, module.num_batches_tracked) for module in norms]
+    for module in norms:
+        module.momentum, module.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for module, (momentum, tracked) in zip(norms, before, strict=True):
+            module.momentum, module.num_batches_tracked = momentum, tracked
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -55,10 +55,17 @@ class StepLines:
 
 
 class StepLog(StepLines):
-    """`metrics.jsonl`, one object per logged step, with the rates since the one before."""
+    """`metrics.jsonl`, one object per logged step, with the rates since the one before.
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    Args:
+        devices: over how many the samples of a step are spread.
+        peak_samples: a second, that a device could do if it did nothing but the operations the model asks for, at its data
+            sheet's rate; None where that is not known. What is reached of it is the MFU (arXiv:2204.02311).
+    """
+
+    def __init__(self, path: Path, resumed_at: int, devices: int = 1, peak_samples: float | None = None) -> None:
         super().__init__(path, resumed_at)
+        self.devices, self.peak_samples = devices, peak_samples
         self.started = self.waited = time.perf_counter()
         self.data_seconds, self.samples = 0.0, 0
 
@@ -74,14 +81,28 @@ class StepLog(StepLines):
     def write(self, values: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """Adds the rates since the last line, and writes one."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
+        rate = self.samples / elapsed
         values = values | {
-            "samples_per_second": self.samples / elapsed,
+            "samples_per_second": rate,
+            "samples_per_second_per_device": rate / self.devices,
             "data_seconds": self.data_seconds,
+            "data_share": self.data_seconds / elapsed,
             "peak_memory_bytes": peak_memory(device),
         }
+        if self.peak_samples:
+            values["mfu"] = rate / self.devices / self.peak_samples
         self.add(values)
         self.started, self.data_seconds, self.samples = time.perf_counter(), 0.0, 0
         return values
+
+    def note(self, line: dict[str, Any]) -> str:
+        """What of a line a person wants to see."""
+        each = f" ({line['samples_per_second_per_device']:.0f} a device)" if self.devices > 1 else ""
+        parts = [f"loss {line['loss']:.3f}", f"scale {line['logit_scale']:.1f}", f"gradient {line['grad_norm']:.2f}"]
+        parts += [f"{line['samples_per_second']:.0f} samples/s{each}"]
+        parts += [f"mfu {line['mfu']:.0%}"] if "mfu" in line else []
+        parts += [f"data {line['data_share']:.0%}", f"{line['peak_memory_bytes'] / 2**30:.1f} GiB"]
+        return "  ".join(parts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

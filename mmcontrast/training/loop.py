@@ -5,15 +5,18 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import ProjectConfiguration
 from rich.progress import Progress
-from torch import nn
 
+from mmcontrast.components import nearest
 from mmcontrast.data import (
     ShardDataset,
     training_batches,
@@ -24,15 +27,19 @@ from mmcontrast.evaluation.report import read_log, write_report
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import Audit, warnings
-from mmcontrast.training.distributed import join_processes, peers
+from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, peers
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLines, StepLog, make_progress
 from mmcontrast.training.optim import follow, freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.parallel import is_sharded, place
 from mmcontrast.training.preemption import preemptible
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.spikes import Spikes
+from mmcontrast.training.stages import check_stages
+from mmcontrast.training.state import load_weights, restore, state_of, weights_path
 from mmcontrast.training.step import Learner, training_step
+from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
 
 LOG, EVALUATIONS, RESULTS, REPORT = "metrics.jsonl", "evaluations.jsonl", "results.json", "report.html"
@@ -50,7 +57,9 @@ def train(job: Job, resume: bool = False) -> Results:
     options, checkpoints = job.options, job.folder / "checkpoints"
     if options.threads:
         torch.set_num_threads(options.threads)
-    accelerator = make_accelerator(options, job.folder)
+    if options.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    accelerator = make_accelerator(options, job.name, job.folder)
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
     if (options.batch_size // accelerator.num_processes) % options.accumulation_steps:
@@ -59,9 +68,12 @@ def train(job: Job, resume: bool = False) -> Results:
             f" train.accumulation_steps={options.accumulation_steps} equal parts"
         )
     objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
+    check_stages(job.model, options)
     until = freeze(job.model, options.freeze)
-    averaged = copy.deepcopy(job.model).requires_grad_(False).to(accelerator.device) if options.ema_decay else None
-    model, optimizer = accelerator.prepare(job.model, make_optimizer(job.model, options))
+    averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
+    copies = [one for one in (averaged, queue and queue.encoder) if one]
+    model = place(job.model, copies, options, accelerator)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(job.model, options))
     learner = Learner(model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until)
 
     start = 0
@@ -73,9 +85,8 @@ def train(job: Job, resume: bool = False) -> Results:
             queue.follow(job.model, momentum=0.0)
         if averaged:
             follow(averaged, job.model, momentum=0.0)
-    log = StepLog(job.folder / LOG, start) if accelerator.is_main_process else None
-    keeping = options.keep_checkpoints, options.keep_every
-    saver = checkpoint.Saver(checkpoints, *keeping, options.async_checkpoints) if accelerator.is_main_process else None
+    log = StepLog(job.folder / LOG, start, accelerator.num_processes) if accelerator.is_main_process else None
+    saver = make_saver(checkpoints, options, accelerator)
     evaluations = StepLines(job.folder / EVALUATIONS, start) if accelerator.is_main_process else None
     audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)
     batches = training_batches(
@@ -96,11 +107,13 @@ def train(job: Job, resume: bool = False) -> Results:
         make_progress(accelerator.is_main_process) as progress,
         peers(),
         saver or nullcontext(),
+        tracing(options.profile_steps, job.folder, rank) as trace,
     ):
         for warning in warnings(job) if log else ():
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
         for step in range(start, options.steps):
+            trace(step + 1)
             if log:
                 log.waiting()
             watchdog.move(step, "waiting for a batch")
@@ -125,17 +138,19 @@ def train(job: Job, resume: bool = False) -> Results:
                 seen = {"step": done, "samples_seen": done * options.batch_size}
                 line = log.write(seen | values, accelerator.device)
                 accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)
-                note = f"loss {line['loss']:.3f}  scale {line['logit_scale']:.1f}  {line['samples_per_second']:.0f} samples/s"
+                note = log.note(line)
                 progress.update(bar, note=note)
                 if not progress.console.is_terminal:  # a log file shows no bar
-                    progress.console.print(f"step {done}/{options.steps}  {note}", highlight=False)
+                    left = progress.tasks[bar].time_remaining
+                    eta = f"  eta {timedelta(seconds=round(left))}" if left is not None else ""
+                    progress.console.print(f"step {done}/{options.steps}  {note}{eta}", highlight=False, soft_wrap=True)
             progress.update(bar, completed=done)
             evaluating = due(done, options.evaluate_every, options.steps) and (done == options.steps or not stopping)
             if due(done, options.checkpoint_every, options.steps) or evaluating or stopping:
                 with log.paused() if log else nullcontext(), watchdog.away():
                     if saver:
-                        saver.save(done, *state_of(done, job, learner))
-                    if evaluating and evaluations and saver:
+                        saver.save(done, state_of(done, job, learner))
+                    if evaluating:
                         results = evaluate_now(job, done, saver, learner, evaluations, progress)
                     if saver and (stopping or done == options.steps):
                         saver.wait()
@@ -146,20 +161,43 @@ def train(job: Job, resume: bool = False) -> Results:
     return results
 
 
-def make_accelerator(options: TrainOptions, folder: Path) -> Accelerator:
-    """accelerate's device, precision, data parallelism and trackers."""
+def make_accelerator(options: TrainOptions, name: str, folder: Path) -> Accelerator:
+    """accelerate's device, precision, data parallelism and trackers.
+
+    Raises:
+        UserError: for a tracker that there is not, or whose package is not installed.
+    """
     join_processes()
+    trackers: list[Any] = []
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(options.precision, options.precision),
-        log_with="tensorboard",
+        mixed_precision={"fp32": "no", "tf32": "no"}.get(options.precision, options.precision),
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
     )
-    accelerator.init_trackers("tensorboard")
+    for kind, given in options.trackers.items():
+        if kind not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"train.trackers: no {kind!r}; {nearest(kind, map(str, LOGGER_TYPE_TO_CLASS))}")
+        accelerator.log_with = filter_trackers([kind], folder)
+        if not accelerator.log_with:
+            raise UserError(f"train.trackers: {kind} is not installed: pip install {kind}")
+        accelerator.init_trackers(kind if kind == "tensorboard" else name, init_kwargs={kind: given})
+        trackers += accelerator.trackers
+    accelerator.trackers = trackers
     return accelerator
 
 
 def due(done: int, every: int, total: int) -> bool:
     return done == total or (every > 0 and done % every == 0)
+
+
+def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) -> checkpoint.Saver | None:
+    """On the first rank; where weights are in shards on all of them, with a process group of its own."""
+    sharded, rank = is_sharded(options), accelerator.process_index
+    group: Any = None
+    if sharded:
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    elif rank:
+        return None
+    return checkpoint.Saver(folder, options.keep_checkpoints, options.keep_every, options.async_checkpoints, rank, group)
 
 
 def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
@@ -170,80 +208,15 @@ def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
     return MomentumQueue(job.model, fields, job.options.queue_size, job.options.queue_momentum).to(device)
 
 
-def state_of(done: int, job: Job, learner: Learner) -> tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]:
-    """(weights, state, config, averaged weights) after a number of steps: what a checkpoint holds."""
-    state = {
-        "step": done,
-        "optimizer": learner.optimizer.state_dict(),
-        "queue": learner.queue.state_dict() if learner.queue else {},
-        "objective": job.objective.state_dict(),
-        "order": job.order.state(),
-        "threads": torch.get_num_threads(),
-    }
-    averaged = learner.averaged.state_dict() if learner.averaged else {}
-    return job.model.state_dict(), state, job.config, averaged
-
-
-def restore(path: Path, job: Job, learner: Learner) -> int:
-    """Loads a checkpoint into a job; returns the steps that are done.
-
-    Raises:
-        UserError: if the checkpoint is of another model or another order of the data; it says what differs.
-    """
-    state: dict[str, Any] = checkpoint.load_state(path)
-    now = job.order.state()
-    for name in sorted(state["order"].keys() | now.keys()):
-        before, after = (str(order.get(name)) for order in (state["order"], now))
-        if before != after:
-            raise UserError(
-                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]};"
-                " give it back, or start another run with train.init_from"
-            )
-    if state["step"] >= job.options.steps:
-        raise UserError(f"{job.folder} already has its {state['step']} steps: raise train.steps, or `mmcontrast evaluate`")
-    load_weights(job.model, checkpoint.load_weights(path), str(path))
-    try:
-        learner.optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"cannot resume {job.folder}: another optimizer, or other weights learn ({error})") from error
-    job.objective.load_state_dict(state["objective"])
-    if learner.averaged:
-        load_weights(learner.averaged, checkpoint.load_weights(path, averaged=True), str(path))
-    if learner.queue:
-        if len(state["queue"]) != len(learner.queue.state_dict()):
-            raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
-        load_weights(learner.queue, state["queue"], f"the queue in {path}")
-    return state["step"]
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """
-    Raises:
-        UserError: if names or shapes differ; it names the first.
-    """
-    own = model.state_dict()
-    for name in sorted(own.keys() ^ weights.keys()):
-        raise UserError(f"{source}: {name} is {'missing in it' if name in own else 'not in the model'}: another architecture")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
-    model.load_state_dict(dict(weights))
-
-
-def weights_path(source: str) -> Path:
-    """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder."""
-    path = Path(source)
-    return checkpoint.find(path / "checkpoints", "last") if (path / "checkpoints").is_dir() else path
-
-
 def evaluate_now(
-    job: Job, done: int, saver: checkpoint.Saver, learner: Learner, evaluations: StepLines, progress: Progress
+    job: Job, done: int, saver: checkpoint.Saver | None, learner: Learner, evaluations: StepLines | None, progress: Progress
 ) -> Results:
-    """Evaluates the weights at hand, averaged if they are, keeps score of the best checkpoint, and at the end writes results
-    and page."""
+    """Evaluates the weights at hand, averaged if they are; all ranks embed, the first has the results, keeps score of the best
+    checkpoint, and at the end writes results and page."""
     model = learner.averaged or job.model
-    results, tables = evaluate(model, job.eval_datasets, job.evaluation, learner.accelerator.device, progress)
-    if not results:
+    device, group = learner.accelerator.device, learner.group
+    results, tables = evaluate(model, job.eval_datasets, job.evaluation, device, progress, group)
+    if not (results and evaluations and saver):
         return results
     evaluations.add({"step": done} | results)
     learner.accelerator.log(results, step=done)

@@ -1,21 +1,20 @@
 """The optimizer with its groups, what is frozen, the averaged weights, and the learning rate as a function of the step."""
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import timm.optim
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.towers import BLOCK
 from mmcontrast.training.options import TrainOptions
-
-BLOCK = re.compile(r".*?(stages\.\d+\.(blocks|layers)\.\d+|layer\d+\.\d+|(stages|blocks|layers|layer|resblocks|h)\.\d+)\.")
 
 
 def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.optim.Optimizer:
@@ -66,24 +65,25 @@ def heights_of(tower: nn.Module) -> dict[str, int]:
     return heights
 
 
-def freeze(model: ContrastiveModel, patterns: Mapping[str, int | None]) -> list[tuple[int, nn.Parameter]]:
+def freeze(model: ContrastiveModel, patterns: Mapping[str, int | None]) -> dict[str, int]:
     """Locks the weights whose names match a pattern: for good, or until a step. Modules that are locked for good are in
     evaluation mode always: no dropout, batch norms as they are (LiT, arXiv:2111.07991).
 
     Returns:
-        (step, parameter) of those that are locked until then.
+        the step until which weights are locked, by their names.
 
     Raises:
         UserError: for a pattern that matches nothing.
     """
-    parameters, until = dict(model.named_parameters()), []
+    parameters = dict(model.named_parameters())
+    until: dict[str, int] = {}
     for pattern, step in patterns.items():
-        matching = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
+        matching = [name for name in parameters if fnmatchcase(name, pattern)]
         if not matching:
             raise UserError(f"train.freeze: no weights match {pattern!r}; {nearest(pattern, parameters)}")
-        for parameter in matching:
-            parameter.requires_grad_(step is not None)
-        until += [(step, parameter) for parameter in matching if step is not None]
+        for name in matching:
+            parameters[name].requires_grad_(step is not None)
+        until |= {name: step for name in matching if step is not None}
     model.locked = [module for module in model.modules() if module is not model and _is_locked(module)]
     model.train(model.training)
     return until
@@ -94,13 +94,12 @@ def _is_locked(module: nn.Module) -> bool:
     return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
-def still_locked(until: list[tuple[int, nn.Parameter]], step: int) -> Iterator[nn.Parameter]:
-    return (parameter for end, parameter in until if step < end)
-
-
 @torch.no_grad()
 def follow(averaged: nn.Module, model: nn.Module, momentum: float) -> None:
     """averaged ← momentum · averaged + (1 − momentum) · model; running statistics are taken over."""
+    for module in (*averaged.modules(), *model.modules()):
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without a backward leaves whole weights behind
     for weight, other in zip(averaged.parameters(), model.parameters(), strict=True):
         weight.lerp_(other.detach(), 1 - momentum)
     for statistic, its in zip(averaged.buffers(), model.buffers(), strict=True):

@@ -1,11 +1,12 @@
 """The options of training: `train`, `data` and `model` of a config."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mmcontrast.options import Component, Options, Patterns, Positive
 
+T = TypeVar("T")
 Projection = Literal["linear", "mlp", "none"]
 
 
@@ -88,6 +89,15 @@ class DataOptions(Options):
     window: Positive = 8192
 
 
+def _from_the_start(points: dict[int, T]) -> dict[int, T]:
+    if 0 not in points:
+        raise ValueError("the first step of a stage must be 0")
+    return points
+
+
+Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_from_the_start)]  # from a step on, a value
+
+
 class TrainOptions(Options):
     """The training loop.
 
@@ -111,14 +121,26 @@ class TrainOptions(Options):
         final_lr_share: what is left of the lr after the last step.
         ema_decay: of an exponential moving average of the weights, which is evaluated and saved beside them; at step n no more
             than (1 + n) / (10 + n), so that it forgets the start.
+        resolution: of fields with pictures, the side to which they are scaled from a step on: {image: {0: 112, 40000: 224}}.
+        patch_dropout: of towers, the share of patches that they drop from a step on: {image: {0: 0.5, 40000: 0.0}} (FLIP,
+            arXiv:2212.00794).
         clip_grad_norm: largest gradient norm; null: no clipping.
-        precision: of the towers. Losses and statistics are fp32 always.
+        precision: of the towers. Losses and statistics are fp32 always; "tf32": matrix products of fp32, theirs too, through
+            the tensor cores of NVIDIA's.
+        parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
+            gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
+        reshard_after_forward: of fsdp: let a block's weights go after its forward, and fetch them again for its backward.
+        recompute: towers whose blocks keep their inputs alone, and compute the rest again in the backward: activation
+            checkpointing.
+        compile: towers whose blocks are compiled by torch.compile.
         channels_last: memory format of convolutions.
         threads: of torch in each process; null: torch's default.
         init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
         log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
         async_checkpoints: write them beside the training, from a copy in memory.
         keep_checkpoints: the last so many, the best, and those of every keep_every-th step (0: none).
+        trackers: accelerate's by name, each with the options of its start: {tensorboard: {}, wandb: {entity: my-team}}.
+        profile_steps: first and last step of a trace of torch's profiler, in profile/.
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
             and the run ends.
         signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
@@ -145,8 +167,14 @@ class TrainOptions(Options):
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    resolution: dict[str, Stages[Positive]] = {}
+    patch_dropout: dict[str, Stages[Annotated[float, Field(ge=0, lt=1)]]] = {}
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    reshard_after_forward: bool = True
+    recompute: list[str] = []
+    compile: list[str] = []
     channels_last: bool = False
     threads: Positive | None = None
     init_from: str | None = None
@@ -156,5 +184,7 @@ class TrainOptions(Options):
     async_checkpoints: bool = True
     keep_checkpoints: Positive = 2
     keep_every: Annotated[int, Field(ge=0)] = 0
+    trackers: dict[str, dict[str, Any]] = {"tensorboard": {}}
+    profile_steps: tuple[Positive, Positive] | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     signals: bool = True

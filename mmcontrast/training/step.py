@@ -18,9 +18,11 @@ from mmcontrast.objectives import Objective, Pairing, contrastive_loss
 from mmcontrast.objectives.inputs import NO_GROUP
 from mmcontrast.objectives.pairing import term_name
 from mmcontrast.training.grad_cache import cached_backward, no_sync
-from mmcontrast.training.optim import follow, schedule, still_locked
+from mmcontrast.training.optim import follow, schedule
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.parallel import whole
 from mmcontrast.training.queue import MomentumQueue
+from mmcontrast.training.stages import set_stage
 from mmcontrast.types import Batch
 
 
@@ -40,7 +42,7 @@ class Learner:
         negative_of: fields that only provide negatives, and for which field.
         queue: past embeddings as further negatives, or None.
         averaged: the moving average of the model, or None.
-        until: steps and weights that are locked until then.
+        until: the step until which weights are locked, by their names.
     """
 
     model: nn.Module
@@ -52,7 +54,7 @@ class Learner:
     negative_of: Mapping[str, str]
     queue: MomentumQueue | None = None
     averaged: ContrastiveModel | None = None
-    until: list[tuple[int, nn.Parameter]] = dataclasses.field(default_factory=list)
+    until: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -111,6 +113,8 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
     learner.objective.progress = step / options.steps
+    model = accelerator.unwrap_model(learner.model)
+    set_stage(model, options, step)
 
     signals: dict[str, Tensor] | None = {} if watch else None
     loss = torch.zeros((), device=accelerator.device)
@@ -119,9 +123,9 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
         last = part is parts[-1]
         value_of_part, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
         loss += value_of_part
-    for parameter in still_locked(learner.until, step):
-        parameter.grad = None
-    norm = accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf)
+    for name in [name for name, end in learner.until.items() if step < end]:
+        model.get_parameter(name).grad = None
+    norm = whole(accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf))
 
     told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked))])
     value, bad, asked_of_all = accelerator.reduce(told, "mean").tolist()
@@ -135,7 +139,6 @@ def training_step(step: int, batch: Batch, learner: Learner, watch: bool = False
         raise error
     optimizer.step()
     optimizer.zero_grad()
-    model = accelerator.unwrap_model(learner.model)
     model.clamp_logit_scale()
     if learner.averaged and options.ema_decay:
         follow(learner.averaged, model, min(options.ema_decay, (1 + step) / (10 + step)))

@@ -1,4 +1,4 @@
-"""`torchrun` on two gloo processes: the same losses and weights as one process, from the same global batches."""
+"""Two gloo processes, of `torchrun` and of `accelerate launch`: the losses and weights of one, from the same global batches."""
 
 import json
 import os
@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
-
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 MARGIN = """
 from mmcontrast.objectives import Objective
@@ -38,7 +40,7 @@ def test_two_ranks_train_as_one(config_file, tmp_path, case):
     convnext = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})
     options = ["train.steps=4", "data.lanes=4", "train.lr=1e-4", f"towers.image={convnext}", f"towers.audio={convnext}"]
     options += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"])):
+    for name, launcher in (("one", []), ("two", TORCHRUN if case == "plain" else ACCELERATE)):
         command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *options, f"run.name={name}"]
         if case != "plain":
             command += ["objective={type: my_lab:Margin, margin: 0.2}", "train.queue_size=21"]

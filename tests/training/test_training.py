@@ -19,6 +19,7 @@ from mmcontrast.data import write_shard
 from mmcontrast.errors import TrainingStopped, UserError
 from mmcontrast.runs import embed_shards, lock_folder, make_job, open_run
 from mmcontrast.training import checkpoint
+from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
 
@@ -197,14 +198,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config_file, tmp_path
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     weights, state = {"w": torch.ones(3)}, {"step": 1}
-    checkpoint.save(tmp_path, 1, weights, state, "a: 1")
+    checkpoint.save(tmp_path, 1, Contents(weights, {}, state, "a: 1"))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with pytest.raises(UserError, match="No space left on device.*earlier ones are untouched"):
-        checkpoint.save(tmp_path, 2, weights, state, "a: 1")
+        checkpoint.save(tmp_path, 2, Contents(weights, {}, state, "a: 1"))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.load_state(checkpoint.find(tmp_path, "last")) == state
 
@@ -214,7 +215,7 @@ def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
     weights, state = {"w": torch.zeros(1000)}, {"step": 0, "optimizer": {"state": [torch.zeros(3), (1, 2)]}}
     with checkpoint.Saver(tmp_path, 1, 4, beside=True) as saver:
         for step in range(1, 8):
-            saver.save(step, weights, state, "a: 1", {})
+            saver.save(step, Contents(weights, {}, state, "a: 1"))
             weights["w"] += 1
             state["optimizer"]["state"][0].add_(1)
             if step == 3:
@@ -231,15 +232,32 @@ def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     with checkpoint.Saver(tmp_path, 9, 0, beside=True) as saver:
-        saver.save(8, weights, state, "a: 1", {})
+        saver.save(8, Contents(weights, {}, state, "a: 1"))
         with pytest.raises(UserError, match="step 8 could not be written"):
-            saver.save(9, weights, state, "a: 1", {})
+            saver.save(9, Contents(weights, {}, state, "a: 1"))
     assert checkpoint.complete(tmp_path) == kept
+
+
+def test_a_damaged_checkpoint_is_refused(config_file, tmp_path):
+    assert train(config_file).returncode == 0
+    last = checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last")
+    checkpoint.check(last)
+    with (last / checkpoint.WEIGHTS).open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"x")
+    refused = train(config_file, "train.steps=8", "--resume")
+    assert refused.returncode == 2 and "model.safetensors is damaged" in " ".join(refused.stderr.split())
+    with pytest.raises(UserError, match="remove this checkpoint, and the one before it is the last"):
+        open_run(tmp_path / "runs" / "small")
+    (last / checkpoint.STATE).unlink()
+    (last / checkpoint.WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
+        checkpoint.check(last)
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
     for step, value in enumerate([0.1, 0.9, 0.3, 0.2], start=1):
-        checkpoint.mark_best(tmp_path, checkpoint.save(tmp_path, step, {"w": torch.ones(1)}, {}, ""), value)
+        checkpoint.mark_best(tmp_path, checkpoint.save(tmp_path, step, Contents({"w": torch.ones(1)}, {}, {}, "")), value)
         checkpoint.prune(tmp_path, 1)
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000002", "step-00000004"]
     assert checkpoint.find(tmp_path, "best").name == "step-00000002"

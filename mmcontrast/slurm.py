@@ -1,0 +1,270 @@
+"""Jobs for Slurm: a script made from a template in slurm/, a folder with all that it was launched with, and sbatch."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import mmcontrast
+from mmcontrast.config import RunConfig, load_config
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation import TableSlice
+from mmcontrast.runs import CONFIG, check_components, step_of
+from mmcontrast.training import checkpoint
+
+PACKAGE = Path(mmcontrast.__file__).parent
+OURS = (  # what a script relies on, or an option says
+    *("job-name", "chdir", "output", "open-mode", "array", "requeue", "signal", "dependency", "ntasks-per-node"),
+    *("time", "nodes", "cpus-per-task", "gpus-per-node", "partition", "account"),
+)
+
+
+class Script(Template):
+    """With @@names, as the shell has its own use for $ and @."""
+
+    delimiter = "@@"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for.
+
+    Attributes:
+        time: its limit, HH:MM:SS or D-HH:MM:SS.
+        gpus_per_node: 0: none.
+        further: other options of sbatch, KEY=VALUE, or KEY alone.
+    """
+
+    time: str
+    nodes: int = 1
+    gpus_per_node: int = 1
+    cpus_per_task: int = 1
+    partition: str | None = None
+    account: str | None = None
+    further: Sequence[str] = ()
+
+    def directives(self) -> Iterator[tuple[str, Any]]:
+        """
+        Raises:
+            UserError: for a time that is none, or options that are not sbatch's or not free.
+        """
+        limit_seconds(self.time)
+        yield "time", self.time
+        yield "nodes", self.nodes
+        yield "ntasks-per-node", 1
+        yield "cpus-per-task", self.cpus_per_task
+        if self.gpus_per_node:
+            yield "gpus-per-node", self.gpus_per_node
+        for key, value in (("partition", self.partition), ("account", self.account)):
+            if value:
+                yield key, value
+        for option in self.further:
+            key, equals, value = option.partition("=")
+            if not re.fullmatch(r"[a-z][a-z-]*", key):
+                raise UserError(f"--sbatch {option!r} is not of the form KEY=VALUE or KEY, like constraint=a100 or exclusive")
+            if key in OURS:
+                raise UserError(f"--sbatch {option!r}: the command sets {key} itself; see --help")
+            yield key, value if equals else None
+
+
+def limit_seconds(limit: str) -> int:
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", limit)
+    if not found:
+        raise UserError(f"--time {limit!r} is not of the form HH:MM:SS or D-HH:MM:SS")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+@dataclass
+class Launch:
+    """A new folder beside a run's (or a table's), with the job's script and all that the job was launched with.
+
+    Attributes:
+        files: their content by name.
+    """
+
+    target: Path
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parent = self.target.absolute().with_name(f"{self.target.name}.slurm")
+        self.folder = parent / time.strftime("%Y%m%d-%H%M%S")
+        while self.folder.exists():
+            self.folder = self.folder.with_name(f"{self.folder.name}-")
+
+    def add_script(self, name: str, directives: Mapping[str, Any], values: Mapping[str, Any], log: str = "%j") -> None:
+        """The script of a template, in which every value is one word of the shell's."""
+        common = {
+            "job-name": self.target.name,
+            "chdir": Path.cwd(),
+            "output": f"{str(self.folder).replace('%', '%%')}/{name}-{log}.log",
+            "open-mode": "append",
+        }
+        lines = []
+        for key, value in (common | dict(directives)).items():
+            if "\n" in str(value):
+                raise UserError(f"#SBATCH --{key}: {str(value)!r} has more than one line")
+            lines.append(f"#SBATCH --{key}" + ("" if value is None else f"={shlex.quote(str(value))}"))
+        quoted = {key: shlex.quote(str(value)) for key, value in values.items()}
+        text = Script(template(name).read_text(encoding="utf-8"))
+        python = shlex.quote(sys.executable)
+        self.files[f"{name}.sbatch"] = text.substitute(quoted, directives="\n".join(lines), python=python)
+
+    def submit(self, *names: str) -> list[str]:
+        """Writes the folder and gives its scripts to sbatch, each to wait for the success of the one before. Returns the jobs.
+
+        Raises:
+            UserError: if sbatch is not there, or refuses a script; if the first, nothing is left.
+        """
+        if not shutil.which("sbatch"):
+            raise UserError("sbatch is not found: submit where Slurm is installed, or look at the script with --dry-run")
+        self.folder.mkdir(parents=True)
+        for name, text in (self.files | code_version()).items():
+            (self.folder / name).write_text(text, encoding="utf-8")
+        jobs: list[str] = []
+        for name in names:
+            after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+            command = ["sbatch", "--parsable", *after, str(self.folder / f"{name}.sbatch")]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                if not jobs:
+                    shutil.rmtree(self.folder)
+                    with suppress(OSError):  # others' launches
+                        self.folder.parent.rmdir()
+                said = " ".join(done.stderr.replace("sbatch: error: ", "").split()) or f"exit code {done.returncode}"
+                waiting = f"; job {', '.join(jobs)} is submitted: cancel it with scancel, or leave it" if jobs else ""
+                raise UserError(f"sbatch refused {name}.sbatch: {said}{waiting}")
+            jobs.append(done.stdout.strip().partition(";")[0])
+        (self.folder / "jobs").write_text("\n".join(jobs) + "\n")
+        return jobs
+
+
+def template(name: str) -> Path:
+    """slurm/NAME.sbatch: of the checkout that the package is imported from, else where pip has put it."""
+    places = PACKAGE.parent / "slurm", Path(sysconfig.get_path("data")) / "share" / "mmcontrast" / "slurm"
+    for place in places:
+        if (place / f"{name}.sbatch").is_file():
+            return place / f"{name}.sbatch"
+    raise UserError(f"no template {name}.sbatch in {' or '.join(map(str, places))}: install mmcontrast again")
+
+
+def code_version() -> dict[str, str]:
+    """code.json; and, if the package lies in a git checkout of its own, code.diff with what differs from its commit."""
+
+    def git(*arguments: str) -> str:
+        try:
+            command = ["git", "-C", str(PACKAGE.parent), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    about: dict[str, Any] = {"mmcontrast": mmcontrast.__version__, "python": sys.version.split()[0]}
+    if not git("ls-files", "--", f"{PACKAGE.name}/__init__.py"):  # none, or a checkout of something else around it
+        return {"code.json": json.dumps(about, indent=1)}
+    about |= {"commit": git("rev-parse", "HEAD").strip(), "untracked": git("ls-files", "-o", "--exclude-standard").splitlines()}
+    return {"code.json": json.dumps(about, indent=1), "code.diff": git("diff", "HEAD")}
+
+
+def training_launch(
+    config_path: Path,
+    overrides: Sequence[str],
+    resources: Resources,
+    processes: int,
+    warn: int,
+    evaluate_after: bool = False,
+    resume: bool = False,
+) -> Launch:
+    """What `submit` gives to sbatch, after the checks that need no data and no model.
+
+    Args:
+        processes: on each node.
+        warn: seconds before the time limit in which the run is saved.
+        evaluate_after: with a second script, to be run after the first.
+        resume: continue a run that has another config.
+
+    Raises:
+        UserError: for anything that does not fit.
+    """
+    config = load_config(config_path, overrides)
+    check_components(config)
+    check_run(config, resume)
+    world_size = resources.nodes * processes
+    if config.train.batch_size % world_size or (config.data.lanes or world_size) % world_size:
+        raise UserError(
+            f"{resources.nodes} nodes of {processes} processes are {world_size} ranks: set train.batch_size="
+            f"{config.train.batch_size}, and data.lanes if it is set, to multiples of them"
+        )
+    if warn >= limit_seconds(resources.time):
+        raise UserError(f"--warn {warn}: the warning would come before the job starts; --time is {resources.time}")
+    if evaluate_after and not config.evaluation.splits:
+        raise UserError("--evaluate-after: the config has no evaluation.splits")
+    launch = Launch(config.folder, {CONFIG: config.to_yaml()})
+    values = {"launch": launch.folder, "run": config.folder.absolute(), "processes": processes}
+    launch.add_script("train", {"requeue": None, "signal": f"B:USR1@{warn}"} | dict(resources.directives()), values)
+    if evaluate_after:
+        alone = dict(resources.directives()) | {"nodes": 1}
+        alone |= {"gpus-per-node": 1} if resources.gpus_per_node else {}
+        launch.add_script("evaluate", alone, {"run": config.folder.absolute()})
+    return launch
+
+
+def check_run(config: RunConfig, resume: bool) -> None:
+    """
+    Raises:
+        UserError: if a job could not start or continue the run.
+    """
+    folder = config.folder
+    if not folder.exists():
+        return
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} exists, but is not a run's folder (no {CONFIG}): set run.name")
+    there, here = (one.model_dump(mode="json") for one in (load_config(folder / CONFIG), config))
+    if there != here and not resume:
+        raise UserError(
+            f"{folder} exists with another config ({' and '.join(difference(there, here))}):"
+            " continue it with this one by --resume, or set run.name"
+        )
+    done = [int(saved.name.removeprefix("step-")) for saved in checkpoint.complete(folder / "checkpoints")]
+    if done and max(done) >= config.train.steps:
+        raise UserError(f"{folder} already has its {max(done)} steps: raise train.steps, or `mmcontrast evaluate`")
+
+
+def difference(there: Any, here: Any, place: str = "") -> tuple[str, str]:
+    """The first difference between two trees, as what is there and what is here."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*here, *there]:
+            if there.get(key) != here.get(key):
+                return difference(there.get(key), here.get(key), f"{place}.{key}".lstrip("."))
+    return f"{place}={str(there)[:60]} there", f"{str(here)[:60]} here"
+
+
+def embedding_launch(
+    run: Path, data: str, out: Path, tasks: int, which: str, resources: Resources, batch_size: int, num_workers: int
+) -> Launch | None:
+    """What `submit-embed` gives to sbatch: an array of the slices that are not there yet; None if none is missing.
+
+    Raises:
+        UserError: if there is no such run or checkpoint, or `out` holds another table.
+    """
+    run = run.absolute()
+    about = {"run": str(run), "checkpoint": step_of(run, which), "shards": data}
+    missing = [part.number for part in TableSlice.all(out, tasks) if not part.done(about)]
+    if not missing:
+        TableSlice(out, tasks, tasks).complete()
+        return None
+    launch = Launch(out)
+    array = f"1-{tasks}" if len(missing) == tasks else ",".join(map(str, missing))
+    values = {"run": run, "data": data, "out": out.absolute(), "tasks": tasks, "checkpoint": about["checkpoint"]}
+    values |= {"batch_size": batch_size, "num_workers": num_workers}
+    launch.add_script("embed", {"array": array, "requeue": None} | dict(resources.directives()), values, log="%A_%a")
+    return launch

@@ -1,0 +1,70 @@
+"""What changes at given steps: the side of pictures, and the share of their patches that a tower drops."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from mmcontrast.components import nearest
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import ImageModality
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.training.options import TrainOptions
+
+T = TypeVar("T")
+
+
+def value_at(points: Mapping[int, T], step: int) -> T:
+    """Of the last of some steps that has come."""
+    return points[max(point for point in points if point <= step)]
+
+
+def set_stage(model: ContrastiveModel, options: TrainOptions, step: int) -> None:
+    """What holds in optimizer step number `step`, from 0."""
+    for field, sides in options.resolution.items():
+        modality = model.modality(field)
+        assert isinstance(modality, ImageModality)  # see check_stages
+        modality.side = value_at(sides, step)
+    for tower, shares in options.patch_dropout.items():
+        for module in _patch_dropouts(model, tower):
+            module.prob = value_at(shares, step)  # type: ignore[assignment]  # a number of its own
+
+
+def _patch_dropouts(model: ContrastiveModel, tower: str) -> list[nn.Module]:
+    """timm's and open_clip's go by the same name, and so does what they draw by."""
+    return [module for module in model.towers[tower].modules() if type(module).__name__.startswith("PatchDropout")]
+
+
+@torch.no_grad()
+def check_stages(model: ContrastiveModel, options: TrainOptions) -> None:
+    """
+    Raises:
+        UserError: for fields that are no pictures, towers that drop no patches, or that refuse pictures of a side.
+    """
+    for tower in options.patch_dropout:
+        if tower not in model.towers:
+            raise UserError(f"train.patch_dropout: no tower {tower!r}; {nearest(tower, model.towers)}")
+        if not _patch_dropouts(model, tower):
+            raise UserError(
+                f"train.patch_dropout: towers.{tower} has none: give a timm model patch_drop_rate: 0.5 there, an open_clip"
+                " model force_patch_dropout: 0.5"
+            )
+    for field, sides in options.resolution.items():
+        if field not in model.modalities:
+            raise UserError(f"train.resolution: no field {field!r}; {nearest(field, model.modalities)}")
+        modality = model.modality(field)
+        if not isinstance(modality, ImageModality):
+            raise UserError(f"train.resolution: field {field!r} is no image")
+        network: nn.Module = model.towers[model.tower_of[field]]
+        training = network.training
+        network.eval()
+        for side in sorted({*sides.values()}):
+            try:
+                network(torch.zeros(1, modality.channels, side, side))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"train.resolution.{field}: its tower refuses pictures of {side} pixels ({error}); a timm transformer takes"
+                    " them with dynamic_img_size: true"
+                ) from error
+        network.train(training)

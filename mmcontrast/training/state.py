@@ -1,0 +1,150 @@
+"""A run's state: taken from what learns, and given back to it, on any number of ranks, whole or in shards."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from mmcontrast.errors import UserError
+from mmcontrast.training import checkpoint
+from mmcontrast.training.checkpoint import Contents
+from mmcontrast.training.job import Job
+from mmcontrast.training.parallel import all_like, like, whole
+from mmcontrast.training.step import Learner
+
+
+def state_of(done: int, job: Job, learner: Learner) -> Contents:
+    """All there is to save after a number of steps. Where weights are in shards every rank must ask."""
+    optimizer, shards = optimizer_state(learner.optimizer, job.model)
+    scaler = learner.accelerator.scaler
+    state = {
+        "step": done,
+        "optimizer": optimizer,
+        "scaler": scaler.state_dict() if scaler else {},
+        "queue": _whole(learner.queue),
+        "objective": job.objective.state_dict(),
+        "order": job.order.state(),
+        "threads": torch.get_num_threads(),
+    }
+    return Contents(_whole(job.model), _whole(learner.averaged), state, job.config, shards)
+
+
+def _whole(module: nn.Module | None) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()} if module else {}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(groups and state by the names of the weights, the part of the state that is in shards by "kind/name")."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [group | {"params": [names[one] for one in group["params"]]} for group in optimizer.param_groups]
+    state: dict[str, dict[str, Any]] = {}
+    shards: dict[str, Tensor] = {}
+    for parameter, values in optimizer.state.items():
+        name = names[parameter]
+        shards |= {f"{kind}/{name}": value for kind, value in values.items() if isinstance(value, DTensor)}
+        state[name] = {kind: value for kind, value in values.items() if not isinstance(value, DTensor)}
+    return {"groups": groups, "state": state}, shards
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any], shards: Path) -> None:
+    """
+    Args:
+        saved, shards: as `optimizer_state` gave them, the latter in a folder, if there were any.
+
+    Raises:
+        ValueError: if other weights learn, or in other groups.
+    """
+    now, _ = optimizer_state(optimizer, model)
+    if [group["params"] for group in now["groups"]] != [group["params"] for group in saved["groups"]]:
+        raise ValueError("the groups of weights differ")
+    if any(group.keys() != before.keys() for group, before in zip(now["groups"], saved["groups"], strict=True)):
+        raise ValueError("the options of its groups differ")
+    parameters = dict(model.named_parameters())
+    state = {name: dict(values) for name, values in saved["state"].items()}
+    for key, tensor in read_shards(shards, parameters).items() if shards.exists() else ():
+        kind, _, name = key.partition("/")
+        state[name][kind] = tensor
+    numbers = {name: k for k, name in enumerate(name for group in saved["groups"] for name in group["params"])}
+    groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in saved["groups"]]
+    placed = {
+        numbers[name]: {
+            kind: like(value, parameters[name]) if isinstance(value, Tensor) and value.dim() else value
+            for kind, value in values.items()
+        }
+        for name, values in state.items()
+    }
+    optimizer.load_state_dict({"state": placed, "param_groups": groups})
+
+
+def read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ranks wrote of "kind/name", each rank reading what it will hold of it."""
+    reader = dcp.FileSystemReader(folder)
+    into: dict[str, Tensor] = {}
+    for key, about in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(about, TensorStorageMetadata)
+        parameter = parameters[key.partition("/")[2]].detach()
+        same = isinstance(parameter, DTensor) and parameter.shape == about.size
+        dtype = about.properties.dtype
+        into[key] = torch.empty_like(parameter, dtype=dtype) if same else torch.empty(about.size, dtype=dtype)
+    dcp.load(into, storage_reader=reader, no_dist=True)
+    return into
+
+
+def restore(path: Path, job: Job, learner: Learner) -> int:
+    """Loads a checkpoint into a job; returns the steps that are done.
+
+    Raises:
+        UserError: if the checkpoint is damaged, of another model or another order of the data; it says what differs.
+    """
+    checkpoint.check(path)
+    state: dict[str, Any] = checkpoint.load_state(path)
+    now = job.order.state()
+    for name in sorted(state["order"].keys() | now.keys()):
+        before, after = (str(order.get(name)) for order in (state["order"], now))
+        if before != after:
+            raise UserError(
+                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]};"
+                " give it back, or start another run with train.init_from"
+            )
+    if state["step"] >= job.options.steps:
+        raise UserError(f"{job.folder} already has its {state['step']} steps: raise train.steps, or `mmcontrast evaluate`")
+    load_weights(job.model, checkpoint.load_weights(path), str(path))
+    try:
+        load_optimizer(learner.optimizer, job.model, state["optimizer"], path / checkpoint.SHARDS)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"cannot resume {job.folder}: another optimizer, or other weights learn ({error})") from error
+    if learner.accelerator.scaler and state["scaler"]:
+        learner.accelerator.scaler.load_state_dict(state["scaler"])
+    job.objective.load_state_dict(state["objective"])
+    if learner.averaged:
+        load_weights(learner.averaged, checkpoint.load_weights(path, averaged=True), str(path))
+    if learner.queue:
+        if len(state["queue"]) != len(learner.queue.state_dict()):
+            raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
+        load_weights(learner.queue, state["queue"], f"the queue in {path}")
+    return state["step"]
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """
+    Raises:
+        UserError: if names or shapes differ; it names the first.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ weights.keys()):
+        raise UserError(f"{source}: {name} is {'missing in it' if name in own else 'not in the model'}: another architecture")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
+    model.load_state_dict(all_like(weights, own))
+
+
+def weights_path(source: str) -> Path:
+    """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder."""
+    path = Path(source)
+    return checkpoint.find(path / "checkpoints", "last") if (path / "checkpoints").is_dir() else path

@@ -1,0 +1,75 @@
+"""Three ranks embed a split together: the table and the results of one process, whatever the sizes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mmcontrast.data import ShardDataset, write_shard
+from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate
+from mmcontrast.evaluation.embed import embed_together
+from mmcontrast.modalities import TextModality, VectorModality
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.towers import LinearTower, OpenClipTextTower
+
+RANKS = 3
+TASK = {"label": "kind", "field": "vector", "classes": {"odd": ["an odd number"], "even": ["an even number", "half of it"]}}
+
+
+def make_parts(shard):
+    torch.manual_seed(0)
+    modalities = {"vector": VectorModality(4), "text": TextModality(context_length=8)}
+    towers = {"v": LinearTower(4, 8), "t": OpenClipTextTower(16, 1, 2, 8, vocab_size=49408)}
+    model = ContrastiveModel(modalities, towers, {"vector": "v", "text": "t"}, 6)
+    return model, ShardDataset(str(shard), modalities, {})
+
+
+def work(rank, folder, answers):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    try:
+        for shard in sorted(folder.glob("*.tar")):
+            model, dataset = make_parts(shard)
+            options = EvaluationOptions(batch_size=2, splits={"val": str(shard)}, zero_shot={"kind": TASK})
+            table = embed_together(model, dataset, dist.group.WORLD, batch_size=2)
+            results, _ = evaluate(model, {"val": dataset}, options, group=dist.group.WORLD)
+            answers.put((rank, shard.name, table, results))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    for n in (2, 7, 8, 9, 13):
+        generator = torch.Generator().manual_seed(n)
+        rows = torch.randn(n, 4, generator=generator).numpy()
+        samples = [
+            {"__key__": f"{k:03d}", "npy": rows[k], "txt": f"number {k}", "json": {"kind": ["even", "odd"][k % 2]}}
+            for k in range(n)
+        ]
+        write_shard(folder / f"{n:02d}.tar", samples)
+    return folder
+
+
+def test_the_table_and_the_results_are_those_of_one_process(folder):
+    torch.set_num_threads(1)
+    context = mp.get_context("spawn")
+    answers = context.SimpleQueue()
+    running = mp.spawn(work, (folder, answers), nprocs=RANKS, join=False)
+    found = [answers.get() for _ in range(5 * RANKS)]
+    running.join()
+    for rank, name, table, results in found:
+        model, dataset = make_parts(folder / name)
+        options = EvaluationOptions(batch_size=2, splits={"val": str(folder / name)}, zero_shot={"kind": TASK})
+        whole = embed_dataset(model, dataset, batch_size=2)
+        if rank:
+            assert not results and len(table) in (len(whole) // RANKS, len(whole) // RANKS + 1)
+            continue
+        assert [entry["key"] for entry in table.metadata] == [entry["key"] for entry in whole.metadata]
+        assert table.sample_ids.equal(whole.sample_ids) and table.group_ids.equal(whole.group_ids)
+        for field, rows in whole.fields.items():
+            torch.testing.assert_close(table.fields[field], rows)
+            assert table.present[field].equal(whole.present[field])
+        expected, _ = evaluate(model, {"val": dataset}, options)
+        assert results.keys() == expected.keys() and any("zero_shot/kind" in name for name in results)
+        assert results == pytest.approx(expected, nan_ok=True, rel=1e-5)
