@@ -18,8 +18,8 @@ app = typer.Typer(
     name="mmcontrast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Pretrain, evaluate and fine-tune multimodal contrastive models. Start with: [bold]mmcontrast train"
     " configs/quickstart.yaml[/]", rich_markup_mode="rich",
-    epilog="Exit codes: 0 done, 2 a mistake in what was given, 3 stopped on a non-finite loss, 4 stalled, 5 another rank"
-    " ended, 75 asked to end and saved (requeue it), 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a plan that does not fit, 2 a mistake in what was given, 3 stopped on a non-finite loss, 4"
+    " stalled, 5 another rank ended, 75 asked to end and saved (requeue it), 130 interrupted.",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Build and look into webdataset shards.")
 app.add_typer(data_app, name="data")
@@ -250,6 +250,34 @@ def doctor(
     if json_file:
         json_file.write_text(json.dumps([asdict(check) for check in checks], indent=1))
     if any(check.state == BAD for check in checks):
+        raise typer.Exit(1)
+
+
+@command(app, "plan")
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs that share the batch")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of each; default: the GPU's here, else 80")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
+) -> None:
+    """Say whether a config's batch fits, and what it costs: parameters, FLOPs, memory; computed, with no GPU, data or weights.
+
+    Exit code 1 if it does not fit.
+    """
+    import json
+    import logging
+
+    from mmcontrast.config import load_config
+    from mmcontrast.plan import GIB, plan_run, plan_table
+
+    logging.disable(logging.WARNING)  # open_clip warns of random weights, which are meant
+    found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        Console(soft_wrap=True).print(plan_table(found), highlight=False)
+    if not found.fits:
         raise typer.Exit(1)
 
 

@@ -15,7 +15,7 @@ from mmcontrast.options import Component, Options
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, TrainOptions
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
-FORM = re.compile(r"str|list\[.*\]|dict\[.*\]")  # what pydantic puts into a place where several forms are allowed
+FORM = re.compile(r"str|list\[.*\]|dict\[.*\]|literal\[.*\]")  # what pydantic puts into a place where several forms are allowed
 
 
 class RunOptions(Options):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
 from mmcontrast.towers import Tower
 from mmcontrast.types import Batch
@@ -39,7 +40,8 @@ class ContrastiveModel(nn.Module):
         towers: by name.
         tower_of: per field, the name of its tower.
         embed_dim: D.
-        projection: "linear", or "mlp" (one hidden layer of the tower's width, GELU).
+        projection: "linear", "mlp" (one hidden layer of the tower's width, GELU), or "none" for towers whose features already
+            are of D numbers; one for all towers, or by name, "linear" for the others.
         logit_scale, logit_bias: initial values; the scale is learnt as its logarithm, a bias of None is not learnt.
         max_logit_scale: `clamp_logit_scale` keeps the scale in [1, this] (CLIP clamps at 100).
         scale_per_pair: each pair of fields learns a scale of its own.
@@ -51,7 +53,7 @@ class ContrastiveModel(nn.Module):
         towers: Mapping[str, Tower],
         tower_of: Mapping[str, str],
         embed_dim: int,
-        projection: str = "linear",
+        projection: str | Mapping[str, str] = "linear",
         logit_scale: float = 1 / 0.07,
         logit_bias: float | None = None,
         max_logit_scale: float = 100.0,
@@ -59,7 +61,7 @@ class ContrastiveModel(nn.Module):
     ) -> None:
         super().__init__()
         self.modalities, self.towers, self.tower_of = nn.ModuleDict(modalities), nn.ModuleDict(towers), dict(tower_of)
-        self.projections = nn.ModuleDict({name: _head(t.width, embed_dim, projection) for name, t in towers.items()})
+        self.projections = nn.ModuleDict({name: _head(name, t.width, embed_dim, projection) for name, t in towers.items()})
         self.embed_dim, self.max_logit_scale = embed_dim, max_logit_scale
         self.locked: list[nn.Module] = []  # modules that never train
         # shape [1]: sharded data parallelism refuses parameters without a dimension
@@ -103,7 +105,12 @@ class ContrastiveModel(nn.Module):
         self.log_logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
 
 
-def _head(width: int, embed_dim: int, kind: str) -> nn.Module:
+def _head(tower: str, width: int, embed_dim: int, projection: str | Mapping[str, str]) -> nn.Module:
+    kind = projection if isinstance(projection, str) else projection.get(tower, "linear")
+    if kind == "none":
+        if width != embed_dim:
+            raise UserError(f"model.projection is none, but tower {tower!r} has {width} features, not embed_dim={embed_dim}")
+        return nn.Identity()
     if kind == "linear":
         return nn.Linear(width, embed_dim, bias=False)
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, embed_dim, bias=False))

@@ -9,6 +9,7 @@ import yaml
 
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
+from mmcontrast.plan import without_downloads
 from mmcontrast.runs import check_components
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_are_valid_and_open_with_their_command(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check_components(load_config(path))
+    check_components(without_downloads(load_config(path)))  # tokenizers of the hub stay there
     assert f"mmcontrast train configs/{path.name}" in path.read_text().splitlines()[0]
 
 

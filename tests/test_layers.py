@@ -24,7 +24,8 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "runs": ["config"],
     "slurm": ["runs"],
     "doctor": ["runs"],
-    "cli": ["slurm", "doctor"],
+    "plan": ["runs"],
+    "cli": ["slurm", "doctor", "plan"],
 }
 
 

@@ -31,11 +31,12 @@ class OpenClipTower(Tower):
         whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
         self.network = whole.visual if part == "image" else whole.text
         self.context_length = getattr(self.network, "context_length", None) if part == "text" else None
+        self.pad_id: int | None = None  # of the texts; set with the modality
         size = open_clip.get_model_config(model)
         self.width = getattr(self.network, "output_dim", None) or size["embed_dim"]
 
     def forward(self, batch: Tensor) -> Tensor:
-        return self.network(batch if self.context_length is None else _pad(batch, self.context_length))
+        return self.network(batch if self.context_length is None else _pad(batch, self.context_length, self.pad_id))
 
 
 class OpenClipTextTower(Tower):
@@ -47,16 +48,17 @@ class OpenClipTextTower(Tower):
             context_length=context_length, width=width, layers=layers, heads=heads, output_dim=None, **options
         )
         self.context_length, self.width = context_length, width
+        self.pad_id: int | None = None
 
     def forward(self, batch: Tensor) -> Tensor:
-        return self.network(_pad(batch, self.context_length))
+        return self.network(_pad(batch, self.context_length, self.pad_id))
 
 
-def _pad(tokens: Tensor, length: int) -> Tensor:
-    """Tokens [N, ≤ length] to [N, length]: its attention mask has one size."""
+def _pad(tokens: Tensor, length: int, pad_id: int | None) -> Tensor:
+    """Tokens [N, ≤ length] to [N, length]: its attention mask has one size, and SigLIP's features are of the last one."""
     if tokens.shape[1] > length:
         raise UserError(
             f"texts of {tokens.shape[1]} tokens for a tower of context_length={length}: set the text"
             f" modality's context_length to {length}"
         )
-    return F.pad(tokens, (0, length - tokens.shape[1]))
+    return F.pad(tokens, (0, length - tokens.shape[1]), value=pad_id or 0)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import huggingface_hub.errors
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from mmcontrast.errors import UserError
 from mmcontrast.towers.base import Tower
@@ -42,10 +42,10 @@ class TransformersTower(Tower):
         try:
             if pretrained:
                 self.network = AutoModel.from_pretrained(model, **overrides)
-            elif "/" in model or "." in model:
-                self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
-            else:
+            elif model in CONFIG_MAPPING:
                 self.network = AutoModel.from_config(AutoConfig.for_model(model, **overrides))
+            else:
+                self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
             self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
             self.width = _width(self.network.config)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, WRONG_VALUE) as error:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field
 from mmcontrast.options import Component, Options, Patterns, Positive
 
 T = TypeVar("T")
+Projection = Literal["linear", "mlp", "none"]
 
 
 class FieldOptions(Options):
@@ -29,7 +30,7 @@ class ModelOptions(Options):
     """What follows the towers. See `mmcontrast.model.ContrastiveModel`."""
 
     embed_dim: Positive = 512
-    projection: Literal["linear", "mlp"] = "linear"
+    projection: Projection | dict[str, Projection] = "linear"
     logit_scale: Annotated[float, Field(gt=0)] = 1 / 0.07
     logit_bias: float | None = None
     max_logit_scale: Annotated[float, Field(ge=1)] = 100.0

@@ -4,7 +4,7 @@ The shards are torch's own `fully_shard`: accelerate's wrapping computes the log
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import MethodType
 from typing import Any
@@ -53,20 +53,8 @@ def place(
     Raises:
         UserError: for towers that are not there, or what does not go together.
     """
-    for option in ("recompute", "compile"):
-        for name in getattr(options, option):
-            if name not in model.towers:
-                raise UserError(f"train.{option}: no tower {name!r}; {nearest(name, model.towers)}")
-    for name in set(options.recompute) & set(options.compile):
-        if batch_norms(model.towers[name]):
-            raise UserError(f"train.recompute and train.compile of tower {name!r}: its batch norms allow one of the two")
-    if options.parallel == "fsdp" and options.precision == "fp16":
-        raise UserError("train.parallel=fsdp with train.precision=fp16 is not there: take bf16")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("accelerate's own FSDP is on: launch without it, and set train.parallel=fsdp")
-    for name in options.recompute:
-        for block in blocks_of(model.towers[name]).values():
-            block.forward = MethodType(_recomputed, block)
+    check_placement(model, options)
+    recompute_blocks(model, options.recompute)
     for name in options.compile:
         for block in blocks_of(model.towers[name]).values() or [model.towers[name]]:
             block.forward = torch.compile(block.forward)
@@ -78,6 +66,31 @@ def place(
             one.to(accelerator.device)
     placed: nn.Module = accelerator.prepare_model(model, evaluation_mode=sharded)
     return placed
+
+
+def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
+    """
+    Raises:
+        UserError: for towers that are not there, or what does not go together.
+    """
+    for option in ("recompute", "compile"):
+        for name in getattr(options, option):
+            if name not in model.towers:
+                raise UserError(f"train.{option}: no tower {name!r}; {nearest(name, model.towers)}")
+    for name in set(options.recompute) & set(options.compile):
+        if batch_norms(model.towers[name]):
+            raise UserError(f"train.recompute and train.compile of tower {name!r}: its batch norms allow one of the two")
+    if options.parallel == "fsdp" and options.precision == "fp16":
+        raise UserError("train.parallel=fsdp with train.precision=fp16 is not there: take bf16")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("accelerate's own FSDP is on: launch without it, and set train.parallel=fsdp")
+
+
+def recompute_blocks(model: ContrastiveModel, towers: Sequence[str]) -> None:
+    """The blocks of some towers keep their inputs alone from now on."""
+    for name in towers:
+        for block in blocks_of(model.towers[name]).values():
+            block.forward = MethodType(_recomputed, block)
 
 
 def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

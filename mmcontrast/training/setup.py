@@ -22,8 +22,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
-from mmcontrast.towers import TOWERS
-from mmcontrast.towers.transformers import TransformersTower
+from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, TransformersTower
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 
@@ -41,12 +40,15 @@ def make_model(
     for tower in towers:
         if tower not in {of.tower for of in fields.values()}:
             raise UserError(f"towers.{tower} serves no field: name it in fields.<field>.tower, or remove it")
+    for tower in options.projection if isinstance(options.projection, dict) else ():
+        if tower not in towers:
+            raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, towers)}")
     torch.manual_seed(seed)
     modalities = make_modalities(fields)
     made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
     for field, modality in modalities.items():
         tower = made[fields[field].tower]
-        if isinstance(modality, TextModality) and isinstance(tower, TransformersTower):
+        if isinstance(modality, TextModality) and isinstance(tower, TransformersTower | OpenClipTower | OpenClipTextTower):
             if tower.pad_id not in (None, modality.pad_id):
                 raise UserError(
                     f"fields.{field}: its tokenizer pads with {modality.pad_id}, another's of its tower with {tower.pad_id}"

@@ -1,0 +1,254 @@
+"""What training costs: FLOPs and bytes of a forward and backward, found by running the model on tensors that have shapes and no
+contents (torch's FakeTensorMode): nothing is allocated, and a model of any size is measured in seconds on a CPU."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcontrast.modalities import TextModality
+from mmcontrast.model import ContrastiveModel
+
+# dense products of bf16 (V100: fp16) with fp32 accumulation, FLOP/s, by the vendor's data sheet of the product named; the first
+# that a device's name contains counts. Where a sheet prints the figure "with sparsity", half of it.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,  # NVIDIA GB200 NVL72: 180 PFLOP/s dense for 72
+    "B200": 2.25e15,  # NVIDIA HGX B200: 18 PFLOP/s dense for 8
+    "H200": 989.4e12,  # NVIDIA H200, SXM
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
+    "GH200": 989.4e12,
+    "H100": 989.4e12,  # SXM
+    "A100": 312e12,
+    "L40S": 362.05e12,
+    "L40": 181.05e12,
+    "L4": 121e12,
+    "A40": 149.7e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A6000": 154.8e12,
+    "4090": 165.2e12,  # Ada architecture white paper: fp32 accumulation
+    "3090": 71e12,  # Ampere GA102 white paper: fp32 accumulation
+    "V100": 125e12,
+}
+
+_HALF = (torch.bfloat16, torch.float16)
+_IN_FP32 = {  # what autocast computes in fp32 on a GPU, and towers use; on a CPU it does not
+    F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax,
+    torch.log_softmax, Tensor.log_softmax, F.normalize,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by `torch.cuda.get_device_name()`; None: not in the table."""
+    for name, peak in PEAK_FLOPS.items():
+        if name.replace(" ", "") in device_name.replace(" ", "").replace("-", ""):
+            return peak
+    return None
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one sample that has every field; a multiplication with its addition is 2.
+
+    Attributes:
+        forward: per field, of its modality, tower and projection.
+        backward: of what learns.
+    """
+
+    forward: dict[str, float]
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.forward.values()) + self.backward
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one forward and backward of some samples that have every field.
+
+    Attributes:
+        saved: per field, what the forward keeps for the backward, parameters and inputs apart; what two fields share is the
+            first one's.
+        peak: what is alive at the worst moment and was not before, but for gradients: activations, gradients, and what lies
+            between.
+    """
+
+    saved: dict[str, int]
+    peak: int
+
+
+def flops_per_sample(model: ContrastiveModel, shapes: Mapping[str, Sequence[int]] | None = None) -> float:
+    """FLOPs of forward and backward of one sample with every field: both are counted, operation by operation, so that what is
+    locked costs its forward alone. The loss's own are not in it, nor what memory is bought with: a second forward of gradient
+    caching or of recomputed activations (switch recomputation on after counting). For model FLOPs utilisation: this, times
+    samples a second of one device, over `peak_flops`.
+
+    Args:
+        model: as it trains, with `requires_grad` as it is; its weights and gradients are not touched.
+        shapes: of one sample by field, for texts the length that counts: {"text": [32]}; default: the longest.
+    """
+    with fakes(), _training(model), next(model.parameters()).device:
+        return count_flops(model, make_values(model, 2, shapes)).total
+
+
+@contextmanager
+def fakes() -> Iterator[None]:
+    """Within it tensors have no contents. Modules are built as they are anywhere else, but stay where they are and as they are:
+    a fake parameter cannot be converted in place. What a content decides is decided as if it were 0: timm's models are built
+    without stochastic depth."""
+    convert = nn.Module._apply
+
+    def keep(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        return self
+
+    nn.Module._apply = keep  # type: ignore[method-assign]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _Unknown():
+            yield
+    finally:
+        nn.Module._apply = convert  # type: ignore[method-assign]
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, and afterwards as it was."""
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def make_values(model: ContrastiveModel, samples: int, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
+    """What the modalities would collate of samples that have every field; texts are as long as they may be."""
+    values = {}
+    for field in model.modalities:
+        modality = model.modality(field)
+        if isinstance(modality, TextModality):
+            shape, dtype = [modality.context_length], torch.int64
+        else:
+            blank = modality.blank()
+            shape, dtype = list(blank.shape), blank.dtype
+        values[field] = torch.zeros(samples, *((shapes or {}).get(field, shape)), dtype=dtype)
+    return values
+
+
+def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor]) -> Flops:
+    """Runs the model forward and backward, and counts; leaves no gradients."""
+    samples = len(next(iter(values.values())))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    forward, outputs = {}, []
+    with FlopCounterMode(display=False) as counter, _AsOnGpu():
+        for field, batch in values.items():
+            before = counter.get_total_flops()
+            outputs.append(model.encode(field, batch))
+            forward[field] = (counter.get_total_flops() - before) / samples
+        before = counter.get_total_flops()
+        torch.autograd.grad(torch.stack([output.sum() for output in outputs]).sum(), learning, allow_unused=True)
+        return Flops(forward, (counter.get_total_flops() - before) / samples)
+
+
+def count_bytes(model: ContrastiveModel, values: Mapping[str, Tensor], precision: str = "fp32") -> Bytes:
+    """Runs the model forward and backward, and looks what is alive; gradients are added to those that are there. On real
+    tensors it counts the same: that is how it is tested.
+
+    Args:
+        precision: train.precision, by autocast's rules for a GPU.
+    """
+    given = {_key(tensor) for tensor in (*model.parameters(), *model.buffers(), *values.values())}
+    saved: dict[str, int] = {}
+    kept: dict[int, Any] = {}  # storages by their key
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in given:
+            kept.setdefault(_key(tensor), tensor.untyped_storage())
+        return tensor
+
+    with _Alive(given, [p.grad for p in model.parameters() if p.grad is not None]) as alive, _AsOnGpu():
+        outputs = []
+        for field, batch in values.items():
+            count = len(kept)
+            autocast = torch.autocast(batch.device.type, torch.bfloat16, enabled=precision in ("bf16", "fp16"))
+            with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
+                outputs.append(model.encode(field, batch))
+            saved[field] = sum(storage.nbytes() for storage in list(kept.values())[count:])
+        kept.clear()  # from here on they live as long as the graph needs them
+        total = torch.stack([output.sum() for output in outputs]).sum()
+        del outputs
+        # what torch.autograd.backward calls, which would leave `_AsOnGpu` while blocks are recomputed
+        _engine_run_backward(
+            (total,), (torch.ones_like(total),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+    return Bytes(saved, alive.peak)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, from their making to their end."""
+
+    def __init__(self, given: set[int], gradients: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = given | {_key(gradient) for gradient in gradients}
+        self.now = self.peak = sum(gradient.untyped_storage().nbytes() for gradient in gradients)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and _key(tensor) not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(_key(tensor))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._end, _key(tensor), storage.nbytes()).atexit = False
+        return out
+
+    def _end(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+class _Unknown(TorchDispatchMode):
+    """Answers what asks for a content: no, or 0. `batch.isnan().any()`, say."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: False}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
+        return func(*args, **(kwargs or {}))
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """What a GPU does otherwise than a CPU: norms and softmaxes in fp32 under autocast; attention that keeps no scores, with
+    dropout and learnt biases too; one byte for each number that dropout may drop."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            given = dict(zip(names, args, strict=False)) | kwargs | {"dropout_p": 0.0}
+            if given.get("attn_mask") is not None:
+                given["attn_mask"] = given["attn_mask"].detach()
+            return func(**given)
+        if func is F.dropout:
+            given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+            if given.get("training", True) and not given.get("inplace") and (share := given.get("p", 0.5)):
+                return torch.native_dropout(given["input"], share, True)[0]
+        if func in _IN_FP32 and torch.is_autocast_enabled("cpu"):
+            args = [arg.float() if isinstance(arg, Tensor) and arg.dtype in _HALF else arg for arg in args]
+        return func(*args, **kwargs)

@@ -1,0 +1,208 @@
+"""What `mmcontrast plan` computes is what a real forward keeps, what the field publishes, and what it advises fits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from typer.testing import CliRunner
+
+from mmcontrast.cli import app
+from mmcontrast.config import load_config
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import VectorModality
+from mmcontrast.model import ContrastiveModel
+from mmcontrast.plan import GIB, plan_run
+from mmcontrast.towers import LinearTower
+from mmcontrast.training.cost import count_bytes, fakes, flops_per_sample, make_values, peak_flops
+from mmcontrast.training.optim import freeze
+from mmcontrast.training.options import FieldOptions, ModelOptions
+from mmcontrast.training.setup import make_model
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 49408}
+BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FIELDS = {
+    "image": FieldOptions(modality={"type": "image", "size": 32}, tower="image"),
+    "text": FieldOptions(modality={"type": "text", "context_length": 12}, tower="text"),
+    "audio": FieldOptions(modality={"type": "audio", "seconds": 0.8, "mels": 16, "hop": 640}, tower="audio"),
+}
+TOWERS = {
+    "image": {"type": "timm", "model": "test_vit", "img_size": 32},
+    "text": {"type": "transformers", "model": "bert", "config": BERT},
+    "audio": {"type": "timm", "model": "resnet18", "in_chans": 1, "channels": [8, 8, 16, 16]},
+}
+
+
+def tiny(**freeze_patterns) -> ContrastiveModel:
+    model = make_model(FIELDS, TOWERS, ModelOptions(embed_dim=8), 0)
+    freeze(model, freeze_patterns)
+    return model.train()
+
+
+@pytest.mark.parametrize("frozen", [{}, {"towers.image.*": None}], ids=["all learn", "one is locked"])
+def test_activations_are_those_of_a_real_forward(frozen):
+    model = tiny(**frozen)
+    values = make_values(model, 6)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *values.values())}
+    kept, real = {}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    for field, batch in values.items():
+        seen = dict(kept)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.encode(field, batch)
+        real[field] = sum(storage.nbytes() for key, storage in kept.items() if key not in seen)
+    with fakes():
+        fake = tiny(**frozen)
+        found = count_bytes(fake, make_values(fake, 6))
+        assert all(type(parameter.data).__name__ == "FakeTensor" for parameter in fake.parameters())
+    assert found.saved == real
+    assert found == count_bytes(model, values)  # and its peak is that of real tensors
+    assert (real["image"] < real["audio"] / 10) == bool(frozen)  # what is locked keeps nothing; its projection does
+
+
+def test_memory_grows_linearly_and_has_the_gradients():
+    with fakes():
+        model = tiny()
+        learning = sum(4 * parameter.numel() for parameter in model.parameters())
+        count_bytes(model, make_values(model, 2), "bf16")
+        costs = [count_bytes(model, make_values(model, n), "bf16") for n in (64, 128, 192)]
+    first, second, third = (cost.peak for cost in costs)
+    assert first > learning and third - second == pytest.approx(second - first, rel=0.02)
+    first, second, third = (sum(cost.saved.values()) for cost in costs)
+    assert third - second == second - first > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "text"),  # millions of parameters, GFLOPs: docs/model_profile.csv of open_clip
+    [
+        ("clip-vit-b-32", (87.85, 8.82), (63.43, 5.96)),
+        ("clip-vit-b-16", (86.19, 35.13), (63.43, 5.96)),
+        ("clip-vit-l-14", (303.97, 162.03), (123.65, 13.30)),
+        ("siglip-vit-b-16", (92.88, 35.42), (110.27, 11.02)),
+        ("siglip-so400m-14", (427.68, 220.35), (449.68, 13.19)),
+    ],
+)
+def test_sizes_and_flops_are_those_that_open_clip_publishes(name, image, text):
+    config = load_config(CONFIGS / f"{name}.yaml", ["train.batch_size=2", "train.micro_batch_size=null"])
+    found = plan_run(config)
+    assert list(found.towers) == ["image", "text"]
+    for tower, (parameters, gflops) in zip(found.towers.values(), (image, text), strict=True):
+        assert tower.parameters / 1e6 == pytest.approx(parameters, abs=0.006)
+        assert tower.flops / 1e9 == pytest.approx(gflops, abs=0.006)
+    scalars = 2 if config.model.logit_bias is not None else 1
+    assert found.parameters == sum(tower.parameters for tower in found.towers.values()) + scalars
+    assert found.flops_per_sample == pytest.approx(3 * (image[1] + text[1]) * 1e9, rel=0.01)  # the first layer has no input's
+
+
+def test_flops_of_a_sample_are_counted_without_touching_the_model():
+    towers = {name: LinearTower(30, 20) for name in ("a", "b")}
+    model = ContrastiveModel({name: VectorModality(30) for name in towers}, towers, {"a": "a", "b": "b"}, 10).eval()
+    tower, projection = 2 * 30 * 20, 2 * 20 * 10
+    both_learn = 2 * (2 * tower + 3 * projection)  # a first layer has no gradient of its input
+    assert flops_per_sample(model) == both_learn
+    for parameter in (*model.towers["a"].parameters(), *model.projections["a"].parameters()):
+        parameter.requires_grad_(False)
+    assert flops_per_sample(model) == both_learn - tower - 2 * projection
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert isinstance(model.towers["a"].network.weight.detach().sum().item(), float)
+
+
+def test_recomputed_blocks_keep_their_inputs_alone():
+    config = CONFIGS / "clip-vit-b-32.yaml"
+
+    def planned(*overrides: str):
+        return plan_run(load_config(config, ["train.batch_size=512", "train.micro_batch_size=null", *overrides]), 8)
+
+    plain, again, sharded = planned(), planned("train.recompute=[image, text]"), planned("train.parallel=fsdp")
+    assert again.flops_per_sample == plain.flops_per_sample
+    assert all(again.towers[name].saved < plain.towers[name].saved / 4 for name in plain.towers)
+    step = "gradients and activations, at their peak"
+    assert again.memory[step] < plain.memory[step] / 2
+    assert sharded.memory["weights"] == pytest.approx(plain.memory["weights"] / 8, rel=1e-6)
+    assert sharded.memory["weights that are fetched"] < plain.memory["weights"] / 2 and sharded.notes
+    assert "buckets for the gradients' reduction" not in sharded.memory
+    with pytest.raises(UserError, match="train.recompute: no tower 'picture'"):
+        planned("train.recompute=[picture]")
+
+
+def test_peaks_are_found_by_the_devices_name():
+    names = {
+        "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA B200": 2.25e15, "NVIDIA H200": 989.4e12, "NVIDIA L40S": 362.05e12, "NVIDIA GeForce RTX 4090": 165.2e12,
+        "Tesla V100-SXM2-32GB": 125e12, "NVIDIA A10G": 70e12, "NVIDIA A10": 125e12, "AMD Radeon": None,
+    }  # fmt: skip
+    assert {name: peak_flops(name) for name in names} == names
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_advice_fits_and_twice_of_it_does_not():
+    config = str(CONFIGS / "quickstart.yaml")
+    small = [config, "--memory", "2", "--devices", "2", "--json", "train.batch_size=8192"]
+    done = run(*small)
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1 and not found["fits"]
+    assert f"train.micro_batch_size={found['largest']} fits" in found["verdict"]
+    advised = run(*small, f"train.micro_batch_size={found['largest']}")
+    assert advised.exit_code == 0 and json.loads(advised.stdout)["total"] <= 2 * GIB
+    assert run(*small, f"train.micro_batch_size={2 * found['largest']}").exit_code == 1
+    hopeless = run(config, "--memory", "1")
+    assert hopeless.exit_code == 1 and "with any train.micro_batch_size" in hopeless.stdout
+
+
+def test_every_copy_of_the_weights_is_counted():
+    config = CONFIGS / "quickstart.yaml"
+
+    def memory(*overrides: str, devices: int = 1) -> dict[str, int]:
+        return plan_run(load_config(config, overrides), devices).memory
+
+    plain = memory()
+    weights = plain["weights"]
+    assert "averaged weights" not in plain and plain["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
+    assert memory("train.ema_decay=0.99")["averaged weights"] == weights
+    assert memory("train.queue_size=1024")["queue and its encoder"] == weights + 1024 * 3 * (192 * 4 + 8)
+    assert memory("train.optimizer=lion")["optimizer state"] == pytest.approx(weights, rel=0.01)
+    assert memory(devices=2)["buckets for the gradients' reduction"] == pytest.approx(weights, rel=0.01)
+    assert memory("train.batch_size=512")["inputs"] == 2 * plain["inputs"]
+
+
+def test_a_table_and_mistakes(tmp_path):
+    done = run(str(CONFIGS / "quickstart.yaml"))
+    assert done.exit_code == 0 and "fits with" in done.stdout and "computed, not measured" in done.stdout
+    refused = run(str(CONFIGS / "quickstart.yaml"), "--devices", "3")
+    assert refused.exit_code == 2
+    with pytest.raises(UserError, match="train.batch_size=256 cannot be cut into equal parts for 3 devices"):
+        plan_run(load_config(CONFIGS / "quickstart.yaml"), 3)
+
+
+def test_towers_without_a_projection():
+    kind = dict.fromkeys(("a", "b"), "none") | {"a": "linear"}
+    fields = {name: FieldOptions(modality={"type": "vector", "width": 5}, tower=name) for name in ("a", "b")}
+    towers = {name: {"type": "linear", "inputs": 5, "width": 7} for name in fields}
+    model = make_model(fields, towers, ModelOptions(embed_dim=7, projection=kind), 0)
+    assert isinstance(model.projections["b"], torch.nn.Identity) and not isinstance(model.projections["a"], torch.nn.Identity)
+    with pytest.raises(UserError, match="tower 'b' has 7 features, not embed_dim=8"):
+        make_model(fields, towers, ModelOptions(embed_dim=8, projection=kind), 0)
+    with pytest.raises(UserError, match="model.projection: no tower 'c'"):
+        make_model(fields, towers, ModelOptions(embed_dim=7, projection={"c": "none"}), 0)
+
+
+def test_a_texts_padding_is_the_tokenizers_in_open_clips_towers_too():
+    from mmcontrast.towers import OpenClipTextTower
+
+    torch.manual_seed(0)
+    tower = OpenClipTextTower(width=16, layers=1, heads=2, context_length=12, no_causal_mask=True, pool_type="last").eval()
+    tower.pad_id = 1
+    tokens = torch.tensor([[5, 6, 7, 1, 1]])
+    torch.testing.assert_close(tower(tokens), tower(tokens[:, :3]))
+    tower.pad_id = 0
+    assert not torch.allclose(tower(tokens), tower(tokens[:, :3]))
