@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
+from mmcontrast.training.cost import peak_flops
 
 IN_USE = 0.1  # share of a GPU's memory that another process holds, from which it is worth a word
 MEETING_SECONDS = 90  # in which all processes have started and reduced
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # side of the matrices
 COPIED = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # bytes
 TIMES = 5
+SLOW = 0.5  # of the data sheet's rate: healthy ones reach two thirds and more
 
 
 def device_checks() -> Iterator[Check]:
@@ -133,8 +135,17 @@ def speed(device: torch.device) -> Check:
         numbers["gb_per_second"] = 2 * COPIED[kind] / _seconds(partial(target.copy_, source), device) / 1e9
     except RuntimeError as error:  # out of memory too
         return Check(name, one_line(error), BAD, "free its memory, or leave it out" if kind == "cuda" else "free memory")
+    peak = peak_flops(torch.cuda.get_device_name(device)) if kind == "cuda" else None
+    if peak:
+        numbers["share_of_peak"] = numbers["bf16_tflops"] * 1e12 / peak
     rates = ", ".join(f"{key.removesuffix('_tflops')} {v:.3g} TFLOP/s" for key, v in numbers.items() if "tflops" in key)
-    return Check(name, f"{rates}; memory {numbers['gb_per_second']:.3g} GB/s", numbers=numbers)
+    found = f"{rates}; memory {numbers['gb_per_second']:.3g} GB/s"
+    if peak:
+        found += f"; bf16 is {numbers['share_of_peak']:.0%} of the data sheet's"
+        if numbers["share_of_peak"] < SLOW:
+            remedy = "look for another process, a power cap or heat: nvidia-smi -q -d PERFORMANCE"
+            return Check(name, found, WARNING, remedy, numbers)
+    return Check(name, found, numbers=numbers)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

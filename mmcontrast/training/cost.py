@@ -58,6 +58,13 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
+def peak_samples(model: ContrastiveModel, precision: str, device: torch.device) -> float | None:
+    """Samples a second that a device could train on if it did nothing but the model's operations at its data sheet's rate; None
+    where that is not known. Of a model as it is before anything is done to its blocks."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and precision in ("bf16", "fp16") else None
+    return peak / flops_per_sample(model) if peak else None
+
+
 @dataclass(frozen=True)
 class Flops:
     """Of one sample that has every field; a multiplication with its addition is 2.

@@ -27,6 +27,7 @@ from mmcontrast.evaluation.report import read_log, write_report
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import Audit, warnings
+from mmcontrast.training.cost import peak_samples
 from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, peers
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLines, StepLog, make_progress
@@ -75,6 +76,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     check_stages(job.model, options)
     until = freeze(job.model, options.freeze)
     averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
+    most = peak_samples(job.model, options.precision, accelerator.device) if accelerator.is_main_process else None
     copies = [one for one in (averaged, queue and queue.encoder) if one]
     model = place(job.model, copies, options, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(job.model, options))
@@ -89,7 +91,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
             queue.follow(job.model, momentum=0.0)
         if averaged:
             follow(averaged, job.model, momentum=0.0)
-    log = StepLog(job.folder / LOG, start, accelerator.num_processes) if accelerator.is_main_process else None
+    log = StepLog(job.folder / LOG, start, accelerator.num_processes, most) if accelerator.is_main_process else None
     saver = make_saver(checkpoints, options, accelerator)
     evaluations = StepLines(job.folder / EVALUATIONS, start) if accelerator.is_main_process else None
     audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)

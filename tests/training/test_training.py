@@ -20,6 +20,7 @@ from mmcontrast.errors import TrainingStopped, UserError
 from mmcontrast.runs import embed_shards, lock_folder, make_job, open_run
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
+from mmcontrast.training.cost import flops_per_sample, peak_samples
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
 
@@ -299,11 +300,24 @@ def test_a_zero_shot_task_that_cannot_work_is_refused_before_training(config_fil
 def test_time_of_evaluation_is_not_in_the_rates(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 70.0, 70.0, 70.0])  # made; a pause begins, ends; a line is written
     monkeypatch.setattr("mmcontrast.training.log.time.perf_counter", lambda: next(clock))
-    log = StepLog(tmp_path / "metrics.jsonl", 0)
+    log = StepLog(tmp_path / "metrics.jsonl", 0, devices=2, peak_samples=20.0)
     log.samples = 100
     with log.paused():
         pass
-    assert log.write({"step": 1}, torch.device("cpu"))["samples_per_second"] == 10
+    line = log.write({"step": 1, "loss": 1.0, "logit_scale": 2.0, "grad_norm": 0.5}, torch.device("cpu"))
+    assert (line["samples_per_second"], line["samples_per_second_per_device"], line["mfu"]) == (10, 5, 0.25)
+    assert "10 samples/s (5 a device)  mfu 25%" in log.note(line)
+
+
+def test_the_most_that_a_device_could_do(config_file, monkeypatch):
+    """Of a GPU by its data sheet; the name is all that is asked of it."""
+    model = make_job(load_config(config_file)).model
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    most = peak_samples(model, "bf16", torch.device("cuda"))
+    assert most == pytest.approx(989.4e12 / flops_per_sample(model))
+    assert (
+        peak_samples(model, "fp32", torch.device("cuda")) is None and peak_samples(model, "bf16", torch.device("cpu")) is None
+    )
 
 
 def test_groups_of_the_optimizer(config_file):
