@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from mmcontrast.config import RunConfig
@@ -313,4 +314,5 @@ def plan_table(plan: Plan) -> Group:
     again = " (gradient caching adds a forward)" if plan.cached else ""
     flops = f"forward and backward: {plan.flops_per_sample / 1e9:.1f} GFLOPs a sample{again}"
     notes = [f"note: {note}" for note in plan.notes]
-    return Group(towers, memory, flops, *notes, f"{plan.available / GIB:.0f} GiB a device: {plan.verdict}")
+    lines = [flops, *notes, f"{plan.available / GIB:.0f} GiB a device: {plan.verdict}"]
+    return Group(towers, memory, *(Text(line) for line in lines))
