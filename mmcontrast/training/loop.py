@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import ProjectConfiguration
@@ -64,7 +65,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
         torch.set_num_threads(options.threads)
     if options.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    accelerator = make_accelerator(options, job.name, job.folder)
+    accelerator = make_accelerator(options, job.name, job.folder, yaml.safe_load(job.config))
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
     if (options.batch_size // accelerator.num_processes) % options.accumulation_steps:
@@ -170,8 +171,8 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     return results
 
 
-def make_accelerator(options: TrainOptions, name: str, folder: Path) -> Accelerator:
-    """accelerate's device, precision, data parallelism and trackers.
+def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Mapping[str, Any]) -> Accelerator:
+    """accelerate's device, precision, data parallelism and trackers, which are told the config.
 
     Raises:
         UserError: for a tracker that there is not, or whose package is not installed.
@@ -188,7 +189,10 @@ def make_accelerator(options: TrainOptions, name: str, folder: Path) -> Accelera
         accelerator.log_with = filter_trackers([kind], folder)
         if not accelerator.log_with:
             raise UserError(f"train.trackers: {kind} is not installed: pip install {kind}")
-        accelerator.init_trackers(kind if kind == "tensorboard" else name, init_kwargs={kind: given})
+        if kind == "tensorboard":  # it takes no nested config
+            accelerator.init_trackers(kind, init_kwargs={kind: given})
+        else:
+            accelerator.init_trackers(name, config=dict(config), init_kwargs={kind: given})
         trackers += accelerator.trackers
     accelerator.trackers = trackers
     return accelerator

@@ -99,4 +99,4 @@ def test_a_run_in_stages_with_a_trace(with_vit, tmp_path):
 @pytest.mark.parametrize(("name", "message"), [("wandbb", "did you mean 'wandb'"), ("clearml", "pip install clearml")])
 def test_a_tracker_that_is_not_there(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
-        make_accelerator(TrainOptions(steps=1, batch_size=2, trackers={name: {}}), "x", tmp_path)
+        make_accelerator(TrainOptions(steps=1, batch_size=2, trackers={name: {}}), "x", tmp_path, {})
