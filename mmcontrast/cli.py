@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mmcontrast.errors import EveryRankError, UserError
+from mmcontrast.errors import EveryRankError, UserError, leave_exit_code
 
 app = typer.Typer(
     name="mmcontrast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -60,12 +60,6 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
         return group.command(name)(run)
 
     return decorate
-
-
-def leave_exit_code(code: int) -> None:
-    """The first rank leaves its exit code where a job's script asks for it: torchrun makes 1 of any."""
-    if (file := os.environ.get("MMCONTRAST_EXIT_CODE_FILE")) and os.environ.get("RANK", "0") == "0":
-        Path(file).write_text(str(code))
 
 
 def _escape(text: str) -> str:

@@ -1,6 +1,8 @@
-"""The exceptions that a command prints as one line instead of a traceback."""
+"""The exceptions that a command prints as one line instead of a traceback, and the exit codes they end with."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -34,3 +36,9 @@ class PeerLost(EveryRankError):
     """Another rank has ended without a word to this one; its own message says why."""
 
     exit_code = 5
+
+
+def leave_exit_code(code: int) -> None:
+    """The first rank leaves its exit code where a job's script asks for it: torchrun makes 1 of any."""
+    if (file := os.environ.get("MMCONTRAST_EXIT_CODE_FILE")) and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(str(code))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from mmcontrast.errors import PeerLost
+from mmcontrast.errors import PeerLost, leave_exit_code
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while one evaluates; of stalls the watchdog knows better
@@ -39,6 +39,7 @@ def join_processes() -> PartialState:
 
 def end_now(code: int) -> NoReturn:
     """Ends this process without another thought, and its data workers with it."""
+    leave_exit_code(code)
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)

@@ -69,7 +69,7 @@ def two_ranks(config_file, tmp_path, *options):
     began = time.monotonic()
     done = subprocess.run(
         [*launcher, str(config_file), *options], cwd=ROOT, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "MMCONTRAST_EXIT_CODE_FILE": str(tmp_path / "code")},
     )  # fmt: skip
     return done, time.monotonic() - began
 
@@ -97,6 +97,8 @@ def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, faul
     assert checkpoint.find(run / "checkpoints", "last").name == "step-00000002"
     weights = load_file(checkpoint.find(run / "checkpoints", "last") / checkpoint.WEIGHTS)
     assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
+    if fault in ("nan", "stall"):  # for a job's script: torchrun makes 1 of any
+        assert (tmp_path / "code").read_text() == {"nan": "3", "stall": "4"}[fault]
     if fault == "nan":
         stopped = json.loads((run / "stopped.json").read_text())
         assert stopped["step"] == 3 and len(stopped["ids"]) == 16
