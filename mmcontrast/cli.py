@@ -1,6 +1,7 @@
 """The `mmcontrast` command. Each command parses, builds, runs; mistakes are one line and exit code 2."""
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -96,7 +97,8 @@ def train(
         job = make_job(loaded)
         if state.is_main_process:
             lock = lock_folder(loaded)
-            prepare_folder(loaded, overwrite)
+            if not resume:
+                prepare_folder(loaded, overwrite)
         state.wait_for_everyone()
         run_training(job, resume, preemption)
     if state.is_main_process:
@@ -134,7 +136,7 @@ def embed(
     from mmcontrast.evaluation import TableSlice
     from mmcontrast.runs import embed_shards, embed_slice
 
-    if part:
+    if part is not None:
         complete = embed_slice(run, data, TableSlice.parse(out, part), checkpoint, device, batch_size, num_workers)
         console.print(f"slice {part} of {out}{': the table is complete' if complete else ''}", highlight=False)
         return
@@ -213,7 +215,8 @@ def submit_embed(
 
 @command(app, "config")
 def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print a config in full, with overrides applied and every default filled in; fails as `train` would."""
+    """Print a config in full, with overrides applied and every default filled in. Fails as `train` would, but for what takes
+    the towers or the data to know."""
     from mmcontrast.config import load_config
     from mmcontrast.runs import check_components
 
@@ -238,6 +241,10 @@ def doctor(
 
     from mmcontrast.doctor import BAD, examine, table_of
 
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise UserError(f"--rate {rate}: samples a second, more than 0")
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: no such folder")
     with console.status("looking at the machine"):
         checks = list(examine(config, overrides or (), rate))
     console.print(table_of(checks))
@@ -265,6 +272,8 @@ def plan(
     from mmcontrast.config import load_config
     from mmcontrast.plan import GIB, plan_run, plan_table
 
+    if memory is not None and not math.isfinite(memory):
+        raise UserError(f"--memory {memory}: GiB of a device")
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which are meant
     found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None)
     if as_json:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from mmcontrast.components import nearest
 from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
@@ -121,6 +122,8 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
     with fakes():
         model = make_model(bare.fields, bare.towers, bare.model, 0)
         check_placement(model, options)
+        for field in options.resolution.keys() - model.modalities.keys():
+            raise UserError(f"train.resolution: no field {field!r}; {nearest(field, model.modalities)}")
         freeze(model, options.freeze)
         set_stage(model, largest_stage(options), 0)
         model.train()
@@ -195,7 +198,7 @@ def flops_of(model: ContrastiveModel) -> Flops:
     """
     try:
         return count_flops(model, make_values(model, SMALLEST))
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(f"this model cannot be planned: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -314,5 +317,5 @@ def plan_table(plan: Plan) -> Group:
     again = " (gradient caching adds a forward)" if plan.cached else ""
     flops = f"forward and backward: {plan.flops_per_sample / 1e9:.1f} GFLOPs a sample{again}"
     notes = [f"note: {note}" for note in plan.notes]
-    lines = [flops, *notes, f"{plan.available / GIB:.0f} GiB a device: {plan.verdict}"]
+    lines = [flops, *notes, f"{plan.available / GIB:.3g} GiB a device: {plan.verdict}"]
     return Group(towers, memory, *(Text(line) for line in lines))

@@ -181,8 +181,11 @@ def open_run(folder: Path, which: str = "last", device: str | None = None) -> Tr
     model = make_model(config.fields, config.towers, config.model, config.train.seed)
     checkpoint.check(saved)
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return TrainedRun(folder, config, model.eval().to(where), where)
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return TrainedRun(folder, config, model.eval().to(where), where)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {' '.join(str(error).split())[:200]}") from error
 
 
 def evaluate_run(folder: Path, which: str, device: str | None) -> Table:
@@ -229,7 +232,7 @@ def embed_slice(
         UserError: as `embed_shards`; if the folder holds slices of another checkpoint or other samples.
     """
     which = step_of(folder, which)  # "last" may be another one when the next slice is embedded
-    about = {"run": str(folder), "checkpoint": which, "shards": shards}
+    about = {"run": str(folder.absolute()), "checkpoint": which, "shards": shards}
     if part.done(about):
         return part.complete()
     run = open_run(folder, which, device)

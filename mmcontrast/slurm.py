@@ -25,6 +25,7 @@ from mmcontrast.training import checkpoint
 PACKAGE = Path(mmcontrast.__file__).parent
 OURS = (  # what a script relies on, or an option says
     *("job-name", "chdir", "output", "open-mode", "array", "requeue", "signal", "dependency", "ntasks-per-node"),
+    *("ntasks", "gpus", "gres", "gpus-per-task", "ntasks-per-gpu", "tasks-per-node", "no-requeue"),
     *("time", "nodes", "cpus-per-task", "gpus-per-node", "partition", "account"),
 )
 
@@ -70,7 +71,7 @@ class Resources:
                 yield key, value
         for option in self.further:
             key, equals, value = option.partition("=")
-            if not re.fullmatch(r"[a-z][a-z-]*", key):
+            if not re.fullmatch(r"[a-z][a-z-]+", key):
                 raise UserError(f"--sbatch {option!r} is not of the form KEY=VALUE or KEY, like constraint=a100 or exclusive")
             if key in OURS:
                 raise UserError(f"--sbatch {option!r}: the command sets {key} itself; see --help")
@@ -201,8 +202,8 @@ def training_launch(
     world_size = resources.nodes * processes
     if config.train.batch_size % world_size or (config.data.lanes or world_size) % world_size:
         raise UserError(
-            f"{resources.nodes} nodes of {processes} processes are {world_size} ranks: set train.batch_size="
-            f"{config.train.batch_size}, and data.lanes if it is set, to multiples of them"
+            f"{resources.nodes} nodes of {processes} processes are {world_size} ranks: train.batch_size, which is"
+            f" {config.train.batch_size}, and data.lanes, if it is set, must be multiples of them"
         )
     if warn >= limit_seconds(resources.time):
         raise UserError(f"--warn {warn}: the warning would come before the job starts; --time is {resources.time}")

@@ -137,6 +137,8 @@ def test_peaks_are_found_by_the_devices_name():
         "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA B200": 2.25e15, "NVIDIA H200": 989.4e12, "NVIDIA L40S": 362.05e12, "NVIDIA GeForce RTX 4090": 165.2e12,
         "Tesla V100-SXM2-32GB": 125e12, "NVIDIA A10G": 70e12, "NVIDIA A10": 125e12, "AMD Radeon": None,
+        "NVIDIA RTX A1000": None, "NVIDIA RTX A4000": None, "NVIDIA H200 NVL": 835.5e12, "Tesla V100-PCIE-16GB": 112e12,
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA A10M": None,
     }  # fmt: skip
     assert {name: peak_flops(name) for name in names} == names
 

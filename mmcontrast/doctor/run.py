@@ -1,9 +1,10 @@
 """What a config needs, against what is here: its shards open, its samples decode, its checkpoints fit."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def _judged(title: str, seen: Sequence[Sample], seconds: float, config: RunConfi
         found = f"{bad} of {len(seen) + bad} are bad: {first}"
         return Check(title, found, state, "`mmcontrast data verify` lists all", numbers)
     if rate:
-        needed = next(n for n in count(1) if n * each * ranks >= rate)
+        needed = math.ceil(rate / (each * ranks))
         found += f"; {rate:g}/s over {ranks} processes take {needed} workers each, there are {workers}"
         if needed > max(1, workers):
             return Check(title, found, WARNING, f"set data.num_workers to {needed}", numbers)

@@ -96,8 +96,10 @@ class EmbeddingTable:
 
     @staticmethod
     def refuse_to_overwrite(folder: Path) -> None:
-        if (folder / MANIFEST).exists():
-            raise UserError(f"{folder} already holds an embedding table: remove it, or choose another folder")
+        if (folder / MANIFEST).exists() or next(folder.glob(".slice-*.json"), None):
+            raise UserError(f"{folder} already holds an embedding table, or slices of one: remove it, or choose another folder")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder")
 
     @classmethod
     def read(cls, folder: Path) -> "EmbeddingTable":

@@ -57,6 +57,8 @@ class ImageModality(Modality):
         scaled_decode: bool = False,
     ) -> None:
         super().__init__()
+        if size < 1:
+            raise ValueError(f"size={size} is no side in pixels")
         self.size, self.channels, self.max_pixels, self.scaled_decode = size, channels, max_pixels, scaled_decode
         bicubic = v2.InterpolationMode.BICUBIC
         fit = [v2.Resize(size, interpolation=bicubic, antialias=True), v2.CenterCrop(size)]

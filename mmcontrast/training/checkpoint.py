@@ -6,6 +6,7 @@ weights in shards is a folder in it, written by all ranks through torch's distri
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmcontrast.errors import EveryRankError, UserError
 
 WEIGHTS, AVERAGED, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
-SHARDS, MANIFEST = "optimizer", "manifest.json"
+SHARDS, MANIFEST, PARTIAL = "optimizer", "manifest.json", ".partial"
 BEST = "best.json"  # the name of the best checkpoint, and by what value
 
 
@@ -72,6 +73,8 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
         os.rename(partial, target)
         _flush(folder)
     except (OSError, RuntimeError, CheckpointException) as error:  # torch.save and safetensors: a full disk is a RuntimeError
+        if shards:
+            shards.exception()  # they are written no more
         shutil.rmtree(partial, ignore_errors=True)
         raise _not_written(folder, step, error) from error
     return target
@@ -79,11 +82,14 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
 
 def partial_of(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is until it is complete."""
-    return folder / f".step-{step:08d}.partial"
+    return folder / f".step-{step:08d}{PARTIAL}"
 
 
 def _not_written(folder: Path, step: int, error: BaseException) -> EveryRankError:
-    said = " ".join(str(error).split())
+    if isinstance(error, CheckpointException):
+        said = "; ".join(f"rank {rank}: {found[0]}" for rank, found in error.failures.items())
+    else:
+        said = " ".join(str(error).split())
     return EveryRankError(
         f"the checkpoint of step {step} could not be written to {folder}: {said[:500]}; the earlier ones are untouched: make"
         " room, then continue with --resume"
@@ -105,12 +111,15 @@ def check(checkpoint: Path) -> None:
     Raises:
         UserError: if a file is not as it was written.
     """
-    if (checkpoint / MANIFEST).exists():
+    remedy = "remove this checkpoint, and the one before it is the last"
+    try:
         written, now = json.loads((checkpoint / MANIFEST).read_text())["files"], _checksums(checkpoint)
-        for name in sorted(written.keys() | now.keys()):
-            if written.get(name) != now.get(name):
-                what = "missing" if name not in now else "not of it" if name not in written else "damaged (another checksum)"
-                raise UserError(f"{checkpoint}: {name} is {what}; remove this checkpoint, and the one before it is the last")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint}: its {MANIFEST} cannot be read ({error}); {remedy}") from error
+    for name in sorted(written.keys() | now.keys()):
+        if written.get(name) != now.get(name):
+            what = "missing" if name not in now else "not of it" if name not in written else "damaged (another checksum)"
+            raise UserError(f"{checkpoint}: {name} is {what}; {remedy}")
 
 
 class Saver:
@@ -183,9 +192,10 @@ class Saver:
         if kind is None:
             self.wait()
 
-    def mark_best(self, value: float) -> None:
-        """Takes note of the last one, if its value is higher than any before."""
-        if written := self.wait():
+    def mark_best(self, step: int, value: float) -> None:
+        """Takes note of a step's checkpoint, if its value is higher than any before."""
+        self.wait()
+        if (written := self.folder / f"step-{step:08d}").exists() and not math.isnan(value):
             mark_best(self.folder, written, value)
             prune(self.folder, self.keep, self.every)
 
@@ -219,7 +229,15 @@ def prune(folder: Path, keep: int, every: int = 0) -> None:
     best = best_of(folder)
     for checkpoint in complete(folder)[:-keep]:
         if checkpoint != best and not (every and int(checkpoint.name.removeprefix("step-")) % every == 0):
-            shutil.rmtree(checkpoint)
+            aside = checkpoint.with_name(f".{checkpoint.name}{PARTIAL}")  # at once: what has its name is complete
+            os.rename(checkpoint, aside)
+            shutil.rmtree(aside)
+
+
+def clean(folder: Path) -> None:
+    """Removes what killed processes have left."""
+    for left in folder.glob(f".step-*{PARTIAL}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def mark_best(folder: Path, checkpoint: Path, value: float) -> None:

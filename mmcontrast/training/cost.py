@@ -1,6 +1,7 @@
 """What training costs: FLOPs and bytes of a forward and backward, found by running the model on tensors that have shapes and no
 contents (torch's FakeTensorMode): nothing is allocated, and a model of any size is measured in seconds on a CPU."""
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from mmcontrast.model import ContrastiveModel
 PEAK_FLOPS = {
     "GB200": 2.5e15,  # NVIDIA GB200 NVL72: 180 PFLOP/s dense for 72
     "B200": 2.25e15,  # NVIDIA HGX B200: 18 PFLOP/s dense for 8
+    "H200 NVL": 835.5e12,
     "H200": 989.4e12,  # NVIDIA H200, SXM
     "H100 PCIe": 756e12,
     "H100 NVL": 835.5e12,
@@ -40,6 +42,7 @@ PEAK_FLOPS = {
     "A6000": 154.8e12,
     "4090": 165.2e12,  # Ada architecture white paper: fp32 accumulation
     "3090": 71e12,  # Ampere GA102 white paper: fp32 accumulation
+    "V100-PCIE": 112e12,
     "V100": 125e12,
 }
 
@@ -52,8 +55,10 @@ _IN_FP32 = {  # what autocast computes in fp32 on a GPU, and towers use; on a CP
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by `torch.cuda.get_device_name()`; None: not in the table."""
+    if re.search(r"MIG|Laptop|Max-Q|4090 D", device_name):  # a part of a card, or another card of the same name
+        return None
     for name, peak in PEAK_FLOPS.items():
-        if name.replace(" ", "") in device_name.replace(" ", "").replace("-", ""):
+        if re.search(rf"(?<![A-Z0-9]){name}(?![A-Z0-9])", device_name):
             return peak
     return None
 

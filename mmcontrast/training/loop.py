@@ -86,6 +86,8 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     start = 0
     if resume:
         start = restore(checkpoint.find(checkpoints, "last"), job, learner)
+        if accelerator.is_main_process:  # nothing refused it
+            replace_text(job.folder / checkpoint.CONFIG, job.config)
     elif options.init_from:
         load_weights(job.model, checkpoint.load_weights(weights_path(options.init_from)), options.init_from)
         if queue:
@@ -119,7 +121,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
         for warning in warnings(job) if log else ():
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
-        if start == options.steps and start not in evaluated_steps(job.folder):
+        if start and due(start, options.evaluate_every, options.steps) and start not in evaluated_steps(job.folder):
             with watchdog.away():
                 results = evaluate_now(job, start, saver, learner, evaluations, progress)
         for step in range(start, options.steps):
@@ -210,6 +212,8 @@ def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) ->
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     elif rank:
         return None
+    if not rank:
+        checkpoint.clean(folder)
     return checkpoint.Saver(folder, options.keep_checkpoints, options.keep_every, options.async_checkpoints, rank, group)
 
 
@@ -239,8 +243,15 @@ def evaluate_now(
     key = job.evaluation.best or next(name for name in results if "/mean_recall_at_" in name)
     if key not in results:
         raise UserError(f"evaluation.best={key!r} is no result; there is: {', '.join(results)}")
-    saver.mark_best(results[key])
+    saver.mark_best(done, -results[key] if key.endswith("median_rank") else results[key])
     return results
+
+
+def replace_text(file: Path, text: str) -> None:
+    """At once: the file is never half."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
 
 
 def evaluated_steps(folder: Path) -> set[int]:
@@ -257,8 +268,6 @@ def finish(
     options: EvaluationOptions,
 ) -> None:
     """Writes results.json and report.html."""
-    partial = folder / f".{RESULTS}.partial"
-    partial.write_text(json.dumps(results, indent=1))
-    os.replace(partial, folder / RESULTS)
+    replace_text(folder / RESULTS, json.dumps(results, indent=1))
     split = options.report_split or next(iter(tables))
     write_report(folder / REPORT, name, results, read_log(folder / LOG), split, model, datasets[split], tables[split])

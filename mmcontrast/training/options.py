@@ -95,6 +95,12 @@ def _from_the_start(points: dict[int, T]) -> dict[int, T]:
     return points
 
 
+def _rising(steps: tuple[int, int]) -> tuple[int, int]:
+    if steps[0] > steps[1]:
+        raise ValueError("the first step comes after the last")
+    return steps
+
+
 Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_from_the_start)]  # from a step on, a value
 
 
@@ -185,6 +191,6 @@ class TrainOptions(Options):
     keep_checkpoints: Positive = 2
     keep_every: Annotated[int, Field(ge=0)] = 0
     trackers: dict[str, dict[str, Any]] = {"tensorboard": {}}
-    profile_steps: tuple[Positive, Positive] | None = None
+    profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     signals: bool = True

@@ -25,6 +25,8 @@ from mmcontrast.towers import blocks_of
 from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept
 from mmcontrast.training.options import TrainOptions
 
+NOT_IN_SHARDS = ("adafactor", "adamp", "mars", "novograd", "nvnovograd")  # of timm's: they fail on DTensors
+
 
 def is_sharded(options: TrainOptions) -> bool:
     return options.parallel == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1
@@ -33,14 +35,14 @@ def is_sharded(options: TrainOptions) -> bool:
 def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) -> None:
     """Cuts every block's weights, and the rest's, over all ranks, in place; their parameters are `DTensor`s then.
 
-    With bf16, blocks are fetched and computed in it; what surrounds them (embeddings, projections, the logit scale) stays fp32
-    under autocast. Gradients are averaged in fp32.
+    With bf16, blocks are fetched and computed in it; what surrounds them (embeddings, projections, the logit scale), and blocks
+    with batch norms, stay fp32 under autocast. Gradients are averaged in fp32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = half if options.precision == "bf16" else MixedPrecisionPolicy()
     for tower in model.towers.values():
         for block in blocks_of(tower).values():
+            policy = half if options.precision == "bf16" and not batch_norms(block) else MixedPrecisionPolicy()
             fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh)
 
@@ -64,6 +66,8 @@ def place(
             shard(one, options, accelerator.device)
         else:
             one.to(accelerator.device)
+    for copy in copies:
+        accelerator.prepare_model(copy, evaluation_mode=True)  # it computes in the same precision
     placed: nn.Module = accelerator.prepare_model(model, evaluation_mode=sharded)
     return placed
 
@@ -82,6 +86,11 @@ def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
             raise UserError(f"train.recompute and train.compile of tower {name!r}: its batch norms allow one of the two")
     if options.parallel == "fsdp" and options.precision == "fp16":
         raise UserError("train.parallel=fsdp with train.precision=fp16 is not there: take bf16")
+    kind = options.optimizer if isinstance(options.optimizer, str) else str(options.optimizer.get("type"))
+    if options.parallel == "fsdp" and kind in NOT_IN_SHARDS:
+        raise UserError(
+            f"train.parallel=fsdp with train.optimizer={kind}: it does not work on shards; take adamw, lion, adopt, …"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError("accelerate's own FSDP is on: launch without it, and set train.parallel=fsdp")
 
@@ -106,6 +115,21 @@ def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return nullcontext(), running_statistics_kept(self)
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@torch.no_grad()
+def same_statistics(model: nn.Module) -> None:
+    """Batch norms' running statistics of every rank become the first one's, as in DistributedDataParallel: each rank
+    has seen its own part of the batch."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
+    if statistics:
+        told = torch.cat([statistic.float() for statistic in statistics])
+        dist.broadcast(told, src=0)
+        for statistic, first in zip(statistics, told.split([len(s) for s in statistics]), strict=True):
+            statistic.copy_(first)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class MomentumQueue(nn.Module):
     def __init__(self, model: ContrastiveModel, fields: list[str], size: int, momentum: float) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(model).requires_grad_(False).eval()
+        self.encoder.modalities.train()  # pictures are as large as the model's at every step
         self.fields, self.size, self.momentum = list(fields), size, momentum
         for field in self.fields:
             self.register_buffer(f"{field}_rows", torch.zeros(size, model.embed_dim))

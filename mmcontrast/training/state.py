@@ -17,6 +17,8 @@ from mmcontrast.training.job import Job
 from mmcontrast.training.parallel import all_like, like, whole
 from mmcontrast.training.step import Learner
 
+GIVEN = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # of a group: the config's, also of a run that is resumed
+
 
 def state_of(done: int, job: Job, learner: Learner) -> Contents:
     """All there is to save after a number of steps. Where weights are in shards every rank must ask."""
@@ -48,7 +50,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
         name = names[parameter]
         shards |= {f"{kind}/{name}": value for kind, value in values.items() if isinstance(value, DTensor)}
         state[name] = {kind: value for kind, value in values.items() if not isinstance(value, DTensor)}
-    return {"groups": groups, "state": state}, shards
+    return {"kind": type(getattr(optimizer, "optimizer", optimizer)).__name__, "groups": groups, "state": state}, shards
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any], shards: Path) -> None:
@@ -56,21 +58,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: di
     Args:
         saved, shards: as `optimizer_state` gave them, the latter in a folder, if there were any.
 
+    The rates, decays and betas are those of the optimizer, not of what was saved.
+
     Raises:
-        ValueError: if other weights learn, or in other groups.
+        ValueError: if it was another optimizer, or other weights learn.
     """
     now, _ = optimizer_state(optimizer, model)
-    if [group["params"] for group in now["groups"]] != [group["params"] for group in saved["groups"]]:
-        raise ValueError("the groups of weights differ")
-    if any(group.keys() != before.keys() for group, before in zip(now["groups"], saved["groups"], strict=True)):
-        raise ValueError("the options of its groups differ")
+    if now["kind"] != saved["kind"]:
+        raise ValueError(f"it was {saved['kind']}, and is {now['kind']}")
+    names, before = (sorted(n for group in one["groups"] for n in group["params"]) for one in (now, saved))
+    if names != before:
+        raise ValueError(f"{', '.join(sorted(set(names) ^ set(before))[:3])} learn in one of the two")
     parameters = dict(model.named_parameters())
     state = {name: dict(values) for name, values in saved["state"].items()}
     for key, tensor in read_shards(shards, parameters).items() if shards.exists() else ():
         kind, _, name = key.partition("/")
         state[name][kind] = tensor
-    numbers = {name: k for k, name in enumerate(name for group in saved["groups"] for name in group["params"])}
-    groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in saved["groups"]]
+    numbers = {name: k for k, name in enumerate(name for group in now["groups"] for name in group["params"])}
+    groups = []
+    for group in now["groups"]:  # some optimizers count their steps there
+        same = next(one for one in saved["groups"] if group["params"][0] in one["params"])
+        now_given = {option: value for option, value in group.items() if option in GIVEN or option not in same}
+        groups.append(same | now_given | {"params": [numbers[name] for name in group["params"]]})
     placed = {
         numbers[name]: {
             kind: like(value, parameters[name]) if isinstance(value, Tensor) and value.dim() else value
@@ -145,6 +154,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
 
 
 def weights_path(source: str) -> Path:
-    """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder."""
+    """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder.
+
+    Raises:
+        UserError: if the checkpoint is damaged.
+    """
     path = Path(source)
-    return checkpoint.find(path / "checkpoints", "last") if (path / "checkpoints").is_dir() else path
+    if (path / "checkpoints").is_dir():
+        path = checkpoint.find(path / "checkpoints", "last")
+    if path.is_dir():
+        checkpoint.check(path)
+    return path

@@ -20,7 +20,7 @@ from mmcontrast.objectives.pairing import term_name
 from mmcontrast.training.grad_cache import cached_backward, no_sync
 from mmcontrast.training.optim import follow, schedule
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.parallel import whole
+from mmcontrast.training.parallel import same_statistics, whole
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.stages import set_stage
 from mmcontrast.types import Batch
@@ -118,6 +118,8 @@ def training_step(
     learner.objective.progress = step / options.steps
     model = accelerator.unwrap_model(learner.model)
     set_stage(model, options, step)
+    if learner.queue:
+        set_stage(learner.queue.encoder, options, step)
 
     signals: dict[str, Tensor] | None = {} if watch else None
     loss = torch.zeros((), device=accelerator.device)
@@ -143,6 +145,7 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad()
     model.clamp_logit_scale()
+    same_statistics(model)
     if learner.averaged and options.ema_decay:
         follow(learner.averaged, model, min(options.ema_decay, (1 + step) / (10 + step)))
     if learner.queue:

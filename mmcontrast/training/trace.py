@@ -19,24 +19,30 @@ def tracing(steps: tuple[int, int] | None, folder: Path, rank: int) -> Iterator[
         folder: the run's; every rank writes a file there.
     """
     running: profile | None = None
+    first = last = 0
 
     def end() -> None:
         nonlocal running
-        if running and steps:
+        if running:
             running.stop()
             target = folder / FOLDER
             target.mkdir(exist_ok=True)
-            running.export_chrome_trace(str(target / f"steps-{steps[0]}-{steps[1]}-rank-{rank:05d}.json.gz"))
+            running.export_chrome_trace(str(target / f"steps-{first}-{last}-rank-{rank:05d}.json.gz"))
             running = None
 
     def begin(step: int) -> None:
-        nonlocal running
-        if steps and step == steps[0]:
+        nonlocal running, first, last
+        if steps and step > steps[1]:
+            end()
+        elif steps and step >= steps[0]:
+            last = step
+        if steps and steps[0] <= step <= steps[1] and not running:
+            first = step
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             running = profile(activities=kinds, record_shapes=True, with_flops=True)
             running.start()
-        if steps and step == steps[1] + 1:
-            end()
 
-    yield begin
-    end()
+    try:
+        yield begin
+    finally:
+        end()

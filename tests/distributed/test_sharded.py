@@ -20,9 +20,9 @@ SETTINGS = [
 FSDP, DDP = "train.parallel=fsdp", "train.parallel=ddp"
 
 
-def train(config_file, ranks, *options):
+def train(config_file, ranks, *options, settings=SETTINGS):
     launcher = TORCHRUN if ranks == 2 else ()
-    command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *SETTINGS, *options]
+    command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *settings, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -69,3 +69,20 @@ def test_a_checkpoint_of_shards_goes_on_whole_and_back(config_file, tmp_path):
         train(config_file, ranks, *options, "run.name=changing", "train.schedule=constant", f"train.steps={steps}")
     train(config_file, 1, "run.name=constant", "train.schedule=constant")
     assert_equal_ends(tmp_path / "runs" / "changing", tmp_path / "runs" / "constant")
+
+
+@pytest.mark.parametrize("parallel", [DDP, FSDP])
+def test_what_is_evaluated_is_what_is_saved(config_file, tmp_path, parallel):
+    """Batch norms see ranks apart; all evaluate with the statistics that are saved. With an average, in half precision."""
+    options = ["train.steps=3", "data.lanes=2", parallel, "train.ema_decay=0.5"]
+    options += ["train.precision=bf16"] if parallel == FSDP else []
+    train(config_file, 2, *options, settings=())
+    run = tmp_path / "runs" / "small"
+    results = json.loads((run / "results.json").read_text())
+    assert subprocess.run([sys.executable, "-m", "mmcontrast", "evaluate", str(run)], cwd=ROOT).returncode == 0
+    again = json.loads((run / "results.json").read_text())
+    if parallel == DDP:
+        assert results == pytest.approx(again, abs=1e-4)
+    else:  # evaluated in fp32 the second time
+        of_fields = {name: value for name, value in results.items() if "uniformity" in name}
+        assert of_fields == pytest.approx({name: again[name] for name in of_fields}, abs=0.02)

@@ -228,7 +228,7 @@ def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
             weights["w"] += 1
             state["optimizer"]["state"][0].add_(1)
             if step == 3:
-                saver.mark_best(0.9)
+                saver.mark_best(step, 0.9)
     kept = checkpoint.complete(tmp_path)
     assert [path.name for path in kept] == ["step-00000003", "step-00000004", "step-00000007"]
     for path in kept:

@@ -1,0 +1,86 @@
+"""What a resumed run takes over, what of its config counts, and what a refused one leaves alone."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmcontrast.errors import UserError
+from mmcontrast.training import checkpoint
+from mmcontrast.training.checkpoint import Contents, Saver
+from tests.training.test_training import train
+
+NO_EVALUATION = ("evaluation.splits={}", "evaluation.zero_shot={}")
+
+
+@pytest.fixture
+def run(config_file, tmp_path) -> Path:
+    done = train(config_file, "train.steps=2", "train.schedule=constant", *NO_EVALUATION)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs" / "small"
+
+
+def test_a_refused_run_stays_as_it_was(config_file, run):
+    before = (run / "config.yaml").read_text()
+    for change, message in (("model.embed_dim=8", "the model's [8, 16]"), ("train.steps=1", "already has 2 steps")):
+        refused = train(config_file, "--resume", *NO_EVALUATION, "train.steps=4", change)
+        assert refused.returncode == 2 and message in " ".join(refused.stderr.split()), refused.stderr
+        assert (run / "config.yaml").read_text() == before
+    other = train(config_file, "--resume", *NO_EVALUATION, "train.steps=4", "train.optimizer=lion")
+    assert other.returncode == 2 and "it was AdamW, and is Lion" in " ".join(other.stderr.split())
+    frozen = train(config_file, "--resume", *NO_EVALUATION, "train.steps=4", "train.freeze={towers.text.*: null}")
+    assert frozen.returncode == 2 and "learn in one of the two" in " ".join(frozen.stderr.split())
+
+
+def test_rates_and_decays_are_those_of_the_config(config_file, run):
+    """Other groups than before, as the text tower has a rate now; one of nearly 0 leaves the weights where they are."""
+    options = ["train.steps=3", "train.schedule=constant", *NO_EVALUATION]
+    options += ["train.lr=1e-12", "train.weight_decay=0", "train.tower_lr.text=1e-11"]
+    assert train(config_file, "--resume", *options).returncode == 0
+    before, after = (load_file(run / "checkpoints" / f"step-0000000{step}" / checkpoint.WEIGHTS) for step in (2, 3))
+    for name, weights in before.items():
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(after[name], weights, rtol=1e-6, atol=1e-8)
+    state = checkpoint.load_state(run / "checkpoints" / "step-00000003")["optimizer"]["state"]
+    assert {float(one["step"]) for one in state.values()} == {3.0}  # its memory is that of before
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "lion", "adafactor", "nadamw"])
+def test_optimizers_of_timm_go_on_bitwise(config_file, tmp_path, optimizer):
+    options = [*NO_EVALUATION, f"train.optimizer={optimizer}", "train.lr=1e-4", "train.schedule=constant"]
+    assert train(config_file, *options, "train.steps=4", "run.name=whole").returncode == 0
+    for steps, resume in ((2, []), (4, ["--resume"])):
+        done = train(config_file, *options, f"train.steps={steps}", *resume)
+        assert done.returncode == 0, done.stderr
+    ends = [load_file(tmp_path / "runs" / n / "checkpoints" / "step-00000004" / checkpoint.WEIGHTS) for n in ("whole", "small")]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_an_evaluation_that_was_missed_is_made_up(config_file, tmp_path):
+    assert train(config_file, "train.steps=4", "train.evaluate_every=2").returncode == 0
+    run = tmp_path / "runs" / "small"
+    first, last = (run / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in (first, last)] == [2, 4]
+    (run / "evaluations.jsonl").write_text(first + "\n")  # killed while it was evaluated
+    (run / "checkpoints" / "best.json").unlink()
+    (run / "checkpoints" / ".step-00000003.partial").mkdir()
+    assert train(config_file, "--resume", "train.steps=4", "train.evaluate_every=2").returncode == 0
+    assert (run / "evaluations.jsonl").read_text().splitlines() == [first, last]
+    assert checkpoint.find(run / "checkpoints", "best").name == "step-00000004"
+    assert not list((run / "checkpoints").glob(".step-*"))
+
+
+def test_without_its_checksums_a_checkpoint_is_refused_and_nan_is_never_the_best(tmp_path):
+    with Saver(tmp_path, 9, 0, beside=True) as saver:
+        for step, value in ((1, 0.2), (2, math.nan), (3, 0.1)):
+            saver.save(step, Contents({"w": torch.ones(1)}, {}, {}, ""))
+            saver.mark_best(step, value)
+    assert checkpoint.find(tmp_path, "best").name == "step-00000001"
+    for text in ("{", None):
+        manifest = tmp_path / "step-00000003" / checkpoint.MANIFEST
+        manifest.write_text(text) if text else manifest.unlink()
+        with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+            checkpoint.check(tmp_path / "step-00000003")
