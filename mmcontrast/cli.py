@@ -193,7 +193,7 @@ def submit_embed(
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     num_workers: Annotated[int, typer.Option(min=0, help="decoding processes of a task")] = 0,
     gpus_per_node: Annotated[int, typer.Option(min=0, max=1, help="of a task; 0: none")] = 1,
-    cpus_per_task: Cpus = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="default: 1 and one for each of its workers")] = None,
     partition: Partition = None,
     account: Account = None,
     sbatch: Sbatch = None,

@@ -17,6 +17,7 @@ from typing import Any
 
 import mmcontrast
 from mmcontrast.config import RunConfig, load_config
+from mmcontrast.data import expand_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
 from mmcontrast.runs import CONFIG, check_components, step_of
@@ -255,9 +256,12 @@ def embedding_launch(
     """What `submit-embed` gives to sbatch: an array of the slices that are not there yet; None if none is missing.
 
     Raises:
-        UserError: if there is no such run or checkpoint, or `out` holds another table.
+        UserError: if there is no such run, checkpoint or data, or `out` holds another table.
     """
     run = run.absolute()
+    expand_shards(data)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder")
     about = {"run": str(run), "checkpoint": step_of(run, which), "shards": data}
     missing = [part.number for part in TableSlice.all(out, tasks) if not part.done(about)]
     if not missing:

@@ -72,7 +72,7 @@ def test_names_are_words_of_the_shell_and_nothing_else(config_file, tmp_path):
         (["--time", "4h"], "--time '4h' is not of the form HH:MM:SS"),
         (["--warn", "20000"], "--warn 20000: the warning would come before the job starts"),
         (["--procs-per-node", "2"], "a process for each GPU"),
-        (["--nodes", "3"], "3 nodes of 1 processes are 3 ranks: set train.batch_size=16"),
+        (["--nodes", "3"], "3 nodes of 1 processes are 3 ranks: train.batch_size, which is 16"),
         (["data.lanes=1"], "are 2 ranks"),
         (["--sbatch", "nodes=4"], "the command sets nodes itself"),
         (["--sbatch", "Constraint a100"], "not of the form KEY=VALUE"),
@@ -137,14 +137,19 @@ def test_the_launch_folder_has_all_that_a_job_was_made_of(config_file, tmp_path,
 def test_an_array_has_the_slices_that_are_missing(config_file, tmp_path):
     config, out = load_config(config_file), tmp_path / "table"
     prepare_folder(config, overwrite=False)
-    arguments = ["submit-embed", config.folder, "x-{0..3}.tar", out, "--time", "1:00:00", "--tasks", 4, "--dry-run"]
+    shards = str(tmp_path / "x-{0..3}.tar")
+    arguments = ["submit-embed", config.folder, shards, out, "--time", "1:00:00", "--tasks", 4, "--dry-run"]
+    nothing = command(*arguments)
+    assert nothing.exit_code == 2 and "x-0.tar" in nothing.stderr
+    for number in range(4):
+        (tmp_path / f"x-{number}.tar").touch()
     none = command(*arguments)
     assert none.exit_code == 2 and "no checkpoint 'last'" in " ".join(none.stderr.split())
     checkpoint.save(config.folder / "checkpoints", 6, Contents({}, {}, {}, ""))
     done = command(*arguments)
     check_shell(done.stdout)
-    assert "array=1-4" in directives(done.stdout) and "'x-{0..3}.tar'" in done.stdout and "--checkpoint 6" in done.stdout
-    about = {"run": str(config.folder), "checkpoint": "6", "shards": "x-{0..3}.tar", "slices": 4}
+    assert "array=1-4" in directives(done.stdout) and f"'{shards}'" in done.stdout and "--checkpoint 6" in done.stdout
+    about = {"run": str(config.folder), "checkpoint": "6", "shards": shards, "slices": 4}
     out.mkdir()
     (out / ".slice-00003-of-00004.json").write_text(json.dumps(about))
     assert "array=1,2,4" in directives(command(*arguments).stdout)
