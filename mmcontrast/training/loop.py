@@ -24,6 +24,7 @@ from mmcontrast.data import (
 )
 from mmcontrast.errors import Preempted, TrainingStopped, UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, Results, evaluate, results_table
+from mmcontrast.evaluation.embed import write_json
 from mmcontrast.evaluation.report import read_log, write_report
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.training import checkpoint
@@ -268,6 +269,6 @@ def finish(
     options: EvaluationOptions,
 ) -> None:
     """Writes results.json and report.html."""
-    replace_text(folder / RESULTS, json.dumps(results, indent=1))
+    write_json(folder / RESULTS, results)
     split = options.report_split or next(iter(tables))
     write_report(folder / REPORT, name, results, read_log(folder / LOG), split, model, datasets[split], tables[split])
