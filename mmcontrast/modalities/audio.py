@@ -8,7 +8,6 @@ import soundfile
 import soxr
 import torch
 from torch import Tensor
-from transformers.audio_utils import mel_filter_bank
 
 from mmcontrast.modalities.base import DecodeError, Modality
 
@@ -59,6 +58,8 @@ class AudioModality(Modality):
         self.representation, self.variable = representation, variable
         self.sample_rate, self.length, self.max_seconds = sample_rate, round(seconds * sample_rate), max_seconds
         self.window, self.hop, self.center, self.shift = window, hop, center, round(shift * sample_rate)
+        from transformers.audio_utils import mel_filter_bank
+
         filters = mel_filter_bank(window // 2 + 1, mels, 0.0, sample_rate / 2, sample_rate, norm="slaney", mel_scale="slaney")
         self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32), persistent=False)
         self.register_buffer("hann", torch.hann_window(window), persistent=False)

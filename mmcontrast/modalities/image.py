@@ -1,7 +1,6 @@
 """Images: decoded by simplejpeg or Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
 
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import v2
 
-from mmcontrast.components import build
 from mmcontrast.modalities.base import DecodeError, Modality
 
 JPEG_START = b"\xff\xd8\xff"
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is tried: Pillow would hand EPS to Ghostscript
 Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the header, before any pixel is decoded
-AUGMENTATIONS = {name: value for name, value in vars(v2).items() if isinstance(value, type)}
 
 
 class ImageModality(Modality):
@@ -60,13 +56,9 @@ class ImageModality(Modality):
         if size < 1:
             raise ValueError(f"size={size} is no side in pixels")
         self.size, self.channels, self.max_pixels, self.scaled_decode = size, channels, max_pixels, scaled_decode
-        bicubic = v2.InterpolationMode.BICUBIC
-        fit = [v2.Resize(size, interpolation=bicubic, antialias=True), v2.CenterCrop(size)]
-        if augment is None:
-            train = [_RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic, antialias=True)]
-        else:
-            train = [*(build(spec, AUGMENTATIONS, "augmentation") for spec in augment), *fit]
-        self.train_transform, self.eval_transform = v2.Compose(train), v2.Compose(fit)
+        from mmcontrast.modalities.image_transforms import make_transforms
+
+        self.train_transform, self.eval_transform = make_transforms(size, augment)
         middle, width = (
             torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1) for values in (mean, std)
         )
@@ -106,7 +98,8 @@ class ImageModality(Modality):
 
     def encode(self, value: Any) -> Any:
         """A PIL image, or pixels (uint8, [height, width] or [height, width, channels]), as `decode` gives a picture."""
-        return v2.functional.pil_to_tensor(self.picture(value).convert("RGB" if self.channels == 3 else "L"))
+        pixels = np.array(self.picture(value).convert("RGB" if self.channels == 3 else "L"))
+        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], self.channels)).permute(2, 0, 1)
 
     def picture(self, value: Any) -> Image.Image:
         """A PIL image within the limits, of 8 bits a channel."""
@@ -131,20 +124,3 @@ class ImageModality(Modality):
         if self.training and self.side not in (None, batch.shape[-1]):
             pictures = F.interpolate(pictures, [self.side] * 2, mode="bicubic", antialias=True)
         return pictures.mul_(self.factor).sub_(self.shift)  # (x / 255 − mean) / std, in place
-
-
-class _RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, with its random numbers drawn in one call: a tenth of the time that a small JPEG takes in all."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = flat_inputs[0].shape[-2:]
-        shortest, tallest = (math.log(side) for side in self.ratio)
-        for share, shape, down, right in torch.rand(10, 4).tolist():
-            area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
-            aspect = math.exp(shortest + shape * (tallest - shortest))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return {"top": int(down * (height - h + 1)), "left": int(right * (width - w + 1)), "height": h, "width": w}
-        w = min(width, round(height * max(self.ratio)))  # the largest crop in the middle
-        h = min(height, round(width / min(self.ratio)))
-        return {"top": (height - h) // 2, "left": (width - w) // 2, "height": h, "width": w}

@@ -2,9 +2,7 @@
 
 from typing import Any, Literal
 
-import open_clip
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
 from torch import Tensor
 
 from mmcontrast.components import nearest
@@ -24,6 +22,8 @@ class OpenClipTower(Tower):
 
     def __init__(self, model: str, part: Literal["image", "text"], pretrained: str | None = None, **options: Any) -> None:
         super().__init__()
+        import open_clip
+
         if ":" not in model and model not in open_clip.list_models():
             raise UserError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())[:200]}")
         if part not in ("image", "text"):
@@ -44,6 +44,8 @@ class OpenClipTextTower(Tower):
 
     def __init__(self, width: int, layers: int, heads: int, context_length: int = 77, **options: Any) -> None:
         super().__init__()
+        from open_clip.transformer import TextTransformer
+
         self.network = TextTransformer(
             context_length=context_length, width=width, layers=layers, heads=heads, output_dim=None, **options
         )

@@ -1,17 +1,16 @@
 """Any Hugging Face encoder as a tower: text, pictures, or spectrograms."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import huggingface_hub.errors
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 from mmcontrast.errors import UserError
 from mmcontrast.towers.base import Tower
 
-WRONG_VALUE = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TransformersTower(Tower):
@@ -29,7 +28,7 @@ class TransformersTower(Tower):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: "str | PreTrainedModel",
         config: Mapping[str, Any] | None = None,
         pretrained: bool = False,
         pooling: Literal["mean", "first", "last"] = "mean",
@@ -37,6 +36,10 @@ class TransformersTower(Tower):
         length_chunks: int = 1,
     ) -> None:
         super().__init__()
+        import huggingface_hub.errors
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+
+        wrong_value = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
         overrides = dict(config or {})
         self.pad_id: int | None = None  # of the texts; set with the modality
         try:
@@ -50,7 +53,7 @@ class TransformersTower(Tower):
                 self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
             self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
             self.width = _width(self.network.config)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, WRONG_VALUE) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, wrong_value) as error:
             raise UserError(f"transformers tower {model!r}: {' '.join(str(error).split())[:300]}") from error
         if getattr(self.network, "pooler", None) is not None:
             self.network.pooler = None  # we pool ourselves; data parallelism refuses parameters that nobody uses

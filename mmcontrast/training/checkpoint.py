@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from mmcontrast.errors import EveryRankError, UserError
 
@@ -72,7 +71,7 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
         _flush(folder)
-    except (OSError, RuntimeError, CheckpointException) as error:  # torch.save and safetensors: a full disk is a RuntimeError
+    except _write_errors() as error:
         if shards:
             shards.exception()  # they are written no more
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,11 +84,16 @@ def partial_of(folder: Path, step: int) -> Path:
     return folder / f".step-{step:08d}{PARTIAL}"
 
 
+def _write_errors() -> tuple[type[BaseException], ...]:
+    """Return what writing may raise: torch.save and safetensors make a RuntimeError of a full disk, and torch's distributed
+    checkpoints have an error of their own, if they are in use (their import takes half as long as torch's)."""
+    shards = sys.modules.get("torch.distributed.checkpoint.api")
+    return (OSError, RuntimeError, *([shards.CheckpointException] if shards else []))
+
+
 def _not_written(folder: Path, step: int, error: BaseException) -> EveryRankError:
-    if isinstance(error, CheckpointException):
-        said = "; ".join(f"rank {rank}: {found[0]}" for rank, found in error.failures.items())
-    else:
-        said = " ".join(str(error).split())
+    failures = getattr(error, "failures", None)  # by rank, of a CheckpointException
+    said = "; ".join(f"rank {r}: {why[0]}" for r, why in failures.items()) if failures else " ".join(str(error).split())
     return EveryRankError(
         f"the checkpoint of step {step} could not be written to {folder}: {said[:500]}; the earlier ones are untouched: make"
         " room, then continue with --resume"
@@ -157,6 +161,8 @@ class Saver:
 
     def _write_shards(self, step: int, shards: Mapping[str, Tensor]) -> Future[Any]:
         """Copies this rank's, and begins to write them."""
+        import torch.distributed.checkpoint as dcp
+
         partial = partial_of(self.folder, step)
         if not self.rank:
             shutil.rmtree(partial, ignore_errors=True)
@@ -179,7 +185,7 @@ class Saver:
         writing, self.writing = self.writing, None
         try:
             written = writing.result() if writing else None
-        except CheckpointException as error:
+        except _write_errors() as error:
             raise _not_written(self.folder, self.step, error) from error
         return written if isinstance(written, Path) else None
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -164,7 +165,9 @@ def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor]) -> Flops:
     samples = len(next(iter(values.values())))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     forward, outputs = {}, []
-    with FlopCounterMode(display=False) as counter, _AsOnGpu():
+    # as products: which fused attention a device picks, and whether torch's table of FLOPs knows it, changes from version to
+    # version; nor does what a fused one computes twice count
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), _AsOnGpu():
         for field, batch in values.items():
             before = counter.get_total_flops()
             outputs.append(model.encode(field, batch))

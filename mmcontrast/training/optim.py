@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-import timm.optim
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
@@ -44,6 +42,8 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
         return torch.optim.AdamW(made, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     given: dict[str, Any] = {"type": options.optimizer} if isinstance(options.optimizer, str) else dict(options.optimizer)
     kind = str(given.pop("type", "adamw"))
+    import timm.optim
+
     if kind not in timm.optim.list_optimizers():
         raise UserError(f"train.optimizer: no {kind!r}; {nearest(kind, map(str, timm.optim.list_optimizers()))}")
     try:
@@ -98,8 +98,8 @@ def _is_locked(module: nn.Module) -> bool:
 def follow(averaged: nn.Module, model: nn.Module, momentum: float) -> None:
     """averaged ← momentum · averaged + (1 − momentum) · model; running statistics are taken over."""
     for module in (*averaged.modules(), *model.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without a backward leaves whole weights behind
+        if callable(reshard := getattr(module, "reshard", None)):  # in shards
+            reshard()  # a forward without a backward leaves whole weights behind
     for weight, other in zip(averaged.parameters(), model.parameters(), strict=True):
         weight.lerp_(other.detach(), 1 - momentum)
     for statistic, its in zip(averaged.buffers(), model.buffers(), strict=True):

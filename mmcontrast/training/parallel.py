@@ -4,18 +4,16 @@ The shards are torch's own `fully_shard`: accelerate's wrapping computes the log
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmcontrast.components import nearest
@@ -24,6 +22,9 @@ from mmcontrast.model import ContrastiveModel
 from mmcontrast.towers import blocks_of
 from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept
 from mmcontrast.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 NOT_IN_SHARDS = ("adafactor", "adamp", "mars", "novograd", "nvnovograd")  # of timm's: they fail on DTensors
 
@@ -38,6 +39,9 @@ def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) 
     With bf16, blocks are fetched and computed in it; what surrounds them (embeddings, projections, the logit scale), and blocks
     with batch norms, stay fp32 under autocast. Gradients are averaged in fp32.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for tower in model.towers.values():
@@ -132,15 +136,23 @@ def same_statistics(model: nn.Module) -> None:
             statistic.copy_(first)
 
 
+def in_shards(tensor: Any) -> TypeGuard["DTensor"]:
+    """Return whether it is a tensor in shards, without importing what makes them: that takes half as long as torch itself."""
+    made_here = sys.modules.get("torch.distributed.tensor")
+    return made_here is not None and isinstance(tensor, made_here.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Of all ranks' shards, if it is in shards: then every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if in_shards(tensor) else tensor
 
 
 def like(tensor: Tensor, example: Tensor) -> Tensor:
     """A whole tensor as the example is: in the same shards (of another shape: whole on every rank). No rank asks another."""
-    if not isinstance(example, DTensor) or isinstance(tensor, DTensor):
+    if not in_shards(example) or in_shards(tensor):
         return tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
     placements = example.placements if tensor.shape == example.shape else [Replicate()] * example.device_mesh.ndim
     return distribute_tensor(tensor.to(example.device), example.device_mesh, placements, src_data_rank=None)
 

@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from mmcontrast.errors import UserError
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.job import Job
-from mmcontrast.training.parallel import all_like, like, whole
+from mmcontrast.training.parallel import all_like, in_shards, like, whole
 from mmcontrast.training.step import Learner
 
 GIVEN = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # of a group: the config's, also of a run that is resumed
@@ -48,8 +45,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
     shards: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():
         name = names[parameter]
-        shards |= {f"{kind}/{name}": value for kind, value in values.items() if isinstance(value, DTensor)}
-        state[name] = {kind: value for kind, value in values.items() if not isinstance(value, DTensor)}
+        shards |= {f"{kind}/{name}": value for kind, value in values.items() if in_shards(value)}
+        state[name] = {kind: value for kind, value in values.items() if not in_shards(value)}
     return {"kind": type(getattr(optimizer, "optimizer", optimizer)).__name__, "groups": groups, "state": state}, shards
 
 
@@ -92,12 +89,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: di
 
 def read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What ranks wrote of "kind/name", each rank reading what it will hold of it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     reader = dcp.FileSystemReader(folder)
     into: dict[str, Tensor] = {}
     for key, about in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(about, TensorStorageMetadata)
         parameter = parameters[key.partition("/")[2]].detach()
-        same = isinstance(parameter, DTensor) and parameter.shape == about.size
+        same = in_shards(parameter) and parameter.shape == about.size
         dtype = about.properties.dtype
         into[key] = torch.empty_like(parameter, dtype=dtype) if same else torch.empty(about.size, dtype=dtype)
     dcp.load(into, storage_reader=reader, no_dist=True)

@@ -1,0 +1,44 @@
+"""The torchvision transforms of images. Imported when a model has images: torchvision takes longer to import than torch."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from mmcontrast.components import build
+
+AUGMENTATIONS = {name: value for name, value in vars(v2).items() if isinstance(value, type)}
+BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+def make_transforms(size: int, augment: Sequence[Any] | None) -> tuple[v2.Transform, v2.Transform]:
+    """Return the transforms of training and of evaluation: uint8 [channels, height, width] to [channels, size, size].
+
+    Args:
+        augment: specs of torchvision v2 transforms, by name; None: a random crop of 0.9 to 1.0 of the area.
+    """
+    fit = [v2.Resize(size, interpolation=BICUBIC, antialias=True), v2.CenterCrop(size)]
+    if augment is None:
+        train = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=BICUBIC, antialias=True)]
+    else:
+        train = [*(build(spec, AUGMENTATIONS, "augmentation") for spec in augment), *fit]
+    return v2.Compose(train), v2.Compose(fit)
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, with its random numbers drawn in one call: a tenth of the time that a small JPEG takes in all."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = flat_inputs[0].shape[-2:]
+        shortest, tallest = (math.log(side) for side in self.ratio)
+        for share, shape, down, right in torch.rand(10, 4).tolist():
+            area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
+            aspect = math.exp(shortest + shape * (tallest - shortest))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return {"top": int(down * (height - h + 1)), "left": int(right * (width - w + 1)), "height": h, "width": w}
+        w = min(width, round(height * max(self.ratio)))  # the largest crop in the middle
+        h = min(height, round(width / min(self.ratio)))
+        return {"top": (height - h) // 2, "left": (width - w) // 2, "height": h, "width": w}
