@@ -5,14 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help env data quickstart test test-slow check clean
+LOWEST := .venv-lowest
+TESTS := -m pytest --numprocesses auto --dist loadgroup
+
+.PHONY: help env data quickstart test test-slow test-lowest check clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a model of pictures, captions and speech (6 minutes on 2 cores)"
 	@echo "make data         build its corpus, data/glyphs"
 	@echo "make test         the test suite;  make test-slow: the longer part of it"
+	@echo "make test-lowest  the test suite with the lowest versions that pyproject.toml allows, in an environment of its own"
 	@echo "make check        ruff and mypy"
-	@echo "make clean        remove the environment (data/ and runs/ stay)"
+	@echo "make clean        remove the environments (data/ and runs/ stay)"
 
 env: $(VENV)/installed
 
@@ -30,10 +34,19 @@ quickstart: data
 	$(BIN)/mmcontrast train configs/quickstart.yaml --overwrite
 
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(TESTS) -m "not slow"
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+$(LOWEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip uv
+	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[all]'
+	touch $@
+
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python $(TESTS) -m "not slow"
 
 check: env
 	$(BIN)/ruff check .
@@ -41,4 +54,4 @@ check: env
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

@@ -1,6 +1,7 @@
 """Small real data for every test: a few glyphs drawn, spoken and written as shards, once a session."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,18 @@ if not torch.cuda.is_available():
 from data_pipelines.glyphs.characters import Character
 from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.data import write_shard
+from tests.command import FOLDER, OWNER
 
 TRAIN, VAL = 96, 24
 LETTERS = ("Latin", "Greek", "Cyrillic")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session a folder for its fork server, which ends with this process."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="mmcontrast-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ |= {FOLDER: folder.name, OWNER: str(os.getpid())}
 
 
 @pytest.fixture(scope="session", autouse=True)

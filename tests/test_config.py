@@ -1,16 +1,18 @@
 """Configs: overrides, defaults, and one line for every mistake."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.plan import without_downloads
 from mmcontrast.runs import check_components
+from tests.command import mmcontrast
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,11 +82,6 @@ def test_a_key_that_stands_twice_is_a_mistake(tmp_path):
         load_config(tmp_path / "a.yaml")
 
 
-def cli(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", "mmcontrast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,7 +94,7 @@ def cli(*arguments, cwd=ROOT):
     ],
 )
 def test_the_command_says_it_in_one_line_and_exits_with_2(config_file, arguments, message):
-    done = cli("train", config_file, *arguments)
+    done = mmcontrast("train", config_file, *arguments)
     error = [line for line in done.stderr.splitlines() if not line.startswith("preparing")]
     assert done.returncode == 2
     assert len(error) == 1 and error[0].startswith("error:") and message in error[0]
@@ -105,11 +102,28 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(config_file, arguments
 
 
 def test_the_config_command_prints_what_would_run(config_file):
-    done = cli("config", config_file, "train.steps=7")
+    done = mmcontrast("config", config_file, "train.steps=7")
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["train"]["steps"] == 7
 
 
-def test_help_teaches():
-    for arguments in ([], ["train"], ["evaluate"], ["embed"], ["config"], ["data"], ["data", "build"], ["data", "inspect"]):
-        done = cli(*arguments, "--help")
-        assert done.returncode == 0 and "Usage" in done.stdout
+def commands(group, path=()):
+    """Yield every command with the words that call it."""
+    for name, one in group.commands.items():
+        yield (*path, name), one
+        if hasattr(one, "commands"):
+            yield from commands(one, (*path, name))
+
+
+def test_help_says_what_each_command_does_and_each_option_means():
+    found = dict(commands(typer.main.get_command(app)))
+    assert {("train",), ("evaluate",), ("embed",), ("data", "verify"), ("data", "inspect")} <= found.keys()
+    for path, one in found.items():
+        shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert shown.exit_code == 0, path
+        first = (one.help or "").strip().splitlines()[0]
+        assert len(first.split()) >= 4 and first.split()[0] in shown.stdout, f"{path} does not say what it does"
+        for option in one.params:
+            words = max(option.opts, key=len)
+            assert words in ("batch_size", "--batch-size", "--nodes", "--help") or option.help, f"{path} {words} says nothing"
+            if option.param_type_name == "option":
+                assert words in shown.stdout, f"{path} does not show {words}"

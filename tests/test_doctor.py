@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
 from mmcontrast.doctor import BAD, OK, WARNING, Check, devices, host, packages, run
-from tests.training.test_training import train
+from tests.command import mmcontrast, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,8 +24,7 @@ ROOT = Path(__file__).parent.parent
 def doctor(tmp_path, *arguments, **options):
     """(exit code, checks by name, seconds) of the command."""
     began, out = time.monotonic(), tmp_path / "found.json"
-    command = [sys.executable, "-m", "mmcontrast", "doctor", *arguments, "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    done = mmcontrast("doctor", *arguments, "--json", out, timeout=120, **options)
     assert out.exists(), done.stderr
     return done.returncode, {row["name"]: row for row in json.loads(out.read_text())}, time.monotonic() - began
 

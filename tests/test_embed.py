@@ -1,9 +1,7 @@
 """`mmcontrast embed`: killed for real and started again, by torchrun's ranks, with other libraries' models, read without us."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -28,10 +26,25 @@ from mmcontrast.tasks import embed_shards, slices_of
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.setup import make_model
+from tests.command import children, start
+from tests.command import mmcontrast as command
 from tests.pretrained.test_transformers import clip, saved
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STOPS = """
+import os, signal, sys
+
+records = 0
+
+def stop_at_the_third_record(event, arguments):
+    global records
+    if event == "os.rename" and ".slice-" in str(arguments[1]) and str(arguments[1]).endswith(".json"):
+        records += 1
+        if records == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.addaudithook(stop_at_the_third_record)
+"""  # a sitecustomize.py
 
 
 @pytest.fixture
@@ -44,21 +57,16 @@ def run(config_file):
     return config.folder
 
 
-def start(launcher, *arguments):
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "mmcontrast",
-        "embed",
-        *map(str, arguments),
-        "--device",
-        "cpu",
-        "--batch-size",
-        "2",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+def embed(*arguments, **how):
+    return command("embed", *arguments, "--device", "cpu", "--batch-size", 2, **how)
+
+
+def state(pid):
+    """Return the letter of a process: T stopped, Z ended; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def records(out):
@@ -73,23 +81,31 @@ def same(first, second):
         assert torch.equal(first.present[field], second.present[field])
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
-def test_a_killed_table_goes_on_where_it_was(run, corpus, tmp_path, launcher):
+@pytest.mark.parametrize("ranks", [1, 2], ids=["alone", "torchrun"])
+def test_a_killed_table_goes_on_where_it_was(run, corpus, tmp_path, ranks):
+    """Every rank stops itself when it has two slices and is about to have a third, and is killed there."""
     out, shards = tmp_path / "table", str(corpus / "train-*.tar")
-    process = start(launcher, run, shards, out, "--slice-rows", 2)
-    while len(records(out)) < 5:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(1)  # its ranks end with it
-    done = records(out)
-    assert 5 <= len(done) < 48 and not (out / "manifest.json").exists()
-    time.sleep(1)
-    assert records(out) == done, "a rank outlived torchrun"
+    (tmp_path / "sitecustomize.py").write_text(STOPS)
+    options = ["--device", "cpu", "--batch-size", 2, "--slice-rows", 2]
+    process = start("embed", run, shards, out, *options, ranks=ranks, real=True, env={"PYTHONPATH": str(tmp_path)})
+
+    def working():
+        return children(process.pid) if ranks > 1 else [process.pid]
+
+    while len(working()) < ranks or any(state(pid) != "T" for pid in working()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    done, pids = records(out), working()
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while any(state(pid) not in ("Z", "X", "") for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived torchrun"
+        time.sleep(0.01)
+    assert records(out) == done and len(done) == 2 * ranks and not (out / "manifest.json").exists()
     (out / ".slice-killed").mkdir(exist_ok=True)
-    again = start([], run, shards, out)  # on another number of ranks, too
-    assert again.wait() == 0, again.stderr.read()
+    again = embed(run, shards, out)  # on another number of ranks, too
+    assert again.returncode == 0, again.stderr
     assert records(out).items() > done.items() and len(records(out)) == 48
     assert embed_shards(run, shards, tmp_path / "once", device="cpu", batch_size=2)
     same(EmbeddingTable.read(out), EmbeddingTable.read(tmp_path / "once"))
@@ -100,10 +116,10 @@ def test_a_killed_table_goes_on_where_it_was(run, corpus, tmp_path, launcher):
     assert manifest["data"] == dataset.digest and manifest["rows"] == len(dataset)
 
 
-def test_ranks_of_torchrun_make_one_table(run, corpus, tmp_path):
+def test_two_ranks_make_one_table(run, corpus, tmp_path):
     shards = str(corpus / "val-*.tar")
-    process = start(TORCHRUN, run, shards, tmp_path / "two", "--num-workers", 1)
-    assert process.wait() == 0, process.stderr.read()
+    done = embed(run, shards, tmp_path / "two", "--num-workers", 1, ranks=2)
+    assert done.returncode == 0, done.stderr
     assert len(records(tmp_path / "two")) == 2
     assert embed_shards(run, shards, tmp_path / "one", device="cpu", batch_size=7)
     same(EmbeddingTable.read(tmp_path / "two"), EmbeddingTable.read(tmp_path / "one"))

@@ -65,6 +65,23 @@ def test_importing_needs_torch_alone():
     assert not heavy & set(loaded)
 
 
+def test_training_imports_the_libraries_of_the_towers_that_it_has(config_file):
+    """None of them for the loop itself; transformers for none of timm's and open_clip's."""
+    script = """
+import sys
+import mmcontrast.training.loop
+libraries = {"timm", "torchvision", "open_clip", "transformers", "faiss", "sympy", "torch.distributed.tensor"}
+assert not libraries & sys.modules.keys(), libraries & sys.modules.keys()
+from mmcontrast.cli import app
+app(sys.argv[1:], standalone_mode=False)
+assert "timm" in sys.modules and "transformers" not in sys.modules and "open_clip" not in sys.modules"""
+    small = "towers.text={type: open_clip_text, width: 16, layers: 1, heads: 2, context_length: 24, vocab_size: 49408}"
+    options = ["data.num_workers=0", "train.steps=1", "evaluation.splits={}", "evaluation.zero_shot={}"]
+    command = [sys.executable, "-c", script, "train", str(config_file), small, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_command_sets_what_openmp_reads_before_torch_is_loaded():
     script = "import os, sys, mmcontrast.cli; assert 'torch' not in sys.modules, 'too late for OMP_WAIT_POLICY'"
     subprocess.run([sys.executable, "-c", script], check=True)

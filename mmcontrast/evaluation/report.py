@@ -57,8 +57,10 @@ def _curves(log: Sequence[dict[str, Any]]) -> str:
     rows = [["loss", "logit_scale", "lr", "samples_per_second"]]
     if any(key.startswith("signals/") for key in log[-1]):
         rows.append(["accuracy", "effective_negatives", "alignment", "loss of pairs"])
-    figure = Figure(figsize=(11, 2.6 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 2.6 * len(rows)))
     axes = figure.subplots(len(rows), 4, squeeze=False)
+    # a fixed layout: to compute a constrained one of eight axes takes longer than to draw them
+    figure.subplots_adjust(0.06, 0.5 / (2.6 * len(rows)), 0.99, 1 - 0.3 / (2.6 * len(rows)), wspace=0.3, hspace=0.4)
     for axis, key in zip(axes[0], rows[0], strict=True):
         axis.plot([line["step"] for line in log], [line[key] for line in log], linewidth=1.3)
     for axis, key in zip(axes[1:].flat, rows[1] if len(rows) > 1 else [], strict=True):

@@ -1,17 +1,14 @@
 """Text: UTF-8, tokenized by open_clip's byte-pair encoding or by a Hugging Face tokenizer."""
 
 import copy
-import importlib.util
-import sys
-from functools import cache, cached_property
-from pathlib import Path
-from types import ModuleType
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmcontrast.modalities.base import DecodeError, Modality
+from mmcontrast.towers.open_clip import part_of_open_clip
 
 OPEN_CLIP = "open_clip"
 
@@ -53,7 +50,7 @@ class TextModality(Modality):
     @cached_property
     def tokenizer(self) -> Any:
         if self.name == OPEN_CLIP:
-            return _open_clip_tokenizers().SimpleTokenizer(context_length=self.context_length)
+            return part_of_open_clip("tokenizer").SimpleTokenizer(context_length=self.context_length)
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.name)
@@ -103,18 +100,3 @@ class TextModality(Modality):
 
     def collate(self, samples: list[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=self.pad_id)
-
-
-@cache
-def _open_clip_tokenizers() -> ModuleType:
-    """Return open_clip's module of tokenizers, without the rest of open_clip, which would import transformers."""
-    if "open_clip" in sys.modules:
-        return importlib.import_module("open_clip.tokenizer")
-    package = importlib.util.find_spec("open_clip")
-    assert package and package.submodule_search_locations
-    file = Path(package.submodule_search_locations[0], "tokenizer.py")
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

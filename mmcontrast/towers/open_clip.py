@@ -1,5 +1,9 @@
 """open_clip's models as towers: one half of a named dual encoder, or its text transformer at a size of one's own."""
 
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -8,6 +12,21 @@ from torch import Tensor
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.towers.base import Tower
+
+PARTS = "open_clip_parts"  # a package of open_clip's files whose own first lines are not run
+
+
+def part_of_open_clip(name: str) -> ModuleType:
+    """Return a module of open_clip's without importing the whole, which imports transformers: "tokenizer", "transformer"."""
+    if "open_clip" in sys.modules:
+        return importlib.import_module(f"open_clip.{name}")
+    if PARTS not in sys.modules:
+        whole = importlib.util.find_spec("open_clip")
+        assert whole
+        package = ModuleSpec(PARTS, None, is_package=True)
+        package.submodule_search_locations = whole.submodule_search_locations
+        sys.modules[PARTS] = importlib.util.module_from_spec(package)
+    return importlib.import_module(f"{PARTS}.{name}")
 
 
 class OpenClipTower(Tower):
@@ -44,9 +63,7 @@ class OpenClipTextTower(Tower):
 
     def __init__(self, width: int, layers: int, heads: int, context_length: int = 77, **options: Any) -> None:
         super().__init__()
-        from open_clip.transformer import TextTransformer
-
-        self.network = TextTransformer(
+        self.network = part_of_open_clip("transformer").TextTransformer(
             context_length=context_length, width=width, layers=layers, heads=heads, output_dim=None, **options
         )
         self.context_length, self.width = context_length, width

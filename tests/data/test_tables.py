@@ -20,7 +20,7 @@ from mmcontrast.data.inspect import inspect_shards
 from mmcontrast.data.verify import verify_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality, VectorModality
-from tests.training.test_training import train
+from tests.command import train
 
 COUNT = 30
 MODALITIES = {"image": ImageModality(8), "text": TextModality(context_length=8), "audio": AudioModality(seconds=0.05, hop=320)}

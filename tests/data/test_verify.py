@@ -3,8 +3,6 @@
 import io
 import json
 import re
-import subprocess
-import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -20,6 +18,7 @@ from mmcontrast.data import ShardDataset, all_batches, write_shard
 from mmcontrast.data.inspect import inspect_shards
 from mmcontrast.data.verify import _decoded, _scanned, verify_shards
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality, VectorModality
+from tests.command import mmcontrast
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -80,24 +79,15 @@ def test_every_bad_member_is_found(tmp_path, fault):
 def test_the_command_lists_all_and_its_exit_code_tells(tmp_path):
     for name in ("a", "b", "c"):
         write_shard(tmp_path / f"{name}.tar", samples())
-    command = [
-        sys.executable,
-        "-m",
-        "mmcontrast",
-        "data",
-        "verify",
-        str(tmp_path / "*.tar"),
-        "--json",
-        str(tmp_path / "r.json"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["data", "verify", tmp_path / "*.tar", "--json", tmp_path / "r.json"]
+    done = mmcontrast(*command)
     assert done.returncode == 0 and "3 shards, 18 samples, 72 members: all is well" in done.stderr
     data = (tmp_path / "b.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(data[: len(data) // 2])
     tar_of(tmp_path / "c.tar", [("a.txt", b"x"), ("b.txt", b"x"), ("a.png", picture())])
     tar_of(tmp_path / "d.tar", [(f"s{k}.txt", b"") for k in range(30)])
     (tmp_path / "e.tar").write_bytes(b"\x1f\x8b" + b"\0" * 5000)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = mmcontrast(*command)
     assert done.returncode == 2 and "33 faults in 5 shards, 36 samples" in done.stderr and "and 13 more" in done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     assert [Path(fault["shard"]).name for fault in report["faults"]] == ["b.tar", "c.tar", "e.tar", *["d.tar"] * 30]

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.command import ROOT, mmcontrast
+
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
@@ -36,16 +36,20 @@ def test_two_ranks_train_as_one(config_file, tmp_path, case):
     """Batch norm sees each rank's own part, so the towers have none here; the loss sees all of the batch. An objective that
     is written outside the package and named by import path gets tiles, ranks and caching like any other."""
     (tmp_path / "my_lab.py").write_text(MARGIN)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = {"PYTHONPATH": str(tmp_path)}
     convnext = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})
     options = ["train.steps=4", "data.lanes=4", "train.lr=1e-4", f"towers.image={convnext}", f"towers.audio={convnext}"]
     options += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
     for name, launcher in (("one", []), ("two", TORCHRUN if case == "plain" else ACCELERATE)):
-        command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *options, f"run.name={name}"]
+        command = ["train", str(config_file), *options, f"run.name={name}"]
         if case != "plain":
             command += ["objective={type: my_lab:Margin, margin: 0.2}", "train.queue_size=21"]
             command += ["train.micro_batch_size=3"] if name == "two" else []
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
+        if launcher:
+            command = [sys.executable, *launcher, "-m", "mmcontrast", *command]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+        else:
+            done = mmcontrast(*command, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     logs = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]

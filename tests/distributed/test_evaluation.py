@@ -1,9 +1,11 @@
 """Three ranks embed a split together: the table and the results of one process, whatever the sizes."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate, open_splits
@@ -11,6 +13,7 @@ from mmcontrast.evaluation.embed import embed_together
 from mmcontrast.modalities import TextModality, VectorModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.towers import LinearTower, OpenClipTextTower
+from tests.command import call_on_ranks
 
 RANKS = 3
 TASK = {"label": "kind", "field": "vector", "classes": {"odd": ["an odd number"], "even": ["an even number", "half of it"]}}
@@ -24,8 +27,10 @@ def make_parts(shard):
     return model, ShardDataset(str(shard), modalities, {})
 
 
-def work(rank, folder, answers):
+def work(rank, folder):
+    """Embed and evaluate every shard of a folder, and leave there what this rank got."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    folder, answers = Path(folder), []
     try:
         for shard in sorted(folder.glob("*.tar")):
             model, dataset = make_parts(shard)
@@ -33,7 +38,8 @@ def work(rank, folder, answers):
             table = embed_together(model, dataset, dist.group.WORLD, batch_size=2)
             opened, datasets = open_splits(options, model, lambda _, whole=dataset: whole)
             results = evaluate(model, datasets, opened, group=dist.group.WORLD).values
-            answers.put((rank, shard.name, table, results))
+            answers.append((rank, shard.name, table, results))
+        (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(answers))
     finally:
         dist.destroy_process_group()
 
@@ -54,12 +60,10 @@ def folder(tmp_path_factory):
 
 def test_the_table_and_the_results_are_those_of_one_process(folder):
     torch.set_num_threads(1)
-    context = mp.get_context("spawn")
-    answers = context.SimpleQueue()
-    running = mp.spawn(work, (folder, answers), nprocs=RANKS, join=False)
-    found = [answers.get() for _ in range(5 * RANKS)]
-    running.join()
-    for rank, name, table, results in found:
+    call_on_ranks(f"{__name__}:work", RANKS, str(folder))
+    answers = [answer for rank in range(RANKS) for answer in pickle.loads((folder / f"rank-{rank}.pickle").read_bytes())]
+    assert len(answers) == 5 * RANKS
+    for rank, name, table, results in answers:
         model, dataset = make_parts(folder / name)
         options = EvaluationOptions(batch_size=2, splits={"val": str(folder / name)}, zero_shot={"kind": TASK})
         whole = embed_dataset(model, dataset, batch_size=2)

@@ -3,20 +3,19 @@
 Four processes are started once, and work through all cases in groups of as many ranks as a case has."""
 
 import itertools
-import multiprocessing
-import os
-import socket
+import pickle
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from mmcontrast import contrastive_loss, score_statistics
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
+from tests.command import call_on_ranks, free_port
 from tests.score.problems import REDUCTIONS, finite_sum, problem
 
 RANKS, FIELDS = 4, ("a", "b", "c")
@@ -157,8 +156,9 @@ def check_statistics(group, rank, sizes, driver, backend, per_anchor):
         torch.testing.assert_close(a.double(), b if a.dim() == 0 else b[place], **tolerance)
 
 
-def worker(rank, port, answers):
-    os.environ["TRITON_INTERPRET"] = "1"
+def worker(rank, port, folder):
+    """Run all cases, and leave in a file what went wrong."""
+    answers = []
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
@@ -175,28 +175,19 @@ def worker(rank, port, answers):
             try:
                 check(group, dist.get_rank(group), *case)
             except Exception:  # every rank goes on to the next case
-                answers.put((check.__name__, case, rank, traceback.format_exc()))
+                answers.append((check.__name__, case, rank, traceback.format_exc()))
         dist.barrier()
-    answers.put(("done", None, rank, ""))
+    Path(folder, f"rank-{rank}.pickle").write_bytes(pickle.dumps(answers))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def failures():
+def failures(tmp_path_factory):
     """{(check, case): what went wrong}, of all cases."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        answers = manager.Queue()
-        mp.spawn(worker, (port, answers), nprocs=RANKS)
-        found, done = {}, 0
-        while not answers.empty():
-            check, case, rank, text = answers.get()
-            done += check == "done"
-            found.setdefault((check, case), f"rank {rank}: {text}")
-    assert done == RANKS
-    return found
+    folder = tmp_path_factory.mktemp("ranks")
+    call_on_ranks(f"{__name__}:worker", RANKS, free_port(), str(folder))
+    answers = [answer for rank in range(RANKS) for answer in pickle.loads((folder / f"rank-{rank}.pickle").read_bytes())]
+    return {(check, case): f"rank {rank}: {text}" for check, case, rank, text in reversed(answers)}
 
 
 def name(case):

@@ -1,18 +1,14 @@
 """Weights in shards (FSDP2) on two gloo ranks: what one process and two whole copies do, and checkpoints across all of them."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.command import mmcontrast
 from tests.results import results_of
 
-ROOT = Path(__file__).parent.parent.parent
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
 CONVNEXT = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})  # without batch norms, which see ranks apart
 SETTINGS = [
     "train.steps=5", "data.lanes=2", "train.lr=1e-4", f"towers.image={CONVNEXT}", f"towers.audio={CONVNEXT}",
@@ -23,9 +19,7 @@ FSDP, DDP = "train.parallel=fsdp", "train.parallel=ddp"
 
 
 def train(config_file, ranks, *options, settings=SETTINGS):
-    launcher = TORCHRUN if ranks == 2 else ()
-    command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *settings, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = mmcontrast("train", config_file, *settings, *options, ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -81,7 +75,7 @@ def test_what_is_evaluated_is_what_is_saved(config_file, tmp_path, parallel):
     train(config_file, 2, *options, settings=())
     run = tmp_path / "runs" / "small"
     results = results_of(run)
-    assert subprocess.run([sys.executable, "-m", "mmcontrast", "evaluate", str(run)], cwd=ROOT).returncode == 0
+    assert mmcontrast("evaluate", run).returncode == 0
     again = results_of(run)
     if parallel == DDP:
         assert results == pytest.approx(again, abs=1e-4, rel=1e-4, nan_ok=True)

@@ -29,6 +29,7 @@ from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.setup import make_model
+from tests.command import mmcontrast
 from tests.pretrained.test_open_clip import save
 from tests.results import results_of
 
@@ -293,9 +294,8 @@ def test_what_cannot_be_written(run, suite_file, tmp_path, monkeypatch, caplog):
 
 
 def test_two_ranks_find_what_one_finds(run, suite_file):
-    command = ["evaluate", str(run), "--suite", str(suite_file), "--no-cache", "resamples=20"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmcontrast"]
-    done = subprocess.run([*launch, *command, "--out", str(run / "two")], capture_output=True, text=True)
+    command = ["evaluate", run, "--suite", suite_file, "--no-cache", "resamples=20", "--out", run / "two"]
+    done = mmcontrast(*command, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found = run_suite(
         str(run), open_suite(str(run), str(suite_file), ["resamples=20"], run / "one"), device="cpu", cached=False

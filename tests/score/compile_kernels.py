@@ -1,6 +1,7 @@
 """Compiles the kernels to machine code for a card that need not be here, and prints what each takes, as JSON.
 
-    python tests/score/compile_kernels.py 80 90
+    python tests/score/compile_kernels.py 80                     # all cases
+    python tests/score/compile_kernels.py 90 'infonce bf16'
 
 The backend itself runs, on the CPU, but what it launches is only bound and compiled: arguments, constants and descriptors
 are those that a card would get.
@@ -93,15 +94,15 @@ def compile_case(n, m, width, dtype, reductions, both, per_anchor, bias, precisi
     return found
 
 
-def main(architectures: list[int]) -> None:
-    report = {}
-    for arch in architectures:
-        triton.runtime.driver.set_active(Card(arch))
-        for case, problem in CASES.items():
-            for kernel, built in compile_case(*problem):
-                report[f"sm_{arch}, {case}: {kernel}"] = resources(built, arch)
+def main(arch: int, *cases: str) -> None:
+    triton.runtime.driver.set_active(Card(arch))
+    report = {
+        f"sm_{arch}, {case}: {kernel}": resources(built, arch)
+        for case in cases or CASES
+        for kernel, built in compile_case(*CASES[case])
+    }
     print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:]])
+    main(int(sys.argv[1]), *sys.argv[2:])

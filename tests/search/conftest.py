@@ -1,10 +1,7 @@
 """A small trained run, an index of a few samples, and its server, once a session."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +11,7 @@ import pytest
 
 from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.data import write_shard
+from tests.command import Process, free_port, mmcontrast, start
 from tests.conftest import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +24,7 @@ class Server:
     """`mmcontrast serve` in a process of its own, on a free port of the loopback."""
 
     port: int
-    process: subprocess.Popen[str]
+    process: Process
 
     @property
     def url(self) -> str:
@@ -44,18 +42,9 @@ class Server:
         return self.process.returncode, said
 
 
-def mmcontrast(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mmcontrast", *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
 def serve(index: Path) -> Server:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mmcontrast", "serve", str(index), "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    port = free_port()
+    process = start("serve", index, "--port", port, "--device", "cpu")
     server, deadline = Server(port, process), time.monotonic() + 120
     while True:
         assert process.poll() is None, process.communicate()[1]

@@ -1,14 +1,10 @@
 """Gradient caching equals a pass that keeps the graph of the same micro-batches: three fields, dropout, 1 and 2 ranks."""
 
-import multiprocessing
-import socket
-import traceback
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +15,7 @@ from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
 from mmcontrast.towers import TimmTower, Tower
 from mmcontrast.training.grad_cache import batch_norms, cached_backward
 from mmcontrast.types import Batch
+from tests.command import call_on_ranks, free_port
 
 FIELDS = "abc"
 CASES = [(objective, pairing) for objective in sorted(OBJECTIVES) for pairing in ("all_pairs", "multilinear")]
@@ -197,7 +194,7 @@ def test_saved_activations_do_not_grow_with_the_batch():
     assert uncut > 10 * large
 
 
-def worker(rank, port, answers):
+def worker(rank, port):
     try:
         torch.set_num_threads(1)
         method = f"tcp://127.0.0.1:{port}"
@@ -225,19 +222,10 @@ def worker(rank, port, answers):
             torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(gradients(cached.module), gradients(kept), rtol=1e-12, atol=1e-14)
             assert reduced == [0], f"buckets reduced: {reduced}, for {objective} {pairing}"
-        answers.put("done")
-    except Exception:
-        answers.put(f"rank {rank}: {traceback.format_exc()}")
     finally:
         dist.destroy_process_group()
 
 
 def test_on_two_ranks_with_one_all_reduce():
     """Parts of 13 and 7 samples, so of 4 and 2 micro-batches."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        answers = manager.Queue()
-        mp.spawn(worker, (port, answers), nprocs=2)
-        assert [answers.get() for _ in range(2)] == ["done", "done"]
+    call_on_ranks(f"{__name__}:worker", 2, free_port())

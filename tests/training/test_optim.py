@@ -16,7 +16,7 @@ from mmcontrast.towers import TOWERS
 from mmcontrast.training import checkpoint
 from mmcontrast.training.optim import freeze, heights_of, make_optimizer, schedule
 from mmcontrast.training.options import TrainOptions
-from tests.training.test_training import train
+from tests.command import train
 
 
 def shares(**options):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mmcontrast.errors import UserError
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents, Saver
-from tests.training.test_training import train
+from tests.command import train
 
 NO_EVALUATION = ("evaluation.splits={}", "evaluation.zero_shot={}")
 

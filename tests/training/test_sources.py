@@ -12,9 +12,9 @@ from mmcontrast.data import open_shards, write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.runs import make_job
 from mmcontrast.training.audit import warnings
+from tests.command import train
 from tests.data.web_server import serving
 from tests.results import results_of
-from tests.training.test_training import train
 
 
 def lines_of(path):

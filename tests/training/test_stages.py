@@ -13,7 +13,7 @@ from mmcontrast.runs import make_job
 from mmcontrast.training.loop import make_accelerator
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.stages import check_stages, set_stage, value_at
-from tests.training.test_training import train
+from tests.command import train
 
 VIT = {"type": "timm", "model": "test_vit", "img_size": 48, "dynamic_img_size": True, "patch_drop_rate": 0.5}
 

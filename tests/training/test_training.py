@@ -2,11 +2,7 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,18 +21,12 @@ from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.cost import flops_per_sample, peak_samples
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
+from tests.command import mmcontrast, start, train
 from tests.results import results_of
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def train(config, *arguments, **options):
-    command = [sys.executable, "-m", "mmcontrast", "train", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
 
 
 def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
-    done = train(config_file, "train.evaluate_every=3")
+    done = train(config_file, "train.evaluate_every=3", real=True)
     assert done.returncode == 0, done.stderr
     assert "step 6/6  loss" in done.stderr and "recall_at_1" in done.stderr and "report.html" in done.stderr
     run = tmp_path / "runs" / "small"
@@ -81,8 +71,7 @@ def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
 
     before = results_of(run)
-    again = subprocess.run([sys.executable, "-m", "mmcontrast", "evaluate", str(run)], cwd=ROOT)
-    assert again.returncode == 0
+    assert mmcontrast("evaluate", run).returncode == 0
     assert results_of(run) == pytest.approx(before, abs=1e-5, nan_ok=True)
 
 
@@ -92,8 +81,7 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
     whole = train(config_file, *change, "run.name=whole")
     assert whole.returncode == 0, whole.stderr
 
-    command = [sys.executable, "-m", "mmcontrast", "train", str(config_file), *change, "run.name=killed"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = start("train", config_file, *change, "run.name=killed")
     killed = tmp_path / "runs" / "killed"
     try:
         deadline = time.monotonic() + 120
@@ -101,7 +89,7 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert not (killed / "results.json").exists()
 

@@ -1,0 +1,97 @@
+"""A process that has imported everything and forks for each command: `python -m tests.fork_server SOCKET`.
+
+A test that needs the command in a process of its own would wait for its imports, for seconds. A fork of this process begins
+with them done. Nothing is computed here before a fork, so no thread is lost by it. See `tests/command.py` for its client.
+"""
+
+import importlib
+import json
+import os
+import selectors
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+PRELOADED = (
+    *("accelerate", "faiss", "open_clip", "pyarrow.parquet", "timm.optim", "torch.distributed.checkpoint", "torchvision"),
+    *("transformers.models.bert.modeling_bert", "mmcontrast.embedder", "mmcontrast.search", "mmcontrast.training.loop"),
+    *("matplotlib.figure", "matplotlib.backends.backend_svg", "torch.utils.tensorboard", "torchvision.transforms.v2", "uvicorn"),
+    *("mmcontrast.cli", "mmcontrast.doctor.run", "mmcontrast.plan", "mmcontrast.slurm", "mmcontrast.suites", "mmcontrast.tasks"),
+)
+
+
+def serve(listener: socket.socket, owner: int) -> tuple[dict[str, Any], list[int]]:
+    """Fork for each request until the owner has ended. Returns in the children alone: a request, and its stdout and stderr.
+
+    A request is one JSON object with two open files. The answer is the process's number, and when it ends its exit code.
+    """
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    clients: dict[int, tuple[int, socket.socket]] = {}  # by a file that is readable once the process has ended
+    while True:
+        for key, _ in selector.select(timeout=1):
+            if key.fileobj is not listener:
+                pid, client = clients.pop(key.fd)
+                _tell(client, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                client.close()
+                selector.unregister(key.fd)
+                os.close(key.fd)
+                continue
+            client, _ = listener.accept()
+            message, files, _, _ = socket.recv_fds(client, 1 << 20, 2)
+            pid = os.fork()
+            if not pid:
+                listener.close()
+                selector.close()
+                return json.loads(message), files
+            for file in files:
+                os.close(file)
+            _tell(client, pid)
+            ended = os.pidfd_open(pid)
+            clients[ended] = pid, client
+            selector.register(ended, selectors.EVENT_READ)
+        if not os.path.exists(f"/proc/{owner}"):
+            sys.exit()
+
+
+def _tell(client: socket.socket, number: int) -> None:
+    with suppress(BrokenPipeError):  # a test that does not ask how its process ended
+        client.sendall(f"{number}\n".encode())
+
+
+def become(request: Mapping[str, Any], files: list[int]) -> None:
+    """Run a request's target in this process, as a new interpreter would."""
+    for number, file in enumerate(files, start=1):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(int(threads))
+    module, _, name = request["target"].partition(":")
+    sys.argv = ["mmcontrast", *request["arguments"]]
+    target = getattr(importlib.import_module(module), name)
+    target() if module == "mmcontrast.cli" else target(*request["arguments"])
+
+
+def main() -> None:
+    path, owner = sys.argv[1], int(sys.argv[2])
+    for name in PRELOADED:
+        importlib.import_module(name)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"an import has started {len(threads) - 1} threads: a fork would wait for them for ever"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen(64)
+    os.rename(f"{path}.new", path)  # whoever sees it can connect
+    become(*serve(listener, owner))
+
+
+if __name__ == "__main__":
+    main()
