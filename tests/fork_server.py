@@ -15,10 +15,11 @@ from contextlib import suppress
 from typing import Any
 
 PRELOADED = (
-    *("accelerate", "faiss", "open_clip", "pyarrow.parquet", "timm.optim", "torch.distributed.checkpoint", "torchvision"),
-    *("transformers.models.bert.modeling_bert", "mmcontrast.embedder", "mmcontrast.search", "mmcontrast.training.loop"),
-    *("matplotlib.figure", "matplotlib.backends.backend_svg", "torch.utils.tensorboard", "torchvision.transforms.v2", "uvicorn"),
-    *("mmcontrast.cli", "mmcontrast.doctor.run", "mmcontrast.plan", "mmcontrast.slurm", "mmcontrast.suites", "mmcontrast.tasks"),
+    *("accelerate", "faiss", "matplotlib.figure", "matplotlib.backends.backend_svg", "open_clip", "pyarrow.parquet", "uvicorn"),
+    *("timm.optim", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torchvision.transforms.v2"),
+    *("transformers.models.bert.modeling_bert", "mmcontrast.cli", "mmcontrast.embedder", "mmcontrast.search"),
+    *("mmcontrast.doctor.run", "mmcontrast.plan", "mmcontrast.slurm", "mmcontrast.suites", "mmcontrast.tasks"),
+    "mmcontrast.training.loop",
 )
 
 

@@ -18,6 +18,8 @@ from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
 from tests.command import call_on_ranks, free_port
 from tests.score.problems import REDUCTIONS, finite_sum, problem
 
+pytestmark = pytest.mark.xdist_group("ranks")  # all cases run once
+
 RANKS, FIELDS = 4, ("a", "b", "c")
 SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
 DRIVERS = ["ring", "gather"]
