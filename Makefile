@@ -37,7 +37,8 @@ test: env
 	$(BIN)/python $(TESTS) -m "not slow"
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python $(TESTS) -m slow --ignore tests/slurm
+	$(BIN)/python -m pytest -m slow tests/slurm
 
 $(LOWEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmcontrast.training import checkpoint
+from mmcontrast.training import checkpoint, preemption
 from tests.command import children, start, train
 
 PEER_LOST = 5  # the code of a rank whose peer has ended
 MY_LAB = """
 import os, time
+from pathlib import Path
 import torch
 from mmcontrast.errors import UserError
 from mmcontrast.objectives import InfoNCE
@@ -33,8 +34,10 @@ class Faulty(InfoNCE):
 
     def forward(self, d):
         losses = super().forward(d)
-        if self.progress >= 2 / 400 and self.fault == "slow":
-            time.sleep(1.0)
+        if self.progress >= 2 / 400 and self.fault == "wait":
+            Path(__file__).with_name("waiting").touch()
+            while not Path(__file__).with_name("go").exists():
+                time.sleep(0.02)
         elif self.progress >= 2 / 6 and here():
             if self.fault == "raise":
                 raise RuntimeError("the third step of rank 1")
@@ -150,11 +153,15 @@ def test_a_warned_run_saves_and_continues_as_if_it_had_never_stopped(config_file
 
 
 def test_a_second_warning_ends_at_once(config_file, tmp_path):
-    process = start_training(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: slow}", "train.steps=400")
-    wait_for(tmp_path / "runs" / "small" / "checkpoints" / "step-00000002", process)
-    time.sleep(0.5)  # in the slow third step
+    """In the third step, which does not end."""
+    process = start_training(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: wait}", "train.steps=400")
+    wait_for(tmp_path / "waiting", process)
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.2)
+    deadline = time.monotonic() + 60
+    while "SIGTERM: finishing the step" not in process.output()[1]:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1.05 * preemption.SAME)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
@@ -163,12 +170,11 @@ def test_a_second_warning_ends_at_once(config_file, tmp_path):
 
 def test_the_same_warning_by_two_ways_is_one(config_file, tmp_path):
     """A scheduler signals every process of a job, and torchrun passes on what it gets itself."""
-    process = start_training(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: slow}", "train.steps=400")
-    wait_for(tmp_path / "runs" / "small" / "checkpoints" / "step-00000002", process)
-    time.sleep(0.5)
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
+    process = start_training(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: wait}", "train.steps=400")
+    wait_for(tmp_path / "waiting", process)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+    (tmp_path / "go").touch()
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last").name == "step-00000003"

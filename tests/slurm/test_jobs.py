@@ -42,7 +42,11 @@ SMALL = (
     f"train.steps={STEPS}", "train.checkpoint_every=0", "objective={type: my_lab:Waiting}", "evaluation.splits={}",
     "evaluation.zero_shot={}",
 )  # fmt: skip
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(lacking()), reason=f"no Slurm: {lacking()}")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # one cluster
+    pytest.mark.skipif(bool(lacking()), reason=f"no Slurm: {lacking()}"),
+]
 
 
 @pytest.fixture(scope="module")

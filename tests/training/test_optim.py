@@ -78,8 +78,12 @@ def test_groups_by_tower_and_layer(config_file):
             1e-3 * 0.5 ** (3 - layer)
         )
     assert names["projections.text.weight"] == 1e-3 and names["log_logit_scale"] == names["projections.image.weight"] == 1e-2
-    for wrong in ("train.layer_decay={txt: 0.5}", "train.optimizer=liom", "train.optimizer={type: lion, beta: 1}"):
-        with pytest.raises(UserError, match="no tower 'txt'|no 'liom'.*lion|train.optimizer lion"):
+    for wrong, message in (
+        ("train.layer_decay={txt: 0.5}", "no tower 'txt'"),
+        ("train.optimizer=liom", "no 'liom'.*lion"),
+        ("train.optimizer={type: lion, beta: 1}", "train.optimizer lion"),
+    ):
+        with pytest.raises(UserError, match=message):
             make_optimizer(model, load_config(config_file, [wrong]).train)
 
 
