@@ -9,18 +9,18 @@ A second call with the same OUT goes on where the first ended: what is measured 
 took too long is not tried again unless `--retry` asks for it. OUT gets `results.jsonl` (a line a measurement, as soon as it
 is known), `summary.md` (the tables, after every part), `launches.patch` (`git apply` it) and `log.txt`.
 
-The machine needs torch, Triton, timm and transformers. Carry the rest as wheels in one folder, made where there is a network:
+The machine needs torch, Triton, timm and transformers. What else it lacks is carried as wheels in one folder, made where
+there is a network, with the machine's own version of Python:
 
     pip download --no-deps --only-binary=:all: --dest WHEELS --python-version 3.12 --platform manylinux_2_28_x86_64 \\
-        --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 open_clip_torch ftfy wcwidth memeff==0.3.1 inf_cl
+        --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 NAME NAME …
 
-    tests, loss, launches         nothing more (tests: pytest, iniconfig, pluggy, pygments)
-    their peers                   open_clip_torch, ftfy, wcwidth; memeff==0.3.1; inf_cl
-    step                          open_clip_torch, ftfy, wcwidth, accelerate, psutil, pydantic, pydantic_core, annotated-types,
-                                  typing-inspection, soxr, soundfile, cffi, pycparser, simplejpeg, rich, markdown-it-py, mdurl
-    decode                        these, webdataset, braceexpand, pyarrow
-    evaluation                    rich, markdown-it-py, mdurl
-    search                        all of them, and faiss-gpu (of 135 MB; it needs CUDA 12's runtime, cuBLAS and cuRAND)
+    loss, launches           (nothing); their peers: open_clip_torch ftfy wcwidth memeff==0.3.1 inf_cl
+    tests                    pytest iniconfig pluggy pygments (pytest-xdist execnet: side by side), and those of the rest
+    the rest                 open_clip_torch ftfy wcwidth accelerate psutil pydantic pydantic_core annotated-types
+                             typing-inspection simplejpeg soundfile cffi pycparser soxr webdataset braceexpand pyarrow
+                             rich markdown-it-py mdurl
+    search                   these, and faiss-gpu (135 MB; it needs CUDA 12's runtime, cuBLAS and cuRAND)
 
 What a part lacks is told in its table and ends nothing. Every part is a process of its own with a time box: a crash, an
 endless loop or a lack of memory ends one measurement, and the part goes on with the next. Times are medians of synchronised
@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None, began: float | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="try again what failed, crashed or took too long")
     parser.add_argument("--list", action="store_true", help="the parts, and what is there of them; measures nothing")
     options = parser.parse_args(arguments)
+    options.out = options.out.absolute()
     end = (time.monotonic() if began is None else began) + options.seconds
     results = Results(options.out / "results.jsonl")
     if options.list:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpu_parts import step
 from gpu_parts.results import Record, Results
 from gpu_parts.runner import Context
@@ -27,8 +29,11 @@ def run(context: Context) -> None:
 def figures(context: Context, workers: int, scaled: bool) -> dict[str, Any]:
     from reading import BATCH, batches
 
+    from mmcontrast.cli import keep_freed_memory
     from mmcontrast.modalities import ImageModality
 
+    keep_freed_memory()  # as the `mmcontrast` command does
+    torch.set_num_threads(1)
     image = ImageModality(SIDE[context.device], scaled_decode=scaled)
     stream = batches(str(shards(context) / "*.tar"), workers, image)
     for _ in range(6 + 2 * workers):  # what workers have prepared meanwhile does not count
@@ -60,5 +65,6 @@ def table(records: list[Record], results: Results) -> str:
         size = "scaled" if values["scaled"] else "whole"
         rows.append([str(values["workers"]), size, f"{values['rate']:,.0f}", share])
     head = ["workers", "decoding", "samples/s", "of what our fastest step of ViT-B/32 takes"]
-    what = "JPEGs of 640×480 to training crops, and captions to tokens; normalised later, on the card."
+    (width, height), _ = PICTURES[results.device]
+    what = f"JPEGs of {width}×{height} to training crops, and captions to tokens; normalised later, on the card."
     return f"{what}\n\n{markdown(head, rows)}"

@@ -35,7 +35,7 @@ DTYPES = {"half": {"cuda": torch.bfloat16, "cpu": torch.float16}}  # else fp32
 SIZES = {"cuda": (32_768, (512, 768, 1152)), "cpu": (48, (16,))}
 CHECKED = {"cuda": 1040, "cpu": 48}  # rows: a multiple of 16, as those that are timed, and of no tile
 BYTES = {"half": 2, "tf32": 4, "ieee": 4}
-BLOCKS = {"cuda": ([8192, 32_768, 131_072], [None, 2048, 4096, 8192, 16_384]), "cpu": ([48], [None, 32])}
+BLOCKS = {"cuda": ([8192, 32_768, 131_072], [None, 2048, 4096, 8192, 16_384]), "cpu": ([48], [32])}
 HEAD_START = 1_000_000  # cycles, in which the host gets a kernel and its events into the queue: only the device is timed
 
 
@@ -50,7 +50,7 @@ def candidates(product: str, device: str) -> list[Launch]:
         "ieee": ([(64, 64, 8), (64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 128, 8)], [(16, 2), (32, 2), (16, 3)]),
     }[product]
     if device == "cpu":
-        tiles, steps = [(32, 64, 1)], [(16, 1)]
+        tiles, steps = [(32, 64, 1)] * (product == "half"), [(16, 1)]
     made = [Launch(m, n, k, warps, stages) for (k, stages), (m, n, warps) in itertools.product(steps, tiles)]
     fitting = [one for one in made if (one.BM + one.BN) * one.BK * BYTES[product] * one.stages <= LARGEST_SHARED]
     return list(dict.fromkeys([triton_tiled.LAUNCHES[product], *fitting]))
@@ -156,12 +156,12 @@ def figures(product: str, objective: str, launch: Launch, device: str) -> dict[s
         leaves = losses.inputs(n, width, dtype_of(product, device), device)
         with launched(product, launch) as starts:
             sums = []
-            for _ in range(6 if device == "cuda" else 2):
+            for _ in range(6 if device == "cuda" else 1):
                 for times in starts.values():
                     times.clear()
                 losses.run(loss, leaves)
                 sums.append([sum(milliseconds(*times[:2]) for times in starts[name]) for name in KERNELS])
-            for name, column in zip(KERNELS, zip(*sums[1:], strict=True), strict=True):
+            for name, column in zip(KERNELS, zip(*(sums[1:] or sums), strict=True), strict=True):
                 taken[name][str(width)] = statistics.median(column)
             built = {name: starts[name][-1][2] for name in KERNELS}
     found["ms"] = taken
@@ -289,7 +289,7 @@ def table(records: list[Record], results: Results) -> str:
     head = ["product", "BM, BN, BK, warps, stages", "time / pinned", *(f"{kernel}, ms" for kernel in KERNELS)]
     head += ["shared", "registers", "spills", "error"]
     best = chosen(records)
-    n, widths = SIZES[results.records["machine", "machine"]["values"]["device"]]
+    n, widths = SIZES[results.device]
     says = [
         f"N = {n:,}, D = {' / '.join(map(str, widths))}; the kernels' own time in one forward and backward of infonce;"
         " the score is the mean over kernels, widths and, for the fastest, siglip too."
@@ -303,7 +303,8 @@ def table(records: list[Record], results: Results) -> str:
             says[-1] += f"; {fastest['launch']} is faster here, but does not fit every card or spills registers"
         for kernel in KERNELS:
             alone = min(ranking(product, records), key=lambda v: sum(v["ms"][kernel].values()))
-            says[-1] += f"; fastest for {kernel} alone: {alone['launch']}"
+            if tuple(alone["launch"]) != dataclasses.astuple(launch):
+                says[-1] += f"; fastest for {kernel} alone: {alone['launch']}"
     blocks = [r["values"] for r in records if "block" in r["values"]]
     cells = [
         [f"{v['n']:,}", str(v["block"] or "as they are"), f"{v['seconds'] * 1e3:,.2f}", f"{v['bytes'] / 2**20:,.0f}"]

@@ -14,7 +14,7 @@ from gpu_parts.runner import Context, Missing, Skip
 from gpu_parts.summary import markdown
 
 SIZES = {"cuda": [8192, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576], "cpu": [48]}
-WIDTHS = {"cuda": [512, 768, 1152], "cpu": [32]}
+WIDTHS = {"cuda": [512, 768, 1152], "cpu": [16]}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}  # the interpreter has no bf16
 SAMPLE = {"cuda": 4096, "cpu": 48}  # rows at which errors are found
 LONGEST = 40  # seconds of one run
@@ -161,6 +161,6 @@ def table(records: list[Record], results: Results) -> str:
     says = (
         f"Products of inner width D: {speeds}. Forward and backward; the share counts the products that ours computes (8·N²·D;"
         " with a locked tower 6·N²·D) for every loss. Errors of the loss and of a gradient are relative, against float64, at"
-        f" N = {SAMPLE['cuda']:,}; `from ours`: how far the values at N lie apart. memeff has no gradient of the scale."
+        f" N = {SAMPLE[results.device]:,}; `from ours`: how far the values at N lie apart. memeff has no gradient of the scale."
     )
     return f"{says}\n\n{markdown(head, rows)}"

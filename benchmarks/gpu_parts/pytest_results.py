@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gpu_parts.results import ENDED, Results
-from gpu_parts.tests import LONGEST
 
+LONGEST = 90  # seconds of one test
 MANY = "test_every_reduction"  # hundreds of small ones: after the others
 
 
@@ -25,6 +25,12 @@ class Outcomes:
         left_out = [item for item in items if self.results.state("tests", item.nodeid) in ENDED]
         config.hook.pytest_deselected(items=left_out)
         items[:] = sorted((item for item in items if item not in left_out), key=lambda item: MANY in item.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and not self.is_worker:
+            why = " ".join(report.longreprtext.split())[-300:]
+            state = "missing" if "ModuleNotFoundError" in why else "failed"
+            self.results.add("tests", report.nodeid, state, reason=why)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         if not self.is_worker:

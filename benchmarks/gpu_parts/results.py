@@ -57,6 +57,11 @@ class Results:
         record = self.records.get((part, key))
         return record["state"] if record else None
 
+    @property
+    def device(self) -> str:
+        """Name the device that was measured: cuda or cpu."""
+        return self.records["machine", "machine"]["values"]["device"]
+
     def is_complete(self, part: str) -> bool:
         return self.state(part, COMPLETE) == "complete"
 

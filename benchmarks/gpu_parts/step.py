@@ -79,6 +79,7 @@ def open_clip_config(device: str) -> dict[str, Any]:
 
 def ours(run: Run) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from training import bare_tower
 
     from mmcontrast.modalities import ImageModality, TextModality
@@ -95,6 +96,7 @@ def ours(run: Run) -> None:
     width = open_clip_config(run.device)["embed_dim"]
     model = ContrastiveModel(modalities, towers, {part: part for part in towers}, width)
     options = TrainOptions(steps=10**6, batch_size=run.batch, lr=LR, precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a process that this one was forked from
     accelerator = Accelerator(mixed_precision="bf16", cpu=run.device == "cpu")
     learner = Learner(
         accelerator.prepare_model(model), InfoNCE(), PAIRINGS["all_pairs"](),
@@ -174,4 +176,5 @@ def table(records: list[Record], results: Results) -> str:
         both = all((batch, side) in medians for side in SIDES)
         rows.append([*cells, f"{medians[batch, 'ours'] / medians[batch, 'open_clip']:.2f}" if both else ""])
     head = ["batch", *(f"{side}, {what}" for side in SIDES for what in ("samples/s", "GiB")), "ours / open_clip"]
-    return "Forward, loss, backward, clipping and AdamW, with the copy of the batch to the card.\n\n" + markdown(head, rows)
+    what = f"{MODEL[results.device]}: copy to the device, forward, loss, backward, clipping and AdamW, in bf16."
+    return f"{what}\n\n{markdown(head, rows)}"
