@@ -94,7 +94,8 @@ def use_wheels(wheels: Path | None, site: Path, checkouts: list[str]) -> None:
             archive.extractall(site)
     folders = [*map(os.path.abspath, checkouts), *([str(site)] if wheels else [])]
     sys.path[:0] = folders
-    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *sys.path[len(folders) :][:2], os.environ.get("PYTHONPATH", "")])
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*folders, str(ROOT), str(ROOT / "benchmarks"), *inherited]))
 
 
 if __name__ == "__main__":

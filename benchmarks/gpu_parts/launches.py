@@ -32,7 +32,8 @@ LARGEST_SHARED = 227 * 1024
 FINALISTS = 3  # of a product, that are measured with siglip too
 PREPARING = 40  # seconds at most in which all launches are compiled side by side
 DTYPES = {"half": {"cuda": torch.bfloat16, "cpu": torch.float16}}  # else fp32
-SIZES = {"cuda": (32_768, (512, 768, 1152)), "cpu": (48, (16,))}
+ROWS = {"cuda": {"half": 32_768, "tf32": 16_384, "ieee": 8192}, "cpu": {"half": 48, "tf32": 48, "ieee": 48}}
+WIDTHS = {"cuda": (512, 768, 1152), "cpu": (16,)}
 CHECKED = {"cuda": 1040, "cpu": 48}  # rows: a multiple of 16, as those that are timed, and of no tile
 BYTES = {"half": 2, "tf32": 4, "ieee": 4}
 BLOCKS = {"cuda": ([8192, 32_768, 131_072], [None, 2048, 4096, 8192, 16_384]), "cpu": ([48], [32])}
@@ -60,15 +61,11 @@ def run(context: Context) -> None:
     every = [(product, launch) for product in triton_tiled.LAUNCHES for launch in candidates(product, context.device)]
     if context.device == "cuda" and not context.results.of("launches"):
         compile_side_by_side(every, min(PREPARING, context.left / 2))
-    for product in triton_tiled.LAUNCHES:
-        pinned = candidates(product, context.device)
-        for launch in pinned:
-            measure(context, product, "infonce", launch)
-        ranked = ranking(product, context.results.of("launches"))
-        finalists = [Launch(*values["launch"]) for values in ranked[:FINALISTS]]
-        for launch in dict.fromkeys([pinned[0], *finalists]):
-            measure(context, product, "siglip", launch)
-    write_patch(context)
+    try:
+        for product in triton_tiled.LAUNCHES:
+            tune(context, product)
+    finally:
+        write_patch(context)
     sizes, blocks = BLOCKS[context.device]
     for n, block in itertools.product(sizes, blocks):
         if block is None or block <= n:
@@ -76,9 +73,20 @@ def run(context: Context) -> None:
             context.measure(f"N = {n}, blocks of weights {block or 'as they are'}", function)
 
 
+def tune(context: Context, product: str) -> None:
+    """All launches with infonce; the pinned one and the fastest, also of those that a patch may take, with siglip too."""
+    launches = candidates(product, context.device)
+    for launch in launches:
+        measure(context, product, "infonce", launch)
+    ranked = sorted(ranking(product, context.results.of("launches")), key=lambda v: v["infonce"])
+    finalists = [*ranked[:FINALISTS], *[v for v in ranked if fits_every_card(v)][:FINALISTS]]
+    for launch in dict.fromkeys([launches[0], *(Launch(*v["launch"]) for v in finalists)]):
+        measure(context, product, "siglip", launch)
+
+
 def block_figures(n: int, block: int | None, device: str) -> dict[str, Any]:
     """Seconds and peak bytes of infonce where the backward writes the weights of so many rows and columns at a time."""
-    width = SIZES[device][1][0]
+    width = WIDTHS[device][0]
 
     def loss(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return contrastive_loss({"image": x, "text": y}, logit_scale=scale, backend="triton", tile_size=block)
@@ -146,14 +154,14 @@ def milliseconds(before: Any, after: Any) -> float:
 
 def figures(product: str, objective: str, launch: Launch, device: str) -> dict[str, Any]:
     """Milliseconds of each kernel in one forward and backward, by width, and what it takes of a multiprocessor."""
-    error, allowed, n, widths = *checked(product, objective, launch, device), *SIZES[device]
+    error, allowed = checked(product, objective, launch, device)
     if not error <= allowed:
         raise ValueError(f"wrong: a relative error of {error:.1e} where {allowed:.1e} is allowed")
     found: dict[str, Any] = {"product": product, "objective": objective, "launch": dataclasses.astuple(launch), "error": error}
     taken: dict[str, dict[str, float]] = {name: {} for name in KERNELS}
     loss = losses.FORMS[objective]("triton")
-    for width in widths:
-        leaves = losses.inputs(n, width, dtype_of(product, device), device)
+    for width in WIDTHS[device]:
+        leaves = losses.inputs(ROWS[device][product], width, dtype_of(product, device), device)
         with launched(product, launch) as starts:
             sums = []
             for _ in range(6 if device == "cuda" else 1):
@@ -178,7 +186,7 @@ def dtype_of(product: str, device: str) -> torch.dtype:
 def checked(product: str, objective: str, launch: Launch, device: str) -> tuple[float, float]:
     """The largest relative error of the value and the gradients, against the torch backend in float64; and what is allowed:
     twice that of the torch backend in the inputs' dtype, and a quarter of a rounding step."""
-    dtype, width = dtype_of(product, device), SIZES[device][1][0]
+    dtype, width = dtype_of(product, device), WIDTHS[device][0]
     leaves = losses.inputs(CHECKED[device], width, dtype, device)
     exact = values(losses.FORMS[objective]("torch"), [leaf.detach().double() for leaf in leaves])
     with launched(product, launch):  # with tf32 where it has that
@@ -233,7 +241,10 @@ def ranking(product: str, records: list[Record]) -> list[dict[str, Any]]:
     for v in done:
         if v["objective"] in pinned:
             by_launch.setdefault(tuple(v["launch"]), []).append(v)
-    scored = [{**group[0], "objectives": len(group), "score": score(group, pinned)} for group in by_launch.values()]
+    scored = []
+    for group in by_launch.values():  # begins with infonce
+        both, alone = score(group, pinned), score(group[:1], pinned)
+        scored.append({**group[0], "objectives": len(group), "score": both, "infonce": alone})
     return sorted(scored, key=lambda v: (-v["objectives"], v["score"]))
 
 
@@ -246,11 +257,16 @@ def score(group: list[dict[str, Any]], pinned: dict[str, dict[str, Any]]) -> flo
     return statistics.geometric_mean(ratios)
 
 
+def fits_every_card(values: dict[str, Any]) -> bool:
+    """Of those that the kernels are for; and no register is spilled, which the tests ask of the pinned launches."""
+    return values["shared_bytes"] <= SMALLEST_SHARED and not values["spills"]
+
+
 def chosen(records: list[Record]) -> dict[str, Launch]:
-    """Of each product the fastest launch that fits every card that the kernels are for, and spills no registers."""
+    """Return for each product the fastest launch that a patch may take."""
     best = {}
     for product in triton_tiled.LAUNCHES:
-        fitting = [v for v in ranking(product, records) if v["shared_bytes"] <= SMALLEST_SHARED and not v["spills"]]
+        fitting = [values for values in ranking(product, records) if fits_every_card(values)]
         if fitting:
             best[product] = Launch(*fitting[0]["launch"])
     return best
@@ -274,7 +290,8 @@ def patch(best: dict[str, Launch], where: str) -> str:
 
 def write_patch(context: Context) -> None:
     if context.device == "cuda":
-        text = patch(chosen(context.results.of("launches")), torch.cuda.get_device_name())
+        card = context.results.records["machine", "machine"]["values"]["card"]
+        text = patch(chosen(context.results.of("launches")), card)
         (context.out / "launches.patch").write_text(text)
 
 
@@ -289,10 +306,10 @@ def table(records: list[Record], results: Results) -> str:
     head = ["product", "BM, BN, BK, warps, stages", "time / pinned", *(f"{kernel}, ms" for kernel in KERNELS)]
     head += ["shared", "registers", "spills", "error"]
     best = chosen(records)
-    n, widths = SIZES[results.device]
+    rows_of = ", ".join(f"{n:,} ({product})" for product, n in ROWS[results.device].items())
     says = [
-        f"N = {n:,}, D = {' / '.join(map(str, widths))}; the kernels' own time in one forward and backward of infonce;"
-        " the score is the mean over kernels, widths and, for the fastest, siglip too."
+        f"N = {rows_of}, D = {' / '.join(map(str, WIDTHS[results.device]))}; the kernels' own time in one forward and backward"
+        " of infonce. The score is the mean over kernels, widths and, for the fastest, siglip too."
     ]
     for product, launch in best.items():
         now = triton_tiled.LAUNCHES[product]
