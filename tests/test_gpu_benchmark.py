@@ -223,7 +223,7 @@ def test_a_candidate_that_is_wrong_or_does_not_compile_does_not_count(gpu, monke
     assert pinned == tiled.LAUNCHES and kernels.reduce_tiles is kernel
     monkeypatch.setattr(tiled, "merged", lambda reduction, parts: parts.logsumexp(0) + 0.05)
     with pytest.raises(ValueError, match="wrong: a relative error of"):
-        launches.figures("ieee", "infonce", tiled.Launch(64, 64, 16, 1, 1), "cpu")
+        launches.figures("ieee", "infonce", tiled.Launch(64, 64, 16, 4, 1), "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_a_forecast_is_by_the_square_until_it_is_known_better(gpu):

@@ -28,7 +28,7 @@ class Outcomes:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed and not self.is_worker:
-            why = " ".join(report.longreprtext.split())[-300:]
+            why = report.longreprtext.strip().splitlines()[-1].removeprefix("E").strip()[:300]
             state = "missing" if "ModuleNotFoundError" in why else "failed"
             self.results.add("tests", report.nodeid, state, reason=why)
 

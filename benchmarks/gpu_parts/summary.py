@@ -33,7 +33,8 @@ def write_summary(out: Path, results: Results) -> None:
         unfinished = "" if results.is_complete(part) else " (not all of it)"
         table = importlib.import_module(f"gpu_parts.{part}").table
         lines.append(f"## {part}: {what}{unfinished}")
-        lines.append(table([r for r in records if r["state"] == "done"], results))
+        done = [record for record in records if record["state"] == "done"]
+        lines.append(table(done, results) if done else "")
         others = [f"- {r['key']}: {r['state']}: {r.get('reason')}" for r in records if r["state"] != "done"]
         lines.append("\n".join(others))
     text = "\n\n".join(line for line in lines if line) + "\n"
