@@ -160,18 +160,17 @@ def test_what_was_cut_off_is_gone_on_with_once(gpu, tmp_path):
         assert states(tmp_path, "loss") == {"large": state, "small": "done"}
 
 
+@on_a_cpu
 def test_results_of_another_machine_are_not_mixed(gpu, tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("CUDA may have begun in this process")
-    values = {"device": "cuda", "card": "NVIDIA H100", "cpu": "some", "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
+    values = {"device": "cuda", "card": "NVIDIA H100", "capability": "9.0", "memory": 2**36, "driver": "580", "cuda": "13.0"}
+    values |= {"python": "3.12", "cpu": "some", "cores": 1, "date": "2026-11-25"}
+    values["versions"] = {"torch": "2.11.0", "triton": "3.6.0"}
     record = {"part": "machine", "key": "machine", "state": "done", "values": values}
-    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
-    monkeypatched = {"cores": 1, "memory": 2**36, "capability": "9.0", "driver": "580", "cuda": "13.0", "python": "3.12"}
-    record["values"] |= monkeypatched | {"date": "2026-11-25"}
     (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
     assert gpu.main([str(tmp_path), "--only", "loss"]) == 2
     said = capsys.readouterr().err
     assert "NVIDIA H100, torch 2.11.0, Triton 3.6.0" in said and "take another folder" in said
+    assert lines(tmp_path) == [record]
 
 
 def test_the_patch_of_launches_applies(gpu, tmp_path):
