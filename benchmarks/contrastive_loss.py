@@ -16,6 +16,7 @@ import statistics
 
 import torch
 from losses import (  # type: ignore[import-not-found]  # beside this file
+    FORMS,
     OURS,
     PEERS,
     Loss,
@@ -29,15 +30,21 @@ from losses import (  # type: ignore[import-not-found]  # beside this file
 )
 
 
-def errors(loss: Loss, objective: str, dim: int, dtype: torch.dtype, device: str) -> str:
-    """Relative errors of the loss and of a gradient at N = 4,096 against the same inputs in float64."""
-    leaves = inputs(4096, dim, dtype, device)
+def errors(
+    loss: Loss, objective: str, dim: int, dtype: torch.dtype, device: str, rows: int = 4096
+) -> tuple[float, float]:  # fmt: skip
+    """Relative errors of the loss and of a gradient at N = rows against the same inputs in float64."""
+    leaves = inputs(rows, dim, dtype, device)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    value, truth = loss(*leaves), OURS[objective](*exact)
+    value, truth = loss(*leaves), FORMS[objective]()(*exact)
     value.backward()
     truth.backward()
     grad, true_grad = leaves[0].grad, exact[0].grad
-    return f"{abs(value.item() / truth.item() - 1):.0e} and {((grad - true_grad).norm() / true_grad.norm()).item():.0e}"
+    return abs(value.item() / truth.item() - 1), ((grad - true_grad).norm() / true_grad.norm()).item()
+
+
+def shown(relative: tuple[float, float]) -> str:
+    return f"{relative[0]:.0e} and {relative[1]:.0e}"
 
 
 def memory(name: str, n: int, dim: int, dtype: torch.dtype, device: str) -> float:
@@ -87,7 +94,7 @@ def compare(objective: str, n: int, dim: int, dtype: torch.dtype, options: argpa
     useful = 8 * n**2 * dim
     peak = memory(objective, n, dim, dtype, device)
     report = f"{alone:.4g} s, {useful / alone / rate:.0%} of the product rate, {peak:.0f} MiB"
-    print(f"  {objective}: {report}, errors {errors(mine, objective, dim, dtype, device)}", flush=True)
+    print(f"  {objective}: {report}, errors {shown(errors(mine, objective, dim, dtype, device))}", flush=True)
     for name in options.peers:
         if PEERS[name][0] != objective:
             continue
@@ -104,7 +111,7 @@ def compare(objective: str, n: int, dim: int, dtype: torch.dtype, options: argpa
             continue
         ours, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
-        wrong = errors(loss, objective, dim, dtype, device)
+        wrong = shown(errors(loss, objective, dim, dtype, device))
         print(f"    {name}: {peer:.4g} s beside {ours:.4g} s, ratio {ratio:.2f}; {peak:.0f} MiB, errors {wrong}", flush=True)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from losses import (  # type: ignore[import-not-found]  # beside this file
+    ON_GPUS,
     OURS,
     PEERS,
     add_checkouts,
@@ -43,7 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, nargs="+", default=[8192, 32_768, 131_072])
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--losses", nargs="+", default=[*OURS, *(n for n in PEERS if "Inf-CL" not in n)], metavar="LOSS")
+    runs_here = [name for name in PEERS if not name.startswith(ON_GPUS)]
+    parser.add_argument("--losses", nargs="+", default=[*OURS, *runs_here], metavar="LOSS")
     parser.add_argument("--checkouts", nargs="*", default=[], help="folders that peers are imported from")
     parser.add_argument("--results", type=Path, help="a JSON file of figures, in bytes")
     parser.add_argument("--plot", help="a PNG of the table")

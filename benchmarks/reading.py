@@ -52,15 +52,23 @@ def make(folder: Path, width: int, height: int, each: int = EACH) -> None:
         write_shard(folder / f"{shard:05d}.tar", samples)
 
 
-def ours(shards: str, workers: int, **options: Any) -> Iterator[torch.Tensor]:
+def batches(shards: str, workers: int, image: Any) -> Iterator[Any]:
+    """Decoded batches, without end; normalising their pictures is left to the device."""
     from mmcontrast.data import SampleOrder, ShardDataset, training_batches
-    from mmcontrast.modalities import ImageModality, TextModality
+    from mmcontrast.modalities import TextModality
 
-    image = ImageModality(224, **options)
     dataset = ShardDataset(shards, {"image": image, "text": TextModality()}, {}, training=True)
     order = SampleOrder(tuple(map(len, dataset.shards)), BATCH, 0, 8, 64, 1024)
-    steps = range(10**6)
-    for batch in training_batches(dataset, order, steps, rank=0, world_size=1, num_workers=workers, pin_memory=False):
+    yield from training_batches(
+        dataset, order, range(10**6), rank=0, world_size=1, num_workers=workers, pin_memory=False
+    )  # fmt: skip
+
+
+def ours(shards: str, workers: int, **options: Any) -> Iterator[torch.Tensor]:
+    from mmcontrast.modalities import ImageModality
+
+    image = ImageModality(224, **options)
+    for batch in batches(shards, workers, image):
         yield image(batch.values["image"])
 
 

@@ -44,9 +44,9 @@ def ours(first: Tensor, second: Tensor) -> Recalls:
 def counting(first: Tensor, second: Tensor) -> Recalls:
     def recalls(queries: Tensor, candidates: Tensor) -> list[float]:
         ranks = []
-        for rows in torch.arange(len(queries)).split(1024):
+        for rows in torch.arange(len(queries), device=queries.device).split(1024):
             scores = queries[rows] @ candidates.T
-            ranks.append((scores >= scores[torch.arange(len(rows)), rows, None]).sum(1))
+            ranks.append((scores >= scores[torch.arange(len(rows), device=rows.device), rows, None]).sum(1))
         return [(torch.cat(ranks) <= k).double().mean().item() for k in AT]
 
     return {"there": recalls(first, second), "back": recalls(second, first)}
@@ -55,7 +55,7 @@ def counting(first: Tensor, second: Tensor) -> Recalls:
 def topk(first: Tensor, second: Tensor) -> Recalls:
     def recalls(queries: Tensor, candidates: Tensor) -> list[float]:
         hits = []
-        for rows in torch.arange(len(queries)).split(1024):
+        for rows in torch.arange(len(queries), device=queries.device).split(1024):
             best = (queries[rows] @ candidates.T).topk(max(AT), dim=1).indices
             hits.append(best == rows[:, None])
         return [torch.cat(hits)[:, :k].any(1).double().mean().item() for k in AT]

@@ -1,0 +1,35 @@
+"""tests/gpu by pytest: every test is a measurement, known as soon as it has ended."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from gpu_parts.results import Record, Results
+from gpu_parts.runner import Context, OutOfTime
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(context: Context) -> None:
+    """In this process, which is one of its own. Without tests/conftest.py, which is about a corpus that no GPU needs."""
+    import pytest
+
+    os.chdir(ROOT)
+    os.environ["GPU_RESULTS"] = str(context.results.path)
+    options = ["--noconftest", "--continue-on-collection-errors", "-q", "-p", "no:cacheprovider"]
+    if context.device == "cuda" and importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(8, len(os.sched_getaffinity(0))))]  # most of the time kernels are compiled
+    code = pytest.main(["tests/gpu", *options, "-p", "gpu_parts.pytest_results"])
+    context.results.reload()
+    if code not in (0, 1, 5):  # passed, failed, none left
+        raise RuntimeError(f"pytest ended with exit code {int(code)}")
+    if context.results.pending("tests"):
+        raise OutOfTime
+
+
+def table(records: list[Record], results: Results) -> str:
+    outcomes = [record["values"]["outcome"] for record in records]
+    counted = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+    reasons: dict[str, Any] = {r["values"]["why"]: None for r in records if r["values"]["outcome"] == "skipped"}
+    return "\n".join([f"{counted or 'none ended'}.", *(f"- skipped: {reason}" for reason in reasons)])
