@@ -84,7 +84,7 @@ def mmcontrast(
     real: bool = False,
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = 900,
 ) -> subprocess.CompletedProcess[str]:
     """Run `mmcontrast ARGUMENTS`, on several ranks if asked, and return its exit code, stdout and stderr.
 
@@ -125,7 +125,7 @@ def start_ranks(*arguments: object, ranks: int, cwd: Path = ROOT, env: Mapping[s
     return [Process("mmcontrast.cli:main", words, cwd, shared | own) for own in rank_of]
 
 
-def wait_for_ranks(processes: Sequence[Process], timeout: float = 240) -> None:
+def wait_for_ranks(processes: Sequence[Process], timeout: float = 900) -> None:
     """Wait until all have ended; ten seconds after one has failed, end the others.
 
     Raises:
@@ -149,7 +149,7 @@ def wait_for_ranks(processes: Sequence[Process], timeout: float = 240) -> None:
             process.wait()
 
 
-def call_on_ranks(function: str, ranks: int, *arguments: Any, timeout: float = 240) -> None:
+def call_on_ranks(function: str, ranks: int, *arguments: Any, timeout: float = 900) -> None:
     """Call "package.module:function" as (rank, *arguments) in a process for each rank; arguments go through JSON.
 
     Raises:
