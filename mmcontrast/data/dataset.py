@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -112,9 +112,9 @@ class ShardDataset(Samples):
     Args:
         shards: paths, globs or brace ranges.
         modalities: per field.
-        keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own. "json:caption" is
-            an entry of the json, "json:captions.en" one within. Of {"json:caption": 0.7, "txt": 0.3} training draws one of those
-            that a sample has, with these weights, and evaluation takes the first.
+        keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own. "json:caption"
+            is an entry of the json, "json:captions.en" one within. Of {"json:caption": 0.7, "txt": 0.3} training draws one of
+            those that a sample has, with these weights, and evaluation takes the first.
         seed: of augmentation, with the epoch and the sample's id.
         training: augment, and replace what cannot be decoded.
         partial: leave out fields of which no sample has a member, instead of refusing.
@@ -133,7 +133,7 @@ class ShardDataset(Samples):
     ) -> None:
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
-        self.keys = {field: tuple(key for choice in choices for key in choice) for field, choices in self.choices.items()}
+        self.keys = {field: names_of(choices) for field, choices in self.choices.items()}
         named = {e for field, of in self.keys.items() if not isinstance(modalities[field], TextModality) for e in of}
         self.shards: list[ShardIndex] = open_shards(shards, True, named, files)
         self.remote = any(is_remote(shard.name) for shard in self.shards)
@@ -197,15 +197,14 @@ class ShardDataset(Samples):
         """Of the shards: equal for equal samples in the same places, wherever the files are; with their names where the
         samples' ids are made of them."""
         names = [] if self._have_ids else self.identities
-        return hashlib.blake2b(
-            "\0".join(["".join(shard.digest for shard in self.shards), *names]).encode(), digest_size=8
-        ).hexdigest()
+        whole = "\0".join(["".join(shard.digest for shard in self.shards), *names])
+        return hashlib.blake2b(whole.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
     @cached_property
     def _have_ids(self) -> bool:
         """Whether samples say their ids, as far as the first of the first shard with a json tells."""
         for number, shard in enumerate(self.shards):
-            rows = np.flatnonzero(shard.has("json")) if "json" in shard.extensions else ()
+            rows = np.flatnonzero(shard.has("json")) if "json" in shard.extensions else np.empty(0, dtype=np.int64)
             if len(rows):
                 try:
                     about = read_json(self.members(int(self.starts[number] + rows[0]), ["json"])["json"])
@@ -348,6 +347,11 @@ def choices_of(keys: FieldKeys) -> tuple[dict[str, float], ...]:
     return tuple({key: 1.0} if isinstance(key, str) else dict(key) for key in keys)
 
 
+def names_of(keys: FieldKeys) -> tuple[str, ...]:
+    """All that a field may be read from, in turn."""
+    return tuple(key for choice in choices_of(keys) for key in choice)
+
+
 def chosen(choices: Sequence[Mapping[str, float]], members: Mapping[str, bytes], training: bool) -> str:
     """The key that a field reads of those that a sample has, "" if it has none."""
     for choice in choices:
@@ -381,7 +385,7 @@ def read_json(data: bytes) -> dict[str, Any]:
 
 def entry_of(about: Mapping[str, Any], key: str) -> Any:
     """What "json:a.b" names: the entry "a.b", or the entry b of a; None if there is none."""
-    name, value = key.removeprefix(ENTRY), about
+    name, value = key.removeprefix(ENTRY), cast(Any, about)
     if name in about:
         return about[name]
     for part in name.split("."):

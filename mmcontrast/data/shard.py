@@ -114,8 +114,8 @@ class MemberIndex(ShardIndex):
 
 
 def member_of(value: Any) -> bytes | None:
-    """A value of a table or of JSON as a member: texts as they are, of a list a line each, lists of numbers as .npy. None: there is
-    nothing in it.
+    """A value of a table or of JSON as a member: texts as they are, of a list a line each, lists of numbers as .npy. None:
+    there is nothing in it.
 
     Raises:
         DecodeError: if it is neither.
@@ -227,8 +227,8 @@ class Members:
                 "samples have dots in their names", names.keys()[int(ends_of_names.argmax())], int(ends_of_names.sum())
             )
             names, written, row_of, column_of = _split_at_last_dots(names.keys(), written, row_of, column_of, ends_of_names)
-        if (key := names.repeated()) is not None:
-            raise UserError(f"shard {shard}: the members of sample {key!r} are not adjacent; write the shard again, sorted")
+        if (repeated := names.repeated()) is not None:
+            raise UserError(f"shard {shard}: the members of sample {repeated!r} are not adjacent; write the shard again, sorted")
         if len(written) > MAX_EXTENSIONS:
             raise UserError(
                 f"shard {shard}: {len(written)} different extensions, as .{written[-1]}; what follows the"
@@ -245,7 +245,7 @@ class Members:
         table = np.full((2, len(names.ends), len(found)), -1, dtype=np.int64)
         table[:, row_of, column_of] = np.array(places), np.array(sizes)
         keys = names.keys()
-        return cls.of(keys.text, keys.ends, found, *table, notes=left_out.notes())
+        return cls.of(keys.text, keys.ends, found, table[0], table[1], notes=left_out.notes())
 
 
 def sample_of(name: str) -> tuple[str, str]:
@@ -292,7 +292,8 @@ def _split_at_last_dots(
     keys: Keys, written: list[str], rows: np.ndarray, columns: np.ndarray, of: np.ndarray
 ) -> tuple[_KeyText, list[str], np.ndarray, np.ndarray]:
     """(keys, extensions, row and column of each member) once those samples' extensions begin at the last dot."""
-    names, extensions = _KeyText(), {}
+    names = _KeyText()
+    extensions: dict[str, int] = {}
     new_rows, new_columns = np.empty_like(rows), np.empty_like(columns)
     starts = np.searchsorted(rows, np.arange(len(keys) + 1))
     for row in range(len(keys)):

@@ -142,16 +142,12 @@ def _members(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[
                     raise damaged
                 (of_all if kind == POSIX_GLOBAL_RECORDS else records).update(told)
             elif kind != GNU_LONG_LINK:
-                name = records.get("path") or long_name or _name(header)
-                name, sparse = (
-                    name.removeprefix("./"),
-                    kind == GNU_SPARSE or any(key.startswith("GNU.sparse.") for key in records),
-                )
-                long_name, records = None, {}
-                if sparse:
+                name = (records.get("path") or long_name or _name(header)).removeprefix("./")
+                if kind == GNU_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
                     raise UserError(
                         f"shard {file.name}: member {name!r} is sparse: write the shard again without tar's --sparse"
                     )
+                long_name, records = None, {}
                 if kind in (REGULAR, 0, CONTIGUOUS):
                     if not name.endswith("/"):  # a folder's, in the oldest tars
                         yield name, content, size
