@@ -159,7 +159,8 @@ class Embedder:
         """
         found = ShardDataset(shards, {field: self.model.modality(field) for field in self.fields}, self._keys, partial=True)
         if not found.modalities:
-            wanted = (f"{f} (.{', .'.join(names_of(self._keys.get(f) or self.model.modality(f).extensions))})" for f in self.fields)
+            keys = {field: names_of(self._keys.get(field) or self.model.modality(field).extensions) for field in self.fields}
+            wanted = (f"{field} (.{', .'.join(names)})" for field, names in keys.items())
             have = ", ".join(sorted({f".{extension}" for shard in found.shards for extension in shard.extensions}))
             raise UserError(f"{shards}: no sample has a field of {self.name}: {', '.join(wanted)}; they have {have}")
         return found

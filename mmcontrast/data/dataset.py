@@ -372,10 +372,10 @@ def member_name(key: str) -> str:
 def read_json(data: bytes) -> dict[str, Any]:
     """
     Raises:
-        DecodeError: if it is not an object. Its NaN and infinities, which JSON does not have, are null.
+        DecodeError: if it is not an object. Its NaN, which JSON does not have and others write for what is missing, is null.
     """
     try:
-        about = json.loads(data, parse_constant=lambda _: None)
+        about = json.loads(data, parse_constant=lambda name: None if name == "NaN" else float(name))
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error
     if not isinstance(about, dict):

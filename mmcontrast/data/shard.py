@@ -228,7 +228,9 @@ class Members:
             )
             names, written, row_of, column_of = _split_at_last_dots(names.keys(), written, row_of, column_of, ends_of_names)
         if (repeated := names.repeated()) is not None:
-            raise UserError(f"shard {shard}: the members of sample {repeated!r} are not adjacent; write the shard again, sorted")
+            raise UserError(
+                f"shard {shard}: the members of sample {repeated!r} are not adjacent; write the shard again, sorted"
+            )
         if len(written) > MAX_EXTENSIONS:
             raise UserError(
                 f"shard {shard}: {len(written)} different extensions, as .{written[-1]}; what follows the"

@@ -53,7 +53,7 @@ BAD_MEMBERS = {
     "Latin-1 text": ("txt", "café".encode("latin-1"), "not UTF-8"),
     "no JSON": ("json", b"{", "not JSON"),
     "a JSON list": ("json", b"[1]", "a JSON list, not an object"),
-    "a group without a number": ("json", b'{"group_id": "x"}', "not JSON as it should be"),
+    "a group without a number": ("json", b'{"group_id": [7]}', "group_id [7] is neither a whole number nor a text"),
     "a negative group": ("json", b'{"group_id": -4}', "group_id -4 is negative"),
     "an empty picture": ("png", b"", "not a picture"),
 }
@@ -184,7 +184,7 @@ HUGE_SOUND[18:26] = (655350 << 44 | 7 << 41 | 15 << 36 | 3600 * 655350).to_bytes
 WORSE_MEMBERS = {
     "a picture so narrow that it grows": ("png", NARROW.getvalue(), "so narrow that scaled to 224"),
     "a sound that is huge by its header": ("flac", bytes(HUGE_SOUND), "values of sound, more than"),
-    "an infinite number": ("json", b'{"sample_id": Infinity}', "not JSON as it should be"),
+    "an infinite number": ("json", b'{"sample_id": Infinity}', "sample_id inf is neither a whole number"),
     "a number beyond 64 bits": ("json", b'{"group_id": 1e30}', "beyond 64 bits"),
     "a deep nest": ("json", b"[" * 100_000, "not JSON as it should be"),
     "no array": ("npy", b"garbage", "not an array"),
