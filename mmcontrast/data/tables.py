@@ -403,7 +403,8 @@ def _numbers_in(table: pa.Table) -> list[str]:
     def all_numbers(column: pa.ChunkedArray) -> bool:
         return all(text is None or _number(text) is not text for chunk in column.chunks for text in chunk.to_pylist())
 
-    return [name for name in table.column_names if table[name].null_count < len(table) and all_numbers(table[name])]
+    columns = zip(table.column_names, table.columns, strict=True)
+    return [name for name, column in columns if column.null_count < len(table) and all_numbers(column)]
 
 
 def _number(text: str) -> Any:

@@ -134,7 +134,7 @@ def test_renamed_shards_have_another_digest_only_where_ids_are_made_of_their_nam
 
 
 TEXTS = [str(uuid.UUID(int=7)), "https://a.b/c.jpg?x=1", "007", "1e5", "COCO_val2014_000000000042", "été", "12.0", "+5", " 5",
-         "x" * 300,          "18446744073709551615", "9223372036854775808"]  # fmt: skip
+         "x" * 300, "18446744073709551615", "9223372036854775808"]  # fmt: skip
 
 
 def test_ids_may_be_texts(tmp_path):

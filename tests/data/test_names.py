@@ -128,10 +128,8 @@ def test_tars_of_gnu_tar(tmp_path, format):
     assert "1 links have no bytes in a tar, as 'link.txt'" in links and "1 hard links have no bytes" in links
 
 
-@pytest.mark.parametrize(
-    "options", [["--format=gnu"], *(["--format=pax", f"--sparse-version={v}"] for v in ("0.0", "0.1", "1.0"))]
-)
-def test_sparse_members_are_refused_by_name(tmp_path, options):
+@pytest.mark.parametrize("version", [None, "0.0", "0.1", "1.0"])
+def test_sparse_members_are_refused_by_name(tmp_path, version):
     with (tmp_path / "holes.txt").open("wb") as file:
         file.write(b"start")
         file.seek(4 * 2**20)
