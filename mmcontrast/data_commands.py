@@ -124,6 +124,7 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
     """
     from mmcontrast.config import load_config
     from mmcontrast.data.verify import Reading
+    from mmcontrast.evaluation.layouts import with_layouts
     from mmcontrast.training.setup import make_modalities, source_modalities
 
     run = load_config(config, overrides)
@@ -139,7 +140,7 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
         shared += [] if source.own_ids else [f"data.train.{name}"]
     if not isinstance(train, dict):
         sources["data.train"] = train, Reading(modalities, keys, as_training=True)
-    for name, split in run.evaluation.splits.items():
+    for name, split in with_layouts(run.evaluation, "", "").splits.items():
         patterns, files = getattr(split, "shards", split), getattr(split, "files", None)
         reading = Reading(modalities, keys | getattr(split, "keys", {}), files, as_training=True)
         sources[f"evaluation.splits.{name}"] = patterns, reading

@@ -140,7 +140,11 @@ def verify_sources(
     whole: dict[str, Any] = {"shards": 0, "samples": 0, "members": 0, "faults": [], "notes": []}
     seen: dict[str, np.ndarray] = {}
     for name, (patterns, reading) in sources.items():
-        report, ids = _verify(patterns, reading, workers, progress)
+        try:
+            report, ids = _verify(patterns, reading, workers, progress)
+        except UserError as error:  # no such shards
+            whole["faults"].append(asdict(Fault(name, str(error))))
+            continue
         report["notes"] = [f"{name}: {note}" for note in report["notes"]]
         whole = {key: value + report[key] for key, value in whole.items()}
         for other, others in seen.items() if name in shared else ():

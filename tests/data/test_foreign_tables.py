@@ -84,7 +84,7 @@ def test_captions_stay_as_they_stand(tmp_path, how):
 @given(st.data())
 def test_any_caption_column_of_pandas_round_trips(tmp_path_factory, data):
     """CSV and Parquet of text, of text as a category: captions and labels are what they were."""
-    alphabet = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+    alphabet = st.characters(exclude_categories=["Cs"], exclude_characters="\0\r")  # pandas leaves a lone \r bare
     entry = st.one_of(st.none(), st.text(alphabet, max_size=12), st.sampled_from(ODD))
     values = data.draw(st.lists(entry, min_size=1, max_size=8))
     folder = tmp_path_factory.mktemp("tables")
@@ -101,7 +101,7 @@ def test_any_caption_column_of_pandas_round_trips(tmp_path_factory, data):
     about = [json.loads(shard.read(row, ["json"])["json"]) for row in range(len(shard))]
     assert [entry["n"] for entry in about] == list(range(len(values)))
     for value, entry in zip(values, about, strict=True):
-        assert str(entry.get("text") or "") == (value or ""), "a number is one only where its text is that of it"
+        assert str(entry.get("text", "")) == (value or ""), "a number is one only where its text is that of it"
 
 
 def test_numbers_are_metadata_where_they_are_safe(tmp_path):
