@@ -62,13 +62,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read: by what is known of their members' names; or as training reads them.
+    """How samples are read: every member whose name is known, and some more; or as training reads them.
 
     Attributes:
-        fields: modalities; without any, every member is decoded whose name is known.
+        fields: modalities.
         keys: of those fields, or of any others, whose members are decoded as what their first bytes are.
         files: the folder of files that tables name.
-        as_training: transform what was decoded too.
+        as_training: read these fields alone, and transform them too.
     """
 
     fields: Mapping[str, Modality] = field(default_factory=dict)
@@ -221,7 +221,7 @@ def _not_decoded(of_shards: Mapping[str, Decoded], reading: Reading) -> list[str
             )
     if empty := sum(found.empty for found in of_shards.values()):
         first = next(f"{path}, {found.first_empty}" for path, found in of_shards.items() if found.first_empty)
-        fields = " or ".join(dict.fromkeys([*reading.fields, *reading.keys])) or "member that is known"
+        fields = " or ".join(reading.fields) if reading.as_training else "member that is known"
         lines.append(f"{empty} samples have no {fields}, as {first}")
     return lines
 
@@ -305,7 +305,7 @@ def _decoded(job: tuple[str, int]) -> Decoded:
             size = shard.size(row, extension)
             if size < 0:
                 continue
-            tried = extension in wanted or extension == "json" or (not names and _is_known(extension))
+            tried = extension in wanted or extension == "json" or (not _reading.as_training and _is_known(extension))
             if tried:
                 found.members += 1
                 there |= extension not in LABELS or any(key.startswith(ENTRY) for key in names)
@@ -352,7 +352,7 @@ def _opened(name: str) -> ShardIndex:
     if not is_table(name):
         return index_shard(name)
     texts = {key for key, of in _reading.names.items() if all(isinstance(_reading.fields.get(f), TextModality) for f in of)}
-    return open_table(name, {*(FILE_COLUMNS if not _reading.fields else ()), *_reading.names} - texts, _reading.files)
+    return open_table(name, {*(() if _reading.as_training else FILE_COLUMNS), *_reading.names} - texts, _reading.files)
 
 
 def _errors(shard: ShardIndex, row: int, extension: str, size: int, found: Decoded) -> Iterable[str]:
@@ -391,12 +391,10 @@ def _error(extension: str, data: bytes, modality: Modality | None, row: int, fou
             if about.get("sample_id") not in (None, ""):
                 found.ids.append(sample_id)
                 found.rows.append(row)
-        elif modality:
-            value = modality.decode(data)
+        elif decoder := modality or _decoders().get(last if last != "cls" else "") or _by_first_bytes(data, last):
+            value = decoder.decode(data)
             if _reading.as_training:
-                modality.transform(value, False)
-        elif decoder := _decoders().get(last if last != "cls" else "") or _by_first_bytes(data, last):
-            decoder.decode(data)
+                decoder.transform(value, False)
         elif last == "npy":
             np.load(io.BytesIO(data), allow_pickle=False)
         elif last != "cls":

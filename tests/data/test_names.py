@@ -99,7 +99,7 @@ def test_samples_without_a_field_are_counted_and_told(tmp_path, caplog):
     (told,) = [record.getMessage() for record in caplog.records if "none of the fields" in record.getMessage()]
     assert "5 of 10 samples have none of the fields text, as shard" in told
     assert "sample 'b0', which has .final.txt" in told
-    report = verify_shards(path, 1, progress=False, reading=Reading(TEXT))
+    report = verify_shards(path, 1, progress=False, reading=Reading(TEXT, as_training=True))
     assert "5 samples have no text, as" in report["notes"][-1] and "sample 'b0'" in report["notes"][-1]
     assert set(report["notes"][:-1]) == {"4 members .final.txt", "5 members .png", "1 members .mp4"}
 
