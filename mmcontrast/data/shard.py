@@ -151,11 +151,12 @@ class _KeyText:
     """Keys that are being collected."""
 
     def __init__(self) -> None:
-        self.text, self.ends, self.hashes, self.last = bytearray(), array("q"), array("q"), ""
+        self.last: str | None
+        self.text, self.ends, self.hashes, self.last = bytearray(), array("q"), array("q"), None
 
     def row(self, key: str) -> int:
         """The row of the last key, or of a new one."""
-        if key != self.last or not self.ends:
+        if key != self.last:
             self.text += key.encode("utf-8", "surrogateescape")
             self.ends.append(len(self.text))
             self.hashes.append(hash(key))
@@ -210,12 +211,16 @@ class Members:
         left_out, names = left_out or LeftOut(), _KeyText()
         rows, columns, places, sizes = array("q"), array("q"), array("q"), array("q")
         extensions: dict[str, int] = {}  # as they are written
+        row, last = -1, None
         for name, place, size in members:
             key, extension = _parts_of(name)
             if not extension:
-                left_out.add(NO_EXTENSION, name)
+                if not name.endswith("/"):  # a folder, in the oldest tars
+                    left_out.add(NO_EXTENSION, name)
                 continue
-            rows.append(names.row(key))
+            if key != last:
+                row, last = names.row(key), key
+            rows.append(row)
             columns.append(extensions.setdefault(extension, len(extensions)))
             places.append(place)
             sizes.append(size)

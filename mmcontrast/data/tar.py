@@ -25,6 +25,7 @@ BLOCK = 512  # bytes: tar's unit
 REGULAR, CONTIGUOUS, HARD_LINK, LINK, FOLDER, GNU_SPARSE, GNU_LONG_NAME, GNU_LONG_LINK = b"07125SLK"
 POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS = b"xXg"
 NAMING = (GNU_LONG_NAME, GNU_LONG_LINK, POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS)  # they tell about the next member
+FILES = (REGULAR, 0, CONTIGUOUS)
 REASONS = {HARD_LINK: "hard links have no bytes in a tar (tar --hard-dereference)", LINK: "links have no bytes in a tar"}
 MAX_NAME_BYTES = 2**20  # of what tells a member's long name
 NEAR = 64 * 2**10  # bytes between two members that are read with them rather than skipped
@@ -132,7 +133,12 @@ def _members(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[
                 size = _decimal(records["size"]) if "size" in records else size
             content = position + BLOCK
             position = content + (size + BLOCK - 1) // BLOCK * BLOCK
-            if size < 0 or content + size > total or (kind in NAMING and size > MAX_NAME_BYTES):
+            if size < 0 or content + size > total:
+                raise damaged
+            if kind in FILES and not (long_name or records or of_all):
+                yield _name(header), content, size
+                continue
+            if kind in NAMING and size > MAX_NAME_BYTES:
                 raise damaged
             if kind == GNU_LONG_NAME:  # the data is the next member's name
                 long_name = _text(read(content, size))
@@ -148,16 +154,17 @@ def _members(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[
                         f"shard {file.name}: member {name!r} is sparse: write the shard again without tar's --sparse"
                     )
                 long_name, records = None, {}
-                if kind in (REGULAR, 0, CONTIGUOUS):
-                    if not name.endswith("/"):  # a folder's, in the oldest tars
-                        yield name, content, size
+                if kind in FILES:
+                    yield name, content, size
                 elif kind != FOLDER and sample_of(name)[1]:
                     left_out.add(REASONS.get(kind, "members are no regular files"), name)
 
 
 def _name(header: bytes) -> str:
     name = _text(header[:100])
-    return f"{_text(header[345:500])}/{name}" if header[345] and header[257:263] == b"ustar\0" else name
+    if header[345] and header[257:263] == b"ustar\0":
+        name = f"{_text(header[345:500])}/{name}"
+    return name.removeprefix("./")
 
 
 def _records(data: bytes) -> dict[str, str] | None:
