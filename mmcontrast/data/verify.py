@@ -337,16 +337,6 @@ def _look_for_files(shard: TableIndex, row: int, column: str, found: Decoded) ->
             found.missing[column] += 1
 
 
-FILES = {f".{e}" for m in (ImageModality, AudioModality) for e in m.extensions} | {
-    ".npy",
-    ".gif",
-    ".svg",
-    ".mp4",
-    ".m4a",
-    ".dat",
-}
-
-
 @lru_cache(maxsize=1)  # a worker takes a shard's jobs one after the other
 def _opened(name: str) -> ShardIndex:
     if not is_table(name):
