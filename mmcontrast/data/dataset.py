@@ -432,10 +432,10 @@ def id_of(name: str, value: Any, default: int) -> int:
         return default
     if isinstance(value, str):
         number = int(value) if WHOLE_NUMBER.fullmatch(value) else 2**63
-        return number if -(2**63) <= number < 2**63 else stable_hash(value)
+        return number if -(2**63) < number < 2**63 else stable_hash(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value == int(value)):
         raise DecodeError(f"{name} {value!r:.60} is neither a whole number nor a text")
-    if not -(2**63) <= value < 2**63:
+    if not -(2**63) < value < 2**63:
         raise DecodeError(f"{name} {value} is beyond 64 bits: write it as a text")
     if isinstance(value, float) and abs(value) > 2**53:
         raise DecodeError(f"{name} {value} has been rounded to a float: write it as a whole number or as a text")

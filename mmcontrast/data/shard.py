@@ -263,13 +263,13 @@ def sample_of(name: str) -> tuple[str, str]:
 
 
 def _parts_of(name: str) -> tuple[str, str]:
-    folder, _, base = name.rpartition("/")
+    folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not dot or not stem:
         return name, ""
     if "." in extension and not COMPOUND.fullmatch(extension):
         stem, _, extension = base.rpartition(".")
-    return f"{folder}/{stem}" if folder else stem, extension
+    return f"{folder}{slash}{stem}", extension
 
 
 def _ends_of_names(written: list[str], rows: np.ndarray, columns: np.ndarray, samples: int) -> np.ndarray:

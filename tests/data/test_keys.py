@@ -15,6 +15,7 @@ from mmcontrast.data import MixtureDataset, ShardDataset, StreamDataset, all_bat
 from mmcontrast.data import verify as verify_module
 from mmcontrast.data.dataset import default_id, id_of, stable_hash
 from mmcontrast.data.files import identities
+from mmcontrast.data.inspect import inspect_shards
 from mmcontrast.data.verify import Reading, verify_shards, verify_sources
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError, TextModality
@@ -156,7 +157,7 @@ def test_ids_may_be_texts(tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=30), st.integers(-(2**63), 2**63 - 1), st.integers().map(str)), unique_by=str))
+@given(st.lists(st.one_of(st.text(max_size=30), st.integers(1 - 2**63, 2**63 - 1), st.integers().map(str)), unique_by=str))
 def test_different_texts_are_different_ids(values):
     values = [v for v in values if v != "" and not (isinstance(v, str) and any("\ud800" <= c <= "\udfff" for c in v))]
     assert len({id_of("sample_id", v, -1) for v in values}) == len(values)
@@ -189,6 +190,7 @@ def test_a_sample_id_that_repeats_is_found(tmp_path):
     assert "sample_id 'u4' is that of" in fault["error"] and "a.tar, sample '000000004', too" in fault["error"]
     tar(tmp_path / "b.tar", 5, sample_id=lambda k: k, group_id=lambda k: "g")
     assert not verify_shards(str(tmp_path / "?.tar"), 1, progress=False)["faults"]
+    assert "1 groups in them; the largest has 5" in [*inspect_shards([str(tmp_path / "?.tar")])]
 
 
 def test_two_texts_of_one_hash_are_told(tmp_path, monkeypatch):
