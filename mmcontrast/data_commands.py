@@ -1,12 +1,17 @@
 """The commands of data: build a corpus of shards, index, look into, and verify shards."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from mmcontrast.errors import UserError
+from mmcontrast.options import Patterns
+
+if TYPE_CHECKING:
+    from mmcontrast.data.verify import Reading
 
 console = Console(stderr=True, soft_wrap=True)
 SHOWN_FAULTS = 20
@@ -53,20 +58,30 @@ def inspect(
 
 
 def verify(
-    shards: Shards,
+    shards: Annotated[
+        list[str], typer.Argument(help="tars (by URL too), folders, tables; or CONFIG.yaml, with overrides", metavar="SHARDS")
+    ],
+    keys: Annotated[list[str] | None, typer.Option(help="extensions or columns of a field: speech=speech_fr,speech_de")] = None,
+    files: Annotated[str | None, typer.Option(help="the folder of files that tables name; default: the table's own")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the whole report to this file")] = None,
 ) -> None:
     """Decode every member of every sample, and list what is wrong. Exit code 2 if anything is.
 
     Finds truncated and overwritten shards, samples whose members are not adjacent, pictures, sounds and texts that cannot be
-    decoded or are beyond a limit, and wrong json.
+    decoded or are beyond a limit, wrong json, and a sample_id that repeats. Lists what was not decoded. Of a config, all
+    sources and splits are read as training and evaluation read them: fields, keys, limits.
     """
     import json
 
-    from mmcontrast.data.verify import Fault, verify_shards
+    from mmcontrast.data.verify import Fault, verify_shards, verify_sources
 
-    report = verify_shards(shards, workers)
+    if shards[0].lower().endswith((".yaml", ".yml")):
+        if keys or files:
+            raise UserError(f"{shards[0]} says itself what its keys and files are: override them, as fields.image.keys=[jpg]")
+        report = verify_sources(*_sources(shards[0], shards[1:]), workers)
+    else:
+        report = verify_shards(shards, workers, reading=_reading(keys or [], files))
     if json_file:
         json_file.write_text(json.dumps(report, indent=1))
     faults = [str(Fault(**fault)) for fault in report["faults"]]
@@ -74,7 +89,59 @@ def verify(
         console.print(fault, highlight=False, markup=False)
     if len(faults) > SHOWN_FAULTS:
         console.print(f"… and {len(faults) - SHOWN_FAULTS} more: --json FILE has them all")
+    for note in report["notes"]:
+        console.print(f"not decoded: {note}", highlight=False, markup=False)
     done = f"{report['shards']} shards, {report['samples']} samples, {report['members']} members"
     if faults:
         raise UserError(f"{len(faults)} faults in {done}")
-    console.print(f"{done}: all is well", highlight=False)
+    console.print(f"{done}: {'what was decoded' if report['notes'] else 'all'} is well", highlight=False)
+
+
+def _reading(keys: Sequence[str], files: str | None) -> "Reading":
+    """
+    Raises:
+        UserError: for keys that are not of the form FIELD=KEY,KEY.
+    """
+    from mmcontrast.data.verify import Reading
+    from mmcontrast.modalities import AudioModality, ImageModality, TextModality
+
+    known = {"image": ImageModality, "text": TextModality, "audio": AudioModality}
+    given: dict[str, list[str]] = {}
+    for one in keys:
+        field, equals, names = one.partition("=")
+        if not equals or not field or not all(names.split(",")):
+            raise UserError(f"--keys {one}: write FIELD=KEY or FIELD=KEY,KEY, as image=jpg,png or speech=speech_fr")
+        given.setdefault(field, []).extend(names.split(","))
+    modalities = {field: known[field](**({"size": 224} if field == "image" else {})) for field in given if field in known}
+    return Reading(modalities, given, files)
+
+
+def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Patterns, Reading]], list[str]]":
+    """What a run reads, by name; and which of it takes a sample_id for the same sample.
+
+    Raises:
+        UserError: if the config is wrong.
+    """
+    from mmcontrast.config import load_config
+    from mmcontrast.data.verify import Reading
+    from mmcontrast.evaluation.layouts import with_layouts
+    from mmcontrast.training.setup import make_modalities, source_modalities
+
+    run = load_config(config, overrides)
+    modalities = make_modalities(run.fields)
+    keys = {field: of.keys for field, of in run.fields.items() if of.keys}
+    sources: dict[str, tuple[Patterns, Reading]] = {}
+    shared: list[str] = []
+    train = run.data.train
+    for name, source in train.items() if isinstance(train, dict) else ():
+        of_source = source_modalities(name, source, run.fields, modalities)
+        reading = Reading(of_source, keys | source.keys, source.files, as_training=True)
+        sources[f"data.train.{name}"] = source.shards, reading
+        shared += [] if source.own_ids else [f"data.train.{name}"]
+    if not isinstance(train, dict):
+        sources["data.train"] = train, Reading(modalities, keys, as_training=True)
+    for name, split in with_layouts(run.evaluation, "", "").splits.items():
+        patterns, files = getattr(split, "shards", split), getattr(split, "files", None)
+        reading = Reading(modalities, keys | getattr(split, "keys", {}), files, as_training=True)
+        sources[f"evaluation.splits.{name}"] = patterns, reading
+    return sources, shared

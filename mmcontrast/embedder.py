@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset
-from mmcontrast.data.dataset import UNREADABLE
+from mmcontrast.data.dataset import UNREADABLE, FieldKeys, names_of
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.model import ContrastiveModel
@@ -42,7 +42,7 @@ class Embedder:
         name: str,
         device: str | torch.device | None = None,
         fields: Sequence[str] | None = None,
-        keys: Mapping[str, Sequence[str]] | None = None,
+        keys: Mapping[str, FieldKeys] | None = None,
         precision: str = "fp32",
     ) -> None:
         if precision not in AUTOCAST:
@@ -159,7 +159,8 @@ class Embedder:
         """
         found = ShardDataset(shards, {field: self.model.modality(field) for field in self.fields}, self._keys, partial=True)
         if not found.modalities:
-            wanted = (f"{f} (.{', .'.join(self._keys.get(f) or self.model.modality(f).extensions)})" for f in self.fields)
+            keys = {field: names_of(self._keys.get(field) or self.model.modality(field).extensions) for field in self.fields}
+            wanted = (f"{field} (.{', .'.join(names)})" for field, names in keys.items())
             have = ", ".join(sorted({f".{extension}" for shard in found.shards for extension in shard.extensions}))
             raise UserError(f"{shards}: no sample has a field of {self.name}: {', '.join(wanted)}; they have {have}")
         return found

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "modalities": ["towers"],
     "model": ["modalities", "options"],
     "data": ["modalities", "options", "yaml_files"],
-    "data_commands": ["data"],
+    "data_commands": ["config"],
     "evaluation": ["model", "data", "score"],
     "training": ["objectives", "evaluation"],
     "config": ["training"],

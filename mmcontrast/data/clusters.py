@@ -9,11 +9,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.dataset import ShardDataset, id_of
 from mmcontrast.data.mixture import MixtureDataset
 from mmcontrast.data.order import check_lanes, lanes_of, recent
 from mmcontrast.data.tables import open_table
 from mmcontrast.errors import UserError
+from mmcontrast.modalities import DecodeError
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,23 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
     if column.null_count:
         raise UserError(f"data.clusters: {table} has {column.null_count} rows without a cluster")
     _, numbers = np.unique(np.asarray(column.to_pylist()), return_inverse=True)
-    cluster_of = dict(zip(opened.table[by].to_pylist(), numbers.tolist(), strict=True))
+    cluster_of: dict[Any, int] = {}
+    for row, (name, cluster) in enumerate(zip(opened.table[by].to_pylist(), numbers.tolist(), strict=True)):
+        try:
+            name = str(name) if by == "key" else id_of(by, name, -1)
+        except DecodeError as error:
+            raise UserError(f"data.clusters: {table}, row {row}: {error}") from error
+        if cluster_of.setdefault(name, cluster) != cluster:
+            raise UserError(f"data.clusters: {table}, row {row}: the {by} {name!r} is in another cluster already")
     name_of: Callable[[int], Any] = dataset.key if by == "key" else dataset.sample_id
     console = Console(stderr=True)
-    found = np.empty(len(dataset), dtype=np.int64)
+    found, seen = np.empty(len(dataset), dtype=np.int64), set()
     for position in track(range(len(dataset)), "looking up clusters", console=console, transient=True):
         name = name_of(position)
         if (cluster := cluster_of.get(name)) is None:
             raise UserError(f"data.clusters: {table} has no cluster for the sample with {by}={name!r}; every sample needs one")
+        if name in seen and by == "key":
+            raise UserError(f"data.clusters: several samples have the key {name!r}: name them by sample_id in {table}")
+        seen.add(name)
         found[position] = cluster
     return found, opened.digest

@@ -2,29 +2,39 @@
 
 import hashlib
 import json
+import logging
+import math
+import os
+import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmcontrast.data.files import is_remote
+from mmcontrast.data.files import identities, is_remote
 from mmcontrast.data.index import open_shards
-from mmcontrast.data.shard import ShardIndex
+from mmcontrast.data.shard import LABELS, NO_EXTENSION, ShardIndex, member_of
+from mmcontrast.data.tables import TableIndex, refuse_repeated_ids
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError, Modality, TextModality
 from mmcontrast.types import Batch
 
 REPLACEMENTS = 16  # tried for a sample, before its error ends the run
 MAX_MEMBER_BYTES = 256 * 2**20  # a member larger than this is no sample of a contrastive corpus
-LABELS = ("json", "cls")  # members that say what a sample is, or of which class
 READERS = 16  # samples of a batch that are read at a time, where they are remote
+ENTRY = "json:"  # before the name of an entry of a sample's json, which is read like a member
+LOOKED_INTO = 16  # samples whose json is read to see whether it has an entry
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as Python prints it: other texts are hashed
 UNREADABLE = (DecodeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, RuntimeError)  # of one sample
 Members = dict[str, bytes] | Exception  # of a sample, by extension; or why they could not be read
+FieldKeys = Sequence[str | Mapping[str, float]]  # tried in turn; of several with weights one is drawn
+logger = logging.getLogger("mmcontrast")
 
 
 @dataclass
@@ -33,7 +43,8 @@ class Sample:
 
     Attributes:
         lost: the reason lies with the storage, not with the sample: no other stands in for it.
-        replaces: the `error` of each of those in whose place it stands, and its `source` if there are several.
+        bad_member: where the reason lies.
+        replaces: the `error` of each of those in whose place it stands, its `sample_id`, and its `source` if there are several.
     """
 
     values: dict[str, torch.Tensor]
@@ -42,7 +53,18 @@ class Sample:
     metadata: dict[str, Any]
     error: str | None = None
     lost: bool = False
+    bad_member: str = ""
     replaces: tuple[dict[str, str], ...] = ()
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """What is written down of it, if it cannot be used."""
+        given = self.metadata.get("sample_id") or self.sample_id
+        return {"error": str(self.error), "key": self.metadata["key"], "sample_id": str(given)}
+
+    @property
+    def id_in_words(self) -> str:
+        return f", sample_id {self.metadata['sample_id']!r}" if self.metadata.get("sample_id") is not None else ""
 
 
 class Samples(Dataset[Sample]):
@@ -84,13 +106,15 @@ class ShardDataset(Samples):
     In training a sample that cannot be decoded is replaced by another, a function of (seed, epoch, position), and reported with
     its batch; otherwise its error ends the iteration.
 
-    A sample is its members of one key. `json` may hold `sample_id` and `group_id`; without them the sample id is a hash
-    of the key and the group id equals it, so that all samples are different. `cls` is a class.
+    A sample is its members of one key. `json` may hold `sample_id` and `group_id`, whole numbers or texts; without them the
+    sample id is a hash of shard and key and the group id equals it, so that all samples are different. `cls` is a class.
 
     Args:
         shards: paths, globs or brace ranges.
         modalities: per field.
-        keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own.
+        keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own. "json:caption"
+            is an entry of the json, "json:captions.en" one within. Of {"json:caption": 0.7, "txt": 0.3} training draws one of
+            those that a sample has, with these weights, and evaluation takes the first.
         seed: of augmentation, with the epoch and the sample's id.
         training: augment, and replace what cannot be decoded.
         partial: leave out fields of which no sample has a member, instead of refusing.
@@ -101,35 +125,93 @@ class ShardDataset(Samples):
         self,
         shards: str | Sequence[str],
         modalities: Mapping[str, Modality],
-        keys: Mapping[str, Sequence[str]],
+        keys: Mapping[str, FieldKeys],
         seed: int = 0,
         training: bool = False,
         partial: bool = False,
         files: str | None = None,
     ) -> None:
         self.modalities, self.seed, self.training = dict(modalities), seed, training
-        self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        self.keys = {field: names_of(choices) for field, choices in self.choices.items()}
         named = {e for field, of in self.keys.items() if not isinstance(modalities[field], TextModality) for e in of}
         self.shards: list[ShardIndex] = open_shards(shards, True, named, files)
         self.remote = any(is_remote(shard.name) for shard in self.shards)
         self.starts = np.cumsum([0, *map(len, self.shards)])
+        self.identities = identities([shard.name for shard in self.shards])
+        if not len(self):
+            raise UserError(f"{shards}: no sample in {len(self.shards)} shards ({self.shards[0].name})")
+        refuse_repeated_ids(shard for shard in self.shards if isinstance(shard, TableIndex))
         there = {extension for shard in self.shards for extension in shard.extensions}
+        there |= self._entries({key for of in self.keys.values() for key in of if key.startswith(ENTRY)})
         for field, extensions in list(self.keys.items()):
             if not there & set(extensions) and partial:
-                del self.keys[field], self.modalities[field]
+                del self.keys[field], self.choices[field], self.modalities[field]
             elif not there & set(extensions):
                 raise UserError(
                     f"field {field!r}: no sample of {shards} has a member {' or '.join('.' + e for e in extensions)}; "
                     f"they have {', '.join('.' + e for e in sorted(there))}: set fields.{field}.keys, or drop the field"
                 )
+        self._tell_what_is_left_out()
+
+    def _entries(self, wanted: set[str]) -> set[str]:
+        """Of entries of the json, those that one of a few samples has, spread over all of them; all of them under `json:`."""
+        found: set[str] = set()
+        positions = np.unique(np.linspace(0, len(self) - 1, LOOKED_INTO).astype(np.int64)) if wanted else ()
+        for position in positions:
+            try:
+                about = read_json(self.members(int(position), ["json"]).get("json", b"{}"))
+            except (DecodeError, ValueError, RecursionError):
+                continue
+            found |= {key for key in wanted if entry_of(about, key) is not None} | {f"{ENTRY}{name}" for name in about}
+        return found
+
+    def _tell_what_is_left_out(self) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
+        notes = [(shard.name, note) for shard in self.shards for note in shard.notes if NO_EXTENSION not in note]
+        if notes:
+            more = f"; so {len(notes) - 1} more, which `mmcontrast data verify` lists" if len(notes) > 1 else ""
+            logger.warning("shard %s: %s%s", *notes[0], more)
+        if not self.keys:
+            return
+        count, total, example = 0, len(self), ""
+        members = {member_name(key) for of in self.keys.values() for key in of}
+        for shard in self.shards:
+            lacking = np.ones(len(shard), dtype=bool)
+            for extension in members & set(shard.extensions):
+                lacking &= ~shard.has(extension)
+            if lacking.any() and not count:
+                row = int(lacking.argmax())
+                have = ", ".join(f".{e}" for e in shard.extensions if shard.has(e)[row])
+                example = f"shard {shard.name}, {shard.describe(row)}, which has {have or 'nothing'}"
+            count += int(lacking.sum())
+        if count:
+            logger.warning("%d of %d samples have none of the fields %s, as %s", count, total, ", ".join(self.keys), example)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
     def digest(self) -> str:
-        """Of the shards: equal for equal samples in the same places, wherever the files are."""
-        return hashlib.blake2b("".join(shard.digest for shard in self.shards).encode(), digest_size=8).hexdigest()
+        """Of the shards: equal for equal samples in the same places, wherever the files are; with their names where the
+        samples' ids are made of them."""
+        names = [] if self._have_ids else self.identities
+        whole = "\0".join(["".join(shard.digest for shard in self.shards), *names])
+        return hashlib.blake2b(whole.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+    @cached_property
+    def _have_ids(self) -> bool:
+        """Whether samples say their ids, as far as the first of the first shard with a json tells."""
+        for number, shard in enumerate(self.shards):
+            rows = np.flatnonzero(shard.has("json")) if "json" in shard.extensions else np.empty(0, dtype=np.int64)
+            if len(rows):
+                try:
+                    about = read_json(self.members(int(self.starts[number] + rows[0]), ["json"])["json"])
+                except (DecodeError, ValueError, RecursionError):
+                    return False
+                return about.get("sample_id") is not None
+        return False
 
     def locate(self, position: int) -> tuple[ShardIndex, int]:
         """(shard, row in it) of a sample."""
@@ -146,14 +228,19 @@ class ShardDataset(Samples):
         Raises:
             UserError: if that is wrong.
         """
-        key = self.key(position)
+        shard, row = self.locate(position)
         try:
-            sample = decoded(key, self.members(position, ["json"]), {}, {}, None)
+            sample = decoded(shard.keys[row], self.default_id(position), self.members(position, ["json"]), {}, {}, None)
         except DecodeError as error:
-            raise UserError(f"sample {key!r}: {error}") from error
+            raise UserError(f"shard {shard.name}, {shard.describe(row)}: {error}") from error
         if sample.error:
-            raise UserError(f"sample {key!r}: {sample.error}")
+            raise UserError(f"shard {shard.name}, {shard.describe(row)}: {sample.error}")
         return sample.sample_id
+
+    def default_id(self, position: int) -> int:
+        """The id of a sample that says none: of its shard and its name there."""
+        number = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return default_id(self.identities[number], self.shards[number].identity(position - int(self.starts[number])))
 
     def lengths(self, field: str, positions: np.ndarray) -> np.ndarray:
         """Bytes of a field's member, of the first of its keys that a sample has; 0 where it has none."""
@@ -162,19 +249,27 @@ class ShardDataset(Samples):
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
             shard, rows = self.shards[number], positions[here] - self.starts[number]
-            for extension in reversed(self.keys[field]):
+            for extension in reversed([member_name(key) for key in self.keys[field]]):
                 if extension in shard.extensions:
                     sizes = shard.sizes_of(extension)[rows]
                     found[here] = np.where(sizes >= 0, sizes, found[here])
         return found
 
     def members(self, position: int, extensions: Sequence[str]) -> dict[str, bytes]:
-        """Bytes per extension, of those that the sample has.
+        """Bytes per extension, of those that the sample has; entries of its json too.
 
         Raises:
-            DecodeError: before anything is read, if one of them is larger than a sample's member may be.
+            DecodeError: before anything is read, if one of them is larger than a sample's member may be; if its json is wrong.
             UserError: if they cannot be read.
         """
+        members = self._read(position, [*map(member_name, extensions)])
+        entries = [key for key in extensions if key.startswith(ENTRY)]
+        try:
+            return members | (entries_of(read_json(members["json"]), entries) if entries and "json" in members else {})
+        except (ValueError, RecursionError) as error:
+            raise DecodeError(f"member .json: {error}") from error
+
+    def _read(self, position: int, extensions: Sequence[str]) -> dict[str, bytes]:
         shard, row = self.locate(position)
         for extension in shard.extensions:
             if extension in extensions and (size := shard.size(row, extension)) > MAX_MEMBER_BYTES:
@@ -182,9 +277,9 @@ class ShardDataset(Samples):
         return shard.read(row, extensions)
 
     def fetch(self, position: int) -> Members:
-        wanted = [extension for extensions in self.keys.values() for extension in extensions]
+        wanted = [member_name(key) for keys in self.keys.values() for key in keys]
         try:
-            return self.members(position, [*wanted, *LABELS])
+            return self._read(position, list(dict.fromkeys([*wanted, *LABELS])))
         except (DecodeError, UserError) as error:
             return error
 
@@ -192,7 +287,7 @@ class ShardDataset(Samples):
         sample = self._sample(epoch, position, members)
         errors: list[dict[str, str]] = []
         while sample.error and not sample.lost and self.training and len(errors) < REPLACEMENTS:
-            errors.append({"error": sample.error})
+            errors.append(sample.bad)
             other = stable_hash(f"{self.seed} {epoch} {position} {len(errors)}") % len(self)
             sample = replace(self._sample(epoch, other, self.fetch(other)), replaces=tuple(errors))
         return sample
@@ -200,62 +295,156 @@ class ShardDataset(Samples):
     def _sample(self, epoch: int, position: int, members: Members) -> Sample:
         shard, row = self.locate(position)
         seed = f"{self.seed} {epoch}" if self.training else None
-        sample = decoded(shard.keys[row], members, self.modalities, self.keys, seed)
+        sample = decoded(shard.keys[row], self.default_id(position), members, self.modalities, self.choices, seed)
         if sample.error and not sample.lost:
-            sample.error = f"shard {shard.name}, sample {shard.keys[row]!r}, {sample.error}"
+            where, colon = shard.describe(row, sample.bad_member), ":" if sample.bad_member else ","
+            sample.error = f"shard {shard.name}{sample.id_in_words}, {where}{colon} {sample.error}"
         return sample
 
 
 def decoded(
-    key: str, members: Members, modalities: Mapping[str, Modality], keys: Mapping[str, Sequence[str]], seed: str | None
+    key: str,
+    default: int,
+    members: Members,
+    modalities: Mapping[str, Modality],
+    choices: Mapping[str, Sequence[Mapping[str, float]]],
+    seed: str | None,
 ) -> Sample:
     """A sample of its members, or the first error.
 
     Args:
+        default: its id, if it says none.
+        choices: per field, the keys that are tried in turn, and of each the weights with which one is drawn.
         seed: of augmentation, with the sample's id; None: not training.
     """
-    sample = Sample({}, stable_hash(key), stable_hash(key), {"key": key})
+    sample = Sample({}, default, default, {"key": key})
     if isinstance(members, Exception):
         return replace(sample, error=str(members), lost=isinstance(members, UserError))
     extension = "json"
     try:
         if "json" in members:
-            about = json.loads(members["json"])
+            about = read_json(members["json"])
             sample.sample_id, sample.group_id = ids_of(about, sample.sample_id)
             sample.metadata = about | sample.metadata  # the key is the sample's
+            for extension in (key for of in choices.values() for choice in of for key in choice if key.startswith(ENTRY)):
+                members = members | entries_of(about, [extension])
         if "cls" in members:
             sample.metadata.setdefault("cls", members["cls"].decode("utf-8", "replace").strip())
         if seed is not None:
             torch.default_generator.manual_seed(stable_hash(f"{seed} {sample.sample_id}"))
         for field, modality in modalities.items():
-            extension = next((e for e in keys[field] if e in members), "")
+            extension = chosen(choices[field], members, seed is not None)
             if extension:
                 value = modality.transform(modality.decode(members[extension]), seed is not None)
                 if value is not None:
                     sample.values[field] = value
     except UNREADABLE as error:
-        sample.error = f"member .{extension}: {error or type(error).__name__}"
+        sample.error, sample.bad_member = str(error) or type(error).__name__, extension
     return sample
 
 
-def ids_of(about: Any, default: int) -> tuple[int, int]:
+def choices_of(keys: FieldKeys) -> tuple[dict[str, float], ...]:
+    return tuple({key: 1.0} if isinstance(key, str) else dict(key) for key in keys)
+
+
+def names_of(keys: FieldKeys) -> tuple[str, ...]:
+    """All that a field may be read from, in turn."""
+    return tuple(key for choice in choices_of(keys) for key in choice)
+
+
+def chosen(choices: Sequence[Mapping[str, float]], members: Mapping[str, bytes], training: bool) -> str:
+    """The key that a field reads of those that a sample has, "" if it has none."""
+    for choice in choices:
+        there = [key for key in choice if key in members]
+        if len(there) > 1 and training:
+            weights = torch.tensor([choice[key] for key in there], dtype=torch.float64)
+            return there[int(torch.multinomial(weights, 1))]
+        if there:
+            return there[0]
+    return ""
+
+
+def member_name(key: str) -> str:
+    """The member that a field's key is read from: itself, or the json."""
+    return "json" if key.startswith(ENTRY) else key
+
+
+def read_json(data: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        DecodeError: if it is not an object. Its NaN, which JSON does not have and others write for what is missing, is null.
+    """
+    try:
+        about = json.loads(data, parse_constant=lambda name: None if name == "NaN" else float(name))
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error
+    if not isinstance(about, dict):
+        raise DecodeError(f"a JSON {type(about).__name__}, not an object")
+    return about
+
+
+def entry_of(about: Mapping[str, Any], key: str) -> Any:
+    """What "json:a.b" names: the entry "a.b", or the entry b of a; None if there is none."""
+    name, value = key.removeprefix(ENTRY), cast(Any, about)
+    if name in about:
+        return about[name]
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def entries_of(about: Mapping[str, Any], keys: Iterable[str]) -> dict[str, bytes]:
+    """Entries as members, without those that are empty.
+
+    Raises:
+        DecodeError: for one that is neither a text, nor a list of texts or of numbers.
+    """
+    found = {key: member_of(entry_of(about, key)) for key in keys}
+    return {key: data for key, data in found.items() if data}
+
+
+def ids_of(about: Mapping[str, Any], default: int) -> tuple[int, int]:
     """(sample id, group id) of what a json member says.
 
     Raises:
         DecodeError: if it cannot be so.
     """
-    if not isinstance(about, dict):
-        raise DecodeError(f"a JSON {type(about).__name__}, not an object")
-    try:
-        sample_id = int(about.get("sample_id", default))
-        group_id = int(about.get("group_id", sample_id))
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise DecodeError(f"not JSON as it should be ({error})") from error
+    sample_id = id_of("sample_id", about.get("sample_id"), default)
+    group_id = id_of("group_id", about.get("group_id"), sample_id)
     if group_id < 0:
         raise DecodeError(f"group_id {group_id} is negative")
-    if max(abs(sample_id), group_id) >= 2**63:
-        raise DecodeError(f"sample_id {sample_id}, group_id {group_id}: beyond 64 bits")
     return sample_id, group_id
+
+
+def id_of(name: str, value: Any, default: int) -> int:
+    """An id that is given: a whole number; or a text, of which one that is a number just as it is printed, as "12", is that
+    number, and any other, as "007" or a UUID, is hashed. Nothing, or an empty text: the default.
+
+    Raises:
+        DecodeError: if it is neither, or no number of 64 bits.
+    """
+    if value is None or value == "":
+        return default
+    if isinstance(value, str):
+        number = int(value) if WHOLE_NUMBER.fullmatch(value) else 2**63
+        return number if -(2**63) < number < 2**63 else stable_hash(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value == int(value)):
+        raise DecodeError(f"{name} {value!r:.60} is neither a whole number nor a text")
+    if not -(2**63) < value < 2**63:
+        raise DecodeError(f"{name} {value} is beyond 64 bits: write it as a text")
+    if isinstance(value, float) and abs(value) > 2**53:
+        raise DecodeError(f"{name} {value} has been rounded to a float: write it as a whole number or as a text")
+    return int(value)
+
+
+def default_id(shard: str, name: str) -> int:
+    """The id of a sample that says none, in [0, 2^63). `shard`: of `identities`; `name`: the sample's within it."""
+    return stable_hash(f"{shard}\0{name}")
 
 
 def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch | str:

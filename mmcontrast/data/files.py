@@ -55,6 +55,22 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     return found
 
 
+def identities(names: Sequence[str]) -> list[str]:
+    """Per shard the shortest end of its path that tells it from the others: what the ids of samples without a `sample_id` are
+    made of, with the samples' keys. It does not depend on the folder, the mount or the server that all of them are in, nor on
+    a URL's signature. A shard that is named twice is one."""
+    whole = [name if is_remote(name) else os.path.abspath(name) for name in names]
+    bare = [name.partition("?")[0] if is_remote(name) else name for name in whole]
+    if len(set(bare)) == len(set(whole)):
+        whole = bare
+    parts = {name: name.rstrip("/").split("/") for name in whole}
+    for length in range(1, max((len(of) for of in parts.values()), default=0) + 1):
+        ends = {name: "/".join(of[-length:]) for name, of in parts.items()}
+        if len(set(ends.values())) == len(ends):
+            return [ends[name] for name in whole]
+    return whole
+
+
 def is_remote(name: str) -> bool:
     return "://" in name
 

@@ -14,6 +14,11 @@ class FolderIndex(MemberIndex):
 
     names: tuple[str, ...]
 
+    def describe(self, sample: int, extension: str = "") -> str:
+        words = super().describe(sample, extension)
+        named = self.wanted(sample, [extension])
+        return f"{words} ({self.names[named[0][0]]})" if named else words
+
     def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
         try:
             return {
@@ -30,4 +35,5 @@ def index_folder(name: str) -> FolderIndex:
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     names.sort(key=lambda member: sample_of(member)[0])  # `a.b/x` between `a.png` and `a.txt` would part them
     found = Members.collect(name, ((member, k, (path / member).stat().st_size) for k, member in enumerate(names)))
-    return FolderIndex(name, found.keys, found.extensions, found.digest, found.places, found.sizes, tuple(names))
+    parts = (found.keys, found.extensions, found.digest, found.places, found.sizes, tuple(names))
+    return FolderIndex(name, *parts, notes=found.notes)

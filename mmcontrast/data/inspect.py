@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmcontrast.data.dataset import MAX_MEMBER_BYTES
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES, id_of, read_json
 from mmcontrast.data.index import open_shards
 from mmcontrast.data.page import media, page, svg
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, TextModality
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, TextModality, VectorModality
 from mmcontrast.modalities.image import FORMATS
 
 LOOKED_INTO, SHOWN = 2000, 24  # samples, evenly spread over the shards: those whose members are read, and shown on the page
@@ -48,6 +47,11 @@ def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[
             share, middle = f"{len(of) / samples:.1%}", f"{np.median(of):.0f}"
             members.add_row(f".{extension}", str(len(of)), share, middle, str(of.max()))
     yield members
+    yield from (f"{shard.name}: {note}" for shard in shards for note in shard.notes)
+    known = {e for e in extensions if e.rpartition(".")[2] in {*MEASURES, *VectorModality.extensions}}
+    there = (sum((shard.has(e) for e in known & set(shard.extensions)), np.zeros(len(shard), dtype=bool)) for shard in shards)
+    if lacking := samples - sum(int(of.sum()) for of in there):
+        yield f"{lacking} samples have no picture, text, sound or vector, by the names of their members"
 
     chosen = _spread(shards, LOOKED_INTO)
     measures, groups, faults = _look(chosen, extensions)
@@ -89,8 +93,8 @@ def _look(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]) -
                 if data is None:  # a list of nothing
                     continue
                 if extension == "json":
-                    about = json.loads(data)
-                    groups.update([int(about["group_id"])] if "group_id" in about else [])
+                    about = read_json(data)
+                    groups.update([id_of("group_id", about["group_id"], 0)] if about.get("group_id") is not None else [])
                 elif measure:
                     for what, value in measure(data).items():
                         measures[f".{extension}", what].append(value)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmcontrast.data.dataset import Members, Sample, Samples, ShardDataset, stable_hash
+from mmcontrast.data.files import identities
 from mmcontrast.data.order import SampleOrder, lanes_of
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
@@ -122,6 +123,9 @@ class MixtureDataset(Samples):
         self.sources, self.modalities, self.own_ids = dict(sources), dict(modalities), frozenset(own_ids)
         self.remote = any(source.remote for source in self.sources.values())
         self.names, self.starts = list(self.sources), [0, *accumulate(map(len, self.sources.values()))]
+        named = iter(identities([shard.name for source in self.sources.values() for shard in source.shards]))
+        for source in self.sources.values():  # another source's shards may have the same names
+            source.identities = [next(named) for _ in source.shards]
         for field in self.modalities:
             if not any(field in source.modalities for source in self.sources.values()):
                 raise UserError(f"field {field!r}: no sample of any source ({', '.join(self.names)}) has a member for it")

@@ -15,14 +15,25 @@ import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmcontrast.data.dataset import MAX_MEMBER_BYTES, Members, Sample, collate, decoded
-from mmcontrast.data.files import expand_shards, open_stream
-from mmcontrast.data.shard import sample_of
+from mmcontrast.data.dataset import (
+    MAX_MEMBER_BYTES,
+    FieldKeys,
+    Members,
+    Sample,
+    choices_of,
+    collate,
+    decoded,
+    default_id,
+    member_name,
+)
+from mmcontrast.data.files import expand_shards, identities, open_stream
+from mmcontrast.data.shard import LABELS, sample_of
 from mmcontrast.data.tar import MAX_NAME_BYTES
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError, Modality
 from mmcontrast.types import Batch
 
+MAX_TOLD = 100
 BUFFER = 1000  # samples that a worker shuffles at a time
 END_MARK = bytes(1024)
 NAMES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -50,10 +61,12 @@ class StreamDataset(IterableDataset[Sample]):
     """
 
     def __init__(
-        self, shards: str | Sequence[str], modalities: Mapping[str, Modality], keys: Mapping[str, Sequence[str]], seed: int
+        self, shards: str | Sequence[str], modalities: Mapping[str, Modality], keys: Mapping[str, FieldKeys], seed: int
     ) -> None:
         self.names, self.modalities, self.seed = expand_shards(shards), dict(modalities), seed
-        self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        self.identity_of = dict(zip(self.names, identities(self.names), strict=True))
+        self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        self.told: set[str] = set()  # extensions that no field reads
         self.start = self.rank = 0
 
     def starting(self, step: int, rank: int) -> "StreamDataset":
@@ -65,18 +78,21 @@ class StreamDataset(IterableDataset[Sample]):
         worker = get_worker_info()
         seeds = [self.seed, self.start, self.rank, worker.id if worker else 0]
         random = np.random.Generator(np.random.PCG64(seeds))
-        grouped = webdataset.tariterators.group_by_keys(self._drawn(random), handler=_warn)
+        grouped = webdataset.tariterators.group_by_keys(self._drawn(random), sample_of, handler=_warn)
         shuffled = webdataset.filters.shuffle(BUFFER, initial=BUFFER // 2, seed=int(random.integers(2**31)))(grouped)
         skipped: list[dict[str, str]] = []
         try:
             for number, raw in enumerate(shuffled):
                 bad = next((value for value in raw.values() if isinstance(value, DecodeError)), None)
                 members: Members = bad or {name: value for name, value in raw.items() if not name.startswith("__")}
-                sample = decoded(raw["__key__"], members, self.modalities, self.keys, f"{seeds} {number}")
+                default = default_id(self.identity_of[raw["__url__"]], raw["__key__"])
+                sample = decoded(raw["__key__"], default, members, self.modalities, self.choices, f"{seeds} {number}")
                 if sample.error and len(skipped) >= BUFFER:
                     raise UserError(f"{len(skipped)} samples in turn could not be decoded; the last: {skipped[-1]['error']}")
                 if sample.error:
-                    skipped.append({"error": f"shard {raw['__url__']}, sample {raw['__key__']!r}, {sample.error}"})
+                    member = f", member .{sample.bad_member}" if sample.bad_member else ""
+                    place = f"shard {raw['__url__']}{sample.id_in_words}, sample {raw['__key__']!r}{member}"
+                    skipped.append(sample.bad | {"error": f"{place}: {sample.error}"})
                 else:
                     sample.replaces, skipped = tuple(skipped), []
                     yield sample
@@ -89,11 +105,11 @@ class StreamDataset(IterableDataset[Sample]):
         Raises:
             UserError: after so many shards in turn without a member that there is none.
         """
-        empty, wanted = 0, {"json", *(extension for of in self.keys.values() for extension in of)}
+        empty, wanted = 0, {*LABELS, *(member_name(key) for of in self.choices.values() for choice in of for key in choice)}
         while empty < max(8, 2 * len(self.names)):
             members, name = 0, self.names[int(random.integers(len(self.names)))]
             try:
-                for member in _members(name, wanted):
+                for member in _members(name, wanted, self.told):
                     members += 1
                     yield member
             except Exception as error:  # every file system has its own kinds
@@ -106,14 +122,23 @@ class StreamDataset(IterableDataset[Sample]):
         return collate(samples, self.modalities)
 
 
-def _members(name: str, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Those of the wanted extensions in a tar, as webdataset groups them. Nothing is decompressed."""
+def _members(name: str, wanted: Collection[str], told: set[str]) -> Iterator[dict[str, Any]]:
+    """Those of the wanted extensions in a tar, as webdataset groups them. Nothing is decompressed.
+
+    Args:
+        told: extensions of which it has been said that they are left out; the first hundred are.
+    """
     with closing(open_stream(name)) as file:
         tail = _Tail(file)
         with tarfile.open(fileobj=cast(IO[bytes], tail), mode="r|", tarinfo=_Entry) as tar:
             for entry in tar:
-                if entry.isreg() and not entry.issparse() and sample_of(entry.name)[1] in wanted:
-                    yield {"fname": entry.name, "data": _data(tar, entry), "__url__": name}
+                extension = sample_of(entry.name)[1]
+                if entry.isreg() and extension in wanted:
+                    yield {"fname": entry.name.removeprefix("./"), "data": _data(tar, entry), "__url__": name}
+                elif extension.rpartition(".")[2] in wanted and extension not in told and len(told) < MAX_TOLD:
+                    told.add(extension)
+                    why = f"no field reads .{extension}" if entry.isreg() else "it is no regular file"
+                    logger.warning("shard %s: member %r is left out (%s)", name, entry.name, why)
                 tar.members = []  # type: ignore[attr-defined]  # it would grow
         while tail.read(2**20):
             pass
@@ -122,6 +147,8 @@ def _members(name: str, wanted: Collection[str]) -> Iterator[dict[str, Any]]:
 
 
 def _data(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes | DecodeError:
+    if entry.issparse():
+        return DecodeError(f"member {entry.name} is sparse: write the shard again without tar's --sparse")
     if entry.size > MAX_MEMBER_BYTES:
         return DecodeError(f"member {entry.name}: {entry.size} bytes, more than {MAX_MEMBER_BYTES}")
     opened = tar.extractfile(entry)

@@ -18,15 +18,19 @@ import numpy as np
 
 from mmcontrast.data.files import LocalFile, RemoteFile, is_remote, open_file
 from mmcontrast.data.range_cache import cache_root
-from mmcontrast.data.shard import MemberIndex, Members
+from mmcontrast.data.shard import LeftOut, MemberIndex, Members, sample_of
 from mmcontrast.errors import UserError
 
 BLOCK = 512  # bytes: tar's unit
-REGULAR, GNU_LONG_NAME, GNU_LONG_LINK, POSIX_RECORDS, POSIX_GLOBAL_RECORDS = b"0LKxg"
+REGULAR, CONTIGUOUS, HARD_LINK, LINK, FOLDER, GNU_SPARSE, GNU_LONG_NAME, GNU_LONG_LINK = b"07125SLK"
+POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS = b"xXg"
+NAMING = (GNU_LONG_NAME, GNU_LONG_LINK, POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS)  # they tell about the next member
+FILES = (REGULAR, 0, CONTIGUOUS)
+REASONS = {HARD_LINK: "hard links have no bytes in a tar (tar --hard-dereference)", LINK: "links have no bytes in a tar"}
 MAX_NAME_BYTES = 2**20  # of what tells a member's long name
 NEAR = 64 * 2**10  # bytes between two members that are read with them rather than skipped
 AHEAD = 2**20  # bytes that a remote scan reads at a time
-VERSION = 2  # of what the cache holds
+VERSION = 3  # of what the cache holds
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ def index_tar(name: str, scan: bool = False) -> TarIndex:
     file, cached = open_file(name), index_file(name)
     found = None if scan else _load(cached, file.fingerprint)
     if found is None:
-        found = Members.collect(name, _members(file))
+        left_out = LeftOut()
+        found = Members.collect(name, _members(file, left_out), left_out)
         _keep(cached, file.fingerprint, found)
-    return TarIndex(name, found.keys, found.extensions, found.digest, found.places, found.sizes, file)
+    return TarIndex(name, found.keys, found.extensions, found.digest, found.places, found.sizes, file, notes=found.notes)
 
 
 def index_file(name: str) -> Path:
@@ -73,7 +78,7 @@ def _load(cached: Path, fingerprint: str) -> Members | None:
     try:
         with np.load(cached, allow_pickle=False) as entry:
             if str(entry["fingerprint"]) == f"{VERSION} {fingerprint}":
-                arrays = {name: entry[name] for name in ("text", "ends", "extensions", "places", "sizes")}
+                arrays = {name: entry[name] for name in ("text", "ends", "extensions", "places", "sizes", "notes")}
                 return Members.of(**arrays, digest=str(entry["digest"]))
     except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         pass  # not there, or not ours
@@ -82,6 +87,7 @@ def _load(cached: Path, fingerprint: str) -> Members | None:
 
 def _keep(cached: Path, fingerprint: str, found: Members) -> None:
     entry = {"text": found.keys.text, "ends": found.keys.ends, "places": found.places, "sizes": found.sizes}
+    entry["notes"] = np.array(found.notes, dtype="U")
     names, known = np.array(found.extensions, dtype="U"), f"{VERSION} {fingerprint}"
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -93,12 +99,18 @@ def _keep(cached: Path, fingerprint: str, found: Members) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _members(file: LocalFile | RemoteFile) -> Iterator[tuple[str, int, int]]:
+def _members(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[str, int, int]]:
     """(name, offset of the data, size) of every regular file in the tar; 4 µs a member of a local one. Checksums are
-    verified a few thousand at a time."""
+    verified a few thousand at a time.
+
+    Raises:
+        UserError: if it is not whole, or a member is sparse: its bytes are not there as they are.
+    """
     damaged = UserError(f"shard {file.name} is not a whole tar (truncated, compressed or overwritten): write or copy it again")
     headers: list[bytes] = []
     total, position, long_name = file.size, 0, None
+    records: dict[str, str] = {}  # of the next member
+    of_all: dict[str, str] = {}  # of all that follow
     with _reader(file) as read:
         while True:
             header = read(position, BLOCK)
@@ -116,25 +128,63 @@ def _members(file: LocalFile | RemoteFile) -> Iterator[tuple[str, int, int]]:
                     raise damaged
                 headers.clear()
             size, kind = _octal(header[124:136]), header[156]
+            if (records or of_all) and kind not in NAMING:
+                records = of_all | records
+                size = _decimal(records["size"]) if "size" in records else size
             content = position + BLOCK
             position = content + (size + BLOCK - 1) // BLOCK * BLOCK
-            if size < 0 or content + size > total or (kind in (GNU_LONG_NAME, POSIX_RECORDS) and size > MAX_NAME_BYTES):
+            if size < 0 or content + size > total:
                 raise damaged
-            if kind == REGULAR or kind == 0:
-                if long_name:
-                    name, long_name = long_name, None
-                else:
-                    name = _text(header[:100])
-                    if header[345] and header[257:263] == b"ustar\0":
-                        name = f"{_text(header[345:500])}/{name}"
-                yield name.removeprefix("./"), content, size
-            elif kind == GNU_LONG_NAME:  # the data is the next member's name
+            if kind in FILES and not (long_name or records or of_all):
+                yield _name(header), content, size
+                continue
+            if kind in NAMING and size > MAX_NAME_BYTES:
+                raise damaged
+            if kind == GNU_LONG_NAME:  # the data is the next member's name
                 long_name = _text(read(content, size))
-            elif kind == POSIX_RECORDS:  # of the form "27 path=…\n"
-                records = _text(read(content, size)).split("\n")
-                long_name = next((r.partition("path=")[2] for r in records if " path=" in r), long_name)
-            elif kind not in (GNU_LONG_LINK, POSIX_GLOBAL_RECORDS):  # a folder's or a link's own name
-                long_name = None
+            elif kind in (POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS):
+                told = _records(read(content, size))
+                if told is None:
+                    raise damaged
+                (of_all if kind == POSIX_GLOBAL_RECORDS else records).update(told)
+            elif kind != GNU_LONG_LINK:
+                name = (records.get("path") or long_name or _name(header)).removeprefix("./")
+                if kind == GNU_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
+                    raise UserError(
+                        f"shard {file.name}: member {name!r} is sparse: write the shard again without tar's --sparse"
+                    )
+                long_name, records = None, {}
+                if kind in FILES:
+                    yield name, content, size
+                elif kind != FOLDER and sample_of(name)[1]:
+                    left_out.add(REASONS.get(kind, "members are no regular files"), name)
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100])
+    if header[345] and header[257:263] == b"ustar\0":
+        name = f"{_text(header[345:500])}/{name}"
+    return name.removeprefix("./")
+
+
+def _records(data: bytes) -> dict[str, str] | None:
+    """What "27 path=…\\n" and so on say: the number is the record's length, whatever its value holds. None: they are broken."""
+    found, start = {}, 0
+    while start < len(data) and data[start]:
+        number, space, _ = data[start : start + 20].partition(b" ")
+        if not space or not number.isdigit():
+            return None
+        stop = start + int(number)
+        key, equals, value = data[start + len(number) + 1 : stop - 1].partition(b"=")
+        if not equals or not key or stop > len(data) or data[stop - 1 : stop] != b"\n":
+            return None
+        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        start = stop
+    return found
+
+
+def _decimal(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from mmcontrast.options import Component, Options, Patterns, Positive
+from mmcontrast.options import Component, Keys, Options, Patterns, Positive
 
 T = TypeVar("T")
 Projection = Literal["linear", "mlp", "none"]
@@ -16,13 +16,14 @@ class FieldOptions(Options):
     Attributes:
         modality: how its bytes are decoded: image, text, audio, vector, with options.
         tower: the name of the tower that encodes it, under `towers`.
-        keys: extensions of its member in a shard, tried in turn; default: the modality's own.
+        keys: extensions of its member in a shard, tried in turn; default: the modality's own. "json:caption" is an entry of the
+            json; of {"json:caption": 0.7, "txt": 0.3} training draws one, with these weights.
         negative_of: another field, for which this one only provides further negatives: a mined caption that nearly fits.
     """
 
     modality: Component
     tower: str
-    keys: list[str] = []
+    keys: Keys = []
     negative_of: str | None = None
 
 
@@ -51,7 +52,7 @@ class SourceOptions(Options):
     shards: Patterns
     files: str | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
-    keys: dict[str, list[str]] = {}
+    keys: dict[str, Keys] = {}
     modalities: dict[str, dict[str, Any]] = {}
     own_ids: bool = False
 

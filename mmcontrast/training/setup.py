@@ -18,6 +18,7 @@ from mmcontrast.data import (
     TrainingOrder,
     clusters_of,
 )
+from mmcontrast.data.dataset import names_of
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
@@ -139,10 +140,27 @@ def make_source(
     Raises:
         UserError: for a field that there is not.
     """
+    modalities = source_modalities(name, source, fields, {field: model.modality(field) for field in fields})
+    keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
+    dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)
+    for field in source.keys.keys() - dataset.keys.keys():
+        wanted = " or ".join(names_of(source.keys[field]))
+        raise UserError(f"data.train.{name}.keys.{field}: no sample has a member {wanted}")
+    return dataset
+
+
+def source_modalities(
+    name: str, source: SourceOptions, fields: Mapping[str, FieldOptions], modalities: Mapping[str, Modality]
+) -> dict[str, Modality]:
+    """The model's modalities, with what one of several sources has otherwise.
+
+    Raises:
+        UserError: for a field that there is not; for an option that must be that of the model.
+    """
     for field in source.keys.keys() | source.modalities.keys():
         if field not in fields:
             raise UserError(f"data.train.{name}: no field {field!r}; {nearest(field, fields)}")
-    modalities = {field: model.modality(field) for field in fields}
+    modalities = dict(modalities)
     for field, changed in source.modalities.items():
         for option in changed.keys() - modalities[field].of_source:
             may = ", ".join(sorted(modalities[field].of_source)) or "none"
@@ -152,8 +170,4 @@ def make_source(
         own = fields[field].modality
         spec = {**({"type": own} if isinstance(own, str) else own), **changed}
         modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
-    keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
-    dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)
-    for field in source.keys.keys() - dataset.keys.keys():
-        raise UserError(f"data.train.{name}.keys.{field}: no sample has a member {' or '.join(source.keys[field])}")
-    return dataset
+    return modalities

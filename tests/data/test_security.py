@@ -81,8 +81,9 @@ def test_a_member_beyond_the_cap_is_not_read(tmp_path, monkeypatch):
     dataset = ShardDataset(str(tmp_path / "x.tar"), TEXT, {})
     assert "'a', member .txt: 101 bytes, more than 100" in dataset[0, 0].error
     assert dataset[0, 1].error is None and "text" in dataset[0, 1].values
-    faults = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
-    assert [fault["sample"] for fault in faults] == ["a", "b"] and "more than 100 bytes" in faults[0]["error"]
+    report = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)
+    assert [fault["sample"] for fault in report["faults"]] == ["a"] and "more than 100 bytes" in report["faults"][0]["error"]
+    assert report["notes"] == ["1 members .mp4"]
 
 
 def test_a_name_of_gigabytes_is_not_read(tmp_path):

@@ -189,8 +189,8 @@ def test_names_that_are_no_keys_and_extensions_are_refused(tmp_path):
 
     with pytest.raises(UserError, match="sample 'a' has two members of one name"):
         tar(["a.txt", "a.png", "a.txt", "b.txt"])
-    with pytest.raises(UserError, match=r"2000 different extensions, as \.1999\.jpg; what follows the first dot"):
-        tar([f"{k:05d}_0.{k}.jpg" for k in range(2000)])
+    with pytest.raises(UserError, match=r"2000 different extensions, as \.e1999; what follows the first dot"):
+        tar([f"{k:05d}_0.e{k}" for k in range(2000)])
     with pytest.raises(UserError, match="braces of .* do not match"):
         expand_shards("train-{0..3.tar")
 

@@ -16,7 +16,10 @@ from PIL import Image
 
 from mmcontrast.data import ShardDataset, all_batches, write_shard
 from mmcontrast.data.inspect import inspect_shards
-from mmcontrast.data.verify import _decoded, _scanned, verify_shards
+from mmcontrast.data.shard import sample_of
+from mmcontrast.data.verify import _decoded, _scanned, verify_shards, verify_sources
+from mmcontrast.data_commands import _reading, _sources, verify
+from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality, VectorModality
 from tests.command import mmcontrast
 
@@ -51,7 +54,7 @@ BAD_MEMBERS = {
     "Latin-1 text": ("txt", "café".encode("latin-1"), "not UTF-8"),
     "no JSON": ("json", b"{", "not JSON"),
     "a JSON list": ("json", b"[1]", "a JSON list, not an object"),
-    "a group without a number": ("json", b'{"group_id": "x"}', "not JSON as it should be"),
+    "a group without a number": ("json", b'{"group_id": [7]}', "group_id [7] is neither a whole number nor a text"),
     "a negative group": ("json", b'{"group_id": -4}', "group_id -4 is negative"),
     "an empty picture": ("png", b"", "not a picture"),
 }
@@ -153,14 +156,15 @@ def test_a_mutated_shard_is_reported_or_whole(whole, mutations):
     path = whole / f"{hash(data)}.tar"
     path.write_bytes(data)
     try:
-        number, error = _scanned(str(path))
+        number, error, _ = _scanned(str(path))
         if error:
             assert str(path) in error and "\n" not in error
             return
-        members, faults = _decoded((str(path), 0))
+        found = _decoded((str(path), 0))
         with tarfile.open(path, ignore_zeros=True) as tar:  # beyond holes too
             names = [entry.name for entry in tar if entry.isfile() and re.match(r"[^/.]+\.", entry.name)]
-        assert faults or (members == len(names) and number == len({name.partition(".")[0] for name in names}))
+        members = found.members + found.untried.total()
+        assert found.faults or (members == len(names) and number == len({sample_of(name)[0] for name in names}))
     finally:
         path.unlink()
 
@@ -172,7 +176,7 @@ HUGE_SOUND[18:26] = (655350 << 44 | 7 << 41 | 15 << 36 | 3600 * 655350).to_bytes
 WORSE_MEMBERS = {
     "a picture so narrow that it grows": ("png", NARROW.getvalue(), "so narrow that scaled to 224"),
     "a sound that is huge by its header": ("flac", bytes(HUGE_SOUND), "values of sound, more than"),
-    "an infinite number": ("json", b'{"sample_id": Infinity}', "not JSON as it should be"),
+    "an infinite number": ("json", b'{"sample_id": Infinity}', "sample_id inf is neither a whole number"),
     "a number beyond 64 bits": ("json", b'{"group_id": 1e30}', "beyond 64 bits"),
     "a deep nest": ("json", b"[" * 100_000, "not JSON as it should be"),
     "no array": ("npy", b"garbage", "not an array"),
@@ -208,3 +212,48 @@ def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
     (batch,) = all_batches(ShardDataset(str(tmp_path / "x.tar"), {"text": TextModality()}, {}), 1)
     assert len(batch) == 1 and batch.metadata[0]["key"] == "caf\udce9"
     assert [*inspect_shards([str(tmp_path / "x.tar")], tmp_path / "page.html")] and (tmp_path / "page.html").exists()
+
+
+def test_a_config_is_verified_as_it_is_read(config_file, corpus, tmp_path, capsys):
+    """Its sources and splits, its fields with their keys and limits; in one report, by the command."""
+    table = "photo,spoken,words\n"
+    (tmp_path / "files").mkdir()
+    for k in range(4):
+        (tmp_path / "files" / f"{k}.png").write_bytes(picture() if k else b"no picture")
+        (tmp_path / "files" / f"{k}.flac").write_bytes(sound())
+        table += f"{k}.png,{k + 1}.flac,{'words' if k != 2 else ' '}\n"
+    (tmp_path / "x.csv").write_text(table)
+    keys = "{image: [photo], audio: [spoken], text: [words]}"
+    source = f"{{shards: {tmp_path / 'x.csv'}, files: {tmp_path / 'files'}, keys: {keys}}}"
+    options = [f"data.train={{table: {source}, tars: {{shards: {corpus / 'train-*.tar'}}}}}"]
+    with pytest.raises(UserError, match="3 faults in 5 shards, 124 samples"):
+        verify([str(config_file), *options], workers=1, json_file=tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    faults = [(fault["sample"], fault["member"]) for fault in report["faults"]]
+    assert faults == [("x-0", "photo"), ("x-2", "words"), ("x-3", "spoken")]
+    told = capsys.readouterr().err
+    assert "row 0, sample 'x-0', member .photo (0.png)" in told and "4.flac cannot be read: No such file" in told
+
+
+def test_what_training_would_suffer_is_found_of_a_config(config_file, tmp_path, capsys):
+    write_shard(tmp_path / "x.tar", [{"__key__": f"k{k}", "png": picture(), "txt": "x", "dat": b"?"} for k in range(3)])
+    lone = [{"__key__": "lone", "svg": b"<svg/>", "json": {}}]
+    write_shard(tmp_path / "y.tar", lone)
+    sources, shared = _sources(str(config_file), [f"data.train={tmp_path / '?.tar'}", "evaluation.splits={val: nowhere.tar}"])
+    report = verify_sources(sources, shared, 1, progress=False)
+    assert [fault["error"].partition(" (from")[0] for fault in report["faults"]] == ["no shard at 'nowhere.tar'"]
+    assert {note.partition(", as ")[0] for note in report["notes"]} == {
+        "data.train: 3 members .dat", "data.train: 1 members .svg", "data.train: 1 samples have no audio or image or text",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="unknown key 'nonsense'"):
+        _sources(str(config_file), ["nonsense=1"])
+    verify([str(tmp_path / "?.tar")], workers=1)
+    told = capsys.readouterr().err
+    assert "not decoded: 3 members .dat" in told and "2 shards, 4 samples, 7 members: what was decoded is well" in told
+
+
+def test_keys_that_are_wrong_are_refused(tmp_path):
+    for wrong in ("image", "=x", "image=", "image=a,,b"):
+        with pytest.raises(UserError, match="--keys .*: write FIELD=KEY"):
+            _reading([wrong], None)
+    assert _reading(["speech=a,b", "speech=c"], None).keys == {"speech": ["a", "b", "c"]}
