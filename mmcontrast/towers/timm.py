@@ -4,7 +4,7 @@ from typing import Any
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.towers.base import Tower
+from mmcontrast.towers.base import Tower, library_errors
 
 
 class TimmTower(Tower):
@@ -22,8 +22,6 @@ class TimmTower(Tower):
 
         if not timm.is_model(model.split(".")[0]):
             raise UserError(f"timm has no model {model!r}; {nearest(model, timm.list_models())[:200]}")
-        try:
+        with library_errors(f"timm's {model!r} refuses an option, or has no weights"):
             self.network = timm.create_model(model, pretrained=pretrained, num_classes=0, **options)
-        except TypeError as error:
-            raise UserError(f"timm's {model!r} refuses an option: {error}") from error
         self.width = getattr(self.network, "head_hidden_size", self.network.num_features)

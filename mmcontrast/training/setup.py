@@ -19,10 +19,10 @@ from mmcontrast.data import (
     clusters_of,
 )
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import MODALITIES, Modality, TextModality
+from mmcontrast.modalities import MODALITIES, DecodeError, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
-from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, TransformersTower
+from mmcontrast.towers import TOWERS
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 
@@ -47,13 +47,11 @@ def make_model(
     modalities = make_modalities(fields)
     made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
     for field, modality in modalities.items():
-        tower = made[fields[field].tower]
-        if isinstance(modality, TextModality) and isinstance(tower, TransformersTower | OpenClipTower | OpenClipTextTower):
-            if tower.pad_id not in (None, modality.pad_id):
-                raise UserError(
-                    f"fields.{field}: its tokenizer pads with {modality.pad_id}, another's of its tower with {tower.pad_id}"
-                )
-            tower.pad_id = modality.pad_id
+        if isinstance(modality, TextModality):
+            try:
+                made[fields[field].tower].read(modality.text_ids)
+            except (UserError, DecodeError) as error:
+                raise UserError(f"fields.{field}: {error}") from error
     return ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
 
 
