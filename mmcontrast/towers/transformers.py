@@ -57,8 +57,7 @@ class TransformersTower(Tower):
             if length_chunks != 1:
                 raise UserError(f"transformers tower: length_chunks is for texts, this model's input is {self.input}")
             return
-        takes = inspect.signature(self.network.forward).parameters.values()
-        if not any(one.name == "attention_mask" or one.kind is one.VAR_KEYWORD for one in takes):
+        if "attention_mask" not in inspect.signature(self.network.forward).parameters:
             name = type(self.network).__name__
             raise UserError(f"transformers tower: a {name} takes no attention_mask, so padding would mix into the features")
         self.context_length = positions_of(self.network, self.network.config)
