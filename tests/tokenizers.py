@@ -1,4 +1,4 @@
-"""Tokenizers of every make, learnt of a few captions by the `tokenizers` library: what pads, what ends a text, on which side."""
+"""Tokenizers of every make, learnt of a few captions by the library of that name: what pads, what ends a text, where."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

@@ -102,8 +102,10 @@ class TransformersTower(Tower):
 
 def positions_of(network: nn.Module, config: Any) -> int | None:
     """The most tokens of a text; None: any number. RoBERTa and its kin count positions from their padding's id on."""
-    number = getattr(config, "max_position_embeddings", None) or None
-    for name, module in network.named_modules() if number else ():
+    number: int | None = getattr(config, "max_position_embeddings", None) or None
+    if number is None:
+        return None
+    for name, module in network.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return number - module.padding_idx - 1
     return number

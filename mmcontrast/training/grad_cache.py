@@ -6,6 +6,7 @@ with its own random numbers, and send its rows of that gradient into the towers.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def batch_norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-def with_statistics(model: nn.Module) -> list[nn.Module]:
+def with_statistics(model: nn.Module) -> list[Any]:
     """The modules that learn running statistics of what passes through them in training: batch norms and their kin."""
     return [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor) and hasattr(m, "momentum")]
 

@@ -58,7 +58,7 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
 
 def not_decaying(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay leaves alone: vectors and numbers (biases, norms, layer scales, single tokens,
-    the logit scale and bias), tables of positions and of biases, tokens, and what a network names in its `no_weight_decay()`."""
+    the logit scale and bias), tables of positions and of biases, tokens, and what networks name in `no_weight_decay()`."""
     kept: set[str] = set()
     for prefix, module in model.named_modules():
         start = f"{prefix}." if prefix else ""

@@ -130,7 +130,7 @@ def check_rows(model: ContrastiveModel, options: TrainOptions, ranks: int) -> No
     if smallest == 1 and learning:
         micro = f", in parts of at most {size} (train.micro_batch_size)" if samples > 1 else ""
         raise UserError(
-            f"towers.{learning[0]} has batch norms, which need two samples at a time: train.batch_size={options.batch_size} over"
+            f"towers.{learning[0]} has batch norms, which need two samples at a time: train.batch_size={options.batch_size} on"
             f" {ranks} processes and train.accumulation_steps={options.accumulation_steps} is {samples} at a time{micro}"
         )
 
@@ -163,9 +163,14 @@ def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def batches_counted(model: nn.Module) -> Tensor:
     """How many batches each of the model's norms has counted so far, [norms]; 0 for those that do not count."""
     norms = with_statistics(model)
-    counts = [getattr(norm, "num_batches_tracked", None) for norm in norms]
+    counts = [_count(norm) for norm in norms]
     numbers = [n.running_var.new_zeros(()) if count is None else count for n, count in zip(norms, counts, strict=True)]
     return torch.stack([number.float() for number in numbers]) if norms else torch.empty(0)
+
+
+def _count(norm: nn.Module) -> Tensor | None:
+    """What a batch norm counts its batches in; others have it too, and leave it at 0."""
+    return norm.num_batches_tracked if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
 
 
 @torch.no_grad()
@@ -179,7 +184,7 @@ def same_statistics(model: nn.Module, before: Tensor) -> None:
     norms = with_statistics(model)
     if not norms or not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    counts = [getattr(norm, "num_batches_tracked", None) for norm in norms]
+    counts = [_count(norm) for norm in norms]
     counted = batches_counted(model) - before
     weights = ((counted > 0) | counted.new_tensor([count is None for count in counts]).bool()).float()
     statistics = [
