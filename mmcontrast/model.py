@@ -120,13 +120,19 @@ class ContrastiveModel(nn.Module):
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Some modules in evaluation mode, and afterwards as they were."""
+    """Some modules in evaluation mode, and afterwards as they were. Norms compute with a copy of their running statistics: a
+    later forward may change these before the backward."""
     training = [module for module in modules if module.training]
+    running = [(m, name, m._buffers[name]) for m in training for name in ("running_mean", "running_var") if name in m._buffers]
     for module in training:
         module.training = False
+    for module, name, statistic in running:
+        module._buffers[name] = None if statistic is None else statistic.clone()
     try:
         yield
     finally:
+        for module, name, statistic in running:
+            module._buffers[name] = statistic
         for module in training:
             module.training = True
 

@@ -4,8 +4,8 @@ The shards are torch's own `fully_shard`: accelerate's wrapping computes the log
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -152,10 +152,15 @@ def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.training and not batch_norms(self)
     ) or torch.compiler.is_compiling():  # what is compiled is computed again as it is
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    training = self.training
+    still = [module for module in self.modules() if not module.training]
+
+    @contextmanager
+    def as_it_was() -> Iterator[None]:
+        with evaluating(still), running_statistics_kept(self):
+            yield
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), running_statistics_kept(self) if training else evaluating(self.modules())
+        return nullcontext(), as_it_was()
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 

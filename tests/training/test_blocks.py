@@ -127,7 +127,14 @@ def test_blocks_learn_nothing_of_a_field_that_nobody_has(option, monkeypatch):
     ids = torch.arange(6)
     here = {"a": ids < 0, "b": ids >= 0}
     rows = {"a": torch.randn(1, 8), "b": torch.randn(6, 8)}
-    fields = called(Batch(rows, here, ids, ids, [{}] * 6)).fields
+    nobodys = Batch(rows, here, ids, ids, [{}] * 6)
+    alone = Batch(rows, {"a": ids == 2, "b": ids >= 0}, ids, ids, [{}] * 6)
+    if option == "recompute":
+        fields = called(alone).fields
+        (fields["a"] @ fields["b"].T).square().sum().backward()
+        model.zero_grad()
+        model.towers["one"].network.blocks[0].norm.reset_running_stats()
+    fields = called(nobodys).fields
     norm = model.towers["one"].network.blocks[0].norm
     assert norm.num_batches_tracked == 1 and not fields["a"].any()
     (fields["a"] @ fields["b"].T + fields["b"] @ torch.randn(4, 6)).square().sum().backward()
