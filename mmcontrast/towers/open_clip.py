@@ -1,12 +1,10 @@
 """open_clip's models as towers: one half of a named dual encoder, or its text transformer at a size of one's own."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.hf_model import HFTextEncoder
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from mmcontrast.components import nearest
@@ -18,19 +16,20 @@ from mmcontrast.towers.transformers import positions_of
 class OpenClipTextReader(Tower):
     """A tower around one of open_clip's text networks, which take texts as open_clip's tokenizers pad them."""
 
-    def _reads(self, network: nn.Module) -> None:
+    masks = False  # a Hugging Face encoder, which is given no fixed length
+
+    def _reads(self) -> None:
         """Takes over what the network says of its texts."""
-        if isinstance(network, HFTextEncoder):
-            self.context_length, self.vocab_size = positions_of(network, network.config), network.config.vocab_size
-        else:
-            self.context_length, self.vocab_size = network.context_length, network.vocab_size  # type: ignore[assignment]
+        network, self.masks = self.network, type(self.network).__name__ == "HFTextEncoder"
+        self.context_length = positions_of(network, network.config) if self.masks else network.context_length
+        self.vocab_size = network.config.vocab_size if self.masks else network.vocab_size
 
     def read(self, texts: TextIds) -> None:
         if self.vocab_size is None:
             raise UserError("its tower is the image half of a model: give it one of part: text")
         super().read(texts)
         network, pad_id = self.network, texts.pad_id
-        if isinstance(network, HFTextEncoder):
+        if self.masks:
             masked, reads_padding, pooling = network.config.pad_token_id, True, "mask"
         else:
             by_id = getattr(network, "use_pad_mask", False) or network.cls_emb is not None
@@ -68,7 +67,7 @@ class OpenClipTextReader(Tower):
                 f"texts of {tokens.shape[1]} tokens for a tower of context_length={self.context_length}: set the text"
                 f" modality's context_length to {self.context_length}"
             )
-        if not isinstance(self.network, HFTextEncoder):  # that one has a mask
+        if not self.masks:
             tokens = F.pad(tokens, (0, self.network.context_length - tokens.shape[1]), value=PADDING)
         padding = tokens == PADDING
         if self.texts and self.texts.pads_left:
@@ -90,6 +89,8 @@ class OpenClipTower(OpenClipTextReader):
 
     def __init__(self, model: str, part: Literal["image", "text"], pretrained: str | None = None, **options: Any) -> None:
         super().__init__()
+        import open_clip
+
         if ":" not in model and model not in open_clip.list_models():
             raise UserError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())[:200]}")
         if part not in ("image", "text"):
@@ -98,9 +99,11 @@ class OpenClipTower(OpenClipTextReader):
             options.setdefault("force_quick_gelu", quick_gelu(model, pretrained))
             whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
             size = open_clip.get_model_config(model)
+            for half, network in (("image", whole.visual), ("text", whole.text)):
+                check_loaded(network, f"pretrained_{half}_path", options.get(f"pretrained_{half}_path"))
         self.network, self.part = whole.visual if part == "image" else whole.text, part
         if part == "text":
-            self._reads(self.network)
+            self._reads()
         self.width = getattr(self.network, "output_dim", None) or size["embed_dim"]
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -113,11 +116,13 @@ class OpenClipTextTower(OpenClipTextReader):
 
     def __init__(self, width: int, layers: int, heads: int, context_length: int = 77, **options: Any) -> None:
         super().__init__()
+        from open_clip.transformer import TextTransformer
+
         with library_errors("open_clip's text transformer refuses an option"):
             self.network = TextTransformer(
                 context_length=context_length, width=width, layers=layers, heads=heads, output_dim=None, **options
             )
-        self._reads(self.network)
+        self._reads()
         self.width = width
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -127,5 +132,23 @@ class OpenClipTextTower(OpenClipTextReader):
 
 def quick_gelu(model: str, pretrained: str | None) -> bool:
     """Whether weights of a tag were trained with QuickGELU: open_clip itself only warns where the architecture has another."""
+    import open_clip
+
     tag = open_clip.get_pretrained_cfg(model, pretrained or "") if ":" not in model else {}
     return bool(tag.get("quick_gelu"))
+
+
+def check_loaded(network: nn.Module, option: str, file: str | None) -> None:
+    """
+    Raises:
+        UserError: for a file of weights that open_clip would leave out with a line in its log, and train from random ones.
+    """
+    if file is None:
+        return
+    from open_clip.factory import load_state_dict
+
+    if not Path(file).is_file():
+        raise UserError(f"open_clip tower: {option}: no file {file}")
+    missing = sorted(network.state_dict().keys() - load_state_dict(file).keys())
+    if missing:
+        raise UserError(f"open_clip tower: {option}: {file} lacks {len(missing)} weights of its half, as {missing[0]}")

@@ -2,14 +2,16 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 from mmcontrast.errors import UserError
 from mmcontrast.towers.base import PADDING, Tower, library_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TransformersTower(Tower):
@@ -27,7 +29,7 @@ class TransformersTower(Tower):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: "str | PreTrainedModel",
         config: Mapping[str, Any] | None = None,
         pretrained: bool = False,
         pooling: Literal["mean", "first", "last"] = "mean",
@@ -35,7 +37,13 @@ class TransformersTower(Tower):
         length_chunks: int = 1,
     ) -> None:
         super().__init__()
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+
         overrides = dict(config or {})
+        if not isinstance(pretrained, bool):
+            raise UserError(f"transformers tower: pretrained={pretrained!r} must be true or false: name the folder in model")
+        if length_chunks < 1:
+            raise UserError(f"transformers tower: length_chunks={length_chunks} must be 1 or more")
         with library_errors(f"transformers tower {model!r}"):
             if isinstance(model, PreTrainedModel):
                 self.network = model

@@ -87,6 +87,14 @@ def test_padding_does_not_change_text_features(pooling):
         ({"type": "timm", "model": "test_vit", "num_heads": 7}, "timm's 'test_vit' refuses an option"),
         ({"type": "timm", "model": "test_vit", "embed_dim": -4}, "timm's 'test_vit' refuses an option"),
         ({"type": "timm", "model": "test_vit", "pretrained": True}, "timm's 'test_vit' .* has no weights"),
+        ({"type": "timm", "model": "test_vit", "pretrained": "/no/such.pt"}, "timm's 'test_vit' .*: no file /no/such.pt"),
+        (
+            {"type": "open_clip", "model": "RN50", "part": "image", "pretrained_image_path": "/no/such.pt"},
+            "no file /no/such.pt",
+        ),
+        ({"type": "transformers", "model": "bert", "pretrained": "/no/such"}, "name the folder in model"),
+        ({"type": "transformers", "model": "bert", "length_chunks": 0}, "length_chunks=0 must be 1 or more"),
+        ({"type": "linear", "inputs": 3, "width": 0}, "inputs=3, width=0"),
         ({"type": "open_clip_text", "width": 16, "layers": 1, "heads": 3}, "open_clip's text transformer refuses an option"),
         ({"type": "open_clip_text", "width": 16, "layers": 1, "heads": 2, "pool_type": "x"}, "transformer refuses an option"),
         ({"type": "open_clip", "model": "RN50", "part": "image", "pretrained": "/no/such.pt"}, "'/no/such.pt': .*known tag"),
@@ -152,6 +160,36 @@ def test_a_file_that_holds_no_weights_is_said_in_a_line(tagged):
         with pytest.raises(UserError, match=rf"open_clip's 'tiny' with pretrained='.*{name}': ") as error:
             build(spec, TOWERS, "tower")
         assert "\n" not in str(error.value)
+
+
+def test_a_timm_towers_weights_are_those_of_its_file(tmp_path):
+    import timm
+
+    for classes in (0, 7):
+        network = timm.create_model("test_vit", num_classes=classes).eval()
+        torch.save(network.state_dict(), tmp_path / "w.pt")
+        spec = {"type": "timm", "model": "test_vit", "pretrained": str(tmp_path / "w.pt")}
+        tower, batch = build(spec, TOWERS, "tower").eval(), torch.randn(2, 3, 160, 160)
+        network.reset_classifier(0)
+        torch.testing.assert_close(tower(batch), network(batch))
+        assert tower.width == network.num_features
+
+
+def test_half_a_models_weights_are_all_there_or_refused(tagged):
+    """open_clip logs what it does not find there, and goes on with random weights."""
+    import open_clip
+
+    whole = open_clip.create_model("tiny", force_custom_text=True)
+    weights = whole.visual.state_dict()
+    torch.save(weights, tagged / "visual.pt")
+    spec = {"type": "open_clip", "model": "tiny", "part": "image", "pretrained_image_path": str(tagged / "visual.pt")}
+    tower = build(spec, TOWERS, "tower")
+    assert all(torch.equal(value, weights[name]) for name, value in tower.network.state_dict().items())
+    torch.save({"other": torch.zeros(1)}, tagged / "visual.pt")
+    with pytest.raises(
+        UserError, match=r"pretrained_image_path: .*visual.pt lacks \d+ weights of its half, as class_embedding"
+    ):
+        build(spec, TOWERS, "tower")
 
 
 WAV2VEC = {

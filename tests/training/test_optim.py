@@ -17,6 +17,7 @@ from mmcontrast.towers import TOWERS
 from mmcontrast.training import checkpoint
 from mmcontrast.training.optim import freeze, heights_of, make_optimizer, not_decaying, schedule
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.state import weights_path
 from tests.training.test_training import train
 
 
@@ -123,6 +124,18 @@ def test_weight_decay_spares_what_the_library_names_and_what_is_a_position(kind)
     matrices += [parameters[n] for n in ("token_embedding.weight", "embeddings.word_embeddings.weight") if n in parameters]
     decaying = [weight for weight in matrices if sum(size > 1 for size in weight.shape) > 1]
     assert (decaying or kind == "gpt2") and not {id(weight) for weight in decaying} & kept
+
+
+def test_what_a_run_cannot_start_from_is_said_in_a_line(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("bad.safetensors", "is no .safetensors file, or damaged"),
+        ("folder", "is neither a run's folder, nor one of its checkpoints, nor a .safetensors file"),
+        ("none.safetensors", "no weights at"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_weights(weights_path(str(tmp_path / name)))
 
 
 def test_what_is_spared_is_in_the_optimizers_groups(config_file):
