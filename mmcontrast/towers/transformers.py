@@ -40,7 +40,7 @@ class TransformersTower(Tower):
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
         overrides = dict(config or {})
-        if not isinstance(pretrained, bool):
+        if isinstance(pretrained, str):
             raise UserError(f"transformers tower: pretrained={pretrained!r} must be true or false: name the folder in model")
         if length_chunks < 1:
             raise UserError(f"transformers tower: length_chunks={length_chunks} must be 1 or more")

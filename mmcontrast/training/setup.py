@@ -27,12 +27,19 @@ from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions,
 
 
 def make_model(
-    fields: Mapping[str, FieldOptions], towers: Mapping[str, Component], options: ModelOptions, seed: int
+    fields: Mapping[str, FieldOptions],
+    towers: Mapping[str, Component],
+    options: ModelOptions,
+    seed: int,
+    tokenizers: bool = True,
 ) -> ContrastiveModel:
     """The model with its initial weights, a function of the seed.
 
+    Args:
+        tokenizers: they are those of the texts, and must fit the towers.
+
     Raises:
-        UserError: for a field without a tower, or a tower without a field.
+        UserError: for a field without a tower, a tower without a field, or texts that a tower cannot read.
     """
     for field, of in fields.items():
         if of.tower not in towers:
@@ -47,7 +54,7 @@ def make_model(
     modalities = make_modalities(fields)
     made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
     for field, modality in modalities.items():
-        if isinstance(modality, TextModality):
+        if isinstance(modality, TextModality) and tokenizers:
             try:
                 made[fields[field].tower].read(modality.text_ids)
             except (UserError, DecodeError) as error:
