@@ -1,13 +1,15 @@
 """The model: fields → towers → projections → unit embeddings, with the logit scale and bias of the scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
@@ -90,7 +92,9 @@ class ContrastiveModel(nn.Module):
     def forward(self, batch: Batch) -> Embeddings:
         fields = {}
         for field, values in batch.values.items():
-            here, embeddings = batch.present[field], self.encode(field, values)
+            here = batch.present[field]
+            with self._as_it_counts(field, len(values), here):
+                embeddings = self.encode(field, values)
             if len(values) == len(batch):
                 fields[field] = embeddings * here.unsqueeze(1)
             else:
@@ -100,9 +104,37 @@ class ContrastiveModel(nn.Module):
         scale = self.log_logit_scale.exp()
         return Embeddings(fields, dict(zip(self.pairs, scale, strict=True)) if self.pairs else scale.squeeze(0), bias)
 
+    def _as_it_counts(self, field: str, rows: int, here: Tensor) -> AbstractContextManager[None]:
+        """In training, what stands for a field that nobody has takes part in the step, but is computed as in evaluation: batch
+        norms learn nothing of it. A row that is alone has no statistics of its own: it gets the running ones."""
+        if not self.training or rows > 1:
+            return nullcontext()
+        tower = self.tower_of[field]
+        parts = [*self.towers[tower].modules(), *self.projections[tower].modules()]
+        return evaluating(module for module in parts if not here.any() or isinstance(module, _BatchNorm))
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         self.log_logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Some modules in evaluation mode, and afterwards as they were. Norms compute with a copy of their running statistics: a
+    later forward may change these before the backward."""
+    training = [module for module in modules if module.training]
+    running = [(m, name, m._buffers[name]) for m in training for name in ("running_mean", "running_var") if name in m._buffers]
+    for module in training:
+        module.training = False
+    for module, name, statistic in running:
+        module._buffers[name] = None if statistic is None else statistic.clone()
+    try:
+        yield
+    finally:
+        for module, name, statistic in running:
+            module._buffers[name] = statistic
+        for module in training:
+            module.training = True
 
 
 def _head(tower: str, width: int, embed_dim: int, projection: str | Mapping[str, str]) -> nn.Module:

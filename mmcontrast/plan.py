@@ -120,7 +120,7 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
     bare = without_downloads(config)
     objective, pairing = check_components(bare)
     with fakes():
-        model = make_model(bare.fields, bare.towers, bare.model, 0)
+        model = make_model(bare.fields, bare.towers, bare.model, 0, tokenizers=False)
         check_placement(model, options)
         for field in options.resolution.keys() - model.modalities.keys():
             raise UserError(f"train.resolution: no field {field!r}; {nearest(field, model.modalities)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,21 +42,33 @@ class Batch:
         return {name: torch.where(here, self.group_ids, ABSENT) for name, here in self.present.items()}
 
     def split(self, size: int) -> list["Batch"]:
-        """Parts of `size` samples, the last of what is left."""
-        return [self._part(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+        """Parts of consecutive samples, at most `size` each, and as equal as can be."""
+        number = -(-len(self) // size)
+        ends = [len(self) * k // number for k in range(number + 1)]
+        return [self._part(slice(start, stop)) for start, stop in pairwise(ends)]
 
-    def _part(self, start: int, stop: int) -> "Batch":
+    def deal(self, number: int) -> list["Batch"]:
+        """Parts that take every `number`-th sample. Ranks hold consecutive samples of the whole batch: where `number` divides
+        those of a rank, the parts of all ranks make up the same parts of the whole batch for any number of ranks."""
+        return [self._part(slice(k, None, number)) for k in range(number)]
+
+    def _part(self, chosen: slice) -> "Batch":
         values = {}
         for name, rows in self.values.items():
-            first, last = int(self.present[name][:start].sum()), int(self.present[name][:stop].sum())
-            values[name] = rows[first:last] if last > first else rows[:1]  # nobody's: any row will do
-        here = slice(start, stop)
+            here = self.present[name]
+            numbers = (here.cumsum(0) - 1)[chosen][here[chosen]]
+            if not len(numbers):
+                values[name] = rows[:1]  # nobody's: any row will do
+            elif chosen.step is None:
+                values[name] = rows[int(numbers[0]) : int(numbers[-1]) + 1]  # no copy, and pinned memory stays pinned
+            else:
+                values[name] = rows[numbers]
         return Batch(
             values,
-            {name: present[here] for name, present in self.present.items()},
-            self.sample_ids[here],
-            self.group_ids[here],
-            self.metadata[here],
+            {name: present[chosen] for name, present in self.present.items()},
+            self.sample_ids[chosen],
+            self.group_ids[chosen],
+            self.metadata[chosen],
         )
 
     def labels(self) -> "Batch":

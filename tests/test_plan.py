@@ -196,15 +196,3 @@ def test_towers_without_a_projection():
         make_model(fields, towers, ModelOptions(embed_dim=8, projection=kind), 0)
     with pytest.raises(UserError, match="model.projection: no tower 'c'"):
         make_model(fields, towers, ModelOptions(embed_dim=7, projection={"c": "none"}), 0)
-
-
-def test_a_texts_padding_is_the_tokenizers_in_open_clips_towers_too():
-    from mmcontrast.towers import OpenClipTextTower
-
-    torch.manual_seed(0)
-    tower = OpenClipTextTower(width=16, layers=1, heads=2, context_length=12, no_causal_mask=True, pool_type="last").eval()
-    tower.pad_id = 1
-    tokens = torch.tensor([[5, 6, 7, 1, 1]])
-    torch.testing.assert_close(tower(tokens), tower(tokens[:, :3]))
-    tower.pad_id = 0
-    assert not torch.allclose(tower(tokens), tower(tokens[:, :3]))

@@ -16,6 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mmcontrast.config import RunConfig, load_config
@@ -64,7 +65,7 @@ def planned(name: str) -> Plan:
 def test_a_config_is_of_the_size_that_it_says(name):
     config = without_downloads(load_config(CONFIGS / f"{name}.yaml", local(name)))
     with fakes():
-        model = make_model(config.fields, config.towers, config.model, 0)
+        model = make_model(config.fields, config.towers, config.model, 0, tokenizers=False)
     assert f" {count(model.parameters()) / 1e6:.2f} M parameters" in header(name)
 
 
@@ -111,9 +112,10 @@ def one_line(value: object) -> str:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
     """A folder with a tokenizer of the words at hand, in place of those of the hub."""
-    ids = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    ids = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS, "[END]"])}
     made = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
     made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(single="$A [END]", special_tokens=[("[END]", ids["[END]"])])
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return folder

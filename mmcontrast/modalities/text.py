@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from mmcontrast.modalities.base import DecodeError, Modality
+from mmcontrast.towers import PADDING, TextIds, refused
 from mmcontrast.towers.open_clip import part_of_open_clip
 
 OPEN_CLIP = "open_clip"
 
 
 class TextModality(Modality):
-    """int64 [length] token ids; a batch is padded to its longest text.
+    """int64 [length] token ids; in a batch −1 follows the end of those that are shorter than its longest. What a tokenizer pads
+    with, or does not, its texts may have too.
 
     Args:
         tokenizer: "open_clip" (its byte-pair encoding, shipped in its wheel), or a Hugging Face name or folder.
@@ -38,11 +40,15 @@ class TextModality(Modality):
         super().__init__()
         if captions not in ("whole", "lines") and not (isinstance(captions, int) and captions >= 0):
             raise ValueError(f'captions is {captions!r}, it must be "whole", "lines", or the number of a line')
+        if context_length < 1:
+            raise ValueError(f"context_length is {context_length}, it must be 1 or more")
         self.name, self.context_length, self.max_bytes, self.captions = tokenizer, context_length, max_bytes, captions
-        try:
-            self.pad_id = 0 if tokenizer == OPEN_CLIP else (self.tokenizer.pad_token_id or 0)
-        except OSError as error:
-            raise ValueError(f"tokenizer {tokenizer!r}: {' '.join(str(error).split())[:300]}") from error
+        self.pad_id, self.pads_left = 0, False
+        if tokenizer != OPEN_CLIP:
+            try:
+                self.pad_id, self.pads_left = self.tokenizer.pad_token_id, self.tokenizer.padding_side == "left"
+            except refused() as error:
+                raise ValueError(f"tokenizer {tokenizer!r}: {' '.join(str(error).split())[:300]}") from error
 
     def __getstate__(self) -> dict[str, Any]:  # a worker process makes its own tokenizer
         return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
@@ -89,14 +95,35 @@ class TextModality(Modality):
 
     def tokens(self, raw: str) -> Tensor:
         """int64 [length] of one text."""
+        return torch.tensor(self.ids(raw), dtype=torch.int64)
+
+    def ids(self, raw: str) -> list[int]:
+        """Token ids of one text, cut to `context_length` with its end kept, as the tokenizer's own call gives them.
+
+        Raises:
+            DecodeError: for a text without tokens.
+        """
         if self.name == OPEN_CLIP:
-            tokens = self.tokenizer(raw)[0]
-            return tokens[: int(tokens.count_nonzero())]
+            ids = [self.tokenizer.sot_token_id, *self.tokenizer.encode(raw), self.tokenizer.eot_token_id]
+            return [*ids[:-1][: self.context_length - 1], ids[-1]]
         ids = self.tokenizer(raw, truncation=True, max_length=self.context_length)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
+        if not ids:
+            raise DecodeError("a text without tokens")
+        return ids
+
+    @property
+    def text_ids(self) -> TextIds:
+        """What a tower must know of the tokenizer."""
+        example = tuple(self.ids("blank"))
+        if self.name == OPEN_CLIP:
+            size = self.tokenizer.vocab_size
+        else:  # a special token that no text has is no id of a text: a padding that was added to a vocabulary
+            added = set(self.tokenizer.all_special_ids) - set(example)
+            size = max(number for number in self.tokenizer.get_vocab().values() if number not in added) + 1
+        return TextIds(self.name, self.context_length, size, example, self.pad_id, self.pads_left)
 
     def blank(self) -> Tensor:
         return self.tokens("blank")
 
     def collate(self, samples: list[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=self.pad_id)
+        return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=PADDING)

@@ -8,9 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcontrast.modalities import AudioModality, ImageModality, TextModality
-
-PADDING = -1  # no token's id
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, TextModality
 
 
 class LibraryImages(ImageModality):
@@ -64,10 +62,13 @@ class LibraryTexts(TextModality):
 
     def __init__(self, tokenize: Any, context_length: int) -> None:
         super().__init__(context_length=context_length)
-        self.tokenize, self.pad_id = tokenize, PADDING
+        self.tokenize = tokenize
 
     def tokens(self, raw: str) -> Tensor:
-        return self.tokenize(raw)
+        tokens = self.tokenize(raw)
+        if not len(tokens):
+            raise DecodeError("a text without tokens")
+        return tokens
 
 
 class LibraryAudio(AudioModality):

@@ -11,6 +11,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.pretrained.base import LibraryTower, assembled
 from mmcontrast.pretrained.modalities import LibraryImages, LibraryTexts
+from mmcontrast.towers.open_clip import quick_gelu
 
 
 def is_architecture(name: str) -> bool:
@@ -47,10 +48,8 @@ def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
             )
     elif pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
-    of_tag = open_clip.get_pretrained_cfg(name, pretrained or "") if ":" not in name else {}
-    whole = open_clip.create_model(
-        name, pretrained, force_custom_text=True, require_pretrained=True, force_quick_gelu=bool(of_tag.get("quick_gelu"))
-    )
+    quick = quick_gelu(name, pretrained)
+    whole = open_clip.create_model(name, pretrained, force_custom_text=True, require_pretrained=True, force_quick_gelu=quick)
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
     prepare, augmented = (image_transform_v2(preprocess, is_train=train) for train in (False, True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)

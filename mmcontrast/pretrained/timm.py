@@ -7,6 +7,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.pretrained.base import LibraryTower, assembled
 from mmcontrast.pretrained.modalities import LibraryImages
+from mmcontrast.towers.timm import from_file
 
 
 def is_timm(name: str) -> bool:
@@ -33,14 +34,7 @@ def open_timm(name: str, pretrained: str | None) -> ContrastiveModel:
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
     if ":" in name and pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
-    options: dict[str, Any] = {}
-    if pretrained:  # with as many classes as it has, so that timm loads it strictly
-        config = timm.get_pretrained_cfg(name)
-        names = config.classifier if config else None
-        head = names if isinstance(names, str) else next(iter(names or ()), "")
-        weight = timm.models.load_state_dict(pretrained, weights_only=True).get(f"{head}.weight")
-        classes = 0 if weight is None else len(weight)
-        options = {"num_classes": classes, "pretrained_cfg_overlay": {"file": pretrained, "num_classes": classes}}
+    options = from_file(name, pretrained) if pretrained else {}
     network: Any = timm.create_model(name, pretrained=True, **options)
     network.reset_classifier(0)
     data = timm.data.resolve_model_data_config(network)

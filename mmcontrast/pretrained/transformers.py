@@ -15,8 +15,9 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.pretrained.base import LibraryTower, assembled
-from mmcontrast.pretrained.modalities import PADDING, LibraryAudio, LibraryImages, LibraryTexts
-from mmcontrast.towers import Tower, TransformersTower
+from mmcontrast.pretrained.modalities import LibraryAudio, LibraryImages, LibraryTexts
+from mmcontrast.towers import PADDING, Tower, TransformersTower
+from mmcontrast.towers.transformers import positions_of
 
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
 HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types with pooled features of their own
@@ -82,9 +83,7 @@ def _plain(name: str, network: Any, field: str, pooling: str | None) -> Tower:
     if network.main_input_name == "input_features":
         raise UserError(f"{name}: a {type(network).__name__} takes spectrograms of any length, which are not masked here")
     class_token = field == "image" and any("cls_token" in parameter for parameter, _ in network.named_parameters())
-    tower = _PlainTower(network, pooling=pooling or ("first" if class_token else "mean"))  # type: ignore[arg-type]
-    tower.pad_id = PADDING
-    return tower
+    return _PlainTower(network, pooling=pooling or ("first" if class_token else "mean"))  # type: ignore[arg-type]
 
 
 class _PlainTower(TransformersTower):
@@ -115,18 +114,9 @@ def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modalit
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")
-    length = min(tokenizer.model_max_length, _positions(network, config))
+    length = min(tokenizer.model_max_length, positions_of(network, config) or UNBOUNDED)
     full = config.model_type.startswith(FULL_LENGTH)
     return LibraryTexts(_Tokenizer(tokenizer, length, full), length)
-
-
-def _positions(network: nn.Module, config: Any) -> int:
-    """Of a text's tokens: RoBERTa and its kin count them from its padding's id on."""
-    number = getattr(config, "max_position_embeddings", None) or UNBOUNDED
-    for name, module in network.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return number - module.padding_idx - 1
-    return number
 
 
 def _pixels(processor: Any, image: Image.Image) -> Tensor:
@@ -149,7 +139,8 @@ def _sound(extractor: Any, sound: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """A text → its ids; a batch of them → what the network takes. Without a mask from the tokenizer there is none.
+    """A text → its ids; a batch of them → what the network takes. Texts of the whole context have a mask only if the tokenizer
+    gives one.
 
     Attributes:
         full: texts are padded to `length`.
@@ -168,7 +159,8 @@ class _Tokenizer:
     def inputs(self, batch: Tensor) -> dict[str, Tensor]:
         mask = batch != PADDING
         ids = {"input_ids": batch.masked_fill(~mask, self.tokenizer.pad_token_id or 0)}
-        return ids | ({"attention_mask": mask.long()} if "attention_mask" in self.tokenizer.model_input_names else {})
+        masked = not self.full or "attention_mask" in self.tokenizer.model_input_names
+        return ids | ({"attention_mask": mask.long()} if masked else {})
 
 
 def _inputs(modality: Modality) -> Callable[[Tensor], dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Towers by the name a config gives them. A new backbone family is a file here and a line below."""
 
-from mmcontrast.towers.base import BLOCK, Tower, blocks_of
+from mmcontrast.towers.base import BLOCK, PADDING, TextIds, Tower, blocks_of, library_errors, refused
 from mmcontrast.towers.open_clip import OpenClipTextTower, OpenClipTower
 from mmcontrast.towers.timm import TimmTower
 from mmcontrast.towers.transformers import TransformersTower
@@ -16,12 +16,16 @@ TOWERS = {
 
 __all__ = [
     "BLOCK",
+    "PADDING",
     "TOWERS",
     "LinearTower",
     "OpenClipTextTower",
     "OpenClipTower",
+    "TextIds",
     "TimmTower",
     "Tower",
     "TransformersTower",
     "blocks_of",
+    "library_errors",
+    "refused",
 ]

@@ -1,26 +1,106 @@
 """What a tower is: a network that turns one modality's prepared batch into one feature vector a sample."""
 
+import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from mmcontrast.errors import UserError
+
 BLOCK = re.compile(r".*?(stages\.\d+\.(blocks|layers)\.\d+|layer\d+\.\d+|(stages|blocks|layers|layer|resblocks|h)\.\d+)\.")
+PADDING = -1  # stands in a batch of token ids where a text has ended: no token has this id
+
+
+@dataclass(frozen=True)
+class TextIds:
+    """What a tower must know of the tokenizer of its texts.
+
+    Attributes:
+        tokenizer: its name.
+        context_length: the most ids of a text.
+        size: every id is below it.
+        example: the ids of a short text.
+        pad_id: what the tokenizer pads with, if it can; before the text, where `pads_left`.
+    """
+
+    tokenizer: str
+    context_length: int
+    size: int
+    example: tuple[int, ...]
+    pad_id: int | None = None
+    pads_left: bool = False
 
 
 class Tower(nn.Module):
     """Adapters set `width` and map a batch of N inputs to features [N, width]; a projection head follows in the model.
 
+    Texts come as token ids int64 [N, longest], with `PADDING` (−1) after the end of those that are shorter: no token's id says
+    where a text ends, since tokenizers use any id for padding, also one that occurs in texts.
+
     Attributes:
         width: the number of features.
         network: the wrapped network, as its library made it.
+        context_length, vocab_size: of a text's tower: how many ids it takes, and from 0 to below which; None: any.
+        texts: the tokenizer of its texts, once it is known.
     """
 
     width: int
     network: Any
+    context_length: int | None = None
+    vocab_size: int | None = None
+    texts: TextIds | None = None
 
     def forward(self, batch: Tensor) -> Tensor:
         return self.network(batch)
+
+    def read(self, texts: TextIds) -> None:
+        """Prepares the tower for texts of a tokenizer.
+
+        Raises:
+            UserError: if it cannot read them.
+        """
+        if self.texts is not None and texts.tokenizer != self.texts.tokenizer:
+            raise UserError(f"its tokenizer is {texts.tokenizer}, that of another field of its tower {self.texts.tokenizer}")
+        if self.context_length is not None and texts.context_length > self.context_length:
+            raise UserError(
+                f"context_length={texts.context_length} for a tower that takes texts of {self.context_length} tokens: set the"
+                f" modality's context_length to {self.context_length}"
+            )
+        if self.vocab_size is not None and texts.size > self.vocab_size:
+            raise UserError(
+                f"tokenizer {texts.tokenizer} has ids up to {texts.size - 1}, for a tower of vocab_size={self.vocab_size}: give"
+                f" the tower vocab_size: {texts.size}, or take the tokenizer that belongs to it"
+            )
+        self.texts = texts
+
+
+def refused() -> tuple[type[Exception], ...]:
+    """What libraries raise for a value, a name or a file that they cannot work with."""
+    import huggingface_hub.errors
+    from safetensors import SafetensorError
+
+    strict = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
+    builtin = (ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, OSError)
+    return (*builtin, ImportError, EOFError, pickle.UnpicklingError, SafetensorError, strict)
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turns what a library raises into a UserError of one line.
+
+    Args:
+        what: what the message begins with.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except refused() as error:
+        raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def blocks_of(network: nn.Module) -> dict[str, nn.Module]:

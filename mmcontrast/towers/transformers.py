@@ -1,13 +1,14 @@
 """Any Hugging Face encoder as a tower: text, pictures, or spectrograms."""
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
-from mmcontrast.towers.base import Tower
+from mmcontrast.towers.base import PADDING, Tower, library_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,13 +37,14 @@ class TransformersTower(Tower):
         length_chunks: int = 1,
     ) -> None:
         super().__init__()
-        import huggingface_hub.errors
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
-        wrong_value = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
         overrides = dict(config or {})
-        self.pad_id: int | None = None  # of the texts; set with the modality
-        try:
+        if isinstance(pretrained, str):
+            raise UserError(f"transformers tower: pretrained={pretrained!r} must be true or false: name the folder in model")
+        if length_chunks < 1:
+            raise UserError(f"transformers tower: length_chunks={length_chunks} must be 1 or more")
+        with library_errors(f"transformers tower {model!r}"):
             if isinstance(model, PreTrainedModel):
                 self.network = model
             elif pretrained:
@@ -53,32 +55,36 @@ class TransformersTower(Tower):
                 self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
             self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
             self.width = _width(self.network.config)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, wrong_value) as error:
-            raise UserError(f"transformers tower {model!r}: {' '.join(str(error).split())[:300]}") from error
         if getattr(self.network, "pooler", None) is not None:
             self.network.pooler = None  # we pool ourselves; data parallelism refuses parameters that nobody uses
         if pooling not in ("mean", "first", "last"):
             raise UserError(f"transformers tower: pooling must be mean, first or last, not {pooling!r}")
         self.pooling, self.input = pooling, input or self.network.main_input_name
         self.length_chunks = length_chunks
+        if self.input != "input_ids":
+            if length_chunks != 1:
+                raise UserError(f"transformers tower: length_chunks is for texts, this model's input is {self.input}")
+            return
+        if "attention_mask" not in inspect.signature(self.network.forward).parameters:
+            name = type(self.network).__name__
+            raise UserError(f"transformers tower: a {name} takes no attention_mask, so padding would mix into the features")
+        self.context_length = positions_of(self.network, self.network.config)
+        self.vocab_size = getattr(self.network.config, "vocab_size", None)
 
     def forward(self, batch: Tensor) -> Tensor:
         if self.input != "input_ids" or self.length_chunks == 1:
             return self._features(batch)
-        lengths = self._mask(batch).sum(1)
+        lengths = (batch != PADDING).sum(1)
         order = lengths.argsort()
         parts = [self._features(batch[rows, : int(lengths[rows[-1]])]) for rows in order.chunk(self.length_chunks)]
         return torch.cat(parts)[order.argsort()]
-
-    def _mask(self, tokens: Tensor) -> Tensor:
-        return torch.ne(tokens, (self.network.config.pad_token_id or 0) if self.pad_id is None else self.pad_id)
 
     def _features(self, batch: Tensor) -> Tensor:
         inputs: dict[str, Tensor] = {self.input: batch}
         mask = None
         if self.input == "input_ids":
-            mask = self._mask(batch)
-            inputs = {self.input: batch.clamp(min=0)}  # a pad_id of −1 is no token's
+            mask = batch != PADDING
+            inputs = {self.input: batch.masked_fill(~mask, 0)}  # any token: the mask leaves it out
             inputs["attention_mask"] = mask.long()
         elif self.input == "input_values" and batch.isnan().any():
             if getattr(self.network.config, "feat_extract_norm", "layer") != "layer":
@@ -100,6 +106,17 @@ class TransformersTower(Tower):
             return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).clamp(min=1) - 1]
         weight = mask.unsqueeze(2).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def positions_of(network: nn.Module, config: Any) -> int | None:
+    """The most tokens of a text; None: any number. RoBERTa and its kin count positions from their padding's id on."""
+    number: int | None = getattr(config, "max_position_embeddings", None) or None
+    if number is None:
+        return None
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return number - module.padding_idx - 1
+    return number
 
 
 def _width(config: Any) -> int:

@@ -15,4 +15,6 @@ class LinearTower(Tower):
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
+        if inputs < 1 or width < 1:
+            raise ValueError(f"inputs={inputs}, width={width}: they must be 1 or more")
         self.network, self.width = nn.Linear(inputs, width), width

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -282,12 +283,15 @@ def load_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
     """Of a checkpoint's folder, or of a .safetensors file; with `averaged` the moving average, where a checkpoint has one.
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if there is no such file, or it is damaged.
     """
     file = path / (AVERAGED if averaged and (path / AVERAGED).exists() else WEIGHTS) if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no weights at {file}")
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is no .safetensors file, or damaged: {error}") from error
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.towers import PADDING
 
 # dense products of bf16 (V100: fp16) with fp32 accumulation, FLOP/s, by the vendor's data sheet of the product named; the first
 # that a device's name contains counts. Where a sheet prints the figure "with sparsity", half of it.
@@ -157,6 +158,8 @@ def make_values(model: ContrastiveModel, samples: int, shapes: Mapping[str, Sequ
             blank = modality.blank()
             shape, dtype = list(blank.shape), blank.dtype
         values[field] = torch.zeros(samples, *((shapes or {}).get(field, shape)), dtype=dtype)
+        if isinstance(modality, TextModality):
+            values[field][-1, 1:] = PADDING  # where no text is shorter, some models compute without a mask
     return values
 
 

@@ -6,12 +6,15 @@ with its own random numbers, and send its rows of that gradient into the towers.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmcontrast.model import Embeddings
 from mmcontrast.types import Batch
+
+NOT_COUNTING = {"momentum": 0.0, "num_batches_tracked": None}  # of a norm whose statistics stay as they are
 
 
 def cached_backward(
@@ -92,18 +95,25 @@ def batch_norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
+def with_statistics(model: nn.Module) -> list[Any]:
+    """The modules that learn running statistics of what passes through them in training: batch norms and their kin."""
+    return [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor) and hasattr(m, "momentum")]
+
+
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """What passes twice is counted by batch norms once: within it they leave their statistics as they are."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
-    before = [(module.momentum, module.num_batches_tracked) for module in norms]
-    for module in norms:
-        module.momentum, module.num_batches_tracked = 0.0, None
+    norms = [module for module in with_statistics(model) if module.training]
+    before = [{name: getattr(module, name) for name in NOT_COUNTING if hasattr(module, name)} for module in norms]
+    for module, values in zip(norms, before, strict=True):
+        for name in values:
+            setattr(module, name, NOT_COUNTING[name])
     try:
         yield
     finally:
-        for module, (momentum, tracked) in zip(norms, before, strict=True):
-            module.momentum, module.num_batches_tracked = momentum, tracked
+        for module, values in zip(norms, before, strict=True):
+            for name, value in values.items():
+                setattr(module, name, value)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from rich.progress import Progress
 
 from mmcontrast.components import nearest
@@ -65,11 +65,6 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     accelerator = make_accelerator(options, job.name, job.folder, yaml.safe_load(job.config))
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
-    if (options.batch_size // accelerator.num_processes) % options.accumulation_steps:
-        raise UserError(
-            f"train.batch_size={options.batch_size} on {accelerator.num_processes} processes cannot be cut into"
-            f" train.accumulation_steps={options.accumulation_steps} equal parts"
-        )
     objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
     check_stages(job.model, options)
     until = freeze(job.model, options.freeze)
@@ -181,6 +176,7 @@ def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Map
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "tf32": "no"}.get(options.precision, options.precision),
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # batch norms': see `same_statistics`
     )
     for kind, given in options.trackers.items():
         if kind not in LOGGER_TYPE_TO_CLASS:

@@ -1,6 +1,7 @@
 """The optimizer with its groups, what is frozen, the averaged weights, and the learning rate as a function of the step."""
 
 import math
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,9 +15,12 @@ from mmcontrast.model import ContrastiveModel
 from mmcontrast.towers import BLOCK
 from mmcontrast.training.options import TrainOptions
 
+TABLES = {"pos", "position", "positions", "positional", "rel", "relative", "distance", "wpe", "bias", "biases"}
+TOKENS = {"cls", "class", "token", "tokens"}  # words in the names of parameters
+
 
 def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.optim.Optimizer:
-    """Matrices decay; vectors and scalars (biases, norms, the logit scale and bias) do not. A group's `peak_lr` is what
+    """Matrices decay, but for those that `not_decaying` names. A group's `peak_lr` is what
     the schedule scales: that of its tower, times the tower's layer decay for every layer above (as in BEiT, arXiv:2106.08254).
 
     Raises:
@@ -26,12 +30,12 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
         for name in getattr(options, option).keys() - model.towers.keys():
             raise UserError(f"train.{option}: no tower {name!r}; there is {', '.join(model.towers)}")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    heights = {name: heights_of(tower) for name, tower in model.towers.items()}
+    heights, kept = {name: heights_of(tower) for name, tower in model.towers.items()}, not_decaying(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind, _, rest = name.partition(".")
             tower, _, inner = rest.partition(".") if kind in ("towers", "projections") else ("", "", "")
-            lr, decay = options.tower_lr.get(tower, options.lr), options.weight_decay if parameter.dim() > 1 else 0.0
+            lr, decay = options.tower_lr.get(tower, options.lr), 0.0 if name in kept else options.weight_decay
             if kind == "towers" and tower in options.layer_decay:
                 lr *= options.layer_decay[tower] ** heights[tower][inner]
             groups.setdefault((lr, decay), []).append(parameter)
@@ -50,6 +54,24 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
         return timm.optim.create_optimizer_v2(made, opt=kind, lr=options.lr, **given)
     except (TypeError, AssertionError, ImportError) as error:
         raise UserError(f"train.optimizer {kind}: {error}") from error
+
+
+def not_decaying(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone: vectors and numbers (biases, norms, layer scales, single tokens,
+    the logit scale and bias), tables of positions and of biases, tokens, and what networks name in `no_weight_decay()`."""
+    kept: set[str] = set()
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            named = prefix.rpartition(".")[2] if isinstance(module, nn.Embedding) else name
+            words = set(re.findall("[a-z]+", named.lower()))
+            table = words & TABLES or (words & TOKENS and not isinstance(module, nn.Embedding))  # a vocabulary decays
+            if sum(size > 1 for size in parameter.shape) < 2 or table:
+                kept.add(start + name)
+        if callable(patterns := getattr(module, "no_weight_decay", None)):
+            inner = [name for name, _ in module.named_parameters()]
+            kept |= {start + name for pattern in patterns() for name in inner if fnmatchcase(name, pattern)}
+    return kept
 
 
 def heights_of(tower: nn.Module) -> dict[str, int]:

@@ -111,15 +111,17 @@ class TrainOptions(Options):
     Attributes:
         steps: optimizer steps.
         batch_size: samples a step, over all ranks.
-        micro_batch_size: samples of a rank whose activations exist at a time. The loss is still that of the whole batch,
-            exactly; costs a second forward (gradient caching).
-        accumulation_steps: another thing: a step's batch is cut into so many parts, each contrasted within itself alone.
-            Fewer negatives, no second forward. For more negatives than fit, use micro_batch_size.
+        micro_batch_size: at most so many samples of a rank have activations at a time, in parts as equal as can be. The loss is
+            still that of the whole batch, exactly; costs a second forward (gradient caching).
+        accumulation_steps: another thing: a step's batch is cut into so many parts, each contrasted within itself alone; the
+            same parts on any number of ranks. Fewer negatives, no second forward. For more negatives than fit, use
+            micro_batch_size.
         queue_size: so many past embeddings of each field, of a momentum encoder, are further negatives (MoCo); 0: none.
         queue_momentum: of that encoder's weights.
         seed: of weights, order and augmentation.
         optimizer: adamw, or the name of one of timm's, with its options: {type: lion, betas: [0.95, 0.98]}.
-        lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any); biases, norms, logit scale and bias do not decay.
+        lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any). What does not decay: vectors (biases, norms, layer
+            scales), logit scale and bias, class tokens and the like, tables of positions, a network's own `no_weight_decay()`.
         tower_lr: lr of the towers that need another, by name, with their projection: {text: 5e-4}.
         layer_decay: of towers by name: each layer has this times the lr of the one above: {image: 0.75}.
         freeze: weights by patterns of their names, locked until a step or for good: {towers.image.*: null, towers.text.*: 9}.

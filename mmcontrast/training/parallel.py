@@ -5,8 +5,8 @@ The shards are torch's own `fully_shard`: accelerate's wrapping computes the log
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.model import ContrastiveModel, evaluating
 from mmcontrast.towers import blocks_of
-from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept
+from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept, with_statistics
 from mmcontrast.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def place(
         UserError: for towers that are not there, or what does not go together.
     """
     check_placement(model, options)
+    check_rows(model, options, accelerator.num_processes)
     recompute_blocks(model, options.recompute)
     for name in options.compile:
         for block in blocks_of(model.towers[name]).values() or [model.towers[name]]:
@@ -81,10 +82,24 @@ def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
     Raises:
         UserError: for towers that are not there, or what does not go together.
     """
-    for option in ("recompute", "compile"):
+    for option in ("recompute", "compile", "layer_decay"):
         for name in getattr(options, option):
             if name not in model.towers:
                 raise UserError(f"train.{option}: no tower {name!r}; {nearest(name, model.towers)}")
+    for option in ("recompute", "layer_decay"):
+        for name in getattr(options, option):
+            if not blocks_of(model.towers[name]):
+                instead = "leave it out" if option == "recompute" else f"set train.tower_lr: {{{name}: …}}"
+                raise UserError(f"train.{option}: towers.{name} has no blocks that could be found: {instead}")
+    for name in model.towers if options.parallel == "fsdp" else ():
+        layers = [module for module in model.towers[name].modules() if next(module.parameters(recurse=False), None) is not None]
+        if len(layers) > 1 and not blocks_of(model.towers[name]):
+            raise UserError(
+                f"train.parallel=fsdp: towers.{name} has no blocks that could be found, so it would be fetched as a whole: set"
+                " train.parallel: ddp, or name its repeated parts blocks.0, blocks.1, …"
+            )
+    if options.channels_last and not any(parameter.dim() == 4 for parameter in model.parameters()):
+        raise UserError("train.channels_last: no tower has a convolution of pictures: leave it out")
     for name in set(options.recompute) & set(options.compile):
         if batch_norms(model.towers[name]):
             raise UserError(f"train.recompute and train.compile of tower {name!r}: its batch norms allow one of the two")
@@ -99,6 +114,31 @@ def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
         raise UserError("accelerate's own FSDP is on: launch without it, and set train.parallel=fsdp")
 
 
+def check_rows(model: ContrastiveModel, options: TrainOptions, ranks: int) -> None:
+    """
+    Raises:
+        UserError: where a rank's samples cannot be cut into parts, or one of them would go alone through batch norms.
+    """
+    samples = options.batch_size // ranks
+    if samples % options.accumulation_steps:
+        raise UserError(
+            f"train.batch_size={options.batch_size} on {ranks} processes cannot be cut into"
+            f" train.accumulation_steps={options.accumulation_steps} equal parts"
+        )
+    samples //= options.accumulation_steps
+    size = options.micro_batch_size or samples
+    smallest = samples // max(1, -(-samples // max(1, size)))
+    learning = [
+        name for name, tower in model.towers.items() if any(tower.get_submodule(n).training for n in batch_norms(tower))
+    ]
+    if smallest == 1 and learning:
+        micro = f", in parts of at most {size} (train.micro_batch_size)" if samples > 1 else ""
+        raise UserError(
+            f"towers.{learning[0]} has batch norms, which need two samples at a time: train.batch_size={options.batch_size} on"
+            f" {ranks} processes and train.accumulation_steps={options.accumulation_steps} is {samples} at a time{micro}"
+        )
+
+
 def recompute_blocks(model: ContrastiveModel, towers: Sequence[str]) -> None:
     """The blocks of some towers keep their inputs alone from now on."""
     for name in towers:
@@ -107,33 +147,70 @@ def recompute_blocks(model: ContrastiveModel, towers: Sequence[str]) -> None:
 
 
 def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward that keeps its inputs alone. Batch norms count once."""
+    """A block's forward that keeps its inputs alone. Batch norms count once; what was in evaluation mode is so again."""
     forward = type(self).forward.__get__(self)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
 
-    if not batch_norms(self):
+    if (
+        self.training and not batch_norms(self)
+    ) or torch.compiler.is_compiling():  # what is compiled is computed again as it is
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    still = [module for module in self.modules() if not module.training]
+
+    @contextmanager
+    def as_it_was() -> Iterator[None]:
+        with evaluating(still), running_statistics_kept(self):
+            yield
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), running_statistics_kept(self)
+        return nullcontext(), as_it_was()
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
+def batches_counted(model: nn.Module) -> Tensor:
+    """How many batches each of the model's norms has counted so far, [norms]; 0 for those that do not count."""
+    norms = with_statistics(model)
+    counts = [_count(norm) for norm in norms]
+    numbers = [n.running_var.new_zeros(()) if count is None else count for n, count in zip(norms, counts, strict=True)]
+    return torch.stack([number.float() for number in numbers]) if norms else torch.empty(0)
+
+
+def _count(norm: nn.Module) -> Tensor | None:
+    """What a batch norm counts its batches in; others have it too, and leave it at 0."""
+    return norm.num_batches_tracked if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
+
+
 @torch.no_grad()
-def same_statistics(model: nn.Module) -> None:
-    """Batch norms' running statistics of every rank become the first one's, as in DistributedDataParallel: each rank
-    has seen its own part of the batch."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+def same_statistics(model: nn.Module, before: Tensor) -> None:
+    """Batch norms' running statistics of every rank become the mean of those of the ranks that counted in this step: each has
+    seen its own part of the batch, and one that lacks a field has seen nothing of it.
+
+    Args:
+        before: `batches_counted` at the step's beginning.
+    """
+    norms = with_statistics(model)
+    if not norms or not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
-    if statistics:
-        told = torch.cat([statistic.float() for statistic in statistics])
-        dist.broadcast(told, src=0)
-        for statistic, first in zip(statistics, told.split([len(s) for s in statistics]), strict=True):
-            statistic.copy_(first)
+    counts = [_count(norm) for norm in norms]
+    counted = batches_counted(model) - before
+    weights = ((counted > 0) | counted.new_tensor([count is None for count in counts]).bool()).float()
+    statistics = [
+        (k, statistic)
+        for k, norm in enumerate(norms)
+        for statistic in (getattr(norm, "running_mean", None), norm.running_var)
+        if statistic is not None
+    ]
+    told = torch.cat([weights, counted, *(statistic.float() * weights[k] for k, statistic in statistics)])
+    dist.all_reduce(told)
+    weights, counted, *sums = told.split([len(norms), len(norms), *(len(statistic) for _, statistic in statistics)])
+    share = weights.clamp(min=1)
+    for (k, statistic), total in zip(statistics, sums, strict=True):
+        statistic.copy_(torch.where(weights[k] > 0, total / share[k], statistic))
+    for count, number in zip(counts, (before + (counted / share).round()).long(), strict=True):
+        if count is not None:
+            count.copy_(number)
 
 
 def in_shards(tensor: Any) -> TypeGuard["DTensor"]:

@@ -20,20 +20,27 @@ from mmcontrast.data import (
 )
 from mmcontrast.data.dataset import names_of
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import MODALITIES, Modality, TextModality
+from mmcontrast.modalities import MODALITIES, DecodeError, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
-from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, TransformersTower
+from mmcontrast.towers import TOWERS
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 
 def make_model(
-    fields: Mapping[str, FieldOptions], towers: Mapping[str, Component], options: ModelOptions, seed: int
+    fields: Mapping[str, FieldOptions],
+    towers: Mapping[str, Component],
+    options: ModelOptions,
+    seed: int,
+    tokenizers: bool = True,
 ) -> ContrastiveModel:
     """The model with its initial weights, a function of the seed.
 
+    Args:
+        tokenizers: they are those of the texts, and must fit the towers.
+
     Raises:
-        UserError: for a field without a tower, or a tower without a field.
+        UserError: for a field without a tower, a tower without a field, or texts that a tower cannot read.
     """
     for field, of in fields.items():
         if of.tower not in towers:
@@ -48,13 +55,11 @@ def make_model(
     modalities = make_modalities(fields)
     made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
     for field, modality in modalities.items():
-        tower = made[fields[field].tower]
-        if isinstance(modality, TextModality) and isinstance(tower, TransformersTower | OpenClipTower | OpenClipTextTower):
-            if tower.pad_id not in (None, modality.pad_id):
-                raise UserError(
-                    f"fields.{field}: its tokenizer pads with {modality.pad_id}, another's of its tower with {tower.pad_id}"
-                )
-            tower.pad_id = modality.pad_id
+        if isinstance(modality, TextModality) and tokenizers:
+            try:
+                made[fields[field].tower].read(modality.text_ids)
+            except (UserError, DecodeError) as error:
+                raise UserError(f"fields.{field}: {error}") from error
     return ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
 
 

@@ -162,6 +162,8 @@ def weights_path(source: str) -> Path:
     path = Path(source)
     if (path / "checkpoints").is_dir():
         path = checkpoint.find(path / "checkpoints", "last")
+    if path.is_dir() and not (path / checkpoint.MANIFEST).exists():
+        raise UserError(f"{source} is neither a run's folder, nor one of its checkpoints, nor a .safetensors file")
     if path.is_dir():
         checkpoint.check(path)
     return path

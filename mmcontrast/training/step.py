@@ -20,7 +20,7 @@ from mmcontrast.objectives.pairing import term_name
 from mmcontrast.training.grad_cache import cached_backward, no_sync
 from mmcontrast.training.optim import follow, schedule
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.parallel import same_statistics, whole
+from mmcontrast.training.parallel import batches_counted, same_statistics, whole
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.stages import set_stage
 from mmcontrast.types import Batch
@@ -123,7 +123,7 @@ def training_step(
 
     signals: dict[str, Tensor] | None = {} if watch else None
     loss = torch.zeros((), device=accelerator.device)
-    parts = batch.split(math.ceil(len(batch) / options.accumulation_steps))
+    parts, counted = batch.deal(options.accumulation_steps), batches_counted(model)
     for part in parts:
         last = part is parts[-1]
         value_of_part, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
@@ -145,7 +145,7 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad()
     model.clamp_logit_scale()
-    same_statistics(model)
+    same_statistics(model, counted)
     if learner.averaged and options.ema_decay:
         follow(learner.averaged, model, min(options.ema_decay, (1 + step) / (10 + step)))
     if learner.queue:

@@ -99,7 +99,7 @@ def test_text():
     modality = TextModality(context_length=6)
     tokens = [modality.transform(text, False) for text in ("a", "one two three four five six seven")]
     batch = modality.collate(tokens)
-    assert batch.shape == (2, 6) and batch[0, 3:].tolist() == [0, 0, 0]
+    assert batch.shape == (2, 6) and batch[0, 3:].tolist() == [-1, -1, -1]
     assert batch[1, 0] == 49406 and batch[1, -1] == 49407
 
 

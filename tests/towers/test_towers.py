@@ -1,5 +1,7 @@
 """Every adapter gives features [N, width] with gradients, equals what its library computes, and names mistakes."""
 
+import json
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_padding_does_not_change_text_features(pooling):
     spec = {"type": "transformers", "model": "bert", "config": SMALL | {"vocab_size": 49408}, "pooling": pooling}
     tower = build(spec, TOWERS, "tower").eval()
     batch = tokens()
-    alone = tower(batch[:1, : int((batch[0] != 0).sum())])
+    alone = tower(batch[:1, : int((batch[0] >= 0).sum())])
     torch.testing.assert_close(tower(batch)[:1], alone)
     chunked = build({**spec, "length_chunks": 2}, TOWERS, "tower").eval()
     chunked.load_state_dict(tower.state_dict())
@@ -81,11 +83,112 @@ def test_padding_does_not_change_text_features(pooling):
         ({"type": "open_clip", "model": "ViT-B-32", "part": "sound"}, "part must be 'image' or 'text'"),
         ({"type": "transformers", "model": "brt"}, "transformers tower 'brt'"),
         ({"type": "open_clip_text", "width": 16, "layers": 1}, "missing a required argument: 'heads'"),
+        ({"type": "timm", "model": "test_vit", "patch_size": 0}, "timm's 'test_vit' refuses an option.*ZeroDivisionError"),
+        ({"type": "timm", "model": "test_vit", "num_heads": 7}, "timm's 'test_vit' refuses an option"),
+        ({"type": "timm", "model": "test_vit", "embed_dim": -4}, "timm's 'test_vit' refuses an option"),
+        ({"type": "timm", "model": "test_vit", "pretrained": True}, "timm's 'test_vit' .* has no weights"),
+        ({"type": "timm", "model": "test_vit", "pretrained": "/no/such.pt"}, "timm's 'test_vit' .*: no file /no/such.pt"),
+        (
+            {"type": "open_clip", "model": "RN50", "part": "image", "pretrained_image_path": "/no/such.pt"},
+            "no file /no/such.pt",
+        ),
+        ({"type": "transformers", "model": "bert", "pretrained": "/no/such"}, "name the folder in model"),
+        ({"type": "transformers", "model": "bert", "length_chunks": 0}, "length_chunks=0 must be 1 or more"),
+        ({"type": "linear", "inputs": 3, "width": 0}, "inputs=3, width=0"),
+        ({"type": "open_clip_text", "width": 16, "layers": 1, "heads": 3}, "open_clip's text transformer refuses an option"),
+        ({"type": "open_clip_text", "width": 16, "layers": 1, "heads": 2, "pool_type": "x"}, "transformer refuses an option"),
+        ({"type": "open_clip", "model": "RN50", "part": "image", "pretrained": "/no/such.pt"}, "'/no/such.pt': .*known tag"),
+        ({"type": "open_clip", "model": "RN50", "part": "image", "vision_cfg": {"patch_size": 0}}, "open_clip's 'RN50'"),
+        ({"type": "transformers", "model": "vit", "config": SMALL | {"patch_size": 0}}, "tower 'vit': ZeroDivisionError"),
+        ({"type": "transformers", "model": "/no/such", "pretrained": True}, "transformers tower '/no/such'"),
         ({"type": "tim"}, "unknown tower type 'tim'; did you mean 'timm'"),
     ],
 )
 def test_mistakes_are_named(spec, message):
     with pytest.raises(UserError, match=message):
+        build(spec, TOWERS, "tower")
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """An architecture of open_clip's without QuickGELU, and tags of weights that were trained with and without it."""
+    import open_clip
+
+    sizes = {"vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}}
+    sizes |= {"text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
+    (tmp_path / "tiny.json").write_text(json.dumps({"embed_dim": 16, **sizes}))
+    (tmp_path / "tiny-quickgelu.json").write_text(json.dumps({"embed_dim": 16, "quick_gelu": True, **sizes}))
+    open_clip.add_model_config(tmp_path)
+    torch.save(open_clip.create_model("tiny-quickgelu").state_dict(), tmp_path / "w.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    tags = {"openai": {"file": str(tmp_path / "w.pt"), "quick_gelu": True}, "laion": {"file": str(tmp_path / "w.pt")}}
+    open_clip.pretrained._PRETRAINED["tiny"] = tags
+    yield tmp_path
+    open_clip.factory._MODEL_CONFIG_PATHS.pop()
+    for name in ("tiny", "tiny-quickgelu"):
+        del open_clip.factory._MODEL_CONFIGS[name]
+    del open_clip.pretrained._PRETRAINED["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "same"),
+    [
+        ("tiny", "openai", "tiny-quickgelu"),
+        ("tiny", "laion", "tiny"),
+        ("tiny-quickgelu", "w.pt", "tiny-quickgelu"),
+        ("tiny", None, "tiny"),
+    ],
+)
+def test_weights_that_were_trained_with_quick_gelu_get_it(tagged, model, pretrained, same):
+    """The features of the architecture that open_clip itself has for such weights."""
+    import open_clip
+
+    source = str(tagged / pretrained) if pretrained and pretrained.endswith(".pt") else pretrained
+    whole = open_clip.create_model(same, pretrained=pretrained and str(tagged / "w.pt"), force_custom_text=True).eval()
+    ids = open_clip.SimpleTokenizer(context_length=12)(["a != b", "wow!✨"])
+    for part, batch, encode in (("image", torch.randn(2, 3, 32, 32), whole.encode_image), ("text", ids, whole.encode_text)):
+        tower = build({"type": "open_clip", "model": model, "part": part, "pretrained": source}, TOWERS, "tower").eval()
+        quick = [module for module in tower.modules() if type(module).__name__ == "QuickGELU"]
+        assert bool(quick) == same.endswith("quickgelu")
+        if pretrained:
+            torch.testing.assert_close(tower(batch), encode(batch), atol=1e-6, rtol=1e-6)
+
+
+def test_a_file_that_holds_no_weights_is_said_in_a_line(tagged):
+    for name in ("broken.pt", "tiny.json"):
+        spec = {"type": "open_clip", "model": "tiny", "part": "text", "pretrained": str(tagged / name)}
+        with pytest.raises(UserError, match=rf"open_clip's 'tiny' with pretrained='.*{name}': ") as error:
+            build(spec, TOWERS, "tower")
+        assert "\n" not in str(error.value)
+
+
+def test_a_timm_towers_weights_are_those_of_its_file(tmp_path):
+    import timm
+
+    for classes in (0, 7):
+        network = timm.create_model("test_vit", num_classes=classes).eval()
+        torch.save(network.state_dict(), tmp_path / "w.pt")
+        spec = {"type": "timm", "model": "test_vit", "pretrained": str(tmp_path / "w.pt")}
+        tower, batch = build(spec, TOWERS, "tower").eval(), torch.randn(2, 3, 160, 160)
+        network.reset_classifier(0)
+        torch.testing.assert_close(tower(batch), network(batch))
+        assert tower.width == network.num_features
+
+
+def test_half_a_models_weights_are_all_there_or_refused(tagged):
+    """open_clip logs what it does not find there, and goes on with random weights."""
+    import open_clip
+
+    whole = open_clip.create_model("tiny", force_custom_text=True)
+    weights = whole.visual.state_dict()
+    torch.save(weights, tagged / "visual.pt")
+    spec = {"type": "open_clip", "model": "tiny", "part": "image", "pretrained_image_path": str(tagged / "visual.pt")}
+    tower = build(spec, TOWERS, "tower")
+    assert all(torch.equal(value, weights[name]) for name, value in tower.network.state_dict().items())
+    torch.save({"other": torch.zeros(1)}, tagged / "visual.pt")
+    with pytest.raises(
+        UserError, match=r"pretrained_image_path: .*visual.pt lacks \d+ weights of its half, as class_embedding"
+    ):
         build(spec, TOWERS, "tower")
 
 

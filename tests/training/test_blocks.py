@@ -1,6 +1,7 @@
 """What is done to the blocks of any family of towers: found, recomputed, compiled; the training stays what it was."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from mmcontrast.components import build
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import VectorModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import TOWERS, Tower, blocks_of
+from mmcontrast.towers import TOWERS, LinearTower, Tower, blocks_of
+from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.parallel import place
+from mmcontrast.training.parallel import check_placement, check_rows, place
 from mmcontrast.types import Batch
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -113,6 +115,83 @@ def test_less_is_kept_for_the_backward():
         return sum(kept)
 
     assert saved_bytes({"recompute": ["one"]}) < 0.7 * saved_bytes({})
+
+
+@pytest.mark.parametrize("option", ["recompute", "compile"])
+def test_blocks_learn_nothing_of_a_field_that_nobody_has(option, monkeypatch):
+    """Recomputed as it was computed: dropout off, batch norms as they are; compiled, with its graph."""
+    if option == "compile":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = make_model()
+    called = place(model, [], TrainOptions(steps=1, batch_size=6, **{option: ["one"]}), Accelerator(cpu=True))
+    ids = torch.arange(6)
+    here = {"a": ids < 0, "b": ids >= 0}
+    rows = {"a": torch.randn(1, 8), "b": torch.randn(6, 8)}
+    nobodys = Batch(rows, here, ids, ids, [{}] * 6)
+    alone = Batch(rows, {"a": ids == 2, "b": ids >= 0}, ids, ids, [{}] * 6)
+    if option == "recompute":
+        fields = called(alone).fields
+        (fields["a"] @ fields["b"].T).square().sum().backward()
+        model.zero_grad()
+        model.towers["one"].network.blocks[0].norm.reset_running_stats()
+    fields = called(nobodys).fields
+    norm = model.towers["one"].network.blocks[0].norm
+    assert norm.num_batches_tracked == 1 and not fields["a"].any()
+    (fields["a"] @ fields["b"].T + fields["b"] @ torch.randn(4, 6)).square().sum().backward()
+    assert norm.num_batches_tracked == 1
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if n.startswith("tow"))
+
+
+def without_blocks(layers):
+    tower = LinearTower(8, 8)
+    if layers > 1:
+        tower.network = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    return ContrastiveModel({f: VectorModality(8) for f in "ab"}, {"one": tower}, {"a": "one", "b": "one"}, 4)
+
+
+def test_an_option_that_finds_nothing_to_act_on_is_refused():
+    def check(layers=2, **options):
+        check_placement(without_blocks(layers), TrainOptions(steps=1, batch_size=6, **options))
+
+    with pytest.raises(UserError, match=r"train\.recompute: towers\.one has no blocks that could be found: leave it out"):
+        check(recompute=["one"])
+    with pytest.raises(UserError, match=r"train\.layer_decay: towers\.one has no blocks .* set train\.tower_lr: {one: …}"):
+        check(layer_decay={"one": 0.7})
+    with pytest.raises(UserError, match=r"train\.parallel=fsdp: towers\.one has no blocks .* set train\.parallel: ddp"):
+        check(parallel="fsdp")
+    with pytest.raises(UserError, match=r"train\.layer_decay: no tower 'onne'; did you mean 'one'"):
+        check(layer_decay={"onne": 0.7})
+    with pytest.raises(UserError, match=r"train\.channels_last: no tower has a convolution"):
+        check(channels_last=True)
+    check(layers=1, parallel="fsdp")  # a single layer is a part
+    check_placement(make_model(), TrainOptions(steps=1, batch_size=6, parallel="fsdp", layer_decay={"one": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "options", "message"),
+    [
+        (8, 8, {}, "train.batch_size=8 on 8 processes and train.accumulation_steps=1 is 1 at a time$"),
+        (8, 2, {"accumulation_steps": 4}, "is 1 at a time$"),
+        (8, 2, {"micro_batch_size": 1}, r"is 4 at a time, in parts of at most 1 \(train.micro_batch_size\)"),
+        (6, 2, {"micro_batch_size": 2}, "is 3 at a time, in parts of at most 2"),
+        (9, 1, {"accumulation_steps": 2}, "cannot be cut into train.accumulation_steps=2 equal parts"),
+        (17, 1, {"micro_batch_size": 4}, None),  # 4, 4, 3, 3, 3
+        (5, 1, {"micro_batch_size": 4}, None),
+    ],
+)
+def test_one_sample_alone_through_batch_norms_is_refused_at_the_start(batch_size, ranks, options, message):
+    options = TrainOptions(steps=1, batch_size=batch_size, **options)
+    if not message:
+        check_rows(make_model(), options, ranks)
+        assert min(len(part) for part in Batch({}, {}, *[torch.arange(batch_size)] * 2, [{}] * batch_size).split(4)) > 1
+        return
+    with pytest.raises(UserError, match=message):
+        check_rows(make_model(), options, ranks)
+    if "equal parts" not in message:
+        check_rows(without_blocks(2), options, ranks)  # without batch norms
+        locked = make_model()
+        freeze(locked, {"towers.*": None})
+        check_rows(locked, options, ranks)
 
 
 def test_what_does_not_go_together_is_refused(monkeypatch):

@@ -14,6 +14,7 @@ from mmcontrast.model import ContrastiveModel, Embeddings
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
 from mmcontrast.towers import TimmTower, Tower
 from mmcontrast.training.grad_cache import batch_norms, cached_backward
+from mmcontrast.training.parallel import batches_counted, same_statistics
 from mmcontrast.types import Batch
 from tests.command import call_on_ranks, free_port
 
@@ -194,6 +195,32 @@ def test_saved_activations_do_not_grow_with_the_batch():
     assert uncut > 10 * large
 
 
+def check_statistics(rank, size):
+    """Rank 0 lacks `b`, which has a tower of its own; `a` and `c` share one."""
+    parts = [make_batch(12, seed=k) for k in (0, 1)]
+    parts[0].present["b"][:] = False
+    parts[0].values["b"] = torch.full((1, 6), 50.0).double()
+    model, alone = make_model(nn.BatchNorm1d), [make_model(nn.BatchNorm1d) for _ in parts]
+    before, called = batches_counted(model), DistributedDataParallel(model, broadcast_buffers=False)
+    for one, part in zip(alone, parts, strict=True):
+        graph_keeping(one, part, size or 12)
+    loss = loss_of(parts[rank], "infonce", "all_pairs", dist.group.WORLD)
+    if size:
+        cached_backward(called, parts[rank], size, loss)
+    else:
+        loss(called(parts[rank])).backward()
+    same_statistics(model, before)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    for name, found in model.named_buffers():
+        ours = [dict(one.named_buffers())[name] for one in alone]
+        if name.startswith("towers.own"):
+            untouched = 0 if name.endswith("tracked") else float(name.endswith("var"))
+            assert (ours[0] == untouched).all(), "nothing is learnt of what nobody has"
+            torch.testing.assert_close(found, ours[1], rtol=1e-6, atol=1e-6)
+        elif found.is_floating_point():
+            torch.testing.assert_close(found, (ours[0] + ours[1]) / 2, rtol=1e-6, atol=1e-6)
+
+
 def worker(rank, port):
     try:
         torch.set_num_threads(1)
@@ -222,6 +249,8 @@ def worker(rank, port):
             torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(gradients(cached.module), gradients(kept), rtol=1e-12, atol=1e-14)
             assert reduced == [0], f"buckets reduced: {reduced}, for {objective} {pairing}"
+        for size in (None, 4):
+            check_statistics(rank, size)
     finally:
         dist.destroy_process_group()
 

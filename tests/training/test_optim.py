@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import timm.optim
 import torch
 from safetensors.torch import load_file
 
@@ -14,8 +15,9 @@ from mmcontrast.evaluation import embed_dataset
 from mmcontrast.runs import make_job, open_run
 from mmcontrast.towers import TOWERS
 from mmcontrast.training import checkpoint
-from mmcontrast.training.optim import freeze, heights_of, make_optimizer, schedule
+from mmcontrast.training.optim import freeze, heights_of, make_optimizer, not_decaying, schedule
 from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.state import weights_path
 from tests.command import train
 
 
@@ -85,6 +87,69 @@ def test_groups_by_tower_and_layer(config_file):
     ):
         with pytest.raises(UserError, match=message):
             make_optimizer(model, load_config(config_file, [wrong]).train)
+
+
+DECAYING = {
+    "test_vit": {"type": "timm", "model": "test_vit", "img_size": 32},
+    "dinov2 with registers": {"type": "timm", "model": "vit_small_patch14_reg4_dinov2", "depth": 1, "img_size": 28},
+    "beit": {"type": "timm", "model": "beit_base_patch16_224", "depth": 1, "embed_dim": 24, "num_heads": 2},
+    "levit": {"type": "timm", "model": "levit_128s"},
+    "botnet": {"type": "timm", "model": "botnet26t_256"},
+    "resnet": {"type": "timm", "model": "test_resnet"},
+    "open_clip": {"type": "open_clip_text", "width": 16, "layers": 1, "heads": 2, "embed_cls": True},
+    "bert": {"type": "transformers", "model": "bert", "config": BERT | {"num_hidden_layers": 1}},
+    "clip": {"type": "transformers", "model": "clip_vision_model", "config": BERT | {"image_size": 32, "num_hidden_layers": 1}},
+    "gpt2": {"type": "transformers", "model": "gpt2", "config": {"n_embd": 16, "n_layer": 1, "n_head": 2}},
+    "deberta": {"type": "transformers", "model": "deberta-v2", "config": BERT | {"relative_attention": True}},
+}  # fmt: skip
+ALSO = {  # what no library names, or only here
+    "botnet": "stages.2.1.self_attn.pos_embed.height_rel",
+    "dinov2 with registers": "reg_token",
+    "bert": "embeddings.position_embeddings.weight",
+    "clip": "embeddings.position_embedding.weight",
+    "gpt2": "wpe.weight",
+    "deberta": "encoder.rel_embeddings.weight",
+    "open_clip": "positional_embedding",
+}
+
+
+@pytest.mark.parametrize("kind", DECAYING)
+def test_weight_decay_spares_what_the_library_names_and_what_is_a_position(kind):
+    """timm's own groups (its vectors, biases and `no_weight_decay()`) on the network, then what nobody names; a weight of a
+    linear layer, of a convolution and of a vocabulary decays."""
+    tower = build(DECAYING[kind], TOWERS, "tower")
+    network, parameters = tower.network, dict(tower.network.named_parameters())
+    named = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    theirs = timm.optim.param_groups_weight_decay(network, 0.1, no_weight_decay_list=named)[0]["params"]
+    kept = {id(parameters[name.removeprefix("network.")]) for name in not_decaying(tower)}
+    assert {id(parameter) for parameter in theirs} <= kept
+    assert kind not in ALSO or id(parameters[ALSO[kind]]) in kept
+    matrices = [m.weight for m in network.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    matrices += [parameters[n] for n in ("token_embedding.weight", "embeddings.word_embeddings.weight") if n in parameters]
+    decaying = [weight for weight in matrices if sum(size > 1 for size in weight.shape) > 1]
+    assert (decaying or kind == "gpt2") and not {id(weight) for weight in decaying} & kept
+
+
+def test_what_a_run_cannot_start_from_is_said_in_a_line(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("bad.safetensors", "is no .safetensors file, or damaged"),
+        ("folder", "is neither a run's folder, nor one of its checkpoints, nor a .safetensors file"),
+        ("none.safetensors", "no weights at"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_weights(weights_path(str(tmp_path / name)))
+
+
+def test_what_is_spared_is_in_the_optimizers_groups(config_file):
+    model = make_job(load_config(config_file)).model
+    optimizer = make_optimizer(model, TrainOptions(steps=1, batch_size=1, weight_decay=0.2))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    kept = not_decaying(model)
+    assert {"log_logit_scale", "towers.text.network.embeddings.position_embeddings.weight"} < kept
+    assert all(decay[id(p)] == (0.0 if name in kept else 0.2) for name, p in model.named_parameters())
+    assert decay[id(model.get_parameter("projections.text.weight"))] == 0.2
 
 
 def test_what_is_locked_for_good_does_not_train(config_file):
