@@ -62,13 +62,12 @@ def verify(
     Finds truncated and overwritten shards, samples whose members are not adjacent, pictures, sounds and texts that cannot be
     decoded or are beyond a limit, and wrong json.
     """
-    import json
-
     from mmcontrast.data.verify import Fault, verify_shards
+    from mmcontrast.strict_json import dumps
 
     report = verify_shards(shards, workers)
     if json_file:
-        json_file.write_text(json.dumps(report, indent=1))
+        json_file.write_text(dumps(report, indent=1))
     faults = [str(Fault(**fault)) for fault in report["faults"]]
     for fault in faults[:SHOWN_FAULTS]:
         console.print(fault, highlight=False, markup=False)

@@ -19,7 +19,7 @@ from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processes, shared_memory
 from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import Component
+from mmcontrast.options import Component, ShardOptions
 from mmcontrast.runs import check_components
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import SourceOptions
@@ -102,7 +102,9 @@ def sources(config: RunConfig) -> Mapping[str, SourceOptions]:
 def shards(config: RunConfig) -> Iterator[Check]:
     """Every pattern matches; the first and the last shard of each set open."""
     sets = {name: (f"data.{name}", of.shards) for name, of in sources(config).items()}
-    sets |= {f"{name} ": (f"evaluation.splits.{name}", of) for name, of in config.evaluation.splits.items()}
+    sets |= {
+        f"{name} ": (f"evaluation.splits.{name}", ShardOptions.of(of).shards) for name, of in config.evaluation.splits.items()
+    }
     for name, patterns in sets.values():
         try:
             names = expand_shards(patterns)

@@ -1,10 +1,39 @@
 """Prompts' templates and class names that others have published, by name: those that come with open_clip."""
 
+from string import Formatter
+
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 
 TEMPLATES = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES"}
 CLASSES = {"imagenet": "IMAGENET_CLASSNAMES"}
+PLACEHOLDERS = ("", "0", "c")
+PHRASE = "a phrase"
+
+
+def check_template(template: str) -> None:
+    """
+    Raises:
+        ValueError: for a template in which a class's phrase has no place, or that has another placeholder.
+    """
+    wanted = "write {} or {c} where the class's phrase goes, like 'a photo of a {}.'"
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        for name in names:
+            if name not in PLACEHOLDERS:
+                raise ValueError(f"the template {template!r} has the placeholder {{{name}}}: {wanted}")
+        shown = filled(template, PHRASE)
+    except (IndexError, KeyError, ValueError, TypeError) as error:
+        if str(error).startswith("the template"):
+            raise
+        raise ValueError(f"the template {template!r} cannot be filled in ({error}): {wanted}") from error
+    if PHRASE not in shown:
+        raise ValueError(f"the template {template!r} has no placeholder, so every class has the same prompt: {wanted}")
+
+
+def filled(template: str, phrase: str) -> str:
+    """Return the prompt of a phrase."""
+    return template.format(phrase, c=phrase)
 
 
 def named_templates(name: str) -> list[str]:

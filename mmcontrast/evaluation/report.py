@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmcontrast.evaluation.results import Evaluation, shown_results
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.options import ShardOptions, Shards
 
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
 CLASSES, PICTURED = 100, 40  # that a table lists, and that a picture of confusion can show
@@ -87,12 +89,18 @@ def write_results(
 ) -> None:
     """results.json and report.html. `about` says which model it was."""
     data = {
-        split: {"shards": options.splits[split], "digest": datasets[split].digest, "samples": len(table)}
+        split: {"shards": shown_shards(options.splits[split]), "digest": datasets[split].digest, "samples": len(table)}
         for split, table in found.tables.items()
     }
     write_json(folder / RESULTS, found.to_json({**about, "data": data, "options": options.model_dump(mode="json")}))
     split = options.report_split or next(iter(found.tables))
     write_report(folder / REPORT, name, found, read_log(folder / LOG), split, model, datasets[split])
+
+
+def shown_shards(shards: Shards) -> Any:
+    """Return shards as JSON shows them: patterns alone where there is nothing else."""
+    given = ShardOptions.of(shards)
+    return given.model_dump(mode="json", exclude_defaults=True) if given.keys or given.files else given.shards
 
 
 def _classes(place: str, report: Report, classes: Sequence[str]) -> str:
@@ -137,7 +145,8 @@ def _results(found: Evaluation) -> str:
     splits, rows = shown_results(found)
     head = "".join(f"<th>{html.escape(split)}</th>" for split in ["", *splits])
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in found.notes)
+    return f"<table><tr>{head}</tr>{body}</table>{notes}"
 
 
 def _gallery(query: str, found: str, split: str, model: ContrastiveModel, dataset: ShardDataset, table: EmbeddingTable) -> str:
@@ -167,7 +176,9 @@ def _media(dataset: ShardDataset, field: str, row: int, table: EmbeddingTable) -
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are losses of training steps; none if there is no such file."""
+    """Return the lines of a metrics.jsonl that are losses of training steps; none if there is no such file. What is null there
+    is NaN."""
     if not path.exists():
         return []
-    return [line for line in map(json.loads, path.read_text().splitlines()) if "loss" in line]
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "loss" in line]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
