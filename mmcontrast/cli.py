@@ -215,7 +215,8 @@ def embed(
             raise UserError(f"--keys {given!r} is not of the form FIELD=COLUMN, like text=caption")
         of_fields.setdefault(field, []).append(column)
     complete = embed_shards(
-        model, ShardOptions(shards=data, keys=of_fields, files=files), out, part=TableSlice.parse(out, part) if part else None, checkpoint=checkpoint, pretrained=pretrained,
+        model, ShardOptions(shards=data, keys=of_fields, files=files), out, part=TableSlice.parse(out, part) if part else None,
+        checkpoint=checkpoint, pretrained=pretrained,
         device=device, precision=precision, batch_size=batch_size, num_workers=num_workers, slice_rows=slice_rows,
     )  # fmt: skip
     if complete:

@@ -68,14 +68,14 @@ def tell(found: Evaluation, place: str, matched: MatchedLabels, seen: int, class
     notes = []
     if matched.unlabelled:
         found.values[f"{place}/num_unlabelled"] = matched.unlabelled
-        notes.append(f"{matched.unlabelled} samples without a label are left out")
+        notes.append(f"samples without a label are left out: {matched.unlabelled}")
     if matched.others:
         found.values[f"{place}/num_other_labels"] = number = matched.others.total()
         shown = ", ".join(f"{text[:40]!r} ({count})" for text, count in matched.others.most_common(5))
         shown += ", …" if len(matched.others) > 5 else ""
-        notes.append(f"{number} samples with labels that are no class are left out: {shown}")
+        notes.append(f"samples with labels that are no class are left out: {number}, of {shown}")
     if seen < classes:
-        notes.append(f"{classes - seen} of {classes} classes have no samples")
+        notes.append(f"classes without samples: {classes - seen} of {classes}")
     if notes:
         found.notes.append(f"{place}: {'; '.join(notes)}")
 
@@ -100,7 +100,7 @@ def probe(found: Evaluation, splits: dict[str, str], task: ProbeOptions, train: 
     classes = ClassLabels(names)
     rows, labels, matched = labelled_rows(train, task.field, task.label, classes, f"{place}, training samples")
     if matched.unlabelled:
-        found.notes.append(f"{place}: {matched.unlabelled} training samples without a label are left out")
+        found.notes.append(f"{place}: training samples without a label are left out: {matched.unlabelled}")
     tests = {
         place: labelled_rows(found.tables[split], task.field, task.label, classes, place)
         for split, place in splits.items()

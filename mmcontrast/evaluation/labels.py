@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import difflib
 import math
 import re
 import unicodedata
@@ -49,7 +50,7 @@ def _same(text: str) -> Any:
 
 def _alike(text: str) -> str:
     """Return what is equal for texts that a person may have meant to be equal: letters of any case, 01 and 1, - and _."""
-    text = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    text = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", unicodedata.normalize("NFKC", text).casefold())
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 
 
@@ -115,13 +116,9 @@ class ClassLabels:
             remedy = "write classes as the labels are"
         text = next(iter(others))
         hint = ", ".join(f"{a[:40]!r} is not {b[:40]!r}" for a, b in list(meant.items())[:SHOWN])
-        hint = hint or ("" if self.numbered else nearest(text, self.names) if len(self.names) <= SHOWN else _close(text, self))
-        return f"labels that are no class: {seen}; {wanted}{f'; {hint}' if hint else ''}: {remedy}"
-
-
-def _close(text: str, labels: ClassLabels) -> str:
-    hint = nearest(text, labels.names)
-    return hint if hint.startswith("did you mean") else ""
+        if not hint and not self.numbered and (close := difflib.get_close_matches(text, self.names, n=1)):
+            hint = f"did you mean {close[0][:40]!r}?"
+        return f"labels that are no class: {seen}; {wanted}; {f'{hint}; ' if hint else ''}{remedy}"
 
 
 @dataclass(frozen=True)

@@ -33,18 +33,16 @@ class ZeroShotOptions(Options):
     field: str | None = None
     prompt_field: str | None = None
     templates: Annotated[list[str], Field(min_length=1)] | str = ["{}"]
-    classes: (
-        Annotated[dict[str, Annotated[list[str], Field(min_length=1)]], Field(min_length=2)]
-        | Annotated[list[str], Field(min_length=2)]
-        | str
-    )
+    classes: dict[str, Annotated[list[str], Field(min_length=1)]] | list[str] | str
     splits: list[str] = []
 
     @field_validator("templates")
     @classmethod
     def _check_templates(cls, templates: list[str] | str) -> list[str] | str:
         if isinstance(templates, str) and templates not in TEMPLATES:
-            raise ValueError(f"no templates of the name {templates!r}; {nearest(templates, TEMPLATES)}, or a list of templates")
+            raise ValueError(
+                f"no templates of the name {templates!r}; {nearest(templates, TEMPLATES)}; a template alone is a list of one"
+            )
         for template in [] if isinstance(templates, str) else templates:
             check_template(template)
         return templates
@@ -65,12 +63,12 @@ class ZeroShotOptions(Options):
     @classmethod
     def _check_classes(cls, classes: dict[str, list[str]] | list[str] | str) -> dict[str, list[str]] | list[str] | str:
         if isinstance(classes, str) and classes not in CLASSES:
-            raise ValueError(
-                f"no classes of the name {classes!r}; {nearest(classes, CLASSES)}, or a list or mapping of classes"
-            )
+            raise ValueError(f"no classes of the name {classes!r}; {nearest(classes, CLASSES)}")
         if isinstance(classes, str):
             return classes
         named = classes if isinstance(classes, dict) else {str(label): [phrase] for label, phrase in enumerate(classes)}
+        if len(named) < 2:
+            raise ValueError(f"two classes at least can be told apart, here are {len(named)}")
         for label, phrases in named.items():
             if not label.strip() or not all(phrase.strip() for phrase in phrases):
                 raise ValueError(f"the class {label!r} has an empty name")
