@@ -204,8 +204,8 @@ def embed(
     """
     import json
 
+    from mmcontrast.data import ShardOptions
     from mmcontrast.evaluation import TableSlice
-    from mmcontrast.options import ShardOptions
     from mmcontrast.tasks import embed_shards
 
     of_fields: dict[str, list[str]] = {}

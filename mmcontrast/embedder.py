@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcontrast.data import ShardDataset, open_dataset
+from mmcontrast.data import ShardDataset, ShardOptions, Shards, open_dataset
 from mmcontrast.data.dataset import UNREADABLE
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import ShardOptions, Shards
 from mmcontrast.pretrained import library_of, open_pretrained
 from mmcontrast.runs import CONFIG, contrasted_fields, open_run, step_of
 from mmcontrast.training.log import make_progress

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
 from mmcontrast.evaluation.embed import MANIFEST
-from mmcontrast.evaluation.report import shown_shards
-from mmcontrast.options import ShardOptions, Shards
 from mmcontrast.training.distributed import end_with_torchrun
 from mmcontrast.training.log import make_progress
 
@@ -53,7 +51,7 @@ def embed_shards(
     end_with_torchrun()
     about = about_model(name, checkpoint, pretrained, precision)
     given = ShardOptions.of(shards)
-    about |= {"shards": shown_shards(given), "data": ShardDataset(given.shards, {}, {}, files=given.files).digest}
+    about |= {"shards": given.shown(), "data": ShardDataset(given.shards, {}, {}, files=given.files).digest}
     begun = TableSlice.number_in(out)
     own = [part] if part else TableSlice.all(out, begun)[rank::world_size] if begun else []
     if not begun and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):

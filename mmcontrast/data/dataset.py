@@ -90,8 +90,7 @@ class ShardDataset(Samples):
     Args:
         shards: paths, globs or brace ranges.
         modalities: per field.
-        keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own, which take
-            their place too where no sample has any of them, but in training.
+        keys: per field, the extensions that are tried in turn, e.g. ("jpg", "png"); default: its modality's own.
         seed: of augmentation, with the epoch and the sample's id.
         training: augment, and replace what cannot be decoded.
         partial: leave out fields of which no sample has a member, instead of refusing.
@@ -109,15 +108,12 @@ class ShardDataset(Samples):
         files: str | None = None,
     ) -> None:
         self.modalities, self.seed, self.training = dict(modalities), seed, training
-        asked = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
-        usual = {field: () if training else modality.extensions for field, modality in modalities.items()}
-        of_files = (field for field, modality in modalities.items() if not isinstance(modality, TextModality))
-        named = {extension for field in of_files for extension in (*asked[field], *usual[field])}
+        self.keys = {field: tuple(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
+        named = {e for field, of in self.keys.items() if not isinstance(modalities[field], TextModality) for e in of}
         self.shards: list[ShardIndex] = open_shards(shards, True, named, files)
         self.remote = any(is_remote(shard.name) for shard in self.shards)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         there = {extension for shard in self.shards for extension in shard.extensions}
-        self.keys = with_fallbacks(asked, usual, there)
         for field, extensions in list(self.keys.items()):
             if not there & set(extensions) and partial:
                 del self.keys[field], self.modalities[field]
@@ -240,20 +236,6 @@ def decoded(
     except UNREADABLE as error:
         sample.error = f"member .{extension}: {error or type(error).__name__}"
     return sample
-
-
-def with_fallbacks(
-    asked: Mapping[str, tuple[str, ...]], usual: Mapping[str, tuple[str, ...]], there: set[str]
-) -> dict[str, tuple[str, ...]]:
-    """Return the extensions of fields: those that are asked for, or, of a field of which no sample has any, its usual ones that
-    no other field could mean."""
-    lacking = {field for field, extensions in asked.items() if not any(e.partition(":")[0] in there for e in extensions)}
-    keys = dict(asked)
-    for field in lacking:
-        others = [other for other in asked if other != field and asked[other] != asked[field]]
-        taken = {extension for other in others for extension in (usual if other in lacking else asked)[other]}
-        keys[field] = tuple(e for e in usual[field] if e in there - taken) or asked[field]
-    return keys
 
 
 def ids_of(about: Any, default: int) -> tuple[int, int]:

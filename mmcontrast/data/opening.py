@@ -5,25 +5,55 @@ from typing import Any
 
 from mmcontrast.components import nearest
 from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.index import open_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
-from mmcontrast.options import ShardOptions, Shards
+from mmcontrast.options import Options, Patterns
+
+
+class ShardOptions(Options):
+    """Shards whose columns or extensions, or whose files, are not where a model would look for them.
+
+    Attributes:
+        shards: tars, also by URL, folders, tables.
+        files: of tables whose columns name files, the folder in which these are, absolute paths too; default: the table's own.
+        keys: of fields, the extensions or columns of their member, tried in turn: {text: [caption]}.
+    """
+
+    shards: Patterns
+    files: str | None = None
+    keys: dict[str, list[str]] = {}
+
+    @classmethod
+    def of(cls, shards: "Shards | dict[str, Any]") -> "ShardOptions":
+        """Return patterns, or a mapping as JSON has it, as options."""
+        if isinstance(shards, dict):
+            return cls.model_validate(shards)
+        return shards if isinstance(shards, ShardOptions) else cls(shards=shards)
+
+    def shown(self) -> Any:
+        """Return what JSON shows of them: patterns alone where there is nothing else."""
+        return self.model_dump(mode="json", exclude_defaults=True) if self.keys or self.files else self.shards
+
+
+Shards = str | list[str] | ShardOptions
 
 
 def open_dataset(
     shards: Shards | dict[str, Any],
     modalities: Mapping[str, Modality],
-    keys: Mapping[str, Sequence[str]],
+    keys: Mapping[str, Sequence[Any]],
     *,
     seed: int = 0,
     training: bool = False,
     partial: bool = False,
 ) -> ShardDataset:
-    """Open shards.
+    """Open shards, whose own `keys` go before those of the model. Where a field has neither, other than in training, its
+    modality's usual extensions are its keys: a model that was trained on a table's own columns reads other shards too.
 
     Args:
         shards: patterns; or a mapping of `shards`, `keys` and `files`.
-        keys: of fields, for shards that do not say otherwise.
+        keys: the model's, of fields.
         modalities, seed, training, partial: as `ShardDataset`.
 
     Raises:
@@ -33,11 +63,37 @@ def open_dataset(
     for field in given.keys:
         if field not in modalities:
             raise UserError(f"{given.shards}: keys of a field {field!r}; {nearest(field, modalities)}")
-    dataset = ShardDataset(given.shards, modalities, {**keys, **given.keys}, seed, training, partial, given.files)
-    for field, wanted in given.keys.items():
-        if wanted and not set(wanted) & set(dataset.keys.get(field, ())):
-            have = ", ".join(sorted({extension for shard in dataset.shards for extension in shard.extensions}))
-            raise UserError(
-                f"{given.shards}: keys of the field {field!r}: no sample has {' or '.join(wanted)}; they have {have}"
-            )
+    asked = {field: list(given.keys.get(field) or keys.get(field) or modalities[field].extensions) for field in modalities}
+    if not training and any(keys.get(field) for field in modalities):
+        asked = with_fallbacks(asked, modalities, given)
+    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files)
+    for field in given.keys:
+        if field not in dataset.keys:
+            raise UserError(f"{given.shards}: keys of the field {field!r}: no sample has {' or '.join(given.keys[field])}")
     return dataset
+
+
+def with_fallbacks(
+    asked: Mapping[str, list[Any]], modalities: Mapping[str, Modality], given: ShardOptions
+) -> dict[str, list[Any]]:
+    """Return the keys of fields: those that are asked for, or, of a field of whose keys no sample has any, the usual extensions
+    of its modality that no other field could mean."""
+    there = {extension for shard in open_shards(given.shards, files=given.files) for extension in shard.extensions}
+    lacking = {
+        field
+        for field, of_field in asked.items()
+        if field not in given.keys and not any(member in there for key in of_field for member in members_of(key))
+    }
+    found = dict(asked)
+    for field in lacking:
+        others = [other for other in asked if other != field and asked[other] != asked[field]]
+        taken = {m for other in others if other not in lacking for key in asked[other] for m in members_of(key)}
+        taken |= {extension for other in others if other in lacking for extension in modalities[other].extensions}
+        usual = [extension for extension in modalities[field].extensions if extension in there - taken]
+        found[field] = usual or found[field]
+    return found
+
+
+def members_of(key: str | Mapping[str, float]) -> list[str]:
+    """Return the members that a key may be read from; "json:caption" is one of the json."""
+    return [name.partition(":")[0] for name in ([key] if isinstance(key, str) else key)]

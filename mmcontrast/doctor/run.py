@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcontrast.config import RunConfig, load_config
-from mmcontrast.data import ShardDataset, StreamDataset, expand_shards, index_shard
+from mmcontrast.data import ShardDataset, ShardOptions, StreamDataset, expand_shards, index_shard
 from mmcontrast.data.dataset import Sample
 from mmcontrast.data.files import is_remote, open_file
 from mmcontrast.data.loading import PREFETCHED
@@ -19,7 +19,7 @@ from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processes, shared_memory
 from mmcontrast.errors import UserError
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import Component, ShardOptions
+from mmcontrast.options import Component
 from mmcontrast.runs import check_components
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import SourceOptions

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from rich.progress import Progress
 
 from mmcontrast.components import nearest
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_classes, probe, zero_shot
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_together
@@ -24,7 +24,6 @@ from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.evaluation.sides import embed_captions
 from mmcontrast.modalities import ImageModality, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import ShardOptions, Shards
 
 Embed = Callable[[str, ShardDataset], EmbeddingTable]  # (split, its data) → its embeddings
 

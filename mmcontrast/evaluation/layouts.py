@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
+from mmcontrast.data import ShardOptions
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
 from mmcontrast.evaluation.prompts import check_template
-from mmcontrast.options import ShardOptions
 from mmcontrast.text_files import read_text
 
 KIND, CLASSES, TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from mmcontrast.components import nearest
+from mmcontrast.data import Shards
 from mmcontrast.evaluation.labels import label_text
 from mmcontrast.evaluation.prompts import CLASSES, TEMPLATES, check_template
-from mmcontrast.options import Options, Positive, Shards
+from mmcontrast.options import Options, Positive
 
 Fields = str | Annotated[list[str], Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.data.page import media, page, svg
 from mmcontrast.evaluation.classification import Report
 from mmcontrast.evaluation.embed import EmbeddingTable, write_json
@@ -19,7 +19,6 @@ from mmcontrast.evaluation.results import Evaluation, shown_results
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import ShardOptions, Shards
 
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
 CLASSES, PICTURED = 100, 40  # that a table lists, and that a picture of confusion can show
@@ -89,18 +88,16 @@ def write_results(
 ) -> None:
     """results.json and report.html. `about` says which model it was."""
     data = {
-        split: {"shards": shown_shards(options.splits[split]), "digest": datasets[split].digest, "samples": len(table)}
+        split: {
+            "shards": ShardOptions.of(options.splits[split]).shown(),
+            "digest": datasets[split].digest,
+            "samples": len(table),
+        }
         for split, table in found.tables.items()
     }
     write_json(folder / RESULTS, found.to_json({**about, "data": data, "options": options.model_dump(mode="json")}))
     split = options.report_split or next(iter(found.tables))
     write_report(folder / REPORT, name, found, read_log(folder / LOG), split, model, datasets[split])
-
-
-def shown_shards(shards: Shards) -> Any:
-    """Return shards as JSON shows them: patterns alone where there is nothing else."""
-    given = ShardOptions.of(shards)
-    return given.model_dump(mode="json", exclude_defaults=True) if given.keys or given.files else given.shards
 
 
 def _classes(place: str, report: Report, classes: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from mmcontrast.options import Component, Options, Patterns, Positive, ShardOptions
+from mmcontrast.options import Component, Options, Patterns, Positive
 
 T = TypeVar("T")
 Projection = Literal["linear", "mlp", "none"]
@@ -37,17 +37,21 @@ class ModelOptions(Options):
     scale_per_pair: bool = False
 
 
-class SourceOptions(ShardOptions):
+class SourceOptions(Options):
     """One of several sources of training samples.
 
     Attributes:
-        shards, files, keys: as of any shards; here `keys` are of fields that differ from `fields`.
+        shards: its shards: tars, also by URL, folders, tables.
+        files: of tables whose columns name files, the folder in which these are; default: the table's own.
         weight: how often its samples are seen, in proportion to the others'; default: as many as it has.
-        modalities: of its fields that differ from `fields`: {image: {augment: []}}.
+        keys, modalities: of its fields that differ from `fields`: {text: [caption]}, {image: {augment: []}}.
         own_ids: its sample_id and group_id mean nothing to the other sources, where the same numbers may occur.
     """
 
+    shards: Patterns
+    files: str | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
+    keys: dict[str, list[str]] = {}
     modalities: dict[str, dict[str, Any]] = {}
     own_ids: bool = False
 

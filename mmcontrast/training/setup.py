@@ -12,6 +12,7 @@ from mmcontrast.data import (
     MixtureOrder,
     SampleOrder,
     ShardDataset,
+    Shards,
     StreamDataset,
     StreamOrder,
     TrainingDataset,
@@ -22,7 +23,7 @@ from mmcontrast.data import (
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import Component, Shards
+from mmcontrast.options import Component
 from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, TransformersTower
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 

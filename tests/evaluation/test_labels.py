@@ -77,7 +77,7 @@ def test_columns_of_pandas_meet_their_classes(embedder, tmp_path, kind):
     ("labels", "classes", "message"),
     [
         (["00", "01", "02"], MAPPING, "'00' (1), '01' (1), '02' (1); the 3 classes are '0', '1', '2'; '00' is not '0', '01'"),
-        (["Red", "green", "green"], {word: [word] for word in NAMES}, "'Red' (1); the 3 classes are 'red', 'green', 'blue'; 'R"),
+        (["Red", "green", "green"], {word: [word] for word in NAMES}, "'Red' (1); the 3 classes are 'red', 'green', 'blue'"),
         (["small-cat", "dog", "dog"], {"small cat": ["cat"], "dog": ["dog"]}, "'small-cat' is not 'small cat'"),
         (["x", "y", "redd"], {word: [word] for word in NAMES}, "'x' (1), 'y' (1), 'redd' (1); the 3 classes are"),
         ([0, 1, 3], NAMES, "'3' (1); the list names 3 classes, which are the labels 0 to 2"),
