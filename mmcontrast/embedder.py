@@ -145,6 +145,8 @@ class Embedder:
         scales, pairs = self.model.log_logit_scale.exp().cpu(), [set(one) for one in self.model.pairs]
         if pairs and set(pair or ()) not in pairs:
             raise UserError(f"{self.name} has a scale for each pair of fields: logits(…, pair=…) with two of {self.fields}")
+        if not torch.isfinite(scales).all():
+            raise UserError(f"{self.name}: its logit scale is {scales.tolist()}: use a sound checkpoint")
         scores = scales[pairs.index(set(pair or ())) if pairs else 0] * self.similarity(first, second)
         return scores if self.model.logit_bias is None else scores + self.model.logit_bias.cpu()
 

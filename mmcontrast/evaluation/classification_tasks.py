@@ -1,6 +1,7 @@
 """The classification that a suite asks for: zero-shot by prompts, and probes trained on embeddings."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,9 +96,9 @@ def probe(found: Evaluation, splits: dict[str, str], task: ProbeOptions, train: 
             f"probes: the samples of {task.train} have no field {task.field!r}; they have {', '.join(train.fields)}"
         )
     place = next(iter(splits.values())).partition("/")[2]
-    values = entries_of(train.metadata, task.label, f"{place}, training samples")
-    names = sorted({text for value in values if (text := label_text(value)) is not None})
-    classes = ClassLabels(names)
+    here = train.present[task.field].tolist()
+    classes = trained_classes([entry for entry, has in zip(train.metadata, here, strict=True) if has], task, place)
+    names = classes.names
     rows, labels, matched = labelled_rows(train, task.field, task.label, classes, f"{place}, training samples")
     if matched.unlabelled:
         found.notes.append(f"{place}: training samples without a label are left out: {matched.unlabelled}")
@@ -126,6 +127,16 @@ def probe(found: Evaluation, splits: dict[str, str], task: ProbeOptions, train: 
         for (place, (_, truth, _)), of in zip(tests.items(), predictions.split(sizes, dim=1), strict=True):
             found.add_means(f"{place}/few_shot_{shots}", {"top1": (of == truth).double().mean(0)})
             found.values[f"{place}/few_shot_{shots}/top1_std_over_seeds"] = over_seeds(of, truth)[1]
+
+
+def trained_classes(metadata: Sequence[dict[str, Any]], task: ProbeOptions, place: str) -> ClassLabels:
+    """Return the classes that training samples have.
+
+    Raises:
+        UserError: if none of them has the label.
+    """
+    values = entries_of(metadata, task.label, f"{place}, training samples")
+    return ClassLabels(sorted({text for value in values if (text := label_text(value)) is not None}))
 
 
 def labelled_rows(

@@ -13,12 +13,12 @@ from rich.progress import Progress
 from mmcontrast.components import nearest
 from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_classes, probe, zero_shot
+from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_classes, probe, trained_classes, zero_shot
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_together
 from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_rank, hubness, modality_gap, uniformity
-from mmcontrast.evaluation.labels import entries_of, label_text, labels_ahead
+from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
 from mmcontrast.evaluation.layouts import with_layouts
-from mmcontrast.evaluation.options import EvaluationOptions
+from mmcontrast.evaluation.options import EvaluationOptions, ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.evaluation.sides import embed_captions
@@ -180,19 +180,29 @@ def shown_name(shards: Shards) -> str:
 def check_labels(options: EvaluationOptions, datasets: Mapping[str, ShardDataset]) -> None:
     """
     Raises:
-        UserError: for labels of zero-shot tasks that are no classes, as far as some thousand samples of each split show it.
+        UserError: for labels that are no classes, as far as some thousand samples of each split show it.
     """
-    ahead = {split: labels_ahead(datasets[split]) for split in options.splits if options.zero_shot}
+    if not options.zero_shot and not options.probes:
+        return
+    ahead = {name: labels_ahead(dataset) for name, dataset in datasets.items()}
+
+    def check(place: str, split: str, task: ZeroShotOptions | ProbeOptions, classes: ClassLabels) -> None:
+        metadata, whole = ahead[split]
+        if task.field not in datasets[split].modalities or (not any(task.label in entry for entry in metadata) and not whole):
+            return
+        matched = classes.match(entries_of(metadata, task.label, place), place)
+        if whole and not (matched.numbers >= 0).any():
+            raise UserError(f"{place}: {classes.unlike(matched.others, {})}")
+
     for name, task in options.zero_shot.items():
         for split in task.splits or options.splits:
-            if task.field not in datasets[split].modalities or not ahead[split][0]:
-                continue
-            (metadata, whole), place, classes = ahead[split], f"{split}/zero_shot/{name}", labels_of_classes(task)
-            if not whole and all(label_text(entry.get(task.label)) is None for entry in metadata):
-                continue
-            matched = classes.match(entries_of(metadata, task.label, place), place)
-            if whole and not (matched.numbers >= 0).any():
-                raise UserError(f"{place}: {classes.unlike(matched.others, {})}")
+            check(f"{split}/zero_shot/{name}", split, task, labels_of_classes(task))
+    for name, probe_task in options.probes.items():
+        metadata, whole = ahead[training_split(name)]
+        if whole:  # else other samples may have other classes
+            classes = trained_classes(metadata, probe_task, f"probe/{name}")
+            for split in probe_task.splits or options.splits:
+                check(f"{split}/probe/{name}", split, probe_task, classes)
 
 
 def first_field(model: ContrastiveModel, kind: type[Modality]) -> str:

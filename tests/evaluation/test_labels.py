@@ -180,7 +180,7 @@ ints, floats = st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_in
 labels = st.one_of(ints, floats, st.booleans(), st.text(min_size=1).filter(str.strip))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(label=labels, others=st.lists(labels, max_size=5))
 def test_a_label_is_its_own_class_however_it_is_written(label, others):
     """As JSON, as the text of itself, as numpy's, and as the float that pandas makes of an int."""
@@ -194,7 +194,7 @@ def test_a_label_is_its_own_class_however_it_is_written(label, others):
         assert same.match([form], "x").numbers.tolist() == [number], form
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(value=st.one_of(st.none(), st.just(math.nan), st.text(alphabet=" \t\n\u00a0"), st.just(pd.NA), st.just(pd.NaT)))
 def test_nothing_is_no_label(value):
     assert label_text(value) is None
