@@ -8,7 +8,6 @@ from mmcontrast.errors import UserError
 TEMPLATES = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES"}
 CLASSES = {"imagenet": "IMAGENET_CLASSNAMES"}
 PLACEHOLDERS = ("", "0", "c")
-PHRASE = "a phrase"
 
 
 def check_template(template: str) -> None:
@@ -18,17 +17,19 @@ def check_template(template: str) -> None:
     """
     wanted = "write {} or {c} where the class's phrase goes, like 'a photo of a {}.'"
     try:
-        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-        for name in names:
-            if name not in PLACEHOLDERS:
-                raise ValueError(f"the template {template!r} has the placeholder {{{name}}}: {wanted}")
-        shown = filled(template, PHRASE)
-    except (IndexError, KeyError, ValueError, TypeError) as error:
-        if str(error).startswith("the template"):
-            raise
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
         raise ValueError(f"the template {template!r} cannot be filled in ({error}): {wanted}") from error
-    if PHRASE not in shown:
+    if not parts:
         raise ValueError(f"the template {template!r} has no placeholder, so every class has the same prompt: {wanted}")
+    for _, name, form, conversion in parts:
+        if name not in PLACEHOLDERS or form or conversion:  # a form may cut a phrase short
+            shown = f"{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}"
+            raise ValueError(f"the template {template!r} has the placeholder {{{shown}}}: {wanted}")
+    try:
+        filled(template, "")
+    except (IndexError, ValueError) as error:  # {} and {}; {0} and {}
+        raise ValueError(f"the template {template!r} cannot be filled in ({error}): {wanted}") from error
 
 
 def filled(template: str, phrase: str) -> str:

@@ -14,6 +14,7 @@ from mmcontrast.config import load_suite
 from mmcontrast.data import write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.labels import ClassLabels, label_text
+from mmcontrast.evaluation.prompts import check_template, filled
 from mmcontrast.evaluation.results import results_table
 from tests.evaluation.text_model import WORDS, text_model, zero_shot
 
@@ -125,7 +126,7 @@ def test_probes_match_the_labels_of_two_tables(embedder, tmp_path):
     probe = {"train": str(train), "label": "label", "field": "text", "kinds": ["knn"]}
     found = zero_shot(embedder, test, NAMES, zero_shot={}, probes={"p": probe})
     assert found.values["val/probe/p/knn/num_samples"] == 3 and found.values["val/probe/p/num_unlabelled"] == 1
-    with pytest.raises(UserError, match=r"val/probe/p: no sample has .*labels that are no class: 'a' \(2\), 'b' \(2\)"):
+    with pytest.raises(UserError, match=r"val/probe/p: labels that are no class: 'a' \(2\), 'b' \(2\)"):
         zero_shot(embedder, other, NAMES, zero_shot={}, probes={"p": probe})
 
 
@@ -149,7 +150,10 @@ def classes(given):
         (templates(["{1}"]), "the placeholder {1}"),
         (templates(["{} and {}"]), "'{} and {}' cannot be filled in"),
         (templates(["a {"]), "'a {' cannot be filled in"),
-        (templates(["{c:d}"]), "'{c:d}' cannot be filled in"),
+        (templates(["{0} or {}"]), "'{0} or {}' cannot be filled in"),
+        (templates(["{c:.10}"]), "the placeholder {c:.10}"),
+        (templates(["{c!a}"]), "the placeholder {c!a}"),
+        (templates(["{:{c}}"]), "the placeholder {:{c}}"),
         (templates("openai"), "no templates of the name 'openai'"),
         (classes("imagnet"), "no classes of the name 'imagnet'; did you mean 'imagenet'?"),
         (classes(["a", " "]), "the class '1' has an empty name"),
@@ -192,6 +196,19 @@ def test_a_label_is_its_own_class_however_it_is_written(label, others):
     forms += [float(label), np.int64(label), str(label)] if type(label) is int else []
     for form in forms:
         assert same.match([form], "x").numbers.tolist() == [number], form
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    template=st.lists(st.sampled_from(["{}", "{c}", "{0}", "{{", "}}", "{", "}", "{c!r}", "{x}", "a ", "é"])).map("".join),
+    phrase=st.text(),
+)
+def test_a_template_is_refused_or_holds_the_phrase(template, phrase):
+    try:
+        check_template(template)
+    except ValueError:
+        return
+    assert phrase in filled(template, phrase) and filled(template, "x") != filled(template, "y")
 
 
 @settings(max_examples=30, deadline=None)
