@@ -69,7 +69,9 @@ def open_dataset(
     dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files)
     for field in given.keys:
         if field not in dataset.keys:
-            raise UserError(f"{given.shards}: keys of the field {field!r}: no sample has {' or '.join(given.keys[field])}")
+            raise UserError(
+                f"{given.shards}: keys of the field {field!r}: no sample has {' or '.join(names_of(given.keys[field]))}"
+            )
     return dataset
 
 
@@ -79,21 +81,23 @@ def with_fallbacks(
     """Return the keys of fields: those that are asked for, or, of a field of whose keys no sample has any, the usual extensions
     of its modality that no other field could mean."""
     there = {extension for shard in open_shards(given.shards, files=given.files) for extension in shard.extensions}
-    lacking = {
-        field
-        for field, of_field in asked.items()
-        if field not in given.keys and not any(member in there for key in of_field for member in members_of(key))
-    }
+    lacking = {field for field, of_field in asked.items() if field not in given.keys and not there & members_of(of_field)}
     found = dict(asked)
     for field in lacking:
         others = [other for other in asked if other != field and asked[other] != asked[field]]
-        taken = {m for other in others if other not in lacking for key in asked[other] for m in members_of(key)}
-        taken |= {extension for other in others if other in lacking for extension in modalities[other].extensions}
+        taken: set[str] = set()
+        for other in others:
+            taken |= set(modalities[other].extensions) if other in lacking else members_of(asked[other])
         usual = [extension for extension in modalities[field].extensions if extension in there - taken]
         found[field] = usual or found[field]
     return found
 
 
-def members_of(key: str | Mapping[str, float]) -> list[str]:
-    """Return the members that a key may be read from; "json:caption" is one of the json."""
-    return [name.partition(":")[0] for name in ([key] if isinstance(key, str) else key)]
+def names_of(keys: Sequence[str | Mapping[str, float]]) -> list[str]:
+    """Return the keys by name; of several with weights, each."""
+    return [name for key in keys for name in ([key] if isinstance(key, str) else key)]
+
+
+def members_of(keys: Sequence[str | Mapping[str, float]]) -> set[str]:
+    """Return the members that keys are read from; "json:caption" is read from the json."""
+    return {name.partition(":")[0] for name in names_of(keys)}
