@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from mmcontrast.cli import main
 from mmcontrast.config import load_config, load_suite
 from mmcontrast.data import ShardOptions, open_dataset, write_shard
 from mmcontrast.embedder import load
@@ -99,6 +101,26 @@ def test_a_run_of_own_column_names_is_evaluated_on_other_tables(run, tables, tmp
     manifest = json.loads((tmp_path / "table" / "manifest.json").read_text())
     assert manifest["shards"] == splits["other"]
     assert len(load(run, device="cpu").dataset(manifest["shards"])) == len(WORDS)  # as the searcher opens it
+
+
+def test_the_command_takes_columns_and_files(run, tables, tmp_path, monkeypatch, capsys):
+    command = [
+        "mmcontrast",
+        "embed",
+        str(run),
+        str(tables / "elsewhere" / "absolute.csv"),
+        str(tmp_path / "table"),
+        "--device",
+        "cpu",
+    ]
+    columns = ["--keys", "image=photo", "--keys", "text=words", "--files", str(tables / "pictures")]
+    for more, code in ((columns, 0), ([*columns, "--keys", "image"], 2)):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+    assert list(EmbeddingTable.read(tmp_path / "table").fields) == ["image", "text"]
+    assert "--keys 'image' is not of the form FIELD=COLUMN, like text=caption" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
