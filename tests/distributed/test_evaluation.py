@@ -1,5 +1,7 @@
 """Three ranks embed a split together: the table and the results of one process, whatever the sizes."""
 
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,7 +35,7 @@ def work(rank, folder, answers):
             table = embed_together(model, dataset, dist.group.WORLD, batch_size=2)
             opened, datasets = open_splits(options, model, lambda _, whole=dataset: whole)
             results = evaluate(model, datasets, opened, group=dist.group.WORLD).values
-            answers.put((rank, shard.name, table, results))
+            answers.put(pickle.dumps((rank, shard.name, table, results)))  # a copy: this process may end before it is read
     finally:
         dist.destroy_process_group()
 
@@ -57,7 +59,7 @@ def test_the_table_and_the_results_are_those_of_one_process(folder):
     context = mp.get_context("spawn")
     answers = context.SimpleQueue()
     running = mp.spawn(work, (folder, answers), nprocs=RANKS, join=False)
-    found = [answers.get() for _ in range(5 * RANKS)]
+    found = [pickle.loads(answers.get()) for _ in range(5 * RANKS)]
     running.join()
     for rank, name, table, results in found:
         model, dataset = make_parts(folder / name)
