@@ -156,11 +156,10 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print them as JSON")] = False,
 ) -> None:
     """Show results of runs side by side, with their intervals: the best is bold, ▲ and ▼ are apart from the first run."""
-    import json
-
     from mmcontrast.evaluation.compare import compare as compare_runs
     from mmcontrast.evaluation.compare import comparison_table
     from mmcontrast.evaluation.compare_figure import write_page, write_picture
+    from mmcontrast.strict_json import dumps
 
     found = compare_runs(runs, match)
     if png:
@@ -168,7 +167,7 @@ def compare(
     if html:
         write_page(found, html)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(dumps(found.to_json(), indent=1))
     else:
         Console(width=None if sys.stdout.isatty() else 1000).print(comparison_table(found), highlight=False)
     for warning in found.warnings():
@@ -192,6 +191,10 @@ def embed(
     slice_rows: Annotated[
         int | None, typer.Option(min=1, help="samples of a slice: what a kill may lose; default: 50000")
     ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column or extension in DATA; may be repeated")
+    ] = None,
+    files: Annotated[str | None, typer.Option(help="of a table that names files: their folder; default: the table's")] = None,
 ) -> None:
     """Embed every sample of DATA with a trained run, or a model of open_clip, transformers or timm. docs/tables.md
 
@@ -201,11 +204,19 @@ def embed(
     """
     import json
 
+    from mmcontrast.data import ShardOptions
     from mmcontrast.evaluation import TableSlice
     from mmcontrast.tasks import embed_shards
 
+    of_fields: dict[str, list[str]] = {}
+    for given in keys or ():
+        field, equals, column = given.partition("=")
+        if not (field and equals and column):
+            raise UserError(f"--keys {given!r} is not of the form FIELD=COLUMN, like text=caption")
+        of_fields.setdefault(field, []).append(column)
     complete = embed_shards(
-        model, data, out, part=TableSlice.parse(out, part) if part else None, checkpoint=checkpoint, pretrained=pretrained,
+        model, ShardOptions(shards=data, keys=of_fields, files=files), out, part=TableSlice.parse(out, part) if part else None,
+        checkpoint=checkpoint, pretrained=pretrained,
         device=device, precision=precision, batch_size=batch_size, num_workers=num_workers, slice_rows=slice_rows,
     )  # fmt: skip
     if complete:
@@ -307,10 +318,10 @@ def doctor(
 
     A row for each check, with what to do about it. Exit code 1 if anything is bad. Nothing is trained.
     """
-    import json
     from dataclasses import asdict
 
     from mmcontrast.doctor import BAD, examine, table_of
+    from mmcontrast.strict_json import dumps
 
     if rate is not None and not (math.isfinite(rate) and rate > 0):
         raise UserError(f"--rate {rate}: samples a second, more than 0")
@@ -320,7 +331,7 @@ def doctor(
         checks = list(examine(config, overrides or (), rate))
     console.print(table_of(checks))
     if json_file:
-        json_file.write_text(json.dumps([asdict(check) for check in checks], indent=1))
+        json_file.write_text(dumps([asdict(check) for check in checks], indent=1))
     if any(check.state == BAD for check in checks):
         raise typer.Exit(1)
 
@@ -337,18 +348,18 @@ def plan(
 
     Exit code 1 if it does not fit.
     """
-    import json
     import logging
 
     from mmcontrast.config import load_config
     from mmcontrast.plan import GIB, plan_run, plan_table
+    from mmcontrast.strict_json import dumps
 
     if memory is not None and not math.isfinite(memory):
         raise UserError(f"--memory {memory}: GiB of a device")
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which are meant
     found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(dumps(found.to_json(), indent=1))
     else:
         Console(soft_wrap=True).print(plan_table(found), highlight=False)
     if not found.fits:

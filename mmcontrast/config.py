@@ -16,7 +16,9 @@ from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions,
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
 T = TypeVar("T", bound=Options)
-FORM = re.compile(r"str|list\[.*\]|dict\[.*\]|literal\[.*\]")  # what pydantic puts into a place where several forms are allowed
+FORM = re.compile(
+    r"str|list\[.*\]|dict\[.*\]|literal\[.*\]|[A-Z]\w*Options"
+)  # what pydantic puts into a place where several forms are allowed
 
 
 class RunOptions(Options):

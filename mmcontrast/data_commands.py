@@ -72,9 +72,8 @@ def verify(
     decoded or are beyond a limit, wrong json, and a sample_id that repeats. Lists what was not decoded. Of a config, all
     sources and splits are read as training and evaluation read them: fields, keys, limits.
     """
-    import json
-
     from mmcontrast.data.verify import Fault, verify_shards, verify_sources
+    from mmcontrast.strict_json import dumps
 
     if shards[0].lower().endswith((".yaml", ".yml")):
         if keys or files:
@@ -83,7 +82,7 @@ def verify(
     else:
         report = verify_shards(shards, workers, reading=_reading(keys or [], files))
     if json_file:
-        json_file.write_text(json.dumps(report, indent=1))
+        json_file.write_text(dumps(report, indent=1))
     faults = [str(Fault(**fault)) for fault in report["faults"]]
     for fault in faults[:SHOWN_FAULTS]:
         console.print(fault, highlight=False, markup=False)

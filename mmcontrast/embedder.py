@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions, Shards, open_dataset
 from mmcontrast.data.dataset import UNREADABLE, FieldKeys, names_of
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import Patterns
 from mmcontrast.pretrained import library_of, open_pretrained
 from mmcontrast.runs import CONFIG, contrasted_fields, open_run, step_of
 from mmcontrast.training.log import make_progress
@@ -78,7 +78,8 @@ class Embedder:
             progress: show a bar; default: in a terminal, for more than one batch.
 
         Raises:
-            UserError: if the model has no field for such values; for a value that cannot be read, by its place in the list.
+            UserError: if the model has no field for such values; for a value that cannot be read or whose embedding
+                is not finite, by its place in the list.
         """
         given = {"images": images, "texts": texts, "audio": audio, "vectors": vectors}
         (kind, values), *more = [(kind, values) for kind, values in given.items() if values is not None] or [("", [])]
@@ -96,6 +97,7 @@ class Embedder:
                 prepared = [self._prepared(modality, f"{kind}[{start + k}]", value) for k, value in enumerate(batch)]
                 with self.autocast():
                     rows.append(self.model.encode(field, modality.collate(prepared).to(self.device)).float().cpu())
+                check_finite(rows[-1], lambda row, start=start: f"{self.name}, field {field!r}, {kind}[{start + row}]")  # type: ignore[misc]
                 bar.advance(task, len(batch))
         return torch.cat(rows) if rows else torch.empty(0, self.model.embed_dim)
 
@@ -143,6 +145,8 @@ class Embedder:
         scales, pairs = self.model.log_logit_scale.exp().cpu(), [set(one) for one in self.model.pairs]
         if pairs and set(pair or ()) not in pairs:
             raise UserError(f"{self.name} has a scale for each pair of fields: logits(…, pair=…) with two of {self.fields}")
+        if not torch.isfinite(scales).all():
+            raise UserError(f"{self.name}: its logit scale is {scales.tolist()}: use a sound checkpoint")
         scores = scales[pairs.index(set(pair or ())) if pairs else 0] * self.similarity(first, second)
         return scores if self.model.logit_bias is None else scores + self.model.logit_bias.cpu()
 
@@ -151,18 +155,24 @@ class Embedder:
         dtype = AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
-    def dataset(self, shards: Patterns) -> ShardDataset:
+    def dataset(self, shards: Shards | dict[str, Any]) -> ShardDataset:
         """Shards as this model reads them: of its fields, those that they have.
 
+        Args:
+            shards: patterns; or a mapping of `shards`, `keys` and `files`, where columns or files have names of their own.
+
         Raises:
-            UserError: if they have none.
+            UserError: if they have none, or lack a field that has keys of its own.
         """
-        found = ShardDataset(shards, {field: self.model.modality(field) for field in self.fields}, self._keys, partial=True)
+        modalities = {field: self.model.modality(field) for field in self.fields}
+        found = open_dataset(shards, modalities, self._keys, partial=True)
         if not found.modalities:
             keys = {field: names_of(self._keys.get(field) or self.model.modality(field).extensions) for field in self.fields}
             wanted = (f"{field} (.{', .'.join(names)})" for field, names in keys.items())
             have = ", ".join(sorted({f".{extension}" for shard in found.shards for extension in shard.extensions}))
-            raise UserError(f"{shards}: no sample has a field of {self.name}: {', '.join(wanted)}; they have {have}")
+            raise UserError(
+                f"{ShardOptions.of(shards).shards}: no sample has a field of {self.name}: {', '.join(wanted)}; they have {have}"
+            )
         return found
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -101,7 +102,7 @@ def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOpt
         UserError: for what could only be refused after training otherwise.
     """
     fields = contrasted_fields(config)
-    return open_splits(config.evaluation, model, lambda shards: make_dataset(shards, fields, model))
+    return open_splits(config.evaluation, model, partial(make_dataset, fields=fields, model=model))
 
 
 def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
 from mmcontrast.evaluation.embed import MANIFEST
-from mmcontrast.options import Patterns
 from mmcontrast.training.distributed import end_with_torchrun
 from mmcontrast.training.log import make_progress
 
@@ -22,7 +21,7 @@ SLICE_ROWS = 50_000  # samples
 
 def embed_shards(
     name: str | Path,
-    shards: Patterns,
+    shards: Shards,
     out: Path,
     *,
     part: TableSlice | None = None,
@@ -39,6 +38,7 @@ def embed_shards(
 
     Args:
         name, checkpoint, pretrained, precision: as `load`.
+        shards: as `Embedder.dataset`.
         part: this slice alone.
         slice_rows: about the samples of a slice, that is of what a kill may lose. A table that was begun keeps its own.
 
@@ -50,7 +50,8 @@ def embed_shards(
         raise UserError(f"--part {part.number}/{part.of}: the {world_size} ranks of torchrun already share the slices")
     end_with_torchrun()
     about = about_model(name, checkpoint, pretrained, precision)
-    about |= {"shards": shards, "data": ShardDataset(shards, {}, {}).digest}
+    given = ShardOptions.of(shards)
+    about |= {"shards": given.shown(), "data": ShardDataset(given.shards, {}, {}, files=given.files).digest}
     begun = TableSlice.number_in(out)
     own = [part] if part else TableSlice.all(out, begun)[rank::world_size] if begun else []
     if not begun and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):
@@ -74,6 +75,7 @@ def embed_shards(
                 embed = partial(
                     embed_dataset, embedder.model, dataset, batch_size=batch_size, num_workers=num_workers,
                     device=embedder.device, progress=progress, label=f"embedding, slice {one.number} of {one.of}",
+                    name=str(given.shards),
                 )  # fmt: skip
                 with embedder.autocast():
                     tables = (embed(rows=rows) for rows in one.pieces(len(dataset)))

@@ -20,6 +20,7 @@ class _Loader(yaml.SafeLoader):
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} twice", key_node.start_mark)
                 seen.add(key_node.value)
+            raise yaml.constructor.ConstructorError(None, None, "two keys are equal, like 1 and true", node.start_mark)
         return mapping
 
 

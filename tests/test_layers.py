@@ -8,6 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mmcontrast"
 MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it may too
     "errors": [],
+    "strict_json": [],
+    "text_files": ["errors"],
     "components": ["errors"],
     "yaml_files": ["errors"],
     "options": [],
@@ -17,9 +19,9 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "towers": ["components", "types"],
     "modalities": ["towers"],
     "model": ["modalities", "options"],
-    "data": ["modalities", "options", "yaml_files"],
+    "data": ["modalities", "options", "yaml_files", "strict_json"],
     "data_commands": ["config"],
-    "evaluation": ["model", "data", "score"],
+    "evaluation": ["model", "data", "score", "text_files"],
     "training": ["objectives", "evaluation"],
     "config": ["training"],
     "runs": ["config"],

@@ -6,6 +6,7 @@ from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import TrainingDataset, TrainingOrder, all_batches, training_batches
 from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
+from mmcontrast.data.opening import ShardOptions, Shards, open_dataset
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.stream import StreamDataset, StreamOrder
@@ -18,6 +19,8 @@ __all__ = [
     "SampleOrder",
     "ShardDataset",
     "ShardIndex",
+    "ShardOptions",
+    "Shards",
     "StreamDataset",
     "StreamOrder",
     "TrainingDataset",
@@ -26,6 +29,7 @@ __all__ = [
     "clusters_of",
     "expand_shards",
     "index_shard",
+    "open_dataset",
     "open_shards",
     "training_batches",
     "write_corpus",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcontrast.config import RunConfig, load_config
-from mmcontrast.data import ShardDataset, StreamDataset, expand_shards, index_shard
+from mmcontrast.data import ShardDataset, ShardOptions, StreamDataset, expand_shards, index_shard
 from mmcontrast.data.dataset import Sample
 from mmcontrast.data.files import is_remote, open_file
 from mmcontrast.data.loading import PREFETCHED
@@ -102,7 +102,9 @@ def sources(config: RunConfig) -> Mapping[str, SourceOptions]:
 def shards(config: RunConfig) -> Iterator[Check]:
     """Every pattern matches; the first and the last shard of each set open."""
     sets = {name: (f"data.{name}", of.shards) for name, of in sources(config).items()}
-    sets |= {f"{name} ": (f"evaluation.splits.{name}", of) for name, of in config.evaluation.splits.items()}
+    sets |= {
+        f"{name} ": (f"evaluation.splits.{name}", ShardOptions.of(of).shards) for name, of in config.evaluation.splits.items()
+    }
     for name, patterns in sets.values():
         try:
             names = expand_shards(patterns)

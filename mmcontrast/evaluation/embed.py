@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from mmcontrast.data import ShardDataset, all_batches
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.strict_json import dumps
 from mmcontrast.types import ABSENT, Batch
 
 PART_ROWS, GROUP_ROWS = 100_000, 4096  # rows of a part, and those of it that are read to look up one
@@ -81,7 +83,7 @@ class EmbeddingTable:
                 "key": [entry.get("key") for entry in self.metadata[rows]],
                 "sample_id": self.sample_ids[rows].tolist(),
                 "group_id": self.group_ids[rows].tolist(),
-                "metadata": [json.dumps(entry, ensure_ascii=False) for entry in self.metadata[rows]],
+                "metadata": [dumps(entry, ensure_ascii=False) for entry in self.metadata[rows]],
             }
             pq.write_table(pa.table(columns), folder / f"{name}.parquet", row_group_size=GROUP_ROWS)
             parts.append({"name": name, "rows": len(columns["key"])})
@@ -105,26 +107,46 @@ class EmbeddingTable:
     def read(cls, folder: Path) -> "EmbeddingTable":
         """
         Raises:
-            UserError: if the folder holds no complete table.
+            UserError: if the folder holds no complete table, or one with embeddings that are not finite.
         """
         if not (folder / MANIFEST).exists():
             raise UserError(f"{folder} holds no complete embedding table (no {MANIFEST})")
         manifest = json.loads((folder / MANIFEST).read_text())
         tensors = [load_file(folder / f"{part['name']}.safetensors") for part in manifest["parts"]]
         rows = pa.concat_tables([pq.read_table(folder / f"{part['name']}.parquet") for part in manifest["parts"]])
-        return cls(
+        table = cls(
             {field: torch.cat([part[field] for part in tensors]) for field in manifest["fields"]},
             {field: torch.cat([part[f"present.{field}"] for part in tensors]) for field in manifest["fields"]},
             torch.tensor(rows["sample_id"].to_pylist()),
             torch.tensor(rows["group_id"].to_pylist()),
             [json.loads(entry) for entry in rows["metadata"].to_pylist()],
         )
+        table.check_finite(str(folder))
+        return table
+
+    def check_finite(self, name: str, place_of: Callable[[int], str] = lambda row: f"row {row}") -> None:
+        """
+        Args:
+            name: of the table or the split.
+            place_of: where a sample of the table is, for the message.
+
+        Raises:
+            UserError: for the first sample and field whose embedding is not finite.
+        """
+
+        def name_of(field: str, row: int) -> str:
+            key = self.metadata[row].get("key") if row < len(self.metadata) else None
+            return f"{name}, field {field!r}, {place_of(row)}, sample {key!r} (sample_id {int(self.sample_ids[row])})"
+
+        for field, rows in self.fields.items():
+            here = self.present[field].nonzero().squeeze(1)
+            check_finite(rows[here], lambda k, field=field, here=here: name_of(field, int(here[k])))  # type: ignore[misc]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """The file appears when it is whole."""
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several processes, and several machines, may do so
-    partial.write_text(json.dumps(content, indent=1))
+    partial.write_text(dumps(content, indent=1))
     os.replace(partial, path)
 
 
@@ -139,18 +161,35 @@ def embed_dataset(
     progress: Progress | None = None,
     label: str = "embedding",
     rows: range | None = None,
+    name: str = "",
 ) -> EmbeddingTable:
-    """Every sample of a data set, or those of `rows`, in order. The model is put in evaluation mode and left as it was."""
+    """Embed every sample of a data set, or those of `rows`, in order. The model is put in evaluation mode and left as it was.
+
+    Args:
+        name: of the data, for messages: a split.
+
+    Raises:
+        UserError: for data without samples, a sample that cannot be decoded, an embedding that is not finite.
+    """
+    if not len(dataset):
+        raise UserError(f"{name or 'data'}: there are no samples to embed")
+    positions = range(len(dataset)) if rows is None else rows
     was_training = model.training
     model.eval()
-    task = progress.add_task(label, total=len(dataset if rows is None else rows), note="") if progress else None
+    task = progress.add_task(label, total=len(positions), note="") if progress else None
     about: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     for batch in all_batches(dataset, batch_size, num_workers, rows):
         embeddings = model(batch.to(torch.device(device)))
+        embedded = EmbeddingTable(
+            {field: embeddings.fields[field].float().cpu() for field in fields},
+            batch.present, batch.sample_ids, batch.group_ids, batch.metadata,
+        )  # fmt: skip
+        done = len(about["metadata"])
+        embedded.check_finite(name or label, lambda row, done=done: dataset.locate(positions[done + row])[0].name)  # type: ignore[misc]
         for field in fields:
-            fields[field].append(embeddings.fields[field].float().cpu())
+            fields[field].append(embedded.fields[field])
             present[field].append(batch.present[field])
         about["sample_ids"].append(batch.sample_ids)
         about["group_ids"].append(batch.group_ids)
@@ -194,8 +233,12 @@ def joined(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
 
 @torch.no_grad()
 def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
-    """Unit embeddings [N, D] of prompts, read by a text field's modality and tower. Puts the model in evaluation mode."""
-    modality = model.modality(field)
+    """Return unit embeddings [N, D] of prompts, read by a text field's modality and tower, in evaluation mode.
+
+    Raises:
+        UserError: for an embedding that is not finite.
+    """
+    modality, texts = model.modality(field), list(texts)
     assert isinstance(modality, TextModality)
     batch = modality.collate([modality.tokens(text) for text in texts])
     was_training = model.training
@@ -203,5 +246,6 @@ def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], devic
     nobodys = torch.full((len(batch),), ABSENT)
     prompts = Batch({field: batch}, {field: nobodys == ABSENT}, nobodys, nobodys, [{}] * len(batch))
     embeddings = model(prompts.to(torch.device(device))).fields[field].float().cpu()
+    check_finite(embeddings, lambda row: f"field {field!r}, text {texts[row][:60]!r}")
     model.train(was_training)
     return embeddings

@@ -11,19 +11,19 @@ import torch.distributed as dist
 from rich.progress import Progress
 
 from mmcontrast.components import nearest
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.classification_tasks import embed_classes, probe, zero_shot
+from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_classes, probe, trained_classes, zero_shot
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_together
 from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_rank, hubness, modality_gap, uniformity
+from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
 from mmcontrast.evaluation.layouts import with_layouts
-from mmcontrast.evaluation.options import EvaluationOptions
+from mmcontrast.evaluation.options import EvaluationOptions, ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.evaluation.sides import embed_captions
 from mmcontrast.modalities import ImageModality, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import Patterns
 
 Embed = Callable[[str, ShardDataset], EmbeddingTable]  # (split, its data) → its embeddings
 
@@ -94,6 +94,7 @@ def embed_split(
         device=device,
         progress=progress,
         label=f"embedding {split}",
+        name=f"split {split!r}",
     )
 
 
@@ -110,6 +111,8 @@ def measure(found: Evaluation, place: str, table: EmbeddingTable) -> None:
     """What the space looks like: of each field, of each pair of fields, of each field as it is found by another."""
     for field, rows in table.fields.items():
         here = table.present[field]
+        if not here.any():
+            continue
         own = {"uniformity": uniformity(rows[here]), "effective_rank": effective_rank(rows[here])}
         found.add_estimates(f"{place}/{field}", own, table.group_ids[here])
     for first, second in combinations(table.fields, 2):
@@ -136,13 +139,13 @@ def training_split(probe: str) -> str:
 
 
 def open_splits(
-    options: EvaluationOptions, model: ContrastiveModel, open_data: Callable[[Patterns], ShardDataset]
+    options: EvaluationOptions, model: ContrastiveModel, open_data: Callable[[ShardOptions], ShardDataset]
 ) -> tuple[EvaluationOptions, dict[str, ShardDataset]]:
     """The options in full, with the fields that stand for a default and the tasks of splits in CLIP_benchmark's layout, and the
     data of all splits and probes.
 
     Raises:
-        UserError: for a field, a split or data that are not there.
+        UserError: for a field, a split or data that are not there; for labels that are no classes.
     """
     image, text = first_field(model, ImageModality), first_field(model, TextModality)
     options = with_layouts(options, image, text)
@@ -156,12 +159,50 @@ def open_splits(
     data = dict(options.splits) | {training_split(name): task.train for name, task in probes.items()}
     datasets = {}
     for name, shards in data.items():
-        datasets[name] = dataset = open_data(shards)
+        place = f"evaluation.splits.{name}" if name in options.splits else f"evaluation.probes.{name.partition(' ')[2]}.train"
+        datasets[name] = dataset = open_data(ShardOptions.of(shards))
+        if not len(dataset):
+            raise UserError(f"{place}: {shown_name(shards)} has no samples")
         for field in set(captions_of(options, name)) & dataset.modalities.keys():
             modality = dataset.modalities[field]
             assert isinstance(modality, TextModality)
             dataset.modalities[field] = modality.by_lines()
+    check_labels(options, datasets)
     return options, datasets
+
+
+def shown_name(shards: Shards) -> str:
+    """Return the patterns of shards for a message."""
+    patterns = ShardOptions.of(shards).shards
+    return patterns if isinstance(patterns, str) else ", ".join(patterns[:3])
+
+
+def check_labels(options: EvaluationOptions, datasets: Mapping[str, ShardDataset]) -> None:
+    """
+    Raises:
+        UserError: for labels that are no classes, as far as some thousand samples of each split show it.
+    """
+    if not options.zero_shot and not options.probes:
+        return
+    ahead = {name: labels_ahead(dataset) for name, dataset in datasets.items()}
+
+    def check(place: str, split: str, task: ZeroShotOptions | ProbeOptions, classes: ClassLabels) -> None:
+        metadata, whole = ahead[split]
+        if task.field not in datasets[split].modalities or (not any(task.label in entry for entry in metadata) and not whole):
+            return
+        matched = classes.match(entries_of(metadata, task.label, place), place)
+        if whole and not (matched.numbers >= 0).any():
+            raise UserError(f"{place}: {classes.unlike(matched.others, {})}")
+
+    for name, task in options.zero_shot.items():
+        for split in task.splits or options.splits:
+            check(f"{split}/zero_shot/{name}", split, task, labels_of_classes(task))
+    for name, probe_task in options.probes.items():
+        metadata, whole = ahead[training_split(name)]
+        if whole:  # else other samples may have other classes
+            classes = trained_classes(metadata, probe_task, f"probe/{name}")
+            for split in probe_task.splits or options.splits:
+                check(f"{split}/probe/{name}", split, probe_task, classes)
 
 
 def first_field(model: ContrastiveModel, kind: type[Modality]) -> str:
@@ -198,5 +239,10 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
     for place, text in [*texts, *(("captions:", field) for field in captions)]:
         if not isinstance(model.modality(text or ""), TextModality):
             raise UserError(f"evaluation.{place} {text!r} is not text")
+    for option in ("scoring", "whiten"):
+        if getattr(options, option) and not (options.retrieval or options.languages or (options.pairs and len(fields) > 1)):
+            raise UserError(
+                f"evaluation.{option}: it is of retrieval, and none is asked for: leave it out, or name a task of `retrieval`"
+            )
     if options.report_split not in (None, *options.splits):
         raise UserError(f"evaluation.report_split={options.report_split!r} is none of {', '.join(options.splits)}")

@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+from mmcontrast.data import ShardOptions
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
+from mmcontrast.evaluation.prompts import check_template
+from mmcontrast.text_files import read_text
 
 KIND, CLASSES, TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"
 
@@ -27,18 +30,18 @@ def with_layouts(options: EvaluationOptions, image: str, text: str) -> Evaluatio
     splits, zero_shot = dict(options.splits), dict(options.zero_shot)
     captions = options.captions if isinstance(options.captions, dict) else dict.fromkeys(splits, options.captions)
     for name, shards in options.splits.items():
-        folder, _, which = shards.partition(":") if isinstance(shards, str) else ("", "", "")
+        patterns = ShardOptions.of(shards).shards
+        folder, _, which = patterns.partition(":") if isinstance(patterns, str) else ("", "", "")
         if not folder or not in_layout(Path(folder)):
             continue
-        splits[name] = shards_of(Path(folder), which)
-        kind = read(Path(folder) / KIND).strip().lower() if (Path(folder) / KIND).exists() else "classification"
+        splits[name] = ShardOptions.of(shards).model_copy(update={"shards": shards_of(Path(folder), which)})
+        kind = read_text(Path(folder) / KIND).strip().lower() if (Path(folder) / KIND).exists() else "classification"
         if kind == "retrieval":
             captions = {**captions, name: [text]}
         elif kind == "classification" and not text:
             continue  # a model without texts can be asked by probes, of the label cls
         elif kind == "classification":
-            classes = [line.strip() for line in read(Path(folder) / CLASSES).splitlines()]
-            templates = [line.strip() for line in read(Path(folder) / TEMPLATES).splitlines()]
+            classes, templates = names_in(Path(folder) / CLASSES, 2), templates_in(Path(folder) / TEMPLATES)
             own = ZeroShotOptions(
                 label="cls", field=image, prompt_field=text, templates=templates, classes=classes, splits=[name]
             )
@@ -61,18 +64,40 @@ def shards_of(folder: Path, which: str) -> list[str]:
     numbered = [path for path in (folder / which).glob("*.tar") if re.fullmatch(r"\d+", path.stem)]
     tars = sorted(numbered, key=lambda path: int(path.stem))
     counted = folder / which / "nshards.txt"
-    number = int(read(counted)) if counted.exists() else len(tars)
+    written = read_text(counted).strip() if counted.exists() else str(len(tars))
+    if not re.fullmatch(r"[0-9]{1,9}", written):
+        raise UserError(f"{counted}: {written[:40]!r} is no number of shards")
+    number = int(written)
     if [path.stem for path in tars] != [str(k) for k in range(number)]:
         raise UserError(f"{folder / which}: {number} shards are named in nshards.txt, but there are {len(tars)}")
     return [str(path) for path in tars]
 
 
-def read(file: Path) -> str:
-    """
+def names_in(file: Path, least: int = 1) -> list[str]:
+    """Return the lines of a file, without spaces around them. A line is a class, in the order of the labels.
+
     Raises:
-        UserError: if it cannot be.
+        UserError: for a blank line, or fewer than `least`.
     """
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
+    lines = [line.strip() for line in read_text(file).splitlines()]
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise UserError(f"{file}, line {number}: a blank line among {len(lines)}, where each is a name: remove it")
+    if len(lines) < least:
+        raise UserError(f"{file}: {len(lines)} lines, where each is a name; there are at least {least}")
+    return lines
+
+
+def templates_in(file: Path) -> list[str]:
+    """Return the templates of a file, one a line.
+
+    Raises:
+        UserError: for a blank line, or a template that cannot be filled in.
+    """
+    templates = names_in(file)
+    for number, template in enumerate(templates, 1):
+        try:
+            check_template(template)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: {error}") from error
+    return templates

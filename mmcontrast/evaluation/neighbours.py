@@ -21,8 +21,11 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, *, exclude: Tensor | No
         (scores [Q, k], indices int64 [Q, k]) on that device. O((Q + C)·D) memory.
 
     Raises:
-        ValueError: if there are not k candidates for every query.
+        ValueError: if there are not k candidates for every query; for a row that is not finite.
     """
+    for name, given in (("queries", queries), ("candidates", candidates)):
+        if not (finite := torch.isfinite(given).all(1)).all():
+            raise ValueError(f"{name}: row {int(finite.logical_not().nonzero()[0])} is not finite (NaN or infinity)")
     excluded = exclude is not None and bool((exclude >= 0).any())
     if not 1 <= k <= len(candidates) - excluded:
         others = " beside the excluded one" if excluded else ""

@@ -1,10 +1,15 @@
 """The options of evaluation: `evaluation` of a config, or a suite of its own, as in eval/."""
 
-from typing import Annotated, Literal
+from collections import Counter
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from mmcontrast.options import Options, Patterns, Positive
+from mmcontrast.components import nearest
+from mmcontrast.data import Shards
+from mmcontrast.evaluation.labels import label_text
+from mmcontrast.evaluation.prompts import CLASSES, TEMPLATES, check_template
+from mmcontrast.options import Options, Positive
 
 Fields = str | Annotated[list[str], Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -20,7 +25,8 @@ class ZeroShotOptions(Options):
         templates: prompts, `{}` or `{c}` being a phrase; or the name of a list of open_clip's: openai_imagenet,
             simple_imagenet.
         classes: per label, the phrases it goes by, or the kinds it is made of: the nearest counts. Samples of other
-            labels are left out. A list: the phrase of label 0, 1, …; or the name of a list of open_clip's: imagenet.
+            labels are left out, and counted. A list: the phrase of label 0, 1, …, of all labels that there are; or the name
+            of a list of open_clip's: imagenet. Labels are compared as texts, but 1.0 is 1 and true is True.
         splits: those that have the label; default: all.
     """
 
@@ -28,12 +34,49 @@ class ZeroShotOptions(Options):
     field: str | None = None
     prompt_field: str | None = None
     templates: Annotated[list[str], Field(min_length=1)] | str = ["{}"]
-    classes: (
-        Annotated[dict[str, Annotated[list[str], Field(min_length=1)]], Field(min_length=2)]
-        | Annotated[list[str], Field(min_length=2)]
-        | str
-    )
+    classes: dict[str, Annotated[list[str], Field(min_length=1)]] | list[str] | str
     splits: list[str] = []
+
+    @field_validator("templates")
+    @classmethod
+    def _check_templates(cls, templates: list[str] | str) -> list[str] | str:
+        if isinstance(templates, str) and templates not in TEMPLATES:
+            raise ValueError(
+                f"no templates of the name {templates!r}; {nearest(templates, TEMPLATES)}; a template alone is a list of one"
+            )
+        for template in [] if isinstance(templates, str) else templates:
+            check_template(template)
+        return templates
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _text_labels(cls, classes: Any) -> Any:
+        """YAML reads the labels 1 and true as a number and a truth value."""
+        if not isinstance(classes, dict):
+            return classes
+        texts = [label if isinstance(label, str) else label_text(label) for label in classes]
+        label, number = Counter(texts).most_common(1)[0] if texts else ("", 0)
+        if number > 1 or None in texts:
+            raise ValueError("a class has no label" if None in texts else f"{number} classes have the label {label!r}")
+        return dict(zip(texts, classes.values(), strict=True))
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, classes: dict[str, list[str]] | list[str] | str) -> dict[str, list[str]] | list[str] | str:
+        if isinstance(classes, str) and classes not in CLASSES:
+            raise ValueError(f"no classes of the name {classes!r}; {nearest(classes, CLASSES)}")
+        if isinstance(classes, str):
+            return classes
+        named = classes if isinstance(classes, dict) else {str(label): [phrase] for label, phrase in enumerate(classes)}
+        if len(named) < 2:
+            raise ValueError(f"two classes at least can be told apart, here are {len(named)}")
+        for label, phrases in named.items():
+            if not label.strip() or not all(phrase.strip() for phrase in phrases):
+                raise ValueError(f"the class {label!r} has an empty name")
+        text, number = Counter(map(label_text, named)).most_common(1)[0]
+        if number > 1:
+            raise ValueError(f"the label {text!r} is that of {number} classes, but for spaces")
+        return classes
 
 
 class RetrievalOptions(Options):
@@ -73,7 +116,7 @@ class ProbeOptions(Options):
     """How much of a label a field's embeddings hold: classifiers on top of them, the towers as they are.
 
     Attributes:
-        train: shards of samples to learn from.
+        train: shards of samples to learn from, as a split's.
         label: the entry of a sample's json that holds its class, or "cls".
         field: default: the first field of pictures.
         kinds: linear: logistic regression, its strength chosen on a part of `train`; knn: the vote of the nearest, weighted
@@ -83,7 +126,7 @@ class ProbeOptions(Options):
         splits: those to be tested on; default: all.
     """
 
-    train: Patterns
+    train: Shards
     label: str
     field: str | None = None
     kinds: list[Literal["linear", "knn", "few_shot"]] = ["linear", "knn", "few_shot"]
@@ -97,7 +140,8 @@ class EvaluationOptions(Options):
     """What is evaluated: at the end of a run and every `train.evaluate_every` steps, or as a suite of any model.
 
     Attributes:
-        splits: shards by the split's name, or a folder in CLIP_benchmark's layout, which says itself what it is for.
+        splits: by the split's name: shards; or a mapping of `shards`, `keys` and `files`, as a source of `data.train`; or a
+            folder in CLIP_benchmark's layout, which says itself what it is for.
         pairs: retrieve every field by every other.
         retrieval: further tasks by name.
         languages: tasks of consistency over languages by name.
@@ -115,7 +159,7 @@ class EvaluationOptions(Options):
         batch_size, num_workers: of embedding.
     """
 
-    splits: dict[str, Patterns] = {}
+    splits: dict[str, Shards] = {}
     pairs: bool = True
     retrieval: dict[str, RetrievalOptions] = {}
     languages: dict[str, LanguageOptions] = {}

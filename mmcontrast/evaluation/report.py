@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.data.page import media, page, svg
 from mmcontrast.evaluation.classification import Report
 from mmcontrast.evaluation.embed import EmbeddingTable, write_json
@@ -89,7 +90,11 @@ def write_results(
 ) -> None:
     """results.json and report.html. `about` says which model it was."""
     data = {
-        split: {"shards": options.splits[split], "digest": datasets[split].digest, "samples": len(table)}
+        split: {
+            "shards": ShardOptions.of(options.splits[split]).shown(),
+            "digest": datasets[split].digest,
+            "samples": len(table),
+        }
         for split, table in found.tables.items()
     }
     write_json(folder / RESULTS, found.to_json({**about, "data": data, "options": options.model_dump(mode="json")}))
@@ -139,7 +144,8 @@ def _results(found: Evaluation) -> str:
     splits, rows = shown_results(found)
     head = "".join(f"<th>{html.escape(split)}</th>" for split in ["", *splits])
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in found.notes)
+    return f"<table><tr>{head}</tr>{body}</table>{notes}"
 
 
 def _gallery(query: str, found: str, split: str, model: ContrastiveModel, dataset: ShardDataset, table: EmbeddingTable) -> str:
@@ -169,7 +175,9 @@ def _media(dataset: ShardDataset, field: str, row: int, table: EmbeddingTable) -
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are losses of training steps; none if there is no such file."""
+    """Return the lines of a metrics.jsonl that are losses of training steps; none if there is no such file. What is null there
+    is NaN."""
     if not path.exists():
         return []
-    return [line for line in map(json.loads, path.read_text().splitlines()) if "loss" in line]
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "loss" in line]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from mmcontrast.evaluation.bootstrap import Estimate, intervals, mean_interval, quantile_interval
@@ -32,6 +33,7 @@ class Evaluation:
         reports: of classification, with the classes' names, by task: "val/zero_shot/script".
         tables: each split's embeddings.
         resamples: of the bootstrap; 0: no intervals.
+        notes: what was left out, a sentence each.
     """
 
     resamples: int = 0
@@ -39,6 +41,7 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     reports: dict[str, tuple[Report, list[str]]] = field(default_factory=dict)
     tables: dict[str, EmbeddingTable] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def add_means(self, place: str, values: Mapping[str, Tensor], clusters: Tensor | None = None) -> None:
         """Means over samples of values [N] each; of `rank`, the median.
@@ -89,6 +92,7 @@ class Evaluation:
             "command": " ".join(["mmcontrast", *sys.argv[1:]]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "results": results,
+            "notes": self.notes,
             "reports": {place: _report_json(*report) for place, report in self.reports.items()},
         }
 
@@ -124,6 +128,7 @@ def results_table(found: Evaluation) -> Table:
     """For a terminal: without the geometry, which the page shows."""
     splits, rows = shown_results(found)
     table = Table(title="evaluation" + (" (±: half of the 95 % interval)" if found.intervals else ""))
+    table.caption, table.caption_justify = Text("\n".join(found.notes)) if found.notes else None, "left"
     table.add_column(no_wrap=True)
     for number, split in enumerate(splits, 1):  # a narrow terminal cuts names, not numbers
         table.add_column(split, justify="right", no_wrap=True, min_width=max((len(row[number]) for row in rows), default=0))

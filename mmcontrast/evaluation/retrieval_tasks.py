@@ -13,12 +13,13 @@ from torch import Tensor
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.consistency import mean_rank_variance
 from mmcontrast.evaluation.embed import EmbeddingTable
+from mmcontrast.evaluation.labels import entries_of
 from mmcontrast.evaluation.options import EvaluationOptions, LanguageOptions, RetrievalOptions
 from mmcontrast.evaluation.rankings import Pairs, Ranking, rank
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval import query_metrics
 from mmcontrast.evaluation.scoring import Scoring
-from mmcontrast.evaluation.sides import Side, graded, labelled, labels_of, side_of, whitened
+from mmcontrast.evaluation.sides import Side, graded, labelled, side_of, whitened
 from mmcontrast.modalities import TextModality
 from mmcontrast.model import ContrastiveModel
 
@@ -48,10 +49,15 @@ class RetrievalTasks:
             self.table, self.captions = whitened(self.table, self.captions)
 
     def run(self) -> None:
+        """
+        Raises:
+            UserError: for a task of which no query has a relevant candidate.
+        """
         place, at = f"{self.split}/retrieval", self.options.retrieval_at[0]
         if self.options.pairs and len(self.table.fields) > 1:
             recalls = [recall for pair in combinations(self.table.fields, 2) for recall in self.pair(place, *pair)]
-            self.found.values[f"{place}/mean_recall_at_{at}"] = sum(recalls) / len(recalls)
+            if recalls:
+                self.found.values[f"{place}/mean_recall_at_{at}"] = sum(recalls) / len(recalls)
         for name, task in self.options.retrieval.items():
             if self.split in (task.splits or [self.split]) and self.has(task.query) and self.has(task.candidate):
                 self.task(f"{place}/{name}", task)
@@ -63,8 +69,12 @@ class RetrievalTasks:
         return {fields} <= self.table.fields.keys() if isinstance(fields, str) else set(fields) <= self.table.fields.keys()
 
     def pair(self, place: str, first: str, second: str) -> list[float]:
-        """Two fields, each by the other; returns the first recall of each."""
+        """Retrieve two fields, each by the other, and return the first recall of each; none, with a note, if they share no
+        group."""
         sides = self.side(first), self.side(second)
+        if not len(Pairs.of_groups(sides[0].groups, sides[1].groups)):
+            self.found.notes.append(f"{place}: no sample has both {first} and {second}: neither is retrieved by the other")
+            return []
         once = [side.once_a_group() if self.says_once(f) else side for f, side in zip((first, second), sides, strict=True)]
         if once[0] is sides[0] and once[1] is sides[1] and not self.options.scoring:
             there, back = self.rank(*sides, Pairs.of_groups(sides[0].groups, sides[1].groups), both=True)
@@ -80,7 +90,7 @@ class RetrievalTasks:
     def task(self, place: str, task: RetrievalOptions) -> None:
         queries, candidates = self.side(task.query), self.side(task.candidate)
         if task.by:
-            labels = labels_of(self.table, task.by, f"retrieval task {place.split('/')[-1]!r}")
+            labels = entries_of(self.table.metadata, task.by, place)
             queries, candidates = labelled(queries, labels), labelled(candidates, labels)
         alike = task.query == task.candidate
         own = bool(task.by or task.relevance or alike)  # another meaning than the group's
@@ -91,13 +101,22 @@ class RetrievalTasks:
             pairs = graded(task.relevance, queries, candidates, self.table)
         else:
             pairs = Pairs.of_groups(queries.groups, candidates.groups)
-        (ranking,) = self.rank(queries, candidates, pairs, excluded=torch.arange(len(queries)) if alike else None)
+        itself = torch.arange(len(queries)) if alike else None
+        if not len(pairs if itself is None else pairs.without(itself)):
+            by = f"a gain above 0 in {task.relevance}" if task.relevance else f"an equal {task.by or 'group'}"
+            raise UserError(
+                f"{place}: there is nothing to retrieve: {len(queries)} samples have {task.query}, {len(candidates)} have"
+                f" {task.candidate}, and none of them {by}"
+            )
+        (ranking,) = self.rank(queries, candidates, pairs, excluded=itself)
         self.add(place, queries, ranking)
 
     def languages(self, place: str, options: LanguageOptions) -> None:
         """Of the samples that have all of the fields: each language's way to the candidate and back, and how ranks vary."""
         present = [self.table.present[field] for field in [*options.fields, options.candidate]]
         samples = torch.stack(present).all(0).nonzero().squeeze(1)
+        if not len(samples):
+            raise UserError(f"{place}: no sample has all of {', '.join([*options.fields, options.candidate])}")
         sides = [Side(self.table.fields[f][samples], samples, self.table.group_ids[samples]) for f in options.fields]
         candidate = Side(self.table.fields[options.candidate][samples], samples, sides[0].groups)
         ranks: list[list[Tensor]] = [[], []]

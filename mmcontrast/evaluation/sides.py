@@ -1,8 +1,8 @@
 """What retrieves and what is retrieved: rows of a table, captions, several fields together; and which belong to which."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_texts
+from mmcontrast.evaluation.labels import label_text
 from mmcontrast.evaluation.rankings import Pairs
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.evaluation.whitening import whiten
 from mmcontrast.modalities import DecodeError, TextModality
 from mmcontrast.model import ContrastiveModel
+from mmcontrast.text_files import read_text
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,13 @@ def whitened(table: EmbeddingTable, captions: Mapping[str, Side]) -> tuple[Embed
 
 
 def labelled(side: Side, labels: Sequence[Any]) -> Side:
-    """The rows whose samples have a label, grouped by it. `labels` are the table's, None where there is none."""
-    kept = torch.tensor([labels[sample] is not None for sample in side.samples.tolist()], dtype=torch.bool)
-    numbers = {label: number for number, label in enumerate(sorted({str(label) for label in labels if label is not None}))}
-    places = kept.nonzero().squeeze(1)
-    groups = torch.tensor([numbers[str(labels[sample])] for sample in side.samples[places].tolist()], dtype=torch.int64)
+    """Return the rows whose samples have a label, grouped by it. `labels` are the table's, None where there is none."""
+    texts = [label_text(label) for label in labels]
+    numbers = {text: number for number, text in enumerate(sorted({text for text in texts if text is not None}))}
+    of_rows = [texts[sample] for sample in side.samples.tolist()]
+    places = torch.tensor([place for place, text in enumerate(of_rows) if text is not None], dtype=torch.int64)
+    groups = torch.tensor([numbers[text] for text in of_rows if text is not None], dtype=torch.int64)
     return Side(side.rows[places], side.samples[places], groups)
-
-
-def labels_of(table: EmbeddingTable, label: str, task: str) -> list[Any]:
-    """
-    Raises:
-        UserError: if no sample has it.
-    """
-    labels = [entry.get(label) for entry in table.metadata]
-    if labels and all(value is None for value in labels):
-        raise UserError(f"{task}: no sample has the label {label!r} in its json")
-    return labels
 
 
 def graded(file: str, queries: Side, candidates: Side, table: EmbeddingTable) -> Pairs:
@@ -98,14 +90,12 @@ def graded(file: str, queries: Side, candidates: Side, table: EmbeddingTable) ->
     """
     known = {entry["key"] for entry in table.metadata}
     gains: dict[tuple[str, str], float] = {}
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"relevance {file}: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
             query, _, candidate, gain = line.split()
             gains[query, candidate] = float(gain)
+            if not math.isfinite(gains[query, candidate]):
+                raise ValueError("a gain is finite")
         except ValueError as error:
             raise UserError(f"{file}, line {number}: {line[:60]!r} is not 'query-key 0 candidate-key gain'") from error
         for key in (query, candidate):

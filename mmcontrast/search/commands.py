@@ -1,6 +1,5 @@
 """The commands of search: index a table, ask it, and serve a page to ask it with."""
 
-import json
 import socket
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmcontrast.errors import UserError
+from mmcontrast.strict_json import dumps
 
 console = Console(stderr=True, soft_wrap=True)
 LOOPBACK = "127.0.0.1"
@@ -74,7 +74,7 @@ def search(
     captions = _captions(searcher, hits)
     if as_json:
         found = [vars(hit) | {"caption": caption} for hit, caption in zip(hits, captions, strict=True)]
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        print(dumps(found, ensure_ascii=False, indent=1))
         return
     shown = Table("", "score", "key", "caption", title=f"in {field or searcher.default_field}", title_justify="left", box=None)
     for rank, (hit, caption) in enumerate(zip(hits, captions, strict=True), 1):

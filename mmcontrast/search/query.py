@@ -142,12 +142,14 @@ class SearchIndex:
             without: rows that are left out.
 
         Raises:
-            UserError: if the field has no index; for vectors of another width.
+            UserError: if the field has no index; for vectors of another width, or not finite.
         """
         self.check_field(field)
         queries = np.ascontiguousarray(torch.as_tensor(vectors, dtype=torch.float32).numpy())
         if queries.ndim not in (1, 2) or queries.shape[-1] != self.table.dim:
             raise UserError(f"a query of shape {tuple(queries.shape)}: the index has vectors of {self.table.dim} numbers")
+        if not np.isfinite(queries).all():
+            raise UserError("a query's vector is not finite (NaN or infinity)")
         kind = self.about["fields"][field]["kind"]
         found = nearest_rows(self._index(field), self.table, field, kind, np.atleast_2d(queries), k + len(without))
         hits = []

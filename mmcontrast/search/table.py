@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import MANIFEST
+from mmcontrast.evaluation.finite import check_finite
 
 FORMAT = "mmcontrast embedding table 1"
 BLOCK_ROWS = 16_384  # read at a time
@@ -87,14 +88,25 @@ class StoredTable:
         return bool(self._parts[part][f"present.{field}"][inner])
 
     def vectors(self, field: str, rows: np.ndarray) -> np.ndarray:
-        """float32 [R, D] of rows in any order."""
+        """Return float32 [R, D] of rows in any order.
+
+        Raises:
+            UserError: for a vector that is not finite.
+        """
         found = np.empty((len(rows), self.dim), dtype=np.float32)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(parts):
             here = np.flatnonzero(parts == part)
             inner = torch.from_numpy(rows[here] - self._starts[part])
             found[here] = self._parts[part][field][inner].float().numpy()
+        self._check_finite(field, found, rows)
         return found
+
+    def _check_finite(self, field: str, vectors: np.ndarray, rows: np.ndarray) -> None:
+        def name_of(place: int) -> str:
+            return f"{self.folder}, field {field!r}, row {rows[place]}, sample {self.about(int(rows[place]))[0]!r}"
+
+        check_finite(torch.from_numpy(vectors), name_of)
 
     def blocks(self, field: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows int64 [R], vectors float32 [R, D]) of those that have the field, in order.
@@ -106,10 +118,7 @@ class StoredTable:
             for first in range(0, len(part[field]), BLOCK_ROWS):
                 inner = part[f"present.{field}"][first : first + BLOCK_ROWS].nonzero().squeeze(1) + first
                 vectors = part[field][inner].float().numpy()
-                if not np.isfinite(vectors).all():
-                    raise UserError(
-                        f"{self.folder}: {field!r} has embeddings that are not finite: embed with a sound checkpoint"
-                    )
+                self._check_finite(field, vectors, inner.numpy() + start)
                 if len(inner):
                     yield inner.numpy() + start, vectors
 

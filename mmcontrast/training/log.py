@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmcontrast.strict_json import dumps
+
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the device if it is a GPU, else of the process."""
@@ -51,7 +53,7 @@ class StepLines:
         self.file = path.open("a", buffering=1)
 
     def add(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        self.file.write(dumps(values) + "\n")
 
 
 class StepLog(StepLines):

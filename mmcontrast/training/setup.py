@@ -12,17 +12,19 @@ from mmcontrast.data import (
     MixtureOrder,
     SampleOrder,
     ShardDataset,
+    Shards,
     StreamDataset,
     StreamOrder,
     TrainingDataset,
     TrainingOrder,
     clusters_of,
+    open_dataset,
 )
 from mmcontrast.data.dataset import names_of
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, DecodeError, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
-from mmcontrast.options import Component, Patterns
+from mmcontrast.options import Component
 from mmcontrast.towers import TOWERS
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
@@ -68,15 +70,21 @@ def make_modalities(fields: Mapping[str, FieldOptions]) -> dict[str, Modality]:
 
 
 def make_dataset(
-    shards: Patterns,
+    shards: Shards,
     fields: Mapping[str, FieldOptions],
     model: ContrastiveModel,
     *,
     seed: int = 0,
     training: bool = False,
 ) -> ShardDataset:
+    """Open shards as `fields` say, or as a mapping of shards says that has `keys` and `files` of its own.
+
+    Raises:
+        UserError: for shards that are not there, or lack a field.
+    """
     modalities = {field: model.modality(field) for field in fields}
-    return ShardDataset(shards, modalities, {field: of.keys for field, of in fields.items() if of.keys}, seed, training)
+    keys = {field: of.keys for field, of in fields.items() if of.keys}
+    return open_dataset(shards, modalities, keys, seed=seed, training=training)
 
 
 def make_training_data(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
 from mmcontrast.embedder import load
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation import EmbeddingTable
+from mmcontrast.evaluation import EmbeddingTable, open_splits
 from mmcontrast.evaluation.cache import fingerprint
 from mmcontrast.runs import prepare_folder
 from mmcontrast.suites import open_suite, run_suite
@@ -105,6 +106,57 @@ def test_zero_shot_on_its_layout_is_clip_benchmarks(model, tmp_path):
     assert sum(count for *_, count in report["confusion"]) == 42
     page = (tmp_path / "out" / "report.html").read_text()
     assert "mistaken for" in page and "small house" in page
+
+
+@pytest.fixture(scope="module")
+def chess(tmp_path_factory):
+    return classification(tmp_path_factory.mktemp("chess") / "wds_chess")
+
+
+@pytest.fixture(scope="module")
+def opened(model):
+    return load(model, device="cpu")
+
+
+CLASSNAMES, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+
+
+def test_a_layout_written_elsewhere_is_that_of_clip_benchmark(model, tmp_path):
+    """With a byte order mark and lines that end as on Windows, more names than classes, and labels with zeros."""
+    folder = classification(tmp_path / "wds_chess")
+    logits, target = theirs(model, folder)
+    (folder / CLASSNAMES).write_bytes("\ufeff".encode() + ("\r\n".join(NAMES) + "\r\n").encode())
+    (folder / TEMPLATE_FILE).write_bytes("\ufeff".encode() + "\r\n".join(TEMPLATES).encode())
+    found = run_suite(str(model), open_suite(str(model), str(folder), ["resamples=0"], tmp_path / "out"), device="cpu")
+    top1 = found.values["wds_chess/zero_shot/wds_chess/top1"]
+    assert top1 == pytest.approx((logits.argmax(1) == target).double().mean().item(), abs=1e-6)
+    assert found.reports["wds_chess/zero_shot/wds_chess"][1] == NAMES
+    assert found.notes == ["wds_chess/zero_shot/wds_chess: classes without samples: 1 of 4"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (CLASSNAMES, b"queen\nking\n", r"labels that are no class: '2' \(14\); the list names 2 classes, .* 0 to 1"),
+        (CLASSNAMES, b"queen\nking\n\nriver\n", "classnames.txt, line 3: a blank line"),
+        (CLASSNAMES, b"queen\nking\nriver\n\n", "classnames.txt, line 4: a blank line"),
+        (CLASSNAMES, "queen\nking\ncafé\n".encode("latin-1"), "classnames.txt, line 3: byte 0xe9 is not UTF-8: save"),
+        (CLASSNAMES, "queen\nking\n".encode("utf-16"), "classnames.txt, line 1: byte 0xff is not UTF-8"),
+        (CLASSNAMES, b"queen\n", "classnames.txt: 1 lines, where each is a name; there are at least 2"),
+        (TEMPLATE_FILE, b"a {c}\na photo\n", "templates.txt, line 2: the template 'a photo' has no placeholder"),
+        (TEMPLATE_FILE, b"a {classname}\n", "templates.txt, line 1: the template .* has the placeholder {classname}"),
+        (TEMPLATE_FILE, b"a {c}\n\n", "templates.txt, line 2: a blank line"),
+        (TEMPLATE_FILE, b"", "templates.txt: 0 lines"),
+        ("test/nshards.txt", b"eleven", "nshards.txt: 'eleven' is no number of shards"),
+        ("dataset_type.txt", b"retri\xe9val", "dataset_type.txt, line 1: byte 0xe9 is not UTF-8"),
+    ],
+)
+def test_files_of_a_layout_that_do_not_fit(chess, opened, model, tmp_path, file, content, message):
+    folder = tmp_path / "wds_chess"
+    shutil.copytree(chess, folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_splits(open_suite(str(model), str(folder), [], tmp_path).options, opened.model, opened.dataset)
 
 
 def test_retrieval_of_captions_on_its_layout_is_clip_benchmarks(model, tmp_path):

@@ -156,7 +156,7 @@ def test_an_index_appears_whole_or_not_at_all(table, tmp_path):
     made.present["b"][1200] = True
     (tmp_path / "table" / "manifest.json").unlink()
     made.write(tmp_path / "table")
-    with pytest.raises(UserError, match="'b' has embeddings that are not finite"):
+    with pytest.raises(UserError, match="field 'b', row 1200, sample 'sample 1200': the embedding is not finite"):
         build_index(tmp_path / "table", tmp_path / "out", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table"]
     build_index(tmp_path / "table", tmp_path / "out", ["a"], progress=False)

@@ -1,0 +1,103 @@
+"""Shards opened as options name them: patterns, or a mapping with columns and files of its own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmcontrast.components import nearest
+from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.index import open_shards
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import Modality
+from mmcontrast.options import Options, Patterns
+
+
+class ShardOptions(Options):
+    """Shards whose columns or extensions, or whose files, are not where a model would look for them.
+
+    Attributes:
+        shards: tars, also by URL, folders, tables.
+        files: of tables whose columns name files, the folder in which these are, absolute paths too; default: the table's own.
+        keys: of fields, the extensions or columns of their member, tried in turn: {text: [caption]}.
+    """
+
+    shards: Patterns
+    files: str | None = None
+    keys: dict[str, list[str]] = {}
+
+    @classmethod
+    def of(cls, shards: "Shards | dict[str, Any]") -> "ShardOptions":
+        """Return patterns, or a mapping as JSON has it, as options."""
+        if isinstance(shards, dict):
+            return cls.model_validate(shards)
+        return shards if isinstance(shards, ShardOptions) else cls(shards=shards)
+
+    def shown(self) -> Any:
+        """Return what JSON shows of them: patterns alone where there is nothing else."""
+        return self.model_dump(mode="json", exclude_defaults=True) if self.keys or self.files else self.shards
+
+
+Shards = str | list[str] | ShardOptions
+
+
+def open_dataset(
+    shards: Shards | dict[str, Any],
+    modalities: Mapping[str, Modality],
+    keys: Mapping[str, Sequence[Any]],
+    *,
+    seed: int = 0,
+    training: bool = False,
+    partial: bool = False,
+) -> ShardDataset:
+    """Open shards, whose own `keys` go before those of the model. Where a field has neither, other than in training, its
+    modality's usual extensions are its keys: a model that was trained on a table's own columns reads other shards too.
+
+    Args:
+        shards: patterns; or a mapping of `shards`, `keys` and `files`.
+        keys: the model's, of fields.
+        modalities, seed, training, partial: as `ShardDataset`.
+
+    Raises:
+        UserError: for shards that are not there; for keys of no field, or that no sample has.
+    """
+    given = ShardOptions.of(shards)
+    for field in given.keys:
+        if field not in modalities:
+            raise UserError(f"{given.shards}: keys of a field {field!r}; {nearest(field, modalities)}")
+    asked = {field: list(given.keys.get(field) or keys.get(field) or modalities[field].extensions) for field in modalities}
+    if not training and any(keys.get(field) for field in modalities):
+        asked = with_fallbacks(asked, modalities, given)
+    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files)
+    for field in given.keys:
+        if field not in dataset.keys:
+            raise UserError(
+                f"{given.shards}: keys of the field {field!r}: no sample has {' or '.join(names_of(given.keys[field]))}"
+            )
+    return dataset
+
+
+def with_fallbacks(
+    asked: Mapping[str, list[Any]], modalities: Mapping[str, Modality], given: ShardOptions
+) -> dict[str, list[Any]]:
+    """Return the keys of fields: those that are asked for, or, of a field of whose keys no sample has any, the usual extensions
+    of its modality that no other field could mean."""
+    there = {extension for shard in open_shards(given.shards, files=given.files) for extension in shard.extensions}
+    lacking = {field for field, of_field in asked.items() if field not in given.keys and not there & members_of(of_field)}
+    found = dict(asked)
+    for field in lacking:
+        others = [other for other in asked if other != field and asked[other] != asked[field]]
+        taken: set[str] = set()
+        for other in others:
+            taken |= set(modalities[other].extensions) if other in lacking else members_of(asked[other])
+        usual = [extension for extension in modalities[field].extensions if extension in there - taken]
+        found[field] = usual or found[field]
+    return found
+
+
+def names_of(keys: Sequence[str | Mapping[str, float]]) -> list[str]:
+    """Return the keys by name; of several with weights, each."""
+    return [name for key in keys for name in ([key] if isinstance(key, str) else key)]
+
+
+def members_of(keys: Sequence[str | Mapping[str, float]]) -> set[str]:
+    """Return the members that keys are read from; "json:caption" is read from the json."""
+    return {name.partition(":")[0] for name in names_of(keys)}

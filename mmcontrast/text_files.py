@@ -1,0 +1,22 @@
+"""Small text files that a user has written or was given: class names, templates, relevance."""
+
+from pathlib import Path
+
+from mmcontrast.errors import UserError
+
+
+def read_text(path: str | Path) -> str:
+    """Return a file's text, UTF-8 with or without a byte order mark.
+
+    Raises:
+        UserError: if it cannot be read, or is not UTF-8, with the line and the byte.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data[: error.start].count(b"\n") + 1, data[error.start]
+        raise UserError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8: save the file as UTF-8") from error
