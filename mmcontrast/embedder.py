@@ -173,6 +173,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "fp32",
     pooling: str | None = None,
+    trust_code: bool = False,
 ) -> Embedder:
     """Opens a model: a run's, or another library's, with its weights, tokenizer, preprocessing, logit scale and bias.
 
@@ -184,9 +185,10 @@ def load(
         device: default: a GPU if there is one.
         precision: of the towers: "fp32", "bf16" or "fp16".
         pooling: of a plain encoder of transformers: "mean", "first" or "last".
+        trust_code: import what a run's config names by import path. Nothing else that a folder holds is ever run.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if there is no such model; for code that is not trusted.
     """
     folder, checkpoint = run_of(name, checkpoint)
     if folder is None:
@@ -194,7 +196,7 @@ def load(
         return Embedder(model, str(name), device, precision=precision)
     if pretrained or pooling:
         raise UserError(f"{name} is a run: it takes neither pretrained nor pooling")
-    run = open_run(folder, checkpoint, "cpu")
+    run = open_run(folder, checkpoint, "cpu", trust_code)
     fields = contrasted_fields(run.config)
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     return Embedder(run.model, str(name), device, list(fields), keys, precision)

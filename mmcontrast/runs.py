@@ -20,6 +20,7 @@ from mmcontrast.training.job import Job
 from mmcontrast.training.options import FieldOptions
 from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
 from mmcontrast.training.state import load_weights
+from mmcontrast.trust import import_paths
 
 CONFIG = "config.yaml"
 
@@ -58,7 +59,8 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
         UserError: for an unknown type or option of theirs or of a field's modality.
     """
     make_modalities(config.fields)
-    objective, pairing = build(config.objective, OBJECTIVES, "objective"), build(config.pairing, PAIRINGS, "pairing")
+    objective = build(config.objective, OBJECTIVES, "objective", Objective)
+    pairing = build(config.pairing, PAIRINGS, "pairing", Pairing)
     negatives = negative_fields(config)
     try:
         terms = pairing.weighted_terms(list(contrasted_fields(config)))
@@ -151,21 +153,23 @@ class TrainedRun:
     device: torch.device
 
 
-def open_run(folder: Path, which: str = "last", device: str | None = None) -> TrainedRun:
+def open_run(folder: Path, which: str = "last", device: str | None = None, trust_code: bool = False) -> TrainedRun:
     """Rebuilds a model from its run's folder, with the averaged weights if the run has them.
 
     Args:
         which: the checkpoint: "last", "best" or a step's number.
         device: default: a GPU if there is one.
+        trust_code: import the towers and modalities that its config names by import path.
 
     Raises:
-        UserError: if the folder holds no run, or the run no such checkpoint.
+        UserError: if the folder holds no run, or the run no such checkpoint; for code that is not trusted.
     """
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run's folder (no {CONFIG})")
     config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
-    model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    with import_paths(folder, trust_code):
+        model = make_model(config.fields, config.towers, config.model, config.train.seed)
     checkpoint.check(saved)
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
     try:

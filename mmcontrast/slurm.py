@@ -252,7 +252,15 @@ def difference(there: Any, here: Any, place: str = "") -> tuple[str, str]:
 
 
 def embedding_launch(
-    model: str | Path, data: str, out: Path, tasks: int, which: str, resources: Resources, batch_size: int, num_workers: int
+    model: str | Path,
+    data: str,
+    out: Path,
+    tasks: int,
+    which: str,
+    resources: Resources,
+    batch_size: int,
+    num_workers: int,
+    trust_code: bool = False,
 ) -> Launch | None:
     """What `submit-embed` gives to sbatch: an array of the slices that are not there yet; None if none is missing.
 
@@ -274,5 +282,6 @@ def embedding_launch(
     values = {"model": about["model"], "data": data, "out": out.absolute(), "tasks": tasks}
     values |= {"checkpoint": about["checkpoint"] or "last"}
     values |= {"batch_size": batch_size, "num_workers": num_workers}
+    values |= {"trust_code": "--trust-code" if trust_code else "--no-trust-code"}
     launch.add_script("embed", {"array": array, "requeue": None} | dict(resources.directives()), values, log="%A_%a")
     return launch

@@ -65,7 +65,7 @@ class ImageModality(Modality):
         if augment is None:
             train = [_RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic, antialias=True)]
         else:
-            train = [*(build(spec, AUGMENTATIONS, "augmentation") for spec in augment), *fit]
+            train = [*(build(spec, AUGMENTATIONS, "augmentation", torch.nn.Module) for spec in augment), *fit]
         self.train_transform, self.eval_transform = v2.Compose(train), v2.Compose(fit)
         middle, width = (
             torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1) for values in (mean, std)

@@ -66,10 +66,10 @@ def contrastive_loss(
     Raises:
         ValueError: for shapes, names, ids or options that do not fit; it names the field.
     """
-    scorer: Objective = build(objective, OBJECTIVES, "objective")
+    scorer: Objective = build(objective, OBJECTIVES, "objective", Objective)
     if scorer.stateful and scorer is not objective:
         raise ValueError(f"objective {objective!r} remembers earlier calls: make a {type(scorer).__name__} once, and pass that")
-    pairs: Pairing = build(pairing, PAIRINGS, "pairing")
+    pairs: Pairing = build(pairing, PAIRINGS, "pairing", Pairing)
     pairs.check(scorer)
     ids_of = ids_by_field(embeddings, ids)
     extras = extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None)

@@ -15,6 +15,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.towers import Tower
+from mmcontrast.trust import library_code_refused
 
 NOT_REACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError)
 WRONG = (
@@ -60,11 +61,13 @@ def assembled(
 
 @contextmanager
 def in_one_line(name: str) -> Iterator[None]:
-    """Turns what a library raises into a UserError that begins with the model's name, and keeps its log quiet."""
+    """Turns what a library raises into a UserError that begins with the model's name, keeps its log quiet, and runs no code of
+    the model's folder."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with library_code_refused(name):
+            yield
     except UserError:
         raise
     except WRONG as error:

@@ -45,8 +45,12 @@ class Searcher:
         self.default_field = next((f for f in index.fields if self.kinds.get(f) == "images"), index.fields[0])
 
     @classmethod
-    def open(cls, folder: str | Path, device: str | None = None) -> "Searcher":
-        """
+    def open(cls, folder: str | Path, device: str | None = None, trust_code: bool = False) -> "Searcher":
+        """Open an index and the model that it names.
+
+        Args:
+            device, trust_code: of the model, as `mmcontrast.load`.
+
         Raises:
             UserError: as `SearchIndex` and `mmcontrast.load`.
         """
@@ -54,7 +58,8 @@ class Searcher:
         if "model" not in index.about:
             raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
         about = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
-        return cls(index, load(index.about["model"], device=device, precision=index.about.get("precision", "fp32"), **about))
+        precision = index.about.get("precision", "fp32")
+        return cls(index, load(index.about["model"], device=device, precision=precision, trust_code=trust_code, **about))
 
     def vector(
         self,

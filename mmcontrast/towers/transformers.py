@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 from mmcontrast.errors import UserError
 from mmcontrast.towers.base import Tower
+from mmcontrast.trust import NEVER_RUN, library_code_refused, refuse_hub_attention
 
 WRONG_VALUE = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
 
@@ -38,16 +39,12 @@ class TransformersTower(Tower):
     ) -> None:
         super().__init__()
         overrides = dict(config or {})
+        if overrides.pop("trust_remote_code", False):
+            raise UserError(f"transformers tower {model!r}: trust_remote_code: {NEVER_RUN}")
         self.pad_id: int | None = None  # of the texts; set with the modality
         try:
-            if isinstance(model, PreTrainedModel):
-                self.network = model
-            elif pretrained:
-                self.network = AutoModel.from_pretrained(model, **overrides)
-            elif model in CONFIG_MAPPING:
-                self.network = AutoModel.from_config(AutoConfig.for_model(model, **overrides))
-            else:
-                self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
+            with library_code_refused(model):
+                self.network = model if isinstance(model, PreTrainedModel) else _network(model, overrides, pretrained)
             self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
             self.width = _width(self.network.config)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, WRONG_VALUE) as error:
@@ -97,6 +94,17 @@ class TransformersTower(Tower):
             return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).clamp(min=1) - 1]
         weight = mask.unsqueeze(2).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _network(model: str, overrides: dict[str, Any], pretrained: bool) -> PreTrainedModel:
+    if model in CONFIG_MAPPING and not pretrained:
+        config = AutoConfig.for_model(model, **overrides)
+    else:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **overrides)
+    refuse_hub_attention(model, config)
+    if pretrained:
+        return AutoModel.from_pretrained(model, trust_remote_code=False, **overrides)
+    return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _width(config: Any) -> int:

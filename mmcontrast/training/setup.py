@@ -22,7 +22,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
-from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, TransformersTower
+from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, Tower, TransformersTower
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 
@@ -45,7 +45,7 @@ def make_model(
             raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, towers)}")
     torch.manual_seed(seed)
     modalities = make_modalities(fields)
-    made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
+    made = {name: build(spec, TOWERS, f"towers.{name}: tower", Tower) for name, spec in towers.items()}
     for field, modality in modalities.items():
         tower = made[fields[field].tower]
         if isinstance(modality, TextModality) and isinstance(tower, TransformersTower | OpenClipTower | OpenClipTextTower):
@@ -58,7 +58,7 @@ def make_model(
 
 
 def make_modalities(fields: Mapping[str, FieldOptions]) -> dict[str, Modality]:
-    return {f: build(of.modality, MODALITIES, f"fields.{f}.modality: modality") for f, of in fields.items()}
+    return {f: build(of.modality, MODALITIES, f"fields.{f}.modality: modality", Modality) for f, of in fields.items()}
 
 
 def make_dataset(
@@ -151,7 +151,7 @@ def make_source(
             )
         own = fields[field].modality
         spec = {**({"type": own} if isinstance(own, str) else own), **changed}
-        modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
+        modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality", Modality)
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
     dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)
     for field in source.keys.keys() - dataset.keys.keys():
