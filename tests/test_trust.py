@@ -1,6 +1,5 @@
-"""Runs and indexes from elsewhere: whatever they name, opening them runs none of it. A file that does not appear is the proof."""
+"""Runs and indexes from elsewhere: opening them runs none of what they name. A file that does not appear is the proof."""
 
-import json
 import socket
 import sys
 
