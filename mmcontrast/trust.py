@@ -92,8 +92,12 @@ def library_code_refused(name: object) -> Iterator[None]:
         _inside += 1
     try:
         yield
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{name}: its checkpoint holds more than tensors ({' '.join(str(error).split())[:200]})") from error
+    except (pickle.UnpicklingError, RuntimeError) as error:  # timm's is a RuntimeError
+        if not isinstance(error if isinstance(error, pickle.UnpicklingError) else error.__cause__, pickle.UnpicklingError):
+            raise
+        raise UserError(
+            f"{name}: its checkpoint holds more than tensors, and objects are not unpickled here: save its state_dict() alone"
+        ) from error
     finally:
         with _lock:
             _inside -= 1
