@@ -13,9 +13,11 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
+from mmcontrast.evaluation.report import LOG
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.training import checkpoint
+from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.job import Job
 from mmcontrast.training.options import FieldOptions
 from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
@@ -23,6 +25,8 @@ from mmcontrast.training.state import load_weights
 from mmcontrast.trust import import_paths
 
 CONFIG = "config.yaml"
+LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", "evaluations.jsonl", "stopped.json", "tensorboard"}
+LEFT_BY_A_START |= {"profile", "stalled"}
 
 
 def make_job(config: RunConfig) -> Job:
@@ -116,8 +120,25 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
         raise UserError("--resume and --overwrite exclude each other")
     if resume and not (folder / CONFIG).exists():
         raise UserError(f"no run at {folder} to resume: start it without --resume")
-    if folder.exists() and not resume and not (overwrite and (folder / CONFIG).exists()):
-        raise UserError(f"{folder} exists: continue it with --resume, replace it with --overwrite, or set run.name")
+    if folder.exists() and not resume and not (overwrite and (folder / CONFIG).exists()) and not never_began(folder):
+        going_on = "" if not checkpoint.complete(folder / "checkpoints") else "continue it with --resume, "
+        raise UserError(f"{folder} exists: {going_on}replace it with --overwrite, or set run.name")
+
+
+def never_began(folder: Path) -> bool:
+    """Whether a folder holds what a run leaves that failed at its start: its config, no checkpoint, no step in its log."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        same = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()
+    except (OSError, UserError):
+        return False
+    logged = folder / LOG
+    return (
+        same
+        and names <= LEFT_BY_A_START
+        and not checkpoint.complete(folder / "checkpoints")
+        and not (logged.exists() and logged.stat().st_size)
+    )
 
 
 def lock_folder(config: RunConfig) -> IO[str]:
@@ -136,8 +157,8 @@ def lock_folder(config: RunConfig) -> IO[str]:
 
 
 def prepare_folder(config: RunConfig, overwrite: bool) -> None:
-    """Makes the run's folder, anew if `overwrite`, with its config."""
-    if overwrite:
+    """Makes the run's folder, with its config; anew if `overwrite`, or if a start failed there."""
+    if overwrite or never_began(config.folder):
         shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")

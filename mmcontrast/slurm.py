@@ -20,7 +20,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import expand_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
-from mmcontrast.runs import CONFIG, check_components
+from mmcontrast.runs import CONFIG, check_components, never_began
 from mmcontrast.tasks import about_model
 from mmcontrast.training import checkpoint
 
@@ -231,6 +231,8 @@ def check_run(config: RunConfig, resume: bool) -> None:
         return
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} exists, but is not a run's folder (no {CONFIG}): set run.name")
+    if never_began(folder):
+        return
     there, here = (one.model_dump(mode="json") for one in (load_config(folder / CONFIG), config))
     if there != here and not resume:
         raise UserError(
