@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,7 @@ from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
 from mmcontrast.evaluation.report import LOG
+from mmcontrast.library_messages import weights_follow
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.training import checkpoint
@@ -36,7 +38,8 @@ def make_job(config: RunConfig) -> Job:
         UserError: for anything that does not fit, by its place in the config.
     """
     objective, pairing = check_components(config)
-    model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    with weights_follow() if config.train.init_from else nullcontext():
+        model = make_model(config.fields, config.towers, config.model, config.train.seed)
     evaluation, eval_datasets = open_data(config, model)
     dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed)
     return Job(
@@ -189,7 +192,7 @@ def open_run(folder: Path, which: str = "last", device: str | None = None, trust
         raise UserError(f"{folder} is not a run's folder (no {CONFIG})")
     config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
-    with import_paths(folder, trust_code):
+    with import_paths(folder, trust_code), weights_follow():
         model = make_model(config.fields, config.towers, config.model, config.train.seed)
     checkpoint.check(saved)
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
+from mmcontrast.library_messages import library_messages
 from mmcontrast.towers.base import Tower
 from mmcontrast.trust import library_code_refused
 
@@ -29,7 +30,7 @@ class OpenClipTower(Tower):
             raise UserError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())[:200]}")
         if part not in ("image", "text"):
             raise UserError(f"open_clip tower: part must be 'image' or 'text', not {part!r}")
-        with library_code_refused(model):
+        with library_messages(f"open_clip tower {model}"), library_code_refused(model):
             whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
         self.network = whole.visual if part == "image" else whole.text
         self.context_length = getattr(self.network, "context_length", None) if part == "text" else None

@@ -4,6 +4,7 @@ from typing import Any
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
+from mmcontrast.library_messages import library_messages
 from mmcontrast.towers.base import Tower
 from mmcontrast.trust import library_code_refused
 
@@ -24,7 +25,7 @@ class TimmTower(Tower):
         if not timm.is_model(model.split(".")[0]):
             raise UserError(f"timm has no model {model!r}; {nearest(model, timm.list_models())[:200]}")
         try:
-            with library_code_refused(model):
+            with library_messages(f"timm tower {model}"), library_code_refused(model):
                 self.network = timm.create_model(model, pretrained=pretrained, num_classes=0, **options)
         except TypeError as error:
             raise UserError(f"timm's {model!r} refuses an option: {error}") from error

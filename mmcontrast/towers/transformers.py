@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 from mmcontrast.errors import UserError
+from mmcontrast.library_messages import library_messages, tell
 from mmcontrast.towers.base import Tower
 from mmcontrast.trust import NEVER_RUN, library_code_refused, refuse_hub_attention
 
@@ -43,7 +44,7 @@ class TransformersTower(Tower):
             raise UserError(f"transformers tower {model!r}: trust_remote_code: {NEVER_RUN}")
         self.pad_id: int | None = None  # of the texts; set with the modality
         try:
-            with library_code_refused(model):
+            with library_messages(f"transformers tower {model}"), library_code_refused(model):
                 self.network = model if isinstance(model, PreTrainedModel) else _network(model, overrides, pretrained)
             self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
             self.width = _width(self.network.config)
@@ -103,7 +104,11 @@ def _network(model: str, overrides: dict[str, Any], pretrained: bool) -> PreTrai
         config = AutoConfig.from_pretrained(model, trust_remote_code=False, **overrides)
     refuse_hub_attention(model, config)
     if pretrained:
-        return AutoModel.from_pretrained(model, trust_remote_code=False, **overrides)
+        network, info = AutoModel.from_pretrained(model, trust_remote_code=False, output_loading_info=True, **overrides)
+        if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+            what = f"{len(missing)} tensors are not in its checkpoint and start random, as {missing[0]}"
+            tell(f"transformers tower {model}: {what}")
+        return network
     return AutoModel.from_config(config, trust_remote_code=False)
 
 
