@@ -165,7 +165,7 @@ class Embedder:
         return found
 
 
-def _as_list(kind: str, values: Any) -> Sequence[Any]:
+def _as_list(kind: str, values: Any) -> Any:
     """
     Raises:
         UserError: for one value, and for what gives none in an order of its own.
