@@ -61,8 +61,8 @@ def assembled(
 
 @contextmanager
 def in_one_line(name: str) -> Iterator[None]:
-    """Turns what a library raises into a UserError that begins with the name, and passes on what matters of its log; code of the
-    folder is not run."""
+    """Turns what a library raises into a UserError that begins with the name, passes on what matters of its log, and keeps it
+    from running code of the folder."""
     try:
         with library_messages(name), library_code_refused(name):
             yield
