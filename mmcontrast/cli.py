@@ -36,6 +36,9 @@ ModelName = Annotated[
 ]
 Pretrained = Annotated[str | None, typer.Option(help="of an architecture's name: open_clip's tag, or a checkpoint's file")]
 Checkpoint = Annotated[str, typer.Option(help="of a run: last, best, or a step's number")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code/--no-trust-code", help="of a run from elsewhere: run the code that its config names")
+]
 Precision = Annotated[str, typer.Option(help="of the towers: fp32, bf16 or fp16")]
 Time = Annotated[str, typer.Option("--time", metavar="HH:MM:SS", help="the job's time limit")]
 Gpus = Annotated[int, typer.Option(min=0, help="0: none")]
@@ -127,6 +130,7 @@ def evaluate(
     device: Device = None,
     precision: Precision = "fp32",
     cache: Annotated[bool, typer.Option(help="keep embeddings, and read those of the same model and data")] = True,
+    trust_code: TrustCode = False,
 ) -> None:
     """Evaluate a model: writes results.json and report.html, and prints the table.
 
@@ -138,8 +142,9 @@ def evaluate(
 
     opened = open_suite(model, suite, overrides or (), out, checkpoint, pretrained)
     found = run_suite(
-        model, opened, checkpoint=checkpoint, pretrained=pretrained, device=device, precision=precision, cached=cache
-    )
+        model, opened, checkpoint=checkpoint, pretrained=pretrained, device=device, precision=precision, cached=cache,
+        trust_code=trust_code,
+    )  # fmt: skip
     if found.values:
         console.print(results_table(found))
         console.print(f"results: {opened.out / 'results.json'}\npage:    {opened.out / 'report.html'}", highlight=False)
@@ -195,6 +200,7 @@ def embed(
         list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column or extension in DATA; may be repeated")
     ] = None,
     files: Annotated[str | None, typer.Option(help="of a table that names files: their folder; default: the table's")] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Embed every sample of DATA with a trained run, or a model of open_clip, transformers or timm. docs/tables.md
 
@@ -218,6 +224,7 @@ def embed(
         model, ShardOptions(shards=data, keys=of_fields, files=files), out, part=TableSlice.parse(out, part) if part else None,
         checkpoint=checkpoint, pretrained=pretrained,
         device=device, precision=precision, batch_size=batch_size, num_workers=num_workers, slice_rows=slice_rows,
+        trust_code=trust_code,
     )  # fmt: skip
     if complete:
         table = json.loads((out / "manifest.json").read_text())
@@ -279,13 +286,14 @@ def submit_embed(
     partition: Partition = None,
     account: Account = None,
     sbatch: Sbatch = None,
+    trust_code: TrustCode = False,
     dry_run: DryRun = False,
 ) -> None:
     """Embed DATA by an array of Slurm's tasks into one table. Submitted again, only slices that are missing are embedded."""
     from mmcontrast.slurm import Resources, embedding_launch
 
     resources = Resources(time, 1, gpus_per_node, cpus_per_task or 1 + num_workers, partition, account, sbatch or ())
-    launch = embedding_launch(model, data, out, tasks, checkpoint, resources, batch_size, num_workers)
+    launch = embedding_launch(model, data, out, tasks, checkpoint, resources, batch_size, num_workers, trust_code)
     if launch is None:
         console.print(f"{out} is complete", highlight=False)
     elif dry_run:
@@ -384,5 +392,4 @@ def main() -> None:
     # on a CPU the threads of torch share the cores with data workers: spinning while they wait would slow both
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
-    sys.path.insert(0, os.getcwd())  # `type: my_lab.losses:MyObjective` is found beside the user, as `python -m` finds it
     app()

@@ -1,12 +1,12 @@
 """Components by name: `type` is one of ours or an import path (`my_lab.losses:MyObjective`), the rest its options."""
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mmcontrast.errors import UserError
+from mmcontrast.trust import import_by_path
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -16,26 +16,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known)}"
 
 
-def import_by_path(path: str, kind: str) -> Any:
-    """The object named `package.module:attribute`.
-
-    Raises:
-        UserError: if the module or the attribute is not there.
-    """
-    module_name, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{kind} {path!r} cannot be imported: {error}") from error
-
-
-def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, **context: Any) -> Any:
+def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: type | None = None, **context: Any) -> Any:
     """Builds one component from a name, a mapping with `type` and options, or returns the object that it already is.
 
     Args:
         spec: "infonce", {"type": "siglip"}, {"type": "my_lab.losses:MyObjective", "beta": 0.5}, or an instance.
         known: the components that this package names itself.
         kind: what it is, for messages: "objective", "tower".
+        base: what an import path must name a subclass of: nothing else is called.
         context: further arguments that the caller, not the user, provides.
 
     Raises:
@@ -51,6 +39,9 @@ def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, **conte
         raise UserError(f"{kind} {dict(spec)} has no 'type'; {nearest('', known)}")
     if ":" in name:
         constructor = import_by_path(name, kind)
+        if not (inspect.isclass(constructor) and issubclass(constructor, base or object)):
+            wanted = f"subclass of {base.__module__}.{base.__name__}" if base else "class"
+            raise UserError(f"{kind} {name!r} must name a {wanted}, which this is not: it is not called")
     elif name in known:
         constructor = known[name]
     else:

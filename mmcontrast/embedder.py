@@ -1,9 +1,10 @@
 """A model as a program uses it: lists of pictures, texts and sounds in, unit embeddings out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,15 +60,15 @@ class Embedder:
     def embed(
         self,
         *,
-        images: Sequence[Any] | None = None,
-        texts: Sequence[str] | None = None,
-        audio: Sequence[Any] | None = None,
-        vectors: Sequence[Any] | None = None,
+        images: Iterable[Any] | None = None,
+        texts: Iterable[str] | None = None,
+        audio: Iterable[Any] | None = None,
+        vectors: Iterable[Any] | None = None,
         field: str | None = None,
         batch_size: int = 64,
         progress: bool | None = None,
     ) -> Tensor:
-        """Unit rows float32 [N, D] on the CPU, of one list of values.
+        """Unit rows float32 [N, D] on the CPU, of one list of values, or of a generator, which is read first.
 
         Args:
             images: paths, encoded bytes, PIL images, or pixels: arrays or tensors uint8 [height, width, 3].
@@ -85,8 +86,7 @@ class Embedder:
         (kind, values), *more = [(kind, values) for kind, values in given.items() if values is not None] or [("", [])]
         if not kind or more:
             raise UserError(f"embed takes one of {', '.join(given)} at a time")
-        if isinstance(values, str | bytes | Path):
-            raise UserError(f"embed: {kind} is a list, not one {type(values).__name__}")
+        values = _as_list(kind, values)
         field = self.field_of(kind, field)
         modality, rows = self.model.modality(field), []
         shown = len(values) > batch_size if progress is None else progress
@@ -176,6 +176,18 @@ class Embedder:
         return found
 
 
+def _as_list(kind: str, values: Any) -> Any:
+    """
+    Raises:
+        UserError: for one value, and for what gives none in an order of its own.
+    """
+    if isinstance(values, str | bytes | Path) or not isinstance(values, Iterable):
+        raise UserError(f"embed: {kind} is a list, not one {type(values).__name__}")
+    if isinstance(values, Mapping | set | frozenset):
+        raise UserError(f"embed: {kind} is a list, not a {type(values).__name__}: its rows would have no order of yours")
+    return values if isinstance(values, list | tuple | np.ndarray | Tensor) else list(values)
+
+
 def load(
     name: str | Path,
     *,
@@ -184,6 +196,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "fp32",
     pooling: str | None = None,
+    trust_code: bool = False,
 ) -> Embedder:
     """Opens a model: a run's, or another library's, with its weights, tokenizer, preprocessing, logit scale and bias.
 
@@ -195,9 +208,10 @@ def load(
         device: default: a GPU if there is one.
         precision: of the towers: "fp32", "bf16" or "fp16".
         pooling: of a plain encoder of transformers: "mean", "first" or "last".
+        trust_code: import what a run's config names by import path. Nothing else that a folder holds is ever run.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if there is no such model; for code that is not trusted.
     """
     folder, checkpoint = run_of(name, checkpoint)
     if folder is None:
@@ -205,7 +219,7 @@ def load(
         return Embedder(model, str(name), device, precision=precision)
     if pretrained or pooling:
         raise UserError(f"{name} is a run: it takes neither pretrained nor pooling")
-    run = open_run(folder, checkpoint, "cpu")
+    run = open_run(folder, checkpoint, "cpu", trust_code)
     fields = contrasted_fields(run.config)
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     return Embedder(run.model, str(name), device, list(fields), keys, precision)

@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,21 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
+from mmcontrast.evaluation.report import LOG
+from mmcontrast.library_messages import weights_follow
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.training import checkpoint
+from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.job import Job
 from mmcontrast.training.options import FieldOptions
 from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
 from mmcontrast.training.state import load_weights
+from mmcontrast.trust import import_paths
 
 CONFIG = "config.yaml"
+LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", "evaluations.jsonl", "stopped.json", "tensorboard"}
+LEFT_BY_A_START |= {"profile", "stalled"}
 
 
 def make_job(config: RunConfig) -> Job:
@@ -32,7 +39,8 @@ def make_job(config: RunConfig) -> Job:
         UserError: for anything that does not fit, by its place in the config.
     """
     objective, pairing = check_components(config)
-    model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    with weights_follow() if config.train.init_from else nullcontext():
+        model = make_model(config.fields, config.towers, config.model, config.train.seed)
     evaluation, eval_datasets = open_data(config, model)
     dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed)
     return Job(
@@ -59,7 +67,8 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
         UserError: for an unknown type or option of theirs or of a field's modality.
     """
     make_modalities(config.fields)
-    objective, pairing = build(config.objective, OBJECTIVES, "objective"), build(config.pairing, PAIRINGS, "pairing")
+    objective = build(config.objective, OBJECTIVES, "objective", Objective)
+    pairing = build(config.pairing, PAIRINGS, "pairing", Pairing)
     negatives = negative_fields(config)
     try:
         terms = pairing.weighted_terms(list(contrasted_fields(config)))
@@ -115,8 +124,25 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
         raise UserError("--resume and --overwrite exclude each other")
     if resume and not (folder / CONFIG).exists():
         raise UserError(f"no run at {folder} to resume: start it without --resume")
-    if folder.exists() and not resume and not (overwrite and (folder / CONFIG).exists()):
-        raise UserError(f"{folder} exists: continue it with --resume, replace it with --overwrite, or set run.name")
+    if folder.exists() and not resume and not (overwrite and (folder / CONFIG).exists()) and not never_began(folder):
+        going_on = "" if not checkpoint.complete(folder / "checkpoints") else "continue it with --resume, "
+        raise UserError(f"{folder} exists: {going_on}replace it with --overwrite, or set run.name")
+
+
+def never_began(folder: Path) -> bool:
+    """Whether a folder holds what a run leaves that failed at its start: its config, no checkpoint, no step in its log."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        same = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()
+    except (OSError, UserError):
+        return False
+    logged = folder / LOG
+    return (
+        same
+        and names <= LEFT_BY_A_START
+        and not checkpoint.complete(folder / "checkpoints")
+        and not (logged.exists() and logged.stat().st_size)
+    )
 
 
 def lock_folder(config: RunConfig) -> IO[str]:
@@ -135,8 +161,8 @@ def lock_folder(config: RunConfig) -> IO[str]:
 
 
 def prepare_folder(config: RunConfig, overwrite: bool) -> None:
-    """Makes the run's folder, anew if `overwrite`, with its config."""
-    if overwrite:
+    """Makes the run's folder, with its config; anew if `overwrite`, or if a start failed there."""
+    if overwrite or never_began(config.folder):
         shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
@@ -152,21 +178,23 @@ class TrainedRun:
     device: torch.device
 
 
-def open_run(folder: Path, which: str = "last", device: str | None = None) -> TrainedRun:
+def open_run(folder: Path, which: str = "last", device: str | None = None, trust_code: bool = False) -> TrainedRun:
     """Rebuilds a model from its run's folder, with the averaged weights if the run has them.
 
     Args:
         which: the checkpoint: "last", "best" or a step's number.
         device: default: a GPU if there is one.
+        trust_code: import the towers and modalities that its config names by import path.
 
     Raises:
-        UserError: if the folder holds no run, or the run no such checkpoint.
+        UserError: if the folder holds no run, or the run no such checkpoint; for code that is not trusted.
     """
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run's folder (no {CONFIG})")
     config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
-    model = make_model(config.fields, config.towers, config.model, config.train.seed)
+    with import_paths(folder, trust_code), weights_follow():
+        model = make_model(config.fields, config.towers, config.model, config.train.seed)
     checkpoint.check(saved)
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
     try:

@@ -20,7 +20,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import expand_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
-from mmcontrast.runs import CONFIG, check_components
+from mmcontrast.runs import CONFIG, check_components, never_began
 from mmcontrast.tasks import about_model
 from mmcontrast.training import checkpoint
 
@@ -231,6 +231,8 @@ def check_run(config: RunConfig, resume: bool) -> None:
         return
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} exists, but is not a run's folder (no {CONFIG}): set run.name")
+    if never_began(folder):
+        return
     there, here = (one.model_dump(mode="json") for one in (load_config(folder / CONFIG), config))
     if there != here and not resume:
         raise UserError(
@@ -252,7 +254,15 @@ def difference(there: Any, here: Any, place: str = "") -> tuple[str, str]:
 
 
 def embedding_launch(
-    model: str | Path, data: str, out: Path, tasks: int, which: str, resources: Resources, batch_size: int, num_workers: int
+    model: str | Path,
+    data: str,
+    out: Path,
+    tasks: int,
+    which: str,
+    resources: Resources,
+    batch_size: int,
+    num_workers: int,
+    trust_code: bool = False,
 ) -> Launch | None:
     """What `submit-embed` gives to sbatch: an array of the slices that are not there yet; None if none is missing.
 
@@ -274,5 +284,6 @@ def embedding_launch(
     values = {"model": about["model"], "data": data, "out": out.absolute(), "tasks": tasks}
     values |= {"checkpoint": about["checkpoint"] or "last"}
     values |= {"batch_size": batch_size, "num_workers": num_workers}
+    values |= {"trust_code": "--trust-code" if trust_code else "--no-trust-code"}
     launch.add_script("embed", {"array": array, "requeue": None} | dict(resources.directives()), values, log="%A_%a")
     return launch

@@ -83,12 +83,13 @@ def run_suite(
     device: str | None = None,
     precision: str = "fp32",
     cached: bool = True,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Evaluates, writes results.json and report.html, and returns what was found. Ranks that torchrun started share the work;
     the first returns the results.
 
     Args:
-        checkpoint, pretrained, device, precision: as `load`.
+        checkpoint, pretrained, device, precision, trust_code: as `load`.
         cached: embeddings of the same model and data are read, and kept for the next time.
 
     Raises:
@@ -97,7 +98,9 @@ def run_suite(
     state = join_processes()
     group = dist.group.WORLD if state.num_processes > 1 else None
     where = device or str(state.device)
-    embedder = load(model, checkpoint=checkpoint, pretrained=pretrained, device=where, precision=precision)
+    embedder = load(
+        model, checkpoint=checkpoint, pretrained=pretrained, device=where, precision=precision, trust_code=trust_code
+    )
     options, datasets = open_splits(suite.options, embedder.model, embedder.dataset)
     if not options.splits:
         raise UserError(f"{suite.name or model}: nothing to evaluate, as no splits are named")

@@ -32,12 +32,13 @@ def embed_shards(
     batch_size: int = 256,
     num_workers: int = 0,
     slice_rows: int | None = None,
+    trust_code: bool = False,
 ) -> bool:
     """Embeds shards and writes the table, slice by slice; True if it is complete. Slices that are there are not embedded again,
     so what was killed goes on; ranks that torchrun started take every W-th slice each, and need not talk to each other.
 
     Args:
-        name, checkpoint, pretrained, precision: as `load`.
+        name, checkpoint, pretrained, precision, trust_code: as `load`.
         shards: as `Embedder.dataset`.
         part: this slice alone.
         slice_rows: about the samples of a slice, that is of what a kill may lose. A table that was begun keeps its own.
@@ -62,7 +63,9 @@ def embed_shards(
         return TableSlice(out, 1, begun).complete()
     if device in (None, "cuda") and world_size > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    embedder = load(name, checkpoint=about["checkpoint"], pretrained=pretrained, device=device, precision=precision)
+    embedder = load(
+        name, checkpoint=about["checkpoint"], pretrained=pretrained, device=device, precision=precision, trust_code=trust_code
+    )
     dataset = embedder.dataset(shards)
     if not begun and not part:
         own = TableSlice.all(out, slices_of(len(dataset), slice_rows or SLICE_ROWS, world_size))[rank::world_size]

@@ -1,4 +1,4 @@
-"""YAML as people mean it: `1e-3` is a number, and a key that stands twice is a mistake."""
+"""YAML as people mean it: `1e-3` is a number, a key that stands twice is a mistake, and a file is no bomb."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,24 @@ import yaml
 
 from mmcontrast.errors import UserError
 
+DEEPEST = 64  # levels of mappings and lists in each other
+MOST_VALUES = 1_000_000  # of a file, where what an anchor names counts as often as it is named
+# what PyYAML's constructors raise for values that are none, such as a day 99, or digits beyond Python's limit
+WRONG = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, with duplicate keys refused and `1e-3` read as the number that everyone means."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -30,7 +45,44 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    """
+    Raises:
+        yaml.YAMLError: for whatever is wrong with it.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {}, set())
+        return loader.construct_document(node)
+    except yaml.YAMLError:
+        raise
+    except WRONG as error:
+        raise yaml.YAMLError(f"a value that is none ({str(error).split(chr(10))[0][:100] or type(error).__name__})") from error
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counted: dict[yaml.Node, int], inside: set[yaml.Node]) -> int:
+    """Return how many values a node has, written out without anchors.
+
+    Raises:
+        yaml.YAMLError: if they are too many, or if it holds itself.
+    """
+    if node in inside:
+        raise yaml.composer.ComposerError(None, None, "an anchor within itself", node.start_mark)
+    if node not in counted:
+        inside.add(node)
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.ScalarNode):
+            node.value.encode("utf-8")  # refuses halves of surrogate pairs, which no file or terminal takes
+        inner = (part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,)))
+        counted[node] = 1 + sum(_count(part, counted, inside) for part in inner)
+        inside.remove(node)
+        if counted[node] > MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_VALUES} values", node.start_mark)
+    return counted[node]
 
 
 def read_yaml(path: str | Path) -> Any:

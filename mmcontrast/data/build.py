@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.components import build
-from mmcontrast.data.writer import MANIFEST, write_corpus
+from mmcontrast.data.writer import MANIFEST, Source, write_corpus
 from mmcontrast.errors import UserError
 from mmcontrast.yaml_files import read_yaml
 
@@ -30,7 +30,7 @@ def build_corpus(config: Path, out: Path | None = None, workers: int | None = No
         if json.loads(manifest.read_text()).get("built_from") == described:
             return f"{folder} is complete: nothing to do (--overwrite builds it again)"
         raise UserError(f"{folder} holds a corpus of another description: --overwrite it, or choose another --out")
-    source = build(described["source"], {}, f"{config}: source")
+    source = build(described["source"], {}, f"{config}: source", Source)
     manifest.unlink(missing_ok=True)  # until the new one is complete
     written = write_corpus(
         folder, source, samples_per_shard=described.get("samples_per_shard", 1000), workers=workers, about=about

@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import webdataset
 from rich.console import Console
@@ -34,6 +34,7 @@ def write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
     return about | {"members": dict(sorted(members.items()))}
 
 
+@runtime_checkable
 class Source(Protocol):
     """What a corpus is made from. Sent to worker processes: keep it small, and open what is large in `make_sample`."""
 

@@ -23,7 +23,7 @@ def make_transforms(size: int, augment: Sequence[Any] | None) -> tuple[v2.Transf
     if augment is None:
         train = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=BICUBIC, antialias=True)]
     else:
-        train = [*(build(spec, AUGMENTATIONS, "augmentation") for spec in augment), *fit]
+        train = [*(build(spec, AUGMENTATIONS, "augmentation", torch.nn.Module) for spec in augment), *fit]
     return v2.Compose(train), v2.Compose(fit)
 
 

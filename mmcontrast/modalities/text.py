@@ -59,7 +59,7 @@ class TextModality(Modality):
             return part_of_open_clip("tokenizer").SimpleTokenizer(context_length=self.context_length)
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.name)
+        return AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
 
     def decode(self, data: bytes) -> str:
         if len(data) > self.max_bytes:

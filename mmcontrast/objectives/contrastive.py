@@ -15,9 +15,11 @@ from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
 from mmcontrast.objectives.pairing import Pairing, Scoring, term_name
 from mmcontrast.objectives.signals import WATCHED, signals_of
 from mmcontrast.score import score_statistics
+from mmcontrast.score.exact import outside_autocast, scalar
 from mmcontrast.score.ranks import Communication, exchange
 
 
+@outside_autocast
 def contrastive_loss(
     embeddings: Mapping[str, Tensor],
     *,
@@ -57,16 +59,17 @@ def contrastive_loss(
             the loss they are to be averaged over the ranks. Costs two more exponentials a score.
 
     Returns:
-        Scalar, fp32 (float64 for float64 embeddings). With a group, the mean over ranks is the loss of the whole
-        batch, and the mean over ranks of the gradients is its gradient, as data parallelism takes it.
+        Scalar, fp32 (float64 for float64 embeddings), also inside of an autocast, which does not reach it. With a group, the
+        mean over ranks is the loss of the whole batch, and the mean over ranks of the gradients is its gradient, as data
+        parallelism takes it.
 
     Raises:
         ValueError: for shapes, names, ids or options that do not fit; it names the field.
     """
-    scorer: Objective = build(objective, OBJECTIVES, "objective")
+    scorer: Objective = build(objective, OBJECTIVES, "objective", Objective)
     if scorer.stateful and scorer is not objective:
         raise ValueError(f"objective {objective!r} remembers earlier calls: make a {type(scorer).__name__} once, and pass that")
-    pairs: Pairing = build(pairing, PAIRINGS, "pairing")
+    pairs: Pairing = build(pairing, PAIRINGS, "pairing", Pairing)
     pairs.check(scorer)
     ids_of = ids_by_field(embeddings, ids)
     extras = extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None)
@@ -93,7 +96,8 @@ def contrastive_loss(
             group_ids, samples = (t if t is None else t[keep] for t in (group_ids, samples))
         dtype = torch.promote_types(first.dtype, torch.float32)
         scale, bias = (of_term(v, term, n) for v, n in ((logit_scale, "logit_scale"), (logit_bias, "logit_bias")))
-        scale = torch.as_tensor(scale, device=first.device).to(dtype).squeeze()
+        assert scale is not None
+        scale, bias = scalar(scale, dtype, first.device), None if bias is None else scalar(bias, dtype, first.device)
         scoring = Scoring(
             rows=rows,
             ids=group_ids,

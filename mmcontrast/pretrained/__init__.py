@@ -28,7 +28,7 @@ def open_pretrained(name: str, pretrained: str | None = None, pooling: str | Non
     Raises:
         UserError: in one line, for a name that is none, for files that are not there or not as they should be.
     """
-    with in_one_line(name):
+    with in_one_line(f"{name} with pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
         library, name = resolved(name)
         if pooling and library != "transformers":
             raise UserError(f"{name}: pooling={pooling!r} is for encoders of transformers; {library} has its own")
@@ -63,6 +63,7 @@ def resolved(name: str) -> tuple[str, str]:
     if Path(name).is_dir() and (found := library_of(Path(name))):
         if named not in (None, found):
             raise UserError(f"{name} is a folder of {found}, not of {named}")
+        refuse_parts_elsewhere(Path(name))
         return found, name if found == "transformers" else f"local-dir:{name}"
     if Path(name).is_dir() and not is_architecture(name) and not is_timm(name):
         raise UserError(
@@ -91,6 +92,19 @@ def _timms(name: str) -> bool:
 
     owner, _, architecture = name.partition("/")
     return owner == "timm" and is_timm(architecture)
+
+
+def refuse_parts_elsewhere(folder: Path) -> None:
+    """
+    Raises:
+        UserError: for weights in several files, if the index of these names one that is not in the folder.
+    """
+    for file in sorted(folder.glob("*.index.json")):
+        index = json.loads(file.read_text(encoding="utf-8"))
+        parts = index.get("weight_map") if isinstance(index, dict) else None
+        for part in parts.values() if isinstance(parts, dict) else ():
+            if not isinstance(part, str) or Path(part).name != part:
+                raise UserError(f"{file} names {str(part)[:200]!r}: the parts of a model's weights lie beside it")
 
 
 def library_of(folder: Path) -> str | None:

@@ -1,6 +1,5 @@
 """What the libraries' models have in common: a tower around a network, a whole made of fields, errors in one line."""
 
-import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +11,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.library_messages import library_messages
 from mmcontrast.modalities import Modality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.towers import Tower
+from mmcontrast.trust import library_code_refused
 
 NOT_REACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError)
 WRONG = (
@@ -60,11 +61,11 @@ def assembled(
 
 @contextmanager
 def in_one_line(name: str) -> Iterator[None]:
-    """Turns what a library raises into a UserError that begins with the model's name, and keeps its log quiet."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Turns what a library raises into a UserError that begins with the name, passes on what matters of its log, and keeps it
+    from running code of the folder."""
     try:
-        yield
+        with library_messages(name), library_code_refused(name):
+            yield
     except UserError:
         raise
     except WRONG as error:
@@ -74,8 +75,6 @@ def in_one_line(name: str) -> Iterator[None]:
                 " download it where there is a network, or give a folder that has it"
             ) from error
         raise UserError(f"{name}: {type(error).__name__}: {_short(error, 300)}") from error
-    finally:
-        logging.disable(disabled)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -43,8 +43,8 @@ def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
             raise UserError(
-                f"open_clip's {name} with pretrained={pretrained!r}: it takes a checkpoint's file, or a tag"
-                f" ({nearest(pretrained or '', tags) if tags else 'there is none'})"
+                f"open_clip's {name} with pretrained={pretrained!r}: no such file, and no such tag: it takes a checkpoint's"
+                f" file, or a tag ({nearest(pretrained or '', tags)[:200] if tags else 'there is none'})"
             )
     elif pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")

@@ -18,6 +18,7 @@ from mmcontrast.pretrained.base import LibraryTower, assembled
 from mmcontrast.pretrained.modalities import LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.towers import PADDING, Tower, TransformersTower
 from mmcontrast.towers.transformers import positions_of
+from mmcontrast.trust import refuse_hub_attention
 
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
 HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types with pooled features of their own
@@ -41,6 +42,7 @@ def open_transformers(name: str, pooling: str | None = None) -> ContrastiveModel
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    refuse_hub_attention(name, config)
     kind = (config.architectures or [""])[0]
     half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)
     opener = getattr(transformers, kind, transformers.AutoModel) if half else transformers.AutoModel
@@ -106,10 +108,10 @@ def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modalit
 
     if field == "image":
         side = getattr(config, "image_size", None) or 224
-        prepare = partial(_pixels, AutoImageProcessor.from_pretrained(name))
+        prepare = partial(_pixels, AutoImageProcessor.from_pretrained(name, trust_remote_code=False))
         return LibraryImages(prepare, side if isinstance(side, int) else max(side))
     if field == "audio":
-        extractor = AutoFeatureExtractor.from_pretrained(name)
+        extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
         return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmcontrast.score.backends import Backend, Block, SameGroup, Statistics, choose
+from mmcontrast.score.exact import outside_autocast, scalar, without_autocast
 from mmcontrast.score.ranks import Communication, Driver, Merge, driver, exchange
 from mmcontrast.score.reductions import Maximum, Reduction
 
@@ -49,6 +50,7 @@ class Direction:
         )
 
 
+@outside_autocast
 def score_statistics(
     x: Tensor,
     y: Tensor,
@@ -69,8 +71,8 @@ def score_statistics(
     """Reductions of the scores z_ij = scale · x_i·y_j + bias along every row and, with `columns`, every column.
 
     Row i's candidates are the columns of all ranks of `group`; its positive is y_i. O((N + M)·D) memory; differentiable
-    once by x, y, scale, column_scale and bias. With a group, every rank must call this and its backward, and gradients
-    are those of the sum of what the ranks derive from it.
+    once by x, y, scale, column_scale and bias. Autocast does not reach it: the inputs' dtype says how it is computed. With a
+    group, every rank must call this and its backward, and gradients are those of the sum of what the ranks derive from it.
 
     Args:
         x, y: [N, D] and [M, D], this rank's rows and columns, of one dtype.
@@ -104,7 +106,7 @@ def score_statistics(
         raise ValueError(f"x and y are {x.dtype}: embeddings are floating point")
     chosen = choose(backend, x, reductions)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale = torch.as_tensor(scale, device=x.device).to(dtype)
+    scale = torch.as_tensor(scale, dtype=dtype, device=x.device)
     per_anchor = scale.dim() == 1
     if scale.dim() and scale.shape != x.shape[:1]:
         raise ValueError(f"scale is {tuple(scale.shape)}, it must be a scalar [] or one for each of {len(x)} rows")
@@ -127,7 +129,7 @@ def score_statistics(
         per_anchor,
         paired,
     )
-    bias = None if bias is None else torch.as_tensor(bias, device=x.device).to(dtype).squeeze()
+    bias = None if bias is None else scalar(bias, dtype, x.device)
     if per_anchor and columns:
         assert column_scale is not None
         column_scale = column_scale.to(dtype)
@@ -199,6 +201,11 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
+        with without_autocast(upstream[0].device):
+            return _Scores._gradients(ctx, *upstream)
+
+    @staticmethod
+    def _gradients(ctx: Any, *upstream: Any) -> Any:
         d_dots, _, _, *grads = upstream
         x, y, scale, column_scale, bias, *values = ctx.saved_tensors
         plan: _Plan = ctx.plan

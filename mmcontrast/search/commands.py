@@ -15,6 +15,9 @@ console = Console(stderr=True, soft_wrap=True)
 LOOPBACK = "127.0.0.1"
 IndexFolder = Annotated[Path, typer.Argument(help="what mmcontrast index made: TABLE/index", metavar="INDEX")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code/--no-trust-code", help="run the code that the config of the model's run names")
+]
 
 
 def index(
@@ -60,6 +63,7 @@ def search(
     words: Annotated[float, typer.Option(min=0, max=1, help="weight of --text beside a picture or a sound")] = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="print rows, scores, keys, captions, metadata as JSON")] = False,
     device: Device = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Find the samples nearest to a text, a picture, a sound, or several of them together.
 
@@ -69,7 +73,7 @@ def search(
     """
     from mmcontrast.search.searcher import Searcher
 
-    searcher = Searcher.open(index, device)
+    searcher = Searcher.open(index, device, trust_code)
     hits = searcher.search(field, k, text=text, image=image, audio=audio, words=words)
     captions = _captions(searcher, hits)
     if as_json:
@@ -103,6 +107,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8321,
     host: Annotated[str, typer.Option(help="an address to listen at; others than the loopback let others in")] = LOOPBACK,
     device: Device = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Serve a page to search with: type, drop a picture or a sound, look, listen, go on from what is found.
 
@@ -115,7 +120,7 @@ def serve(
     from mmcontrast.search.searcher import Searcher
 
     with listen(host, port) as sock:  # before the model is read: a port in use is told at once
-        searcher = Searcher.open(index, device)
+        searcher = Searcher.open(index, device, trust_code)
         if host not in (LOOPBACK, "localhost", "::1"):
             console.print(f"[bold red]anybody who reaches {host} can search here[/], and see and hear all samples: no password")
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host

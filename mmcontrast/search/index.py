@@ -15,7 +15,7 @@ from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import write_json
 from mmcontrast.search.kinds import IndexPlan, plan_index
-from mmcontrast.search.query import FORMAT, INDEX, faiss_module, nearest_rows
+from mmcontrast.search.query import FORMAT, INDEX, faiss_module, nearest_rows, sha256_of
 from mmcontrast.search.table import StoredTable
 from mmcontrast.training.log import make_progress
 
@@ -115,6 +115,7 @@ def _build(
         "reason": plan.reason,
         "rows": len(rows),
         "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
         "seconds": round(time.perf_counter() - began, 3),
         "recall": {"value": round(value, 4), **recall.about},
     }

@@ -1,10 +1,12 @@
 """An index that was built: opened, and asked for the rows nearest to a vector."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.search.table import StoredTable
+from mmcontrast.search.table import ChangedError, StoredTable, refuse_paths, stamp
 
 FORMAT = "mmcontrast index 1"
 INDEX = "index.json"
@@ -32,6 +34,11 @@ def faiss_module() -> ModuleType:
     except ImportError as error:
         raise UserError(f"faiss is not installed ({error}): pip install 'mmcontrast[cpu]'") from error
     return faiss
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def nearest_rows(
 
 
 class SearchIndex:
-    """The indexes of a table's fields, and the table. An index is read when it is first asked.
+    """The indexes of a table's fields, and the table. An index is read when it is first asked, and compared with its SHA-256.
 
     Attributes:
         about: `index.json`: model, checkpoint, shards, and per field kind, reason, rows, recall.
@@ -75,7 +82,7 @@ class SearchIndex:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._stamp, self._reading = folder, stamp(folder / INDEX), Lock()
         try:
             self.about: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
             if self.about["format"] != FORMAT:
@@ -85,10 +92,11 @@ class SearchIndex:
             sizes = {field: (entry["kind"], entry["rows"], entry["bytes"]) for field, entry in self.about["fields"].items()}
         except OSError as error:
             raise UserError(f"{folder} holds no whole index (no {INDEX}): make one with mmcontrast index TABLE") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder / INDEX} is damaged ({error!r}): index again") from error
+        refuse_paths(self.fields, folder / INDEX)
         for field, (_, _, size) in sizes.items():
             path = folder / f"{field}.faiss"
             if not path.is_file() or path.stat().st_size != size:
@@ -105,8 +113,23 @@ class SearchIndex:
     def __len__(self) -> int:
         return len(self.table)
 
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            ChangedError: if the index or its table was made anew since it was opened.
+        """
+        if stamp(self.folder / INDEX) != self._stamp:
+            raise ChangedError(f"{self.folder} was made anew since it was opened: start again")
+        self.table.check_unchanged()
+
     def _read(self, field: str) -> Any:
         path, rows = self.folder / f"{field}.faiss", self.about["fields"][field]["rows"]
+        written = self.about["fields"][field].get("sha256")  # older indexes have none
+        try:
+            if written and sha256_of(path) != written:
+                raise UserError(f"{path} is damaged (its SHA-256 is not the one that {INDEX} has): index again")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): index again") from error
         try:
             index = faiss_module().read_index(str(path))
         except RuntimeError as error:
@@ -151,15 +174,22 @@ class SearchIndex:
         if not np.isfinite(queries).all():
             raise UserError("a query's vector is not finite (NaN or infinity)")
         kind = self.about["fields"][field]["kind"]
-        found = nearest_rows(self._index(field), self.table, field, kind, np.atleast_2d(queries), k + len(without))
+        with self._reading:
+            index = self._index(field)
+        found = nearest_rows(index, self.table, field, kind, np.atleast_2d(queries), k + len(without))
         hits = []
         for scores, rows in zip(*found, strict=True):
             pairs = [(row, score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True) if row >= 0]
-            hits.append([self.hit(row, score) for row, score in pairs if row not in without][:k])
+            if any(row >= len(self) for row, _ in pairs):
+                raise UserError(f"{self.folder / f'{field}.faiss'} has rows that the table has not: index again")
+            hits.append([self.hit(*pair) for pair in [pair for pair in pairs if pair[0] not in without][:k]])
+        self.check_unchanged()  # after all is read
         return hits if queries.ndim == 2 else hits[0]
 
     def hit(self, row: int, score: float) -> Hit:
-        return Hit(row, score, *self.table.about(row))
+        hit = Hit(row, score, *self.table.about(row))
+        self.check_unchanged()
+        return hit
 
     def vector(self, row: int, field: str) -> Tensor:
         """The stored embedding [D] of a row.
@@ -168,7 +198,9 @@ class SearchIndex:
             UserError: if the row or its field is not there.
         """
         self.check_row(row)
-        if field not in self.table.fields or not self.table.has(row, field):
+        if field not in self.table.fields:
+            raise UserError(f"the table has no field {field!r}; {nearest(field, self.table.fields)}")
+        if not self.table.has(row, field):
             raise UserError(f"row {row} has no {field!r}")
         return torch.from_numpy(self.table.vectors(field, np.array([row]))[0])
 

@@ -1,7 +1,9 @@
 """Search as a person does it: a text, a picture, a sound, a row that was found, or several at once, become one vector."""
 
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class Searcher:
 
     def __init__(self, index: SearchIndex, embedder: Embedder) -> None:
         self.index, self.embedder = index, embedder
+        self._turn = {"texts": Lock(), "audio": Lock()}  # tokenizers and extractors of libraries take one caller at a time
         if embedder.model.embed_dim != index.table.dim:
             raise UserError(f"{embedder.name} makes {embedder.model.embed_dim} numbers, the index holds {index.table.dim}")
         self.kinds = {
@@ -45,16 +48,24 @@ class Searcher:
         self.default_field = next((f for f in index.fields if self.kinds.get(f) == "images"), index.fields[0])
 
     @classmethod
-    def open(cls, folder: str | Path, device: str | None = None) -> "Searcher":
-        """
+    def open(cls, folder: str | Path, device: str | None = None, trust_code: bool = False) -> "Searcher":
+        """Open an index and the model that it names.
+
+        Args:
+            device, trust_code: of the model, as `mmcontrast.load`.
+
         Raises:
             UserError: as `SearchIndex` and `mmcontrast.load`.
         """
         index = SearchIndex.open(folder)
-        if "model" not in index.about:
+        for name in ("model", "checkpoint", "pretrained", "precision"):
+            if not isinstance(value := index.about.get(name), str | None):
+                raise UserError(f"{index.folder}: its {name} is {str(value)[:60]!r}: index again")
+        if not index.about.get("model"):
             raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
         about = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
-        return cls(index, load(index.about["model"], device=device, precision=index.about.get("precision", "fp32"), **about))
+        precision = index.about.get("precision", "fp32")
+        return cls(index, load(index.about["model"], device=device, precision=precision, trust_code=trust_code, **about))
 
     def vector(
         self,
@@ -92,7 +103,8 @@ class Searcher:
     def _embedded(self, kind: str, value: Any) -> Tensor:
         query: dict[str, Any] = {kind: [value]}
         try:
-            return self.embedder.embed(**query)[0]
+            with self._turn.get(kind, nullcontext()):
+                return self.embedder.embed(**query)[0]
         except UserError as error:
             raise UserError(str(error).replace(f"{kind}[0]", NAMES[kind], 1)) from error
 
@@ -135,6 +147,7 @@ class Searcher:
             members = self.dataset.members(row, extensions)
         except DecodeError as error:
             raise UserError(f"row {row}: {error}") from error
+        self.index.check_unchanged()
         return next((members[extension] for extension in extensions if extension in members), None)
 
     def caption(self, hit: Hit) -> str:

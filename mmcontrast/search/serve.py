@@ -1,12 +1,11 @@
 """A page to search with, and the few addresses behind it: starlette on uvicorn, on the loopback unless told otherwise."""
 
-import functools
 import re
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl
 
 from anyio import CapacityLimiter, to_thread
@@ -24,12 +23,13 @@ from mmcontrast.errors import UserError
 from mmcontrast.search.guard import Guard, narrow_limits, page_and_policy, refuse_long_sound
 from mmcontrast.search.query import Hit
 from mmcontrast.search.searcher import Searcher, kind_of
+from mmcontrast.search.table import ChangedError
 
-T = TypeVar("T")
 MAX_UPLOAD = 16 * 2**20  # bytes of a request's body
 MAX_TEXT, MAX_HITS = 2_000, 96
 MAX_HEAD = 2 * 2**20  # bytes of a request's address and headers: what is over MAX_TEXT is refused in words
 CONNECTIONS = 64
+SEARCHES = 4  # with a file, and as many without one, at a time
 UPLOADS = ("image", "audio")
 
 
@@ -62,7 +62,9 @@ class Ask(BaseModel):
 
 
 def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
-    """The application. Only one thread at a time uses the model and the index; the server answers meanwhile.
+    """The application. A search that takes long holds no other: those with a file, whose decoding may take long, have threads
+    of their own, as have those without, and members of shards; the page and `/api/about` need none. Threads, not processes:
+    the model and the index are there once, and what takes long (decoding, products, faiss, reading) lets the others run.
 
     Raises:
         UserError: if the shards of the index are not there.
@@ -87,10 +89,7 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         "max_upload": MAX_UPLOAD,
         "max_hits": MAX_HITS,
     }
-    one_at_a_time = CapacityLimiter(1)
-
-    def serialised(call: Callable[..., T], *args: Any) -> Any:
-        return to_thread.run_sync(functools.partial(call, *args), limiter=one_at_a_time)
+    with_files, without_files = CapacityLimiter(SEARCHES), CapacityLimiter(SEARCHES)
 
     async def home(request: Request) -> Response:
         return Response(page, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"})
@@ -101,7 +100,8 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
     async def search(request: Request) -> Response:
         ask = Ask.parse(request.scope["query_string"])
         files = await uploads(request) if request.method == "POST" else {}
-        return JSONResponse(await serialised(answer, searcher, ask, files))
+        threads = with_files if files else without_files
+        return JSONResponse(await to_thread.run_sync(answer, searcher, ask, files, limiter=threads))
 
     async def member(request: Request) -> Response:
         number, field = request.path_params["row"], request.path_params["field"]
@@ -110,6 +110,8 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         row = int(number)
         try:
             data = await to_thread.run_sync(searcher.media, row, field)
+        except ChangedError:
+            raise
         except UserError as error:
             raise HTTPException(404, str(error)) from error
         if data is None:
@@ -124,6 +126,7 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         Route("/media/{row}/{field:path}", member),
     ]
     handlers: dict[Any, Any] = {
+        ChangedError: lambda _, error: refusal(503, str(error)),
         UserError: lambda _, error: refusal(400, str(error)),
         ClientDisconnect: lambda _, error: refusal(400, "the connection was closed"),
         MultiPartException: lambda _, error: refusal(400, error.message),
@@ -153,12 +156,13 @@ def refusal(status: int, why: str) -> Response:
 
 
 def answer(searcher: Searcher, ask: Ask, files: dict[str, Any]) -> dict[str, Any]:
-    """Searches; runs in the one thread that may.
+    """Search, in a thread.
 
     Raises:
         UserError: for what cannot be searched for.
     """
     field = ask.field or searcher.default_field
+    searcher.index.check_field(field)
     query: dict[str, Any] = {name: file.file.read() for name, file in files.items()}
     if "audio" in query:
         refuse_long_sound(query["audio"])

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,29 @@ BLOCK_ROWS = 16_384  # read at a time
 KEPT_GROUPS = 8  # row groups of metadata that stay in memory
 
 
+class ChangedError(UserError):
+    """A table or an index was made anew under a program that has it open."""
+
+
+def refuse_paths(names: Iterable[Any], file: Path) -> None:
+    """
+    Raises:
+        UserError: for a name that is not that of a file in the same folder.
+    """
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise UserError(f"{file} names {str(name)[:100]!r}: not a name of a field or a part, so this file is not ours")
+
+
+def stamp(file: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of a file, which change where it is written anew; None if it is not there."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
 class StoredTable:
     """N rows, D numbers each. Parts are memory-mapped: a row that nobody asks for is not read.
 
@@ -35,7 +59,7 @@ class StoredTable:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._stamp = folder, stamp(folder / MANIFEST)
         try:
             text = (folder / MANIFEST).read_bytes()
             self.manifest: dict[str, Any] = json.loads(text)
@@ -49,10 +73,11 @@ class StoredTable:
             raise UserError(
                 f"{folder} holds no complete embedding table (no {MANIFEST}): make one with mmcontrast embed"
             ) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder / MANIFEST} is damaged ({error!r}): embed again") from error
+        refuse_paths([*self.fields, *self._names], folder / MANIFEST)
         self._parts = [self._opened(name, int(rows)) for name, rows in zip(self._names, np.diff(self._starts), strict=True)]
         self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)
 
@@ -69,6 +94,14 @@ class StoredTable:
                     f"{path}: {field!r} is not of {rows} rows of {self.dim} numbers, as {MANIFEST} says: embed again"
                 )
         return part
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            ChangedError: if the table was made anew since it was opened.
+        """
+        if stamp(self.folder / MANIFEST) != self._stamp:
+            raise ChangedError(f"{self.folder} was made anew since it was opened: index it again, and start again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
+from mmcontrast.library_messages import library_messages
 from mmcontrast.towers.base import PADDING, TextIds, Tower, library_errors
 from mmcontrast.towers.transformers import positions_of
+from mmcontrast.trust import library_code_refused
 
 PARTS = "open_clip_parts"  # a package of open_clip's files whose own first lines are not run
 
@@ -114,7 +116,8 @@ class OpenClipTower(OpenClipTextReader):
             raise UserError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())[:200]}")
         if part not in ("image", "text"):
             raise UserError(f"open_clip tower: part must be 'image' or 'text', not {part!r}")
-        with library_errors(f"open_clip's {model!r} with pretrained={pretrained!r}"):
+        what = f"open_clip's {model!r} with pretrained={pretrained!r}"
+        with library_errors(what), library_messages(f"open_clip tower {model}"), library_code_refused(model):
             options.setdefault("force_quick_gelu", quick_gelu(model, pretrained))
             whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
             size = open_clip.get_model_config(model)

@@ -5,7 +5,9 @@ from typing import Any
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
+from mmcontrast.library_messages import library_messages
 from mmcontrast.towers.base import Tower, library_errors
+from mmcontrast.trust import library_code_refused
 
 
 class TimmTower(Tower):
@@ -23,7 +25,8 @@ class TimmTower(Tower):
 
         if not timm.is_model(model.split(".")[0]):
             raise UserError(f"timm has no model {model!r}; {nearest(model, timm.list_models())[:200]}")
-        with library_errors(f"timm's {model!r} refuses an option, or has no weights"):
+        what = f"timm's {model!r} refuses an option, or has no weights"
+        with library_errors(what), library_messages(f"timm tower {model}"), library_code_refused(model):
             if isinstance(pretrained, str):
                 options = from_file(model, pretrained) | options
             self.network = timm.create_model(model, pretrained=bool(pretrained), **({"num_classes": 0} | options))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.library_messages import library_messages, tell
 from mmcontrast.towers.base import PADDING, Tower, library_errors
+from mmcontrast.trust import NEVER_RUN, library_code_refused, refuse_hub_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,22 +39,18 @@ class TransformersTower(Tower):
         length_chunks: int = 1,
     ) -> None:
         super().__init__()
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+        from transformers import PreTrainedModel
 
         overrides = dict(config or {})
+        if overrides.pop("trust_remote_code", False):
+            raise UserError(f"transformers tower {model!r}: trust_remote_code: {NEVER_RUN}")
         if isinstance(pretrained, str):
             raise UserError(f"transformers tower: pretrained={pretrained!r} must be true or false: name the folder in model")
         if length_chunks < 1:
             raise UserError(f"transformers tower: length_chunks={length_chunks} must be 1 or more")
-        with library_errors(f"transformers tower {model!r}"):
-            if isinstance(model, PreTrainedModel):
-                self.network = model
-            elif pretrained:
-                self.network = AutoModel.from_pretrained(model, **overrides)
-            elif model in CONFIG_MAPPING:
-                self.network = AutoModel.from_config(AutoConfig.for_model(model, **overrides))
-            else:
-                self.network = AutoModel.from_config(AutoConfig.from_pretrained(model, **overrides))
+        what = f"transformers tower {model!r}"
+        with library_errors(what), library_messages(f"transformers tower {model}"), library_code_refused(str(model)):
+            self.network = model if isinstance(model, PreTrainedModel) else _network(model, overrides, pretrained)
             self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
             self.width = _width(self.network.config)
         if getattr(self.network, "pooler", None) is not None:
@@ -117,6 +115,23 @@ def positions_of(network: nn.Module, config: Any) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return number - module.padding_idx - 1
     return number
+
+
+def _network(model: str, overrides: dict[str, Any], pretrained: bool) -> "PreTrainedModel":
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    if model in CONFIG_MAPPING and not pretrained:
+        config = AutoConfig.for_model(model, **overrides)
+    else:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **overrides)
+    refuse_hub_attention(model, config)
+    if pretrained:
+        network, info = AutoModel.from_pretrained(model, trust_remote_code=False, output_loading_info=True, **overrides)
+        if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+            what = f"{len(missing)} tensors are not in its checkpoint and start random, as {missing[0]}"
+            tell(f"transformers tower {model}: {what}")
+        return network
+    return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _width(config: Any) -> int:

@@ -25,7 +25,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, DecodeError, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component
-from mmcontrast.towers import TOWERS
+from mmcontrast.towers import TOWERS, Tower
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 
@@ -55,7 +55,7 @@ def make_model(
             raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, towers)}")
     torch.manual_seed(seed)
     modalities = make_modalities(fields)
-    made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
+    made = {name: build(spec, TOWERS, f"towers.{name}: tower", Tower) for name, spec in towers.items()}
     for field, modality in modalities.items():
         if isinstance(modality, TextModality) and tokenizers:
             try:
@@ -66,7 +66,7 @@ def make_model(
 
 
 def make_modalities(fields: Mapping[str, FieldOptions]) -> dict[str, Modality]:
-    return {f: build(of.modality, MODALITIES, f"fields.{f}.modality: modality") for f, of in fields.items()}
+    return {f: build(of.modality, MODALITIES, f"fields.{f}.modality: modality", Modality) for f, of in fields.items()}
 
 
 def make_dataset(
@@ -182,5 +182,5 @@ def source_modalities(
             )
         own = fields[field].modality
         spec = {**({"type": own} if isinstance(own, str) else own), **changed}
-        modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
+        modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality", Modality)
     return modalities

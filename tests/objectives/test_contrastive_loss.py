@@ -346,19 +346,53 @@ def test_it_takes_the_place_of_open_clips_loss():
     torch.testing.assert_close(ours["contrastive_loss"], theirs["contrastive_loss"])
 
 
-def test_it_is_a_loss_of_sentence_transformers():
-    """Their losses get a model, and at each step the features of every column; the model adds the embeddings to these."""
+class Encoder(torch.nn.Embedding):
+    """As theirs: it adds the embeddings of a column to its features."""
 
-    class Encoder(torch.nn.Embedding):
-        def forward(self, features):
-            return {**features, "sentence_embedding": super().forward(features["input_ids"]).mean(1)}
+    def forward(self, features, **_):
+        return {**features, "sentence_embedding": super().forward(features["input_ids"]).mean(1)}
 
+
+def ranking_loss(model, columns, symmetric):
+    """MultipleNegativesRankingLoss (arXiv:1705.00652): all positives and hard negatives are candidates of each anchor."""
+    anchors, *others = (F.normalize(model(features)["sentence_embedding"], dim=1) for features in columns)
+    scores, own = 20.0 * anchors @ torch.cat(others).T, torch.arange(len(anchors))
+    there = F.cross_entropy(scores, own)
+    return (there + F.cross_entropy(scores[:, : len(anchors)].T, own)) / 2 if symmetric else there
+
+
+def sentence_transformers_loss(model, columns, symmetric):
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"} if symmetric else {}
+    return MultipleNegativesRankingLoss(model, **options)(columns, None)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+@pytest.mark.parametrize("theirs", [ranking_loss, sentence_transformers_loss])
+def test_it_is_a_loss_of_sentence_transformers(theirs, negatives, symmetric):
+    """Their losses get a model, and at each step the features of every column."""
+    if theirs is sentence_transformers_loss:
+        pytest.importorskip("sentence_transformers", minversion="5.3")
     model = Encoder(50, 16)
-    columns = [{"input_ids": torch.randint(0, 50, (9, 5))} for _ in range(2)]
-    loss = class_in_the_docs("TiledRankingLoss")(model)(columns, None)
-    a, b = (F.normalize(model(features)["sentence_embedding"], dim=1) for features in columns)
-    scores, own = 20.0 * a @ b.T, torch.arange(9)
-    want = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    columns = [{"input_ids": torch.randint(0, 50, (9, 5))} for _ in range(2 + negatives)]
+    loss, want = (
+        class_in_the_docs("TiledRankingLoss")(model, symmetric=symmetric)(columns, None),
+        theirs(model, columns, symmetric),
+    )
     torch.testing.assert_close(loss, want)
     grads = (torch.autograd.grad(value, model.weight)[0] for value in (loss, want))
     torch.testing.assert_close(*grads)
+
+
+def test_hard_negatives_of_sentence_transformers_move_away_from_their_anchors():
+    model = Encoder(30, 16)
+    columns = [{"input_ids": torch.arange(10 * k, 10 * k + 10)[:, None]} for k in range(3)]
+    loss, optimizer = class_in_the_docs("TiledRankingLoss")(model), torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(columns).backward()
+        optimizer.step()
+    anchors, positives, negatives = F.normalize(model.weight, dim=1).split(10)
+    assert (anchors * positives).sum(1).min() > 0.5 and (anchors * negatives).sum(1).max() < 0.2

@@ -1,0 +1,93 @@
+"""YAML from anybody: values as PyYAML reads them, or one line; no code, no bomb."""
+
+import string
+import time
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from mmcontrast.cli import app
+from mmcontrast.config import load_config, load_suite
+from mmcontrast.errors import UserError
+from mmcontrast.yaml_files import parse_yaml, read_yaml
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 30))
+MERGED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{k}: &a{k} {{{', '.join(f'{n}: *a{k - 1}' for n in range(9))}}}\n" for k in range(1, 30)
+)
+BAD = {
+    "brackets": "[" * 20_000,
+    "closed brackets": "[" * 20_000 + "]" * 20_000,
+    "braces": "{a: " * 20_000,
+    "dashes": "- " * 20_000 + "a",
+    "indented": "".join(f"{' ' * k}a:\n" for k in range(2_000)),
+    "laughs": LAUGHS,
+    "merged laughs": MERGED,
+    "merge keys": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{k}: &a{k} {{<<: [{', '.join([f'*a{k - 1}'] * 10)}]}}\n" for k in range(1, 30)),
+    "itself": "a: &a [*a]",
+    "itself in a mapping": "a: &a {b: {c: *a}}",
+    "python object": "a: !!python/object/apply:os.system ['touch MARKER']",
+    "python name": "a: !!python/name:os.system",
+    "python module": "a: !!python/module:antigravity",
+    "python tuple": "a: !!python/tuple [1]",
+    "python new": "!!python/object/new:subprocess.Popen [['touch', 'MARKER']]",
+    "own tag": "a: !own {b: 1}",
+    "digits": f"a: {'9' * 5_000}",
+    "date": "a: 2001-99-99",
+    "timestamp": "a: !!timestamp nothing",
+    "integer": "a: !!int nothing",
+    "float": "a: !!float nothing",
+    "boolean": "a: !!bool nothing",
+    "binary": "a: !!binary é",
+    "list as key": "? [a]\n: b",
+    "twice": "a: 1\na: 2",
+    "no character": 'a: "\\U99999999"',
+    "half a pair": 'a: "\\ud800"',
+    "two documents": "a: 1\n---\nb: 2",
+    "control characters": "a: \x01",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, text = tmp_path / "bad.yaml", BAD[name]
+    file.write_text(text)
+    for read in (read_yaml, load_config, load_suite) if name in ("laughs", "python object") else (read_yaml,):
+        with pytest.raises(UserError, match="bad.yaml is not YAML") as caught:
+            read(file)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert not (tmp_path / "MARKER").exists()
+
+
+def test_the_command_says_it_in_one_line(tmp_path, config_file):
+    (tmp_path / "bad.yaml").write_text(BAD["brackets"])
+    for arguments in (["config", tmp_path / "bad.yaml"], ["config", config_file, f"run.name={'[' * 20_000}"]):
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 2 and "error:" in done.stderr and "Traceback" not in done.output
+
+
+def test_what_is_meant_is_read_as_before(tmp_path):
+    shared = "base: &b {a: 1, b: [2, 3]}\nmore: {<<: *b, c: 4}\nagain: [*b, *b]"
+    for text in (shared, "", "# nothing", "1e-3", "a: 1_000", "a: 0x1f", "- yes\n- ~", "a: '007'", "a: &x 1\nb: *x"):
+        assert parse_yaml(text) == (float(text) if text == "1e-3" else yaml.safe_load(text))
+    deep = "[" * 60 + "]" * 60
+    assert parse_yaml(deep) == yaml.safe_load(deep)
+    wide = {f"class {k}": [f"a photo of {k}", "another"] for k in range(1000)}
+    assert parse_yaml(yaml.safe_dump(wide)) == wide
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=" \n-:[]{}&*!<>|%@?,#'\"\\.~=0123456789abexuU" + string.ascii_letters[:4], max_size=60))
+def test_any_text_is_read_or_refused(text):
+    began = time.process_time()
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError:
+        return
+    assert time.process_time() - began < 5
+    yaml.safe_dump(tree)
