@@ -1,7 +1,9 @@
 """Sound: decoded by soundfile, resampled by soxr; on the device log-mel spectrograms, or waveforms of any length."""
 
 import io
-from typing import Literal
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -12,7 +14,10 @@ from transformers.audio_utils import mel_filter_bank
 
 from mmcontrast.modalities.base import DecodeError, Modality
 
-MAX_VALUES = 2**28  # frames × channels of a sound, by its header, before it is decoded
+MAX_VALUES = 2**28  # frames × channels of a sound: by its header before it is decoded, or as it is read where that does not say
+UNKNOWN = 2**63 - 1  # frames of a stream whose header was never completed, as encoders write it into a pipe
+BLOCK = 2**18  # values that are decoded at a time
+LOUDEST = 64.0  # times full scale. Codecs and float recorders overshoot it by less; integers that were stored as floats do not
 PADDING = -32768  # no sample of a sound has this value
 
 
@@ -37,6 +42,7 @@ class AudioModality(Modality):
     hann: Tensor
     of_source = frozenset({"shift", "max_seconds"})
     extensions = ("flac", "wav", "ogg", "mp3", "audio")
+    max_values = MAX_VALUES
 
     def __init__(
         self,
@@ -56,38 +62,80 @@ class AudioModality(Modality):
             raise ValueError(f'representation is {representation!r}, it must be "mel" or "waveform"')
         if variable and representation == "mel":
             raise ValueError("variable is for waveforms: the towers of spectrograms know no mask")
+        for name, value in {"sample_rate": sample_rate, "seconds": seconds, "max_seconds": max_seconds}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, it must be more than 0")
+        for name, value in {"mels": mels, "window": window, "hop": hop}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1")
+        if not 0 <= shift < math.inf:
+            raise ValueError(f"shift is {shift}, it must be seconds, 0 or more")
         self.representation, self.variable = representation, variable
         self.sample_rate, self.length, self.max_seconds = sample_rate, round(seconds * sample_rate), max_seconds
+        shortest = window if representation == "mel" else 1
+        if self.length < shortest:
+            raise ValueError(
+                f"a sound of seconds={seconds:g} at sample_rate={sample_rate} has {self.length} samples, fewer than"
+                f" {shortest}{' of its window: set more seconds or a shorter window' if representation == 'mel' else ''}"
+            )
         self.window, self.hop, self.center, self.shift = window, hop, center, round(shift * sample_rate)
         filters = mel_filter_bank(window // 2 + 1, mels, 0.0, sample_rate / 2, sample_rate, norm="slaney", mel_scale="slaney")
         self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32), persistent=False)
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
 
     def decode(self, data: bytes) -> Tensor:
-        """int16 [samples], one channel, at `sample_rate`."""
+        """Decode to int16 [samples], one channel, at `sample_rate`; what lies outside [-1, 1] is clipped."""
+        return self.stored(self._read(data))
+
+    def encode(self, value: tuple[Any, float]) -> Tensor:
+        """Return (samples of one channel, their rate in Hz) as `decode` gives a sound. Floats are in [-1, 1], integers in the
+        range of their type."""
+        samples, rate = value
+        sound = np.asarray(samples)
+        if sound.ndim != 1 or not len(sound) or sound.dtype.kind not in "iuf":
+            raise DecodeError(f"samples of shape {sound.shape}, {sound.dtype}: a sound is one channel of numbers, [samples]")
+        if not 0 < rate < math.inf:
+            raise DecodeError(f"a sample rate of {rate} Hz")
+        if sound.dtype.kind != "f":
+            half = 2.0 ** (8 * sound.itemsize - 1)
+            sound = sound / half - (sound.dtype.kind == "u")
+        sound = _checked(sound.astype(np.float32))
+        return self.stored([sound if rate == self.sample_rate else soxr.resample(sound, rate, self.sample_rate)])
+
+    def stored(self, parts: Iterable[np.ndarray]) -> Tensor:
+        """Join parts of a sound, float32 at `sample_rate`, in the form that `transform` takes: int16."""
+        scaled = ((part * 32768).round().clip(PADDING + 1, 32767).astype(np.int16) for part in parts)
+        return joined(list(scaled))
+
+    def _read(self, data: bytes) -> Iterator[np.ndarray]:
+        """Decode a file in parts, float32 [samples], one channel, at `sample_rate`, however long it turns out to be."""
         try:
-            with soundfile.SoundFile(io.BytesIO(data)) as file:
-                if file.frames > self.max_seconds * file.samplerate:
-                    raise DecodeError(f"{file.frames / file.samplerate:.0f} s of sound, more than {self.max_seconds}")
-                if file.frames * file.channels > MAX_VALUES:
-                    raise DecodeError(f"{file.frames} × {file.channels} values of sound, more than {MAX_VALUES}")
-                sound, rate = file.read(dtype="int16", always_2d=True), file.samplerate
+            with _Stream(io.BytesIO(data)) as file:
+                rate, channels = file.samplerate, file.channels
+                if file.frames < UNKNOWN:
+                    self._check_length(file.frames, rate, channels)
+                resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1)
+                frames = 0
+                while len(block := file.read(max(1, BLOCK // channels), dtype="float32", always_2d=True)):
+                    frames += len(block)
+                    self._check_length(frames, rate, channels)
+                    mono = _checked(block[:, 0] if channels == 1 else block.mean(1))
+                    yield resampler.resample_chunk(mono) if resampler else mono
+                if resampler:
+                    yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
         except (soundfile.SoundFileError, ValueError) as error:
             raise DecodeError(f"not a sound that can be decoded ({error})") from error
-        if not len(sound):
-            raise DecodeError("an empty sound")
-        mono = sound[:, 0] if sound.shape[1] == 1 else sound.mean(1).astype(np.int16)
-        sound = mono if rate == self.sample_rate else soxr.resample(mono, rate, self.sample_rate)
-        return torch.from_numpy(sound).clamp_(min=PADDING + 1)
 
-    def encode(self, value: tuple[np.ndarray, int]) -> Tensor:
-        """(samples in [-1, 1], one channel, and their rate in Hz) as `decode` gives a sound."""
-        samples, rate = value
-        sound = np.asarray(samples, dtype=np.float32)
-        if sound.ndim != 1 or not len(sound):
-            raise DecodeError(f"samples of shape {sound.shape}: a sound is one channel, [samples]")
-        sound = sound if rate == self.sample_rate else soxr.resample(sound, rate, self.sample_rate)
-        return torch.from_numpy(sound).mul(32768).round().clamp(PADDING + 1, 32767).to(torch.int16)
+    def _check_length(self, frames: int, rate: int, channels: int) -> None:
+        if frames > self.max_seconds * rate:
+            raise DecodeError(f"{frames / rate:.0f} s of sound, more than {self.max_seconds}")
+        if frames * channels > self.max_values:
+            raise DecodeError(f"{frames} × {channels} values of sound, more than {self.max_values}")
+
+    def suspicious(self, raw: Tensor) -> str | None:
+        if (raw == raw[0]).all():
+            return f"a constant sound: each of its {len(raw)} samples is {raw[0].item():g}"
+        return None
 
     def transform(self, raw: Tensor, training: bool) -> Tensor:
         spare = len(raw) - self.length
@@ -95,7 +143,8 @@ class AudioModality(Modality):
             start = int(torch.randint(spare + 1, ())) if training else spare // 2
             return raw[start : start + self.length]
         late = int(torch.randint(min(self.shift, -spare) + 1, ())) if training else 0
-        padded = torch.zeros(max(late + len(raw), self.window) if self.variable else self.length, dtype=torch.int16)
+        length = max(late + len(raw), min(self.window, self.length)) if self.variable else self.length
+        padded = torch.zeros(length, dtype=torch.int16)
         padded[late : late + len(raw)] = raw
         return padded
 
@@ -119,3 +168,32 @@ class AudioModality(Modality):
             mel = (power @ self.filters).add_(1e-6).log_()
             middle = mel.mean(1, keepdim=True) if self.center else -7.0  # −7 and 4: about unit variance for speech
             return mel.sub_(middle).div_(4).transpose(1, 2).unsqueeze(1)
+
+
+class _Stream(soundfile.SoundFile):
+    """A file that is read once, from its beginning to its end: soundfile seeks after each read where it may, which fails in
+    streams of unknown length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _checked(sound: np.ndarray) -> np.ndarray:
+    if not np.isfinite(sound).all():
+        raise DecodeError("samples that are infinite or no numbers (NaN)")
+    if (peak := float(np.abs(sound).max())) > LOUDEST:
+        raise DecodeError(
+            f"samples of floats up to {peak:g}, which belong in [-1, 1]: divide by the largest of their integer type"
+        )
+    return sound
+
+
+def joined(parts: list[np.ndarray]) -> Tensor:
+    """
+    Raises:
+        DecodeError: if there is no sample in them.
+    """
+    sound = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0)
+    if not len(sound):
+        raise DecodeError("an empty sound")
+    return sound

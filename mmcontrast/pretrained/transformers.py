@@ -107,17 +107,26 @@ def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modalit
 
     if field == "image":
         side = getattr(config, "image_size", None) or 224
-        prepare = partial(_pixels, AutoImageProcessor.from_pretrained(name))
-        return LibraryImages(prepare, side if isinstance(side, int) else max(side))
+        processor = AutoImageProcessor.from_pretrained(name)
+        mode = None if getattr(processor, "do_convert_rgb", False) else "RGB"
+        return LibraryImages(partial(_pixels, processor), side if isinstance(side, int) else max(side), mode)
     if field == "audio":
         extractor = AutoFeatureExtractor.from_pretrained(name)
-        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate)
+        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate, _shortest(config))
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")
     length = min(tokenizer.model_max_length, _positions(network, config))
     full = config.model_type.startswith(FULL_LENGTH)
     return LibraryTexts(_Tokenizer(tokenizer, length, full), length)
+
+
+def _shortest(config: Any) -> int:
+    """Return how many samples a network of waveforms needs for one frame."""
+    samples = 1
+    for kernel, stride in zip(*(reversed(getattr(config, f"conv_{name}", ())) for name in ("kernel", "stride")), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
 
 
 def _positions(network: nn.Module, config: Any) -> int:

@@ -91,6 +91,11 @@ def saved(made, folder):
     return folder
 
 
+def opened(files, processor):
+    """As the processor takes them: in any mode where it converts to RGB itself, in its own way of treating transparency."""
+    return [Image.open(file) if processor.do_convert_rgb else Image.open(file).convert("RGB") for file in files]
+
+
 @pytest.mark.parametrize("kind", DUAL)
 def test_dual_encoders_embeddings_logits_and_predictions_are_transformers(kind, tmp_path):
     made = DUAL[kind]()
@@ -102,7 +107,7 @@ def test_dual_encoders_embeddings_logits_and_predictions_are_transformers(kind, 
         inputs = processor(audio=[soundfile.read(file)[0] for file in files], sampling_rate=8000, **texts)
     else:
         field, files = "images", pictures(tmp_path)
-        inputs = processor(images=[Image.open(file).convert("RGB") for file in files], **texts)
+        inputs = processor(images=opened(files, processor.image_processor), **texts)
     with torch.no_grad():
         output = network(**inputs)
     theirs, logits = (
@@ -189,9 +194,8 @@ def test_image_encoders_give_their_class_token(kind, tmp_path):
     network.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     files = pictures(tmp_path)
-    inputs = hf.AutoImageProcessor.from_pretrained(tmp_path / "model")(
-        images=[Image.open(file).convert("RGB") for file in files], return_tensors="pt"
-    )
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "model")
+    inputs = processor(images=opened(files, processor), return_tensors="pt")
     with torch.no_grad():
         expected = F.normalize(network(**inputs).last_hidden_state[:, 0], dim=1)
     torch.testing.assert_close(
