@@ -126,7 +126,7 @@ def _error(shard: ShardIndex, row: int, extension: str, size: int) -> str:
         elif extension.rpartition(".")[2] == "npy":
             np.load(io.BytesIO(data), allow_pickle=False)
         elif decoder := _decoders().get(extension.rpartition(".")[2]):
-            decoder.decode(data)
+            return decoder.suspicious(decoder.decode(data)) or ""
     except (DecodeError, UserError) as error:
         return str(error)
     except (ValueError, TypeError, EOFError, MemoryError, RuntimeError) as error:

@@ -14,6 +14,10 @@ from transformers.audio_utils import mel_filter_bank
 
 from mmcontrast.modalities.base import DecodeError, Modality
 
+STARTS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST")  # of files
+KNOWN = (
+    "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, NIST"  # libsndfile's readers of rarer formats print, and take long over a few bytes
+)
 MAX_VALUES = 2**28  # frames × channels of a sound: by its header before it is decoded, or as it is read where that does not say
 UNKNOWN = 2**63 - 1  # frames of a stream whose header was never completed, as encoders write it into a pipe
 BLOCK = 2**18  # values that are decoded at a time
@@ -110,7 +114,7 @@ class AudioModality(Modality):
     def _read(self, data: bytes) -> Iterator[np.ndarray]:
         """Decode a file in parts, float32 [samples], one channel, at `sample_rate`, however long it turns out to be."""
         try:
-            with _Stream(io.BytesIO(data)) as file:
+            with open_sound(data) as file:
                 rate, channels = file.samplerate, file.channels
                 if file.frames < UNKNOWN:
                     self._check_length(file.frames, rate, channels)
@@ -176,6 +180,28 @@ class _Stream(soundfile.SoundFile):
 
     def seekable(self) -> bool:
         return False
+
+
+class _Bytes(io.BytesIO):
+    """Stays where it is when a damaged header sends it elsewhere: libsndfile's callbacks print what they raise."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
+def open_sound(data: bytes) -> soundfile.SoundFile:
+    """Open a sound to read its header, or all of it by `read(frames)` from its beginning.
+
+    Raises:
+        DecodeError: for none of the formats that are known.
+        soundfile.SoundFileError: for a damaged one.
+    """
+    if not data.startswith(STARTS) and not (data[:1] == b"\xff" and data[1:2] >= b"\xe0"):
+        raise DecodeError(f"not a sound that can be decoded (no {KNOWN})")
+    return _Stream(_Bytes(data))
 
 
 def _checked(sound: np.ndarray) -> np.ndarray:

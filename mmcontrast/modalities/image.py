@@ -1,5 +1,6 @@
 """Images: decoded by simplejpeg or Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
 
+import copy
 import io
 import math
 import struct
@@ -152,9 +153,12 @@ class ImageModality(Modality):
         return value
 
     def as_rgb(self) -> "ImageModality":
-        """The same, of pictures that are RGB before anything else is done to them: so CLIP_benchmark gives them to a library's
-        model. Our own have their background either way."""
-        return self
+        """The same, of pictures that a loader has made RGB before, as CLIP_benchmark's does; a background of our own stays."""
+        if self.background != "open_clip":
+            return self
+        other = copy.copy(self)
+        other.background = "drop"
+        return other
 
     def transform(self, raw: Any, training: bool) -> Tensor:
         if training and self.augments and isinstance(raw, Image.Image):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,11 +20,13 @@ from mmcontrast.data import (
     clusters_of,
 )
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import MODALITIES, Modality, TextModality
+from mmcontrast.modalities import MODALITIES, ImageModality, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
 from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, TransformersTower
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
+
+PRETRAINED_BACKGROUNDS = {"open_clip": "open_clip", "timm": "drop"}  # others put white under transparent pixels
 
 
 def make_model(
@@ -44,7 +47,7 @@ def make_model(
         if tower not in towers:
             raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, towers)}")
     torch.manual_seed(seed)
-    modalities = make_modalities(fields)
+    modalities = make_modalities(fields, towers)
     made = {name: build(spec, TOWERS, f"towers.{name}: tower") for name, spec in towers.items()}
     for field, modality in modalities.items():
         tower = made[fields[field].tower]
@@ -57,8 +60,22 @@ def make_model(
     return ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
 
 
-def make_modalities(fields: Mapping[str, FieldOptions]) -> dict[str, Modality]:
-    return {f: build(of.modality, MODALITIES, f"fields.{f}.modality: modality") for f, of in fields.items()}
+def make_modalities(fields: Mapping[str, FieldOptions], towers: Mapping[str, Component] | None = None) -> dict[str, Modality]:
+    """Return each field's modality. Pictures for weights that a library pretrained are treated as it does where they are
+    transparent, unless `background` says otherwise."""
+    made = {}
+    for field, options in fields.items():
+        spec, tower = options.modality, (towers or {}).get(options.tower)
+        spec = {"type": spec} if isinstance(spec, str) else spec
+        if isinstance(spec, dict) and spec.get("type") == "image" and isinstance(tower, dict) and _has_weights(tower):
+            spec = {"background": PRETRAINED_BACKGROUNDS.get(str(tower.get("type")), "white"), **spec}
+        made[field] = build(spec, MODALITIES, f"fields.{field}.modality: modality")
+    return made
+
+
+def _has_weights(tower: Mapping[str, Any]) -> bool:
+    """Whether they are a library's; a model of open_clip's that is named with its place has some without `pretrained`."""
+    return bool(tower.get("pretrained")) or (tower.get("type") == "open_clip" and ":" in str(tower.get("model")))
 
 
 def make_dataset(
@@ -151,6 +168,8 @@ def make_source(
             )
         own = fields[field].modality
         spec = {**({"type": own} if isinstance(own, str) else own), **changed}
+        if spec["type"] == "image" and isinstance(pictures := modalities[field], ImageModality):
+            spec = {"background": pictures.background, **spec}
         modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality")
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
     dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)

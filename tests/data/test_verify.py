@@ -32,7 +32,7 @@ def picture(format="PNG", size=(8, 8)):
 
 def sound():
     target = io.BytesIO()
-    soundfile.write(target, np.zeros(800, dtype=np.int16), 16_000, format="FLAC")
+    soundfile.write(target, np.arange(800, dtype=np.int16), 16_000, format="FLAC")
     return target.getvalue()
 
 
