@@ -128,7 +128,8 @@ class AudioModality(Modality):
                 if resampler:
                     yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
         except (soundfile.SoundFileError, ValueError) as error:
-            raise DecodeError(f"not a sound that can be decoded ({error})") from error
+            reason = getattr(error, "error_string", error)  # of libsndfile's, without the object that it read
+            raise DecodeError(f"not a sound that can be decoded ({reason})") from error
 
     def _check_length(self, frames: int, rate: int, channels: int) -> None:
         if frames > self.max_seconds * rate:
@@ -208,9 +209,7 @@ def _checked(sound: np.ndarray) -> np.ndarray:
     if not np.isfinite(sound).all():
         raise DecodeError("samples that are infinite or no numbers (NaN)")
     if (peak := float(np.abs(sound).max())) > LOUDEST:
-        raise DecodeError(
-            f"samples of floats up to {peak:g}, which belong in [-1, 1]: divide by the largest of their integer type"
-        )
+        raise DecodeError(f"samples up to {peak:g} where full scale is 1: integers as floats, to be divided by their largest")
     return sound
 
 
