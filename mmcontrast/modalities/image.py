@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from mmcontrast.components import build
 from mmcontrast.modalities.base import DecodeError, Modality
-from mmcontrast.modalities.parts import JPEG_START, check_parts, check_scans
+from mmcontrast.modalities.parts import JPEG_START, PNG_START, check_parts, check_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is tried: Pillow would hand EPS to Ghostscript
 Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the header, before any pixel is decoded
@@ -105,6 +105,8 @@ class ImageModality(Modality):
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if data.startswith(JPEG_START):
                     check_scans(data, *image.size, self.max_pixels)
+                elif data.startswith(PNG_START) and self.background not in LIBRARIES:
+                    scale_transparency(image, depth=data[24])
                 return self.encode(image)
         except UnidentifiedImageError as error:
             raise DecodeError(f"not a picture that can be decoded (no {', '.join(FORMATS)})") from error
@@ -208,6 +210,15 @@ def over(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     ground = Image.new("RGB", picture.size, colour)
     ground.paste(solid, mask=solid)
     return ground
+
+
+def scale_transparency(picture: Image.Image, depth: int) -> None:
+    """Scale the one transparent value of a PNG from its file's bits to 8, to which Pillow scales the pixels alone."""
+    value = picture.info.get("transparency")
+    if picture.mode == "L" and isinstance(value, int) and depth < 8:
+        picture.info["transparency"] = value * (255 // (2**depth - 1))
+    elif picture.mode == "RGB" and isinstance(value, tuple) and depth == 16:
+        picture.info["transparency"] = tuple(number >> 8 for number in value)
 
 
 def without_palette_alpha(picture: Image.Image) -> Image.Image:

@@ -33,7 +33,7 @@ class LibraryImages(ImageModality):
         mode: str | None = "RGB",
         augmented: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
-        super().__init__(size)
+        super().__init__(size, background="drop")
         self.prepare, self.augmented, self.first_mode = prepare, augmented or prepare, mode
 
     def _decode_jpeg(self, data: bytes) -> None:
