@@ -216,13 +216,21 @@ def test_sound_encoders_do_not_depend_on_the_batch(kind, norm, tmp_path):
     extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=norm == "layer")
     network.save_pretrained(tmp_path / "model")
     extractor.save_pretrained(tmp_path / "model")
-    files, expected = sounds(tmp_path, 8000, (0.4, 0.11, 0.3, 0.4)), []
+    files = sounds(tmp_path, 8000, (0.4, 0.11, 0.3, 0.4))
+    samples = [soundfile.read(file)[0] for file in files]
+    for number, subtype in enumerate(("PCM_24", "FLOAT")):  # quiet ones, which are not rounded to 16 bits on their way
+        files.append(tmp_path / f"quiet{number}.wav")
+        soundfile.write(files[-1], samples[0] * 1e-3, 8000, subtype=subtype)
+    expected = []
     for file in files:
         with torch.no_grad():
             inputs = extractor(soundfile.read(file)[0], sampling_rate=8000, return_tensors="pt")
             expected.append(F.normalize(network(inputs["input_values"]).last_hidden_state.mean(1), dim=1)[0])
     model = mmcontrast.load(tmp_path / "model")
     torch.testing.assert_close(model.embed(audio=files, batch_size=3), torch.stack(expected), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"audio\[1\]: a sound of 19 samples at 8000 Hz: this model needs 20"):
+        model.embed(audio=[(samples[0][:20], 8000), (samples[0][:19], 8000)])
+    assert model.embed(audio=[(samples[0][:20], 8000)]).isfinite().all()
 
 
 def test_a_copy_computes_with_its_own_weights(tmp_path):
