@@ -122,9 +122,8 @@ def test_retrieval_of_captions_on_its_layout_is_clip_benchmarks(model, tmp_path)
 def test_pictures_of_any_mode_are_given_to_the_model_as_clip_benchmark_gives_them(model, tmp_path):
     """Its loader converts them to RGB before open_clip scales them; a suite of other shards leaves them to open_clip."""
     folder = tmp_path / "wds_modes"
-    samples = [
-        {"__key__": f"s{k:04d}", "png": data, "cls": k % 3} for k, data in enumerate(files().values()) if data[1:4] == b"PNG"
-    ]
+    pngs = [data for data in files().values() if data[1:4] == b"PNG"]
+    samples = [{"__key__": f"s{k:04d}", "png": data, "cls": k % 3} for k, data in enumerate(pngs)]
     write(folder, "test", samples, 1)
     (folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
