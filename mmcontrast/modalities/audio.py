@@ -108,8 +108,10 @@ class AudioModality(Modality):
 
     def stored(self, parts: Iterable[np.ndarray]) -> Tensor:
         """Join parts of a sound, float32 at `sample_rate`, in the form that `transform` takes: int16."""
-        scaled = ((part * 32768).round().clip(PADDING + 1, 32767).astype(np.int16) for part in parts)
-        return joined(list(scaled))
+        scaled = [part * 32768 for part in parts]
+        for part in scaled:  # in place: half of the time that a WAV takes
+            np.clip(np.rint(part, part), PADDING + 1, 32767, part)
+        return joined([part.astype(np.int16) for part in scaled])
 
     def _read(self, data: bytes) -> Iterator[np.ndarray]:
         """Decode a file in parts, float32 [samples], one channel, at `sample_rate`, however long it turns out to be."""
@@ -206,9 +208,14 @@ def open_sound(data: bytes) -> soundfile.SoundFile:
 
 
 def _checked(sound: np.ndarray) -> np.ndarray:
-    if not np.isfinite(sound).all():
+    """
+    Raises:
+        DecodeError: for samples that no sound has.
+    """
+    peak = float(max(sound.max(), -sound.min()))  # NaN, if one of them is
+    if not math.isfinite(peak):
         raise DecodeError("samples that are infinite or no numbers (NaN)")
-    if (peak := float(np.abs(sound).max())) > LOUDEST:
+    if peak > LOUDEST:
         raise DecodeError(f"samples up to {peak:g} where full scale is 1: integers as floats, to be divided by their largest")
     return sound
 

@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from mmcontrast.modalities.base import DecodeError
 
 JPEG_START, PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -17,10 +19,16 @@ def check_scans(data: bytes, width: int, height: int, max_pixels: int) -> None:
         DecodeError: for a JPEG that decodes more than `MAX_SCANS` times `max_pixels` pixels, each scan all of them.
     """
     pixels = (width + 31) * (height + 31)  # whole blocks, of up to 32 × 32
-    if data.count(b"\xff\xda") * pixels > MAX_SCANS * max_pixels:  # counts those of a thumbnail in its metadata too
+    if _markers(data, SCAN) * pixels > MAX_SCANS * max_pixels:  # counts those of a thumbnail in its metadata too
         scans = _segments(data).count(SCAN)
         if scans * pixels > MAX_SCANS * max_pixels:
             raise DecodeError(f"{scans} scans of {width}×{height} pixels, more than {MAX_SCANS} × max_pixels={max_pixels}")
+
+
+def _markers(data: bytes, kind: bytes) -> int:
+    """Return how often a marker's bytes are there, wherever they lie: at even places and at odd ones."""
+    value = int.from_bytes(b"\xff" + kind, "little")
+    return sum(np.count_nonzero(np.frombuffer(data, "<u2", (len(data) - k) // 2, k) == value) for k in (0, 1))
 
 
 def check_parts(data: bytes) -> None:

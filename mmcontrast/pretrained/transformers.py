@@ -17,6 +17,7 @@ from mmcontrast.model import ContrastiveModel
 from mmcontrast.pretrained.base import LibraryTower, assembled
 from mmcontrast.pretrained.modalities import PADDING, LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.towers import Tower, TransformersTower
+from mmcontrast.towers.transformers import shortest_waveform
 
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
 HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types with pooled features of their own
@@ -112,21 +113,13 @@ def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modalit
         return LibraryImages(partial(_pixels, processor), side if isinstance(side, int) else max(side), mode)
     if field == "audio":
         extractor = AutoFeatureExtractor.from_pretrained(name)
-        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate, _shortest(config))
+        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate, shortest_waveform(config))
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")
     length = min(tokenizer.model_max_length, _positions(network, config))
     full = config.model_type.startswith(FULL_LENGTH)
     return LibraryTexts(_Tokenizer(tokenizer, length, full), length)
-
-
-def _shortest(config: Any) -> int:
-    """Return how many samples a network of waveforms needs for one frame."""
-    samples = 1
-    for kernel, stride in zip(*(reversed(getattr(config, f"conv_{name}", ())) for name in ("kernel", "stride")), strict=True):
-        samples = (samples - 1) * stride + kernel
-    return samples
 
 
 def _positions(network: nn.Module, config: Any) -> int:

@@ -20,10 +20,11 @@ from mmcontrast.data import (
     clusters_of,
 )
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import MODALITIES, ImageModality, Modality, TextModality
+from mmcontrast.modalities import MODALITIES, AudioModality, ImageModality, Modality, TextModality
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.options import Component, Patterns
 from mmcontrast.towers import TOWERS, OpenClipTextTower, OpenClipTower, TransformersTower
+from mmcontrast.towers.transformers import shortest_waveform
 from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, SourceOptions
 
 PRETRAINED_BACKGROUNDS = {"open_clip": "open_clip", "timm": "drop"}  # others put white under transparent pixels
@@ -57,7 +58,23 @@ def make_model(
                     f"fields.{field}: its tokenizer pads with {modality.pad_id}, another's of its tower with {tower.pad_id}"
                 )
             tower.pad_id = modality.pad_id
+        if isinstance(modality, AudioModality) and isinstance(tower, TransformersTower):
+            refuse_short_sounds(field, modality, tower)
     return ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
+
+
+def refuse_short_sounds(field: str, modality: AudioModality, tower: TransformersTower) -> None:
+    """
+    Raises:
+        UserError: if a waveform may be shorter than what the tower's convolutions take.
+    """
+    samples = min(modality.window, modality.length) if modality.variable else modality.length
+    needed = shortest_waveform(tower.network.config)
+    if modality.representation == "waveform" and samples < needed:
+        option = "window" if modality.length >= needed else "seconds"
+        raise UserError(
+            f"fields.{field}: sounds may have {samples} samples, and its tower needs {needed}: set a longer {option}"
+        )
 
 
 def make_modalities(fields: Mapping[str, FieldOptions], towers: Mapping[str, Component] | None = None) -> dict[str, Modality]:

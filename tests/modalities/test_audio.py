@@ -14,8 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import wavfile
 
+from mmcontrast.embedder import Embedder
+from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, DecodeError
 from mmcontrast.pretrained.modalities import LibraryAudio
+from mmcontrast.training.options import FieldOptions, ModelOptions
+from mmcontrast.training.setup import make_model
 
 RATE = 16_000
 CONTAINERS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "NIST")
@@ -179,6 +183,23 @@ def test_too_short_to_be_heard():
         RATE, seconds=0.02, representation="waveform", variable=True
     )  # shorter than the window, which it has not
     assert len(cut.transform(raw, False)) == len(cut.transform(cut.decode(written(tone(), format="WAV")), False)) == 320
+
+
+def test_a_tower_of_waveforms_is_not_given_less_than_it_takes():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    layers = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "feat_extract_norm": "layer"}
+    tower = {"type": "transformers", "model": "wav2vec2", "config": sizes | layers | {"num_feat_extract_layers": 2}}
+
+    def model(**options):
+        sound = {"type": "audio", "sample_rate": RATE, "representation": "waveform", **options}
+        return make_model({"a": FieldOptions(modality=sound, tower="t")}, {"t": tower}, ModelOptions(embed_dim=8), 0)
+
+    with pytest.raises(UserError, match=r"fields.a: sounds may have 19 samples, and its tower needs 20: set a longer window"):
+        model(window=19, variable=True)
+    with pytest.raises(UserError, match=r"fields.a: sounds may have 16 samples, and its tower needs 20: set a longer seconds"):
+        model(seconds=0.001)
+    shortest = Embedder(model(window=20, variable=True), "m", "cpu").embed(audio=[(tone()[1:2], RATE), (tone(), RATE)])
+    assert shortest.isfinite().all()
 
 
 @pytest.mark.parametrize(
