@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
@@ -76,12 +77,8 @@ class AudioModality(Modality):
             raise ValueError(f"shift is {shift}, it must be seconds, 0 or more")
         self.representation, self.variable = representation, variable
         self.sample_rate, self.length, self.max_seconds = sample_rate, round(seconds * sample_rate), max_seconds
-        shortest = window if representation == "mel" else 1
-        if self.length < shortest:
-            raise ValueError(
-                f"a sound of seconds={seconds:g} at sample_rate={sample_rate} has {self.length} samples, fewer than"
-                f" {shortest}{' of its window: set more seconds or a shorter window' if representation == 'mel' else ''}"
-            )
+        if not self.length:
+            raise ValueError(f"seconds is {seconds:g}: less than a sample at sample_rate={sample_rate}")
         self.window, self.hop, self.center, self.shift = window, hop, center, round(shift * sample_rate)
         filters = mel_filter_bank(window // 2 + 1, mels, 0.0, sample_rate / 2, sample_rate, norm="slaney", mel_scale="slaney")
         self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32), persistent=False)
@@ -169,6 +166,7 @@ class AudioModality(Modality):
             centred = sounds - sounds.nanmean(1, keepdim=True)
             return centred / (centred.square().nanmean(1, keepdim=True) + 1e-7).sqrt()
         with torch.autocast(batch.device.type, enabled=False):  # a spectrum's range is beyond bf16's precision
+            batch = F.pad(batch, (0, max(0, self.window - batch.shape[1])))  # sounds shorter than a window have one frame
             frames = batch.unfold(1, self.window, self.hop).float() * (self.hann / 32768)
             spectrum = torch.fft.rfft(frames)
             power = spectrum.real.square().add_(spectrum.imag.square())

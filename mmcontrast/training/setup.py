@@ -72,9 +72,7 @@ def refuse_short_sounds(field: str, modality: AudioModality, tower: Transformers
     needed = shortest_waveform(tower.network.config)
     if modality.representation == "waveform" and samples < needed:
         option = "window" if modality.length >= needed else "seconds"
-        raise UserError(
-            f"fields.{field}: sounds may have {samples} samples, and its tower needs {needed}: set a longer {option}"
-        )
+        raise UserError(f"fields.{field}: sounds may have {samples} samples, its tower needs {needed}: set a longer {option}")
 
 
 def make_modalities(fields: Mapping[str, FieldOptions], towers: Mapping[str, Component] | None = None) -> dict[str, Modality]:
