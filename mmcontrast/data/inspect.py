@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -19,9 +18,12 @@ from mmcontrast.data.page import media, page, svg
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, TextModality, VectorModality
+from mmcontrast.modalities.audio import UNKNOWN, open_sound
 from mmcontrast.modalities.image import FORMATS
+from mmcontrast.modalities.parts import check_parts
 
 LOOKED_INTO, SHOWN = 2000, 24  # samples, evenly spread over the shards: those whose members are read, and shown on the page
+ALPHA = "alpha"  # a measure that is counted, and has no quantiles
 Measures = dict[tuple[str, str], list[float]]  # of (member, what): its values
 
 
@@ -55,9 +57,12 @@ def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[
 
     chosen = _spread(shards, LOOKED_INTO)
     measures, groups, faults = _look(chosen, extensions)
+    alphas = [alpha for name in [name for name in measures if name[1] == ALPHA] for alpha in measures.pop(name)]
     if measures:
         yield f"of {len(chosen)} samples:"
         yield _quantiles(measures)
+    if any(alphas):
+        yield f"{sum(map(int, alphas))} of {len(alphas)} pictures have alpha: `background` is the colour under it"
     if groups:
         yield f"{len(groups)} groups in them; the largest has {max(groups.values())}"
     if faults:
@@ -109,13 +114,15 @@ def _of_text(data: bytes) -> dict[str, float]:
 
 
 def _of_picture(data: bytes) -> dict[str, float]:
+    check_parts(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # its header alone
-        return {"width": image.width, "height": image.height}
+        return {"width": image.width, "height": image.height, ALPHA: image.has_transparency_data}
 
 
 def _of_sound(data: bytes) -> dict[str, float]:
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-        return {"seconds": file.frames / file.samplerate, "Hz": file.samplerate}
+    with open_sound(data) as file:
+        seconds = {"seconds": file.frames / file.samplerate} if file.frames < UNKNOWN else {}
+        return seconds | {"Hz": file.samplerate}
 
 
 MEASURES: dict[str, Callable[[bytes], dict[str, float]]] = {

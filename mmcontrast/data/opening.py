@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmcontrast.components import nearest
-from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.dataset import FieldKeys, ShardDataset, names_of
 from mmcontrast.data.index import open_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
-from mmcontrast.options import Options, Patterns
+from mmcontrast.options import Keys, Options, Patterns
 
 
 class ShardOptions(Options):
@@ -22,7 +22,7 @@ class ShardOptions(Options):
 
     shards: Patterns
     files: str | None = None
-    keys: dict[str, list[str]] = {}
+    keys: dict[str, Keys] = {}
 
     @classmethod
     def of(cls, shards: "Shards | dict[str, Any]") -> "ShardOptions":
@@ -93,11 +93,6 @@ def with_fallbacks(
     return found
 
 
-def names_of(keys: Sequence[str | Mapping[str, float]]) -> list[str]:
-    """Return the keys by name; of several with weights, each."""
-    return [name for key in keys for name in ([key] if isinstance(key, str) else key)]
-
-
-def members_of(keys: Sequence[str | Mapping[str, float]]) -> set[str]:
+def members_of(keys: FieldKeys) -> set[str]:
     """Return the members that keys are read from; "json:caption" is read from the json."""
     return {name.partition(":")[0] for name in names_of(keys)}

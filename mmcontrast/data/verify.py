@@ -385,6 +385,7 @@ def _error(extension: str, data: bytes, modality: Modality | None, row: int, fou
             value = decoder.decode(data)
             if _reading.as_training:
                 decoder.transform(value, False)
+            return decoder.suspicious(value) or ""
         elif last == "npy":
             np.load(io.BytesIO(data), allow_pickle=False)
         elif last != "cls":

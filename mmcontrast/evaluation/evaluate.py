@@ -17,7 +17,7 @@ from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_together
 from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_rank, hubness, modality_gap, uniformity
 from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
-from mmcontrast.evaluation.layouts import with_layouts
+from mmcontrast.evaluation.layouts import is_layout, with_layouts
 from mmcontrast.evaluation.options import EvaluationOptions, ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
@@ -148,6 +148,7 @@ def open_splits(
         UserError: for a field, a split or data that are not there; for labels that are no classes.
     """
     image, text = first_field(model, ImageModality), first_field(model, TextModality)
+    as_rgb = {name for name, shards in options.splits.items() if is_layout(shards)}
     options = with_layouts(options, image, text)
     zero_shot = {
         name: task.model_copy(update={"field": task.field or image, "prompt_field": task.prompt_field or text})
@@ -156,6 +157,7 @@ def open_splits(
     probes = {name: task.model_copy(update={"field": task.field or image}) for name, task in options.probes.items()}
     options = options.model_copy(update={"zero_shot": zero_shot, "probes": probes})
     check_tasks(options, model)
+    as_rgb |= {training_split(name) for name, task in probes.items() if as_rgb >= set(task.splits or options.splits)}
     data = dict(options.splits) | {training_split(name): task.train for name, task in probes.items()}
     datasets = {}
     for name, shards in data.items():
@@ -167,6 +169,9 @@ def open_splits(
             modality = dataset.modalities[field]
             assert isinstance(modality, TextModality)
             dataset.modalities[field] = modality.by_lines()
+        for field, pictures in dataset.modalities.items() if name in as_rgb else ():
+            if isinstance(pictures, ImageModality):
+                dataset.modalities[field] = pictures.as_rgb()
     check_labels(options, datasets)
     return options, datasets
 

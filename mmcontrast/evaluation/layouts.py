@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from mmcontrast.data import ShardOptions
 from mmcontrast.errors import UserError
@@ -15,6 +16,11 @@ KIND, CLASSES, TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_class
 def in_layout(folder: Path) -> bool:
     """Whether a folder is such a data set: it has class names or a type beside folders of numbered tars."""
     return any((folder / name).is_file() for name in (KIND, CLASSES)) and bool(list(folder.glob("*/0.tar")))
+
+
+def is_layout(shards: Any) -> bool:
+    """Whether a split names such a folder, alone or as FOLDER:SPLIT."""
+    return isinstance(shards, str) and in_layout(Path(shards.partition(":")[0]))
 
 
 def with_layouts(options: EvaluationOptions, image: str, text: str) -> EvaluationOptions:

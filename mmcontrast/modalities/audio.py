@@ -1,17 +1,27 @@
 """Sound: decoded by soundfile, resampled by soxr; on the device log-mel spectrograms, or waveforms of any length."""
 
 import io
-from typing import Literal
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
 import soxr
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.modalities.base import DecodeError, Modality
 
-MAX_VALUES = 2**28  # frames × channels of a sound, by its header, before it is decoded
+STARTS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST")  # of files
+KNOWN = (
+    "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, NIST"  # libsndfile's readers of rarer formats print, and take long over a few bytes
+)
+MAX_VALUES = 2**28  # frames × channels of a sound: by its header before it is decoded, or as it is read where that does not say
+UNKNOWN = 2**63 - 1  # frames of a stream whose header was never completed, as encoders write it into a pipe
+BLOCK = 2**18  # values that are decoded at a time
+LOUDEST = 64.0  # times full scale. Codecs and float recorders overshoot it by less; integers that were stored as floats do not
 PADDING = -32768  # no sample of a sound has this value
 
 
@@ -36,6 +46,7 @@ class AudioModality(Modality):
     hann: Tensor
     of_source = frozenset({"shift", "max_seconds"})
     extensions = ("flac", "wav", "ogg", "mp3", "audio")
+    max_values = MAX_VALUES
 
     def __init__(
         self,
@@ -55,8 +66,18 @@ class AudioModality(Modality):
             raise ValueError(f'representation is {representation!r}, it must be "mel" or "waveform"')
         if variable and representation == "mel":
             raise ValueError("variable is for waveforms: the towers of spectrograms know no mask")
+        for name, value in {"sample_rate": sample_rate, "seconds": seconds, "max_seconds": max_seconds}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, it must be more than 0")
+        for name, value in {"mels": mels, "window": window, "hop": hop}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1")
+        if not 0 <= shift < math.inf:
+            raise ValueError(f"shift is {shift}, it must be seconds, 0 or more")
         self.representation, self.variable = representation, variable
         self.sample_rate, self.length, self.max_seconds = sample_rate, round(seconds * sample_rate), max_seconds
+        if not self.length:
+            raise ValueError(f"seconds is {seconds:g}: less than a sample at sample_rate={sample_rate}")
         self.window, self.hop, self.center, self.shift = window, hop, center, round(shift * sample_rate)
         from transformers.audio_utils import mel_filter_bank
 
@@ -65,30 +86,61 @@ class AudioModality(Modality):
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
 
     def decode(self, data: bytes) -> Tensor:
-        """int16 [samples], one channel, at `sample_rate`."""
-        try:
-            with soundfile.SoundFile(io.BytesIO(data)) as file:
-                if file.frames > self.max_seconds * file.samplerate:
-                    raise DecodeError(f"{file.frames / file.samplerate:.0f} s of sound, more than {self.max_seconds}")
-                if file.frames * file.channels > MAX_VALUES:
-                    raise DecodeError(f"{file.frames} × {file.channels} values of sound, more than {MAX_VALUES}")
-                sound, rate = file.read(dtype="int16", always_2d=True), file.samplerate
-        except (soundfile.SoundFileError, ValueError) as error:
-            raise DecodeError(f"not a sound that can be decoded ({error})") from error
-        if not len(sound):
-            raise DecodeError("an empty sound")
-        mono = sound[:, 0] if sound.shape[1] == 1 else sound.mean(1).astype(np.int16)
-        sound = mono if rate == self.sample_rate else soxr.resample(mono, rate, self.sample_rate)
-        return torch.from_numpy(sound).clamp_(min=PADDING + 1)
+        """Decode to int16 [samples], one channel, at `sample_rate`; what lies outside [-1, 1] is clipped."""
+        return self.stored(self._read(data))
 
-    def encode(self, value: tuple[np.ndarray, int]) -> Tensor:
-        """(samples in [-1, 1], one channel, and their rate in Hz) as `decode` gives a sound."""
+    def encode(self, value: tuple[Any, float]) -> Tensor:
+        """Return (samples of one channel, their rate in Hz) as `decode` gives a sound. Floats are in [-1, 1], integers in the
+        range of their type."""
         samples, rate = value
-        sound = np.asarray(samples, dtype=np.float32)
-        if sound.ndim != 1 or not len(sound):
-            raise DecodeError(f"samples of shape {sound.shape}: a sound is one channel, [samples]")
-        sound = sound if rate == self.sample_rate else soxr.resample(sound, rate, self.sample_rate)
-        return torch.from_numpy(sound).mul(32768).round().clamp(PADDING + 1, 32767).to(torch.int16)
+        sound = np.asarray(samples)
+        if sound.ndim != 1 or not len(sound) or sound.dtype.kind not in "iuf":
+            raise DecodeError(f"samples of shape {sound.shape}, {sound.dtype}: a sound is one channel of numbers, [samples]")
+        if not 0 < rate < math.inf:
+            raise DecodeError(f"a sample rate of {rate} Hz")
+        if sound.dtype.kind != "f":
+            half = 2.0 ** (8 * sound.itemsize - 1)
+            sound = sound / half - (sound.dtype.kind == "u")
+        sound = _checked(sound.astype(np.float32))
+        return self.stored([sound if rate == self.sample_rate else soxr.resample(sound, rate, self.sample_rate)])
+
+    def stored(self, parts: Iterable[np.ndarray]) -> Tensor:
+        """Join parts of a sound, float32 at `sample_rate`, in the form that `transform` takes: int16."""
+        scaled = [part * 32768 for part in parts]
+        for part in scaled:  # in place: half of the time that a WAV takes
+            np.clip(np.rint(part, part), PADDING + 1, 32767, part)
+        return joined([part.astype(np.int16) for part in scaled])
+
+    def _read(self, data: bytes) -> Iterator[np.ndarray]:
+        """Decode a file in parts, float32 [samples], one channel, at `sample_rate`, however long it turns out to be."""
+        try:
+            with open_sound(data) as file:
+                rate, channels = file.samplerate, file.channels
+                if file.frames < UNKNOWN:
+                    self._check_length(file.frames, rate, channels)
+                resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1)
+                frames = 0
+                while len(block := file.read(max(1, BLOCK // channels), dtype="float32", always_2d=True)):
+                    frames += len(block)
+                    self._check_length(frames, rate, channels)
+                    mono = _checked(block[:, 0] if channels == 1 else block.mean(1))
+                    yield resampler.resample_chunk(mono) if resampler else mono
+                if resampler:
+                    yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+        except (soundfile.SoundFileError, ValueError) as error:
+            reason = getattr(error, "error_string", error)  # of libsndfile's, without the object that it read
+            raise DecodeError(f"not a sound that can be decoded ({reason})") from error
+
+    def _check_length(self, frames: int, rate: int, channels: int) -> None:
+        if frames > self.max_seconds * rate:
+            raise DecodeError(f"{frames / rate:.0f} s of sound, more than {self.max_seconds}")
+        if frames * channels > self.max_values:
+            raise DecodeError(f"{frames} × {channels} values of sound, more than {self.max_values}")
+
+    def suspicious(self, raw: Tensor) -> str | None:
+        if (raw == raw[0]).all():
+            return f"a constant sound: each of its {len(raw)} samples is {raw[0].item():g}"
+        return None
 
     def transform(self, raw: Tensor, training: bool) -> Tensor:
         spare = len(raw) - self.length
@@ -96,7 +148,8 @@ class AudioModality(Modality):
             start = int(torch.randint(spare + 1, ())) if training else spare // 2
             return raw[start : start + self.length]
         late = int(torch.randint(min(self.shift, -spare) + 1, ())) if training else 0
-        padded = torch.zeros(max(late + len(raw), self.window) if self.variable else self.length, dtype=torch.int16)
+        length = max(late + len(raw), min(self.window, self.length)) if self.variable else self.length
+        padded = torch.zeros(length, dtype=torch.int16)
         padded[late : late + len(raw)] = raw
         return padded
 
@@ -114,9 +167,64 @@ class AudioModality(Modality):
             centred = sounds - sounds.nanmean(1, keepdim=True)
             return centred / (centred.square().nanmean(1, keepdim=True) + 1e-7).sqrt()
         with torch.autocast(batch.device.type, enabled=False):  # a spectrum's range is beyond bf16's precision
+            batch = F.pad(batch, (0, max(0, self.window - batch.shape[1])))  # sounds shorter than a window have one frame
             frames = batch.unfold(1, self.window, self.hop).float() * (self.hann / 32768)
             spectrum = torch.fft.rfft(frames)
             power = spectrum.real.square().add_(spectrum.imag.square())
             mel = (power @ self.filters).add_(1e-6).log_()
             middle = mel.mean(1, keepdim=True) if self.center else -7.0  # −7 and 4: about unit variance for speech
             return mel.sub_(middle).div_(4).transpose(1, 2).unsqueeze(1)
+
+
+class _Stream(soundfile.SoundFile):
+    """A file that is read once, from its beginning to its end: soundfile seeks after each read where it may, which fails in
+    streams of unknown length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class _Bytes(io.BytesIO):
+    """Stays where it is when a damaged header sends it elsewhere: libsndfile's callbacks print what they raise."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
+def open_sound(data: bytes) -> soundfile.SoundFile:
+    """Open a sound to read its header, or all of it by `read(frames)` from its beginning.
+
+    Raises:
+        DecodeError: for none of the formats that are known.
+        soundfile.SoundFileError: for a damaged one.
+    """
+    if not data.startswith(STARTS) and not (data[:1] == b"\xff" and data[1:2] >= b"\xe0"):
+        raise DecodeError(f"not a sound that can be decoded (no {KNOWN})")
+    return _Stream(_Bytes(data))
+
+
+def _checked(sound: np.ndarray) -> np.ndarray:
+    """
+    Raises:
+        DecodeError: for samples that no sound has.
+    """
+    peak = float(max(sound.max(), -sound.min()))  # NaN, if one of them is
+    if not math.isfinite(peak):
+        raise DecodeError("samples that are infinite or no numbers (NaN)")
+    if peak > LOUDEST:
+        raise DecodeError(f"samples up to {peak:g} where full scale is 1: integers as floats, to be divided by their largest")
+    return sound
+
+
+def joined(parts: list[np.ndarray]) -> Tensor:
+    """
+    Raises:
+        DecodeError: if there is no sample in them.
+    """
+    sound = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0)
+    if not len(sound):
+        raise DecodeError("an empty sound")
+    return sound

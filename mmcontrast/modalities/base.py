@@ -26,6 +26,10 @@ class Modality(nn.Module):
     def decode(self, data: bytes) -> Any:
         """Raises DecodeError if the bytes cannot be decoded safely."""
 
+    def suspicious(self, raw: Any) -> str | None:
+        """Return what makes a decoded value worthless though it can be decoded, None for most: `data verify` lists it."""
+        return None
+
     @abstractmethod
     def transform(self, raw: Any, training: bool) -> Tensor | None:
         """One decoded value as a tensor; augmented if training. None: the sample lacks the field after all."""

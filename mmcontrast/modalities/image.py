@@ -1,6 +1,11 @@
 """Images: decoded by simplejpeg or Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
 
+import copy
 import io
+import math
+import struct
+import warnings
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +13,17 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
 from mmcontrast.modalities.base import DecodeError, Modality
+from mmcontrast.modalities.parts import JPEG_START, PNG_START, check_parts, check_scans
 
-JPEG_START = b"\xff\xd8\xff"
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is tried: Pillow would hand EPS to Ghostscript
 Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the header, before any pixel is decoded
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what it says of palettes and metadata names no file
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error)
+LIBRARIES = ("open_clip", "drop")  # `background`: no colour
 
 
 class ImageModality(Modality):
@@ -30,6 +38,11 @@ class ImageModality(Modality):
         max_pixels: larger pictures are refused before they are decoded.
         scaled_decode: let a large JPEG be decoded at 1/2, 1/4 or 1/8 of its side, where that is still `size`: faster, and
             44–48 dB from the exact picture.
+        background: the colour under transparent pixels, a name ("white"), "#rrggbb", or [red, green, blue]. For weights that
+            were pretrained without one: "drop" shows the colours that are hidden there, as Pillow's convert("RGB") and timm
+            do; "open_clip" scales the picture with its transparency, palette or 16 bits, and converts it then, as open_clip
+            does (before `augment`, if there is any). Default: white; that of the library, where the tower has pretrained
+            weights of open_clip's or timm's.
 
     Attributes:
         side: pictures are scaled to it, on the device, in training; None: they stay as they are.
@@ -39,7 +52,7 @@ class ImageModality(Modality):
 
     factor: Tensor
     shift: Tensor
-    of_source = frozenset({"augment", "max_pixels", "scaled_decode"})
+    of_source = frozenset({"augment", "max_pixels", "scaled_decode", "background"})
     extensions = ("jpg", "jpeg", "png", "webp", "image")
 
     def __init__(
@@ -51,10 +64,21 @@ class ImageModality(Modality):
         augment: Sequence[Any] | None = None,
         max_pixels: int = 64_000_000,
         scaled_decode: bool = False,
+        background: str | Sequence[int] = "white",
     ) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"size={size} is no side in pixels")
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels}: pictures have 3 (RGB) or 1 (grey)")
+        for name, values in {"mean": mean, "std": std}.items():
+            if values is not None and (len(values) != channels or not all(math.isfinite(value) for value in values)):
+                raise ValueError(f"{name}={values}: it must be {channels} numbers, one for each channel, of values in [0, 1]")
+        if std is not None and min(std) <= 0:
+            raise ValueError(f"std={std}: each must be more than 0")
+        self.background, self.colour = background, _colour(background)
+        self.mode = "RGB" if channels == 3 else "L"
+        self.augments = augment is not None
         self.size, self.channels, self.max_pixels, self.scaled_decode = size, channels, max_pixels, scaled_decode
         from mmcontrast.modalities.image_transforms import make_transforms
 
@@ -66,15 +90,20 @@ class ImageModality(Modality):
         self.register_buffer("shift", middle / width, persistent=False)
 
     def decode(self, data: bytes) -> Any:
-        """uint8 [channels, height, width]."""
-        if data[:3] == JPEG_START and (picture := self._decode_jpeg(data)) is not None:
+        """uint8 [channels, height, width]; a Pillow image, where it is converted after scaling."""
+        if data.startswith(JPEG_START) and (picture := self._decode_jpeg(data)) is not None:
             return picture
+        check_parts(data)
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if data.startswith(JPEG_START):
+                    check_scans(data, *image.size, self.max_pixels)
+                elif data.startswith(PNG_START) and self.background not in LIBRARIES:
+                    scale_transparency(image, depth=data[24])
                 return self.encode(image)
         except UnidentifiedImageError as error:
             raise DecodeError(f"not a picture that can be decoded (no {', '.join(FORMATS)})") from error
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except DAMAGED as error:
             raise DecodeError(f"not a picture that can be decoded ({error})") from error
 
     def _decode_jpeg(self, data: bytes) -> Tensor | None:
@@ -82,6 +111,7 @@ class ImageModality(Modality):
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
             self._check_size(width, height)
+            check_scans(data, width, height, self.max_pixels)
             if space not in ("YCbCr", "Gray"):
                 return None
             least = self.size if self.scaled_decode else 0
@@ -98,23 +128,39 @@ class ImageModality(Modality):
 
     def encode(self, value: Any) -> Any:
         """A PIL image, or pixels (uint8, [height, width] or [height, width, channels]), as `decode` gives a picture."""
-        pixels = np.array(self.picture(value).convert("RGB" if self.channels == 3 else "L"))
+        picture = self.picture(value)
+        if self.background == "open_clip" and picture.mode not in ("RGB", "L"):
+            return without_palette_alpha(picture)
+        return self._pixels(picture if self.background in LIBRARIES else over(picture, self.colour))
+
+    def _pixels(self, picture: Image.Image) -> Tensor:
+        pixels = np.array(without_palette_alpha(picture).convert(self.mode))
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], self.channels)).permute(2, 0, 1)
 
     def picture(self, value: Any) -> Image.Image:
-        """A PIL image within the limits, of 8 bits a channel."""
+        """A PIL image within the limits."""
         if not isinstance(value, Image.Image):
             pixels = np.asarray(value)
             if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
                 raise DecodeError(f"pixels of shape {pixels.shape}, {pixels.dtype}: a picture is uint8 [height, width, 3]")
             value = Image.fromarray(pixels)
         self._check_size(value.width, value.height)
-        if value.mode.startswith("I"):  # 16 bits, which Pillow would clip
-            value = Image.fromarray((np.asarray(value).clip(0, 65535) / 257).round().astype(np.uint8))
+        value.load()
         return value
 
+    def as_rgb(self) -> "ImageModality":
+        """The same, of pictures that a loader has made RGB before, as CLIP_benchmark's does; a background of our own stays."""
+        if self.background != "open_clip":
+            return self
+        other = copy.copy(self)
+        other.background = "drop"
+        return other
+
     def transform(self, raw: Any, training: bool) -> Tensor:
-        return self.train_transform(raw) if training else self.eval_transform(raw)
+        if training and self.augments and isinstance(raw, Image.Image):
+            raw = self._pixels(raw)
+        prepared = self.train_transform(raw) if training else self.eval_transform(raw)
+        return self._pixels(prepared) if isinstance(prepared, Image.Image) else prepared
 
     def blank(self) -> Tensor:
         return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
@@ -124,3 +170,54 @@ class ImageModality(Modality):
         if self.training and self.side not in (None, batch.shape[-1]):
             pictures = F.interpolate(pictures, [self.side] * 2, mode="bicubic", antialias=True)
         return pictures.mul_(self.factor).sub_(self.shift)  # (x / 255 − mean) / std, in place
+
+
+def over(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Return a picture of 8 bits a channel, with a colour under what is transparent in it."""
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        values = np.asarray(picture).clip(0, 65535)
+        grey = Image.fromarray((values / 257).round().astype(np.uint8))
+        hidden = picture.info.get("transparency")
+        if hidden is None:
+            return grey
+        picture = Image.merge("LA", (grey, Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8))))
+    if not picture.has_transparency_data:
+        return picture
+    solid = picture.convert("RGBA")
+    ground = Image.new("RGB", picture.size, colour)
+    ground.paste(solid, mask=solid)
+    return ground
+
+
+def scale_transparency(picture: Image.Image, depth: int) -> None:
+    """Scale the one transparent value of a PNG from its file's bits to 8, to which Pillow scales the pixels alone."""
+    value = picture.info.get("transparency")
+    if picture.mode == "L" and isinstance(value, int) and depth < 8:
+        picture.info["transparency"] = value * (255 // (2**depth - 1))
+    elif picture.mode == "RGB" and isinstance(value, tuple) and depth == 16:
+        picture.info["transparency"] = tuple(number >> 8 for number in value)
+
+
+def without_palette_alpha(picture: Image.Image) -> Image.Image:
+    """Return the picture as it becomes RGB without a warning: a palette's transparency is lost there in any case."""
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.copy()
+        del picture.info["transparency"]
+    return picture
+
+
+def _colour(background: Any) -> tuple[int, ...]:
+    """
+    Raises:
+        ValueError: for what is no colour.
+    """
+    if background in LIBRARIES:
+        return (0, 0, 0)
+    try:
+        colour = ImageColor.getrgb(background) if isinstance(background, str) else tuple(background)
+    except (ValueError, TypeError):
+        colour = ()
+    if len(colour) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in colour):
+        known = "a colour (white, '#ffffff', [255, 255, 255])"
+        raise ValueError(f"background is {background!r}: it must be {known}, or one of {', '.join(LIBRARIES)}")
+    return colour

@@ -1,6 +1,7 @@
 """Modalities of other libraries' models: our decoding under our limits, then the library's own preprocessing in the worker."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, TextModality
+from mmcontrast.modalities.audio import joined
+from mmcontrast.modalities.image import without_palette_alpha
 
 
 class LibraryImages(ImageModality):
@@ -17,7 +20,7 @@ class LibraryImages(ImageModality):
     Args:
         prepare: a PIL image → a tensor.
         size: about the larger side of what `prepare` makes, for the limit on narrow pictures.
-        mode: pictures are converted to it first; None: `prepare` does so itself.
+        mode: pictures are converted to it first, their transparency dropped; None: `prepare` does so in its own way.
         augmented: in training, in the place of `prepare`.
     """
 
@@ -28,24 +31,26 @@ class LibraryImages(ImageModality):
         mode: str | None = "RGB",
         augmented: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
-        super().__init__(size)
-        self.prepare, self.augmented, self.mode = prepare, augmented or prepare, mode
+        super().__init__(size, background="drop")
+        self.prepare, self.augmented, self.first_mode = prepare, augmented or prepare, mode
 
     def _decode_jpeg(self, data: bytes) -> None:
         """Pillow decodes all: the library's transforms take its images."""
 
     def encode(self, value: Any) -> Image.Image:
         picture = self.picture(value)
-        if self.mode:
-            picture = picture.convert(self.mode)
-        picture.load()
-        return picture
+        return without_palette_alpha(picture).convert(self.first_mode) if self.first_mode else picture
+
+    def as_rgb(self) -> "LibraryImages":
+        other = copy.copy(self)
+        other.first_mode = self.first_mode or "RGB"
+        return other
 
     def transform(self, raw: Image.Image, training: bool) -> Tensor:
         return (self.augmented if training else self.prepare)(raw)
 
     def blank(self) -> Tensor:
-        return self.prepare(Image.new(self.mode or "RGB", (self.size, self.size)))
+        return self.prepare(Image.new(self.first_mode or "RGB", (self.size, self.size)))
 
     def forward(self, batch: Tensor) -> Tensor:
         return batch
@@ -75,15 +80,22 @@ class LibraryAudio(AudioModality):
     """What the library's feature extractor makes of a sound: float tensors. Those of different lengths are padded by NaN.
 
     Args:
-        extract: float32 [samples] in [-1, 1] at `sample_rate` → a tensor.
+        extract: float32 [samples] at `sample_rate`, as they were decoded → a tensor.
+        shortest: samples that the network needs at least.
     """
 
-    def __init__(self, extract: Callable[[np.ndarray], Tensor], sample_rate: int) -> None:
+    def __init__(self, extract: Callable[[np.ndarray], Tensor], sample_rate: int, shortest: int = 1) -> None:
         super().__init__(sample_rate)
-        self.extract = extract
+        self.extract, self.shortest = extract, shortest
+
+    def stored(self, parts: Iterable[np.ndarray]) -> Tensor:
+        sound = joined(list(parts))
+        if len(sound) < self.shortest:
+            raise DecodeError(f"a sound of {len(sound)} samples at {self.sample_rate} Hz: this model needs {self.shortest}")
+        return sound
 
     def transform(self, raw: Tensor, training: bool) -> Tensor:
-        return self.extract(raw.numpy().astype(np.float32) / 32768)
+        return self.extract(raw.numpy())
 
     def blank(self) -> Tensor:
         return self.extract(np.zeros(self.sample_rate, dtype=np.float32))

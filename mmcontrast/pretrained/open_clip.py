@@ -1,13 +1,16 @@
 """open_clip's models: CLIP, CoCa, SigLIP and others by an architecture's name, from the hub, or from a folder."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
+from mmcontrast.modalities.image import without_palette_alpha
 from mmcontrast.model import ContrastiveModel
 from mmcontrast.pretrained.base import LibraryTower, assembled
 from mmcontrast.pretrained.modalities import LibraryImages, LibraryTexts
@@ -51,7 +54,7 @@ def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
     quick = quick_gelu(name, pretrained)
     whole = open_clip.create_model(name, pretrained, force_custom_text=True, require_pretrained=True, force_quick_gelu=quick)
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
-    prepare, augmented = (image_transform_v2(preprocess, is_train=train) for train in (False, True))
+    prepare, augmented = (partial(_pixels, image_transform_v2(preprocess, is_train=train)) for train in (False, True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
     tokenizer = open_clip.get_tokenizer(name)
     modalities = {
@@ -61,6 +64,11 @@ def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
     towers = {"image": LibraryTower(whole.visual), "text": LibraryTower(whole.text)}
     bias = None if whole.logit_bias is None else whole.logit_bias.item()
     return assembled(modalities, towers, whole.logit_scale.exp().item(), bias)
+
+
+def _pixels(transform: Callable[[Image.Image], Tensor], picture: Image.Image) -> Tensor:
+    """What open_clip makes of a picture in any mode: it scales it before it converts it to RGB."""
+    return transform(without_palette_alpha(picture))
 
 
 def _tokens(tokenizer: Any, text: str) -> Tensor:

@@ -17,7 +17,7 @@ from mmcontrast.model import ContrastiveModel
 from mmcontrast.pretrained.base import LibraryTower, assembled
 from mmcontrast.pretrained.modalities import LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.towers import PADDING, Tower, TransformersTower
-from mmcontrast.towers.transformers import positions_of
+from mmcontrast.towers.transformers import positions_of, shortest_waveform
 from mmcontrast.trust import refuse_hub_attention
 
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
@@ -108,11 +108,12 @@ def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modalit
 
     if field == "image":
         side = getattr(config, "image_size", None) or 224
-        prepare = partial(_pixels, AutoImageProcessor.from_pretrained(name, trust_remote_code=False))
-        return LibraryImages(prepare, side if isinstance(side, int) else max(side))
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        mode = None if getattr(processor, "do_convert_rgb", False) else "RGB"
+        return LibraryImages(partial(_pixels, processor), side if isinstance(side, int) else max(side), mode)
     if field == "audio":
         extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate)
+        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate, shortest_waveform(config))
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")

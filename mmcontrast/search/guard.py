@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import ipaddress
 import re
 import socket
@@ -15,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import AudioModality, ImageModality
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality
+from mmcontrast.modalities.audio import UNKNOWN, open_sound
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_PIXELS = 50_000_000  # of a picture that a client sends
@@ -99,6 +99,7 @@ def narrow_limits(embedder: Embedder) -> None:
             modality.max_pixels = min(modality.max_pixels, MAX_PIXELS)
         if isinstance(modality, AudioModality):
             modality.max_seconds = min(modality.max_seconds, MAX_SECONDS)
+            modality.max_values = min(modality.max_values, MAX_VALUES)
 
 
 def refuse_long_sound(data: bytes) -> None:
@@ -107,9 +108,11 @@ def refuse_long_sound(data: bytes) -> None:
         UserError: for a sound that is small as a file and large when it is decoded.
     """
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with open_sound(data) as file:
             values = file.frames * file.channels
+    except DecodeError as error:
+        raise UserError(f"the sound: {error}") from error
     except (soundfile.SoundFileError, ValueError) as error:
         raise UserError(f"the sound: not a sound that can be decoded ({error})") from error
-    if values > MAX_VALUES:
+    if MAX_VALUES < values < UNKNOWN:  # those of unknown length are counted as they are decoded
         raise UserError(f"the sound: {values} values, more than {MAX_VALUES}: give a shorter one")

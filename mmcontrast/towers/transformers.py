@@ -145,3 +145,11 @@ def _width(config: Any) -> int:
     if hasattr(config, "hidden_sizes"):
         return config.hidden_sizes[-1]
     raise ValueError(f"{config.model_type} has no one hidden size; name a single encoder, as clip_vision_model of clip")
+
+
+def shortest_waveform(config: Any) -> int:
+    """Return how many samples a network of waveforms needs for one frame; 1 for any other."""
+    samples = 1
+    for kernel, stride in zip(*(reversed(getattr(config, f"conv_{name}", ())) for name in ("kernel", "stride")), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples

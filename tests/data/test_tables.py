@@ -39,7 +39,7 @@ def picture(k):
 
 def sound(k):
     target = io.BytesIO()
-    soundfile.write(target, np.full(800, 100 * k, dtype=np.int16), 16_000, format="FLAC")
+    soundfile.write(target, np.arange(100 * k, 100 * k + 800, dtype=np.int16), 16_000, format="FLAC")
     return target.getvalue()
 
 

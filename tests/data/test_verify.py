@@ -22,6 +22,7 @@ from mmcontrast.data_commands import _reading, _sources, verify
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality, VectorModality
 from tests.command import mmcontrast
+from tests.modalities.picture_files import files
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -32,9 +33,12 @@ def picture(format="PNG", size=(8, 8)):
     return target.getvalue()
 
 
-def sound():
+RAMP = np.arange(800, dtype=np.int16)
+
+
+def sound(samples=RAMP, format="FLAC", subtype=None):
     target = io.BytesIO()
-    soundfile.write(target, np.zeros(800, dtype=np.int16), 16_000, format="FLAC")
+    soundfile.write(target, samples, 16_000, format=format, subtype=subtype)
     return target.getvalue()
 
 
@@ -57,6 +61,9 @@ BAD_MEMBERS = {
     "a group without a number": ("json", b'{"group_id": [7]}', "group_id [7] is neither a whole number nor a text"),
     "a negative group": ("json", b'{"group_id": -4}', "group_id -4 is negative"),
     "an empty picture": ("png", b"", "not a picture"),
+    "silence": ("flac", sound(np.zeros(800)), "a constant sound: each of its 800 samples is 0"),
+    "a sound of NaN": ("wav", sound(np.full(800, np.nan), "WAV", "FLOAT"), "no numbers (NaN)"),
+    "a sound of integers as floats": ("wav", sound(np.arange(800.0), "WAV", "FLOAT"), "where full scale is 1"),
 }
 
 
@@ -202,6 +209,19 @@ def test_worse_members_are_found_and_survived(tmp_path, fault):
     dataset = ShardDataset(str(tmp_path / "x.tar"), modalities, {}, training=True)
     sample = dataset[0, 1]
     assert sample.error is None and f"sample 'b', member .{extension}: " in sample.replaces[0]["error"]
+
+
+def test_pictures_with_alpha_are_counted_and_endless_sounds_looked_into(tmp_path):
+    pictures = [data for name, data in files().items() if data[1:4] == b"PNG"]
+    endless = bytearray(sound())
+    endless[18:26] = (int.from_bytes(endless[18:26], "big") >> 36 << 36).to_bytes(8, "big")
+    members = [(f"p{k}.png", data) for k, data in enumerate(pictures)]
+    tar_of(tmp_path / "x.tar", [*members, ("s.flac", bytes(endless)), ("t.flac", sound())])
+    told = [line for line in inspect_shards([str(tmp_path / "x.tar")], tmp_path / "page.html") if isinstance(line, str)]
+    alpha = sum(Image.open(io.BytesIO(data)).has_transparency_data for data in pictures)
+    assert [line for line in told if f"{alpha} of {len(pictures)} pictures have alpha" in line] and 0 < alpha < len(pictures)
+    assert not [line for line in told if "cannot be read" in line]
+    assert not verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
 
 
 def test_a_name_that_is_not_utf8_is_a_name(tmp_path):

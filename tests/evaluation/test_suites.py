@@ -1,5 +1,6 @@
 """Suites on data in CLIP_benchmark's layout against its own evaluation, and every kind of task on shards of ours."""
 
+import io
 import json
 import os
 import shutil
@@ -23,14 +24,15 @@ from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
 from mmcontrast.embedder import load
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation import EmbeddingTable, open_splits
-from mmcontrast.evaluation.cache import fingerprint
+from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, open_splits
+from mmcontrast.evaluation.cache import fingerprint, table_folder
 from mmcontrast.runs import prepare_folder
 from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.setup import make_model
 from tests.command import mmcontrast
+from tests.modalities.picture_files import files
 from tests.pretrained.test_open_clip import save
 from tests.results import results_of
 
@@ -168,6 +170,23 @@ def test_retrieval_of_captions_on_its_layout_is_clip_benchmarks(model, tmp_path)
     ):
         assert found[f"wds_captions/retrieval/{way}/recall_at_{name[-1]}"] == pytest.approx(value, abs=1e-6), name
     assert found["wds_captions/retrieval/text_to_image/num_queries"] == sum(2 + k % 4 for k in range(24))
+
+
+def test_pictures_of_any_mode_are_given_to_the_model_as_clip_benchmark_gives_them(model, tmp_path):
+    """Its loader converts them to RGB before open_clip scales them; a suite of other shards leaves them to open_clip."""
+    folder = tmp_path / "wds_modes"
+    pngs = [data for data in files().values() if data[1:4] == b"PNG"]
+    samples = [{"__key__": f"s{k:04d}", "png": data, "cls": k % 3} for k, data in enumerate(pngs)]
+    write(folder, "test", samples, 1)
+    (folder / "classnames.txt").write_text("\n".join(NAMES) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}", load_weights=False)
+    embedder, options = load(model), EvaluationOptions(splits={"a": str(folder), "b": f"{folder}/test/*.tar"})
+    datasets = open_splits(options, embedder.model, embedder.dataset)[1]
+    for k, (picture, _) in enumerate(build_wds_dataset("x", preprocess, data_dir=str(folder))):
+        assert torch.equal(datasets["a"][k].values["image"], picture)
+        assert torch.equal(datasets["b"][k].values["image"], preprocess(Image.open(io.BytesIO(pngs[k]))))
+    assert len(pngs) == k + 1 and table_folder("m", datasets["a"]) != table_folder("m", datasets["b"])
 
 
 def test_an_encoder_of_pictures_is_asked_by_probes(tmp_path):

@@ -91,6 +91,11 @@ def saved(made, folder):
     return folder
 
 
+def opened(files, processor):
+    """As the processor takes them: in any mode where it converts to RGB itself, in its own way of treating transparency."""
+    return [Image.open(file) if processor.do_convert_rgb else Image.open(file).convert("RGB") for file in files]
+
+
 @pytest.mark.parametrize("kind", DUAL)
 def test_dual_encoders_embeddings_logits_and_predictions_are_transformers(kind, tmp_path):
     made = DUAL[kind]()
@@ -102,7 +107,7 @@ def test_dual_encoders_embeddings_logits_and_predictions_are_transformers(kind, 
         inputs = processor(audio=[soundfile.read(file)[0] for file in files], sampling_rate=8000, **texts)
     else:
         field, files = "images", pictures(tmp_path)
-        inputs = processor(images=[Image.open(file).convert("RGB") for file in files], **texts)
+        inputs = processor(images=opened(files, processor.image_processor), **texts)
     with torch.no_grad():
         output = network(**inputs)
     theirs, logits = (
@@ -189,9 +194,8 @@ def test_image_encoders_give_their_class_token(kind, tmp_path):
     network.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     files = pictures(tmp_path)
-    inputs = hf.AutoImageProcessor.from_pretrained(tmp_path / "model")(
-        images=[Image.open(file).convert("RGB") for file in files], return_tensors="pt"
-    )
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "model")
+    inputs = processor(images=opened(files, processor), return_tensors="pt")
     with torch.no_grad():
         expected = F.normalize(network(**inputs).last_hidden_state[:, 0], dim=1)
     torch.testing.assert_close(
@@ -212,13 +216,21 @@ def test_sound_encoders_do_not_depend_on_the_batch(kind, norm, tmp_path):
     extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=norm == "layer")
     network.save_pretrained(tmp_path / "model")
     extractor.save_pretrained(tmp_path / "model")
-    files, expected = sounds(tmp_path, 8000, (0.4, 0.11, 0.3, 0.4)), []
+    files = sounds(tmp_path, 8000, (0.4, 0.11, 0.3, 0.4))
+    samples = [soundfile.read(file)[0] for file in files]
+    for number, subtype in enumerate(("PCM_24", "FLOAT")):  # quiet ones, which are not rounded to 16 bits on their way
+        files.append(tmp_path / f"quiet{number}.wav")
+        soundfile.write(files[-1], samples[0] * 1e-3, 8000, subtype=subtype)
+    expected = []
     for file in files:
         with torch.no_grad():
             inputs = extractor(soundfile.read(file)[0], sampling_rate=8000, return_tensors="pt")
             expected.append(F.normalize(network(inputs["input_values"]).last_hidden_state.mean(1), dim=1)[0])
     model = mmcontrast.load(tmp_path / "model")
     torch.testing.assert_close(model.embed(audio=files, batch_size=3), torch.stack(expected), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"audio\[1\]: a sound of 19 samples at 8000 Hz: this model needs 20"):
+        model.embed(audio=[(samples[0][:20], 8000), (samples[0][:19], 8000)])
+    assert model.embed(audio=[(samples[0][:20], 8000)]).isfinite().all()
 
 
 def test_a_copy_computes_with_its_own_weights(tmp_path):

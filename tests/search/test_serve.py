@@ -155,6 +155,11 @@ def test_members_come_as_what_they_are(server):
 def test_pictures_that_are_bombs_or_none(server):
     assert len(bomb()) < 100_000
     assert "20000×20000 pixels, more than max_pixels" in refused(server, "/api/search", form(image=bomb()), FORM)[1]
+    target = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(target, "JPEG", progressive=True)
+    scan = target.getvalue()[target.getvalue().rindex(b"\xff\xda") : -2]
+    scans = target.getvalue()[:-2] + scan * 500 + b"\xff\xd9"
+    assert "scans of 2000×2000 pixels, more than 16 ×" in refused(server, "/api/search", form(image=scans), FORM)[1]
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n"
     assert "the picture: not a picture" in refused(server, "/api/search", form({"image": "photo.jpg"}, image=eps), FORM)[1]
     for data in (b"", b"\xff\xd8\xff", picture()[:60], b"GIF89a" + bytes(100), b"<svg xmlns='http://www.w3.org/2000/svg'/>"):
@@ -168,6 +173,9 @@ def test_sounds_that_are_too_long_or_none(server):
     wide = io.BytesIO()
     soundfile.write(wide, np.zeros((2**22 + 1, 8), dtype=np.int16), 96_000, format="FLAC")
     assert "values, more than" in refused(server, "/api/search", form(audio=wide.getvalue()), FORM)[1]
+    endless = bytearray(long)  # as an encoder leaves it that writes into a pipe
+    endless[18:26] = (int.from_bytes(endless[18:26], "big") >> 36 << 36).to_bytes(8, "big")
+    assert "s of sound, more than 120" in refused(server, "/api/search", form(audio=bytes(endless)), FORM)[1]
     for data in (b"", b"RIFF" + frames + b"WAVEfmt ", picture(), sound()[:30], b"\0" * 1000):
         assert "the sound: " in refused(server, "/api/search", form(audio=data), FORM)[1]
 
