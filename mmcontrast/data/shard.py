@@ -215,7 +215,7 @@ class Members:
         for name, place, size in members:
             key, extension = _parts_of(name)
             if not extension:
-                if not name.endswith("/"):  # a folder, in the oldest tars
+                if name and not name.endswith("/"):  # a folder, in the oldest tars
                     left_out.add(NO_EXTENSION, name)
                 continue
             if key != last:
