@@ -159,6 +159,13 @@ def test_an_index_appears_whole_or_not_at_all(table, tmp_path):
     with pytest.raises(UserError, match="field 'b', row 1200, sample 'sample 1200': the embedding is not finite"):
         build_index(tmp_path / "table", tmp_path / "out", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table"]
+    with pytest.raises(
+        UserError, match="row 1200, sample 'sample 1200': the embedding is not finite"
+    ):  # it asks for the recall
+        build_index(tmp_path / "table", tmp_path / "out", ["a"], progress=False)
+    made.fields["b"][1200] = made.fields["b"][0]
+    (tmp_path / "table" / "manifest.json").unlink()
+    made.write(tmp_path / "table")
     build_index(tmp_path / "table", tmp_path / "out", ["a"], progress=False)
     assert SearchIndex.open(tmp_path / "out").fields == ["a"]
     with pytest.raises(UserError, match="exists: remove it, or choose another folder"):
