@@ -28,7 +28,7 @@ def check_scans(data: bytes, width: int, height: int, max_pixels: int) -> None:
 def _markers(data: bytes, kind: bytes) -> int:
     """Return how often a marker's bytes are there, wherever they lie: at even places and at odd ones."""
     value = int.from_bytes(b"\xff" + kind, "little")
-    return sum(np.count_nonzero(np.frombuffer(data, "<u2", (len(data) - k) // 2, k) == value) for k in (0, 1))
+    return sum(int(np.count_nonzero(np.frombuffer(data, "<u2", (len(data) - k) // 2, k) == value)) for k in (0, 1))
 
 
 def check_parts(data: bytes) -> None:
