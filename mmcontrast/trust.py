@@ -96,7 +96,8 @@ def library_code_refused(name: object) -> Iterator[None]:
         if not isinstance(error if isinstance(error, pickle.UnpicklingError) else error.__cause__, pickle.UnpicklingError):
             raise
         raise UserError(
-            f"{name}: its checkpoint holds more than tensors, and objects are not unpickled here: save its state_dict() alone"
+            f"{name}: its checkpoint is damaged, or holds more than tensors, and objects are not unpickled here: save its"
+            " state_dict() alone"
         ) from error
     finally:
         with _lock:

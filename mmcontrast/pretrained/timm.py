@@ -1,6 +1,5 @@
 """timm's image encoders: pooled features, prepared by the data config that comes with the weights."""
 
-from pathlib import Path
 from typing import Any
 
 from mmcontrast.components import nearest
@@ -34,10 +33,6 @@ def open_timm(name: str, pretrained: str | None) -> ContrastiveModel:
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
     if ":" in name and pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
-    if pretrained and not Path(pretrained).is_file():
-        raise UserError(
-            f"{name}: pretrained={pretrained!r}: no such file; a checkpoint's file, or leave it out for timm's weights"
-        )
     options: dict[str, Any] = {}
     if pretrained:  # with as many classes as it has, so that timm loads it strictly
         config = timm.get_pretrained_cfg(name)
