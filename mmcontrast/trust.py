@@ -64,18 +64,19 @@ def import_by_path(path: str, kind: str) -> Any:
 
 
 @contextmanager
-def library_code_refused(name: object) -> Iterator[None]:
+def library_code_refused(name: object, runs_transformers: bool = True) -> Iterator[None]:
     """Keep torch from unpickling objects, and transformers from running, or asking to run, code that lies beside a model, also
     where another library calls them.
 
     Args:
         name: of the model, for messages.
+        runs_transformers: the library may call transformers, which is imported for that.
 
     Raises:
         UserError: in the place of what would run code.
     """
     global _inside
-    import transformers.dynamic_module_utils as remote
+    remote = importlib.import_module("transformers.dynamic_module_utils") if runs_transformers else None
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise UserError(f"{name}: {NEVER_RUN}")
@@ -83,10 +84,11 @@ def library_code_refused(name: object) -> Iterator[None]:
     # 0 seconds: it asks nobody
     replaced = {"get_cached_module_file": refuse, "_raise_timeout_error": refuse, "TIME_OUT_REMOTE_CODE": 0}
     with _lock:
-        if not _inside:
+        if remote and not any(module is remote for module, _, _ in _restore):
             for attribute, value in replaced.items():
                 _restore.append((remote, attribute, getattr(remote, attribute)))
                 setattr(remote, attribute, value)
+        if not _inside:
             _restore.extend((os.environ, variable, os.environ.pop(variable, None)) for variable in (WEIGHTS_ONLY, ANYTHING))
             os.environ[WEIGHTS_ONLY] = "1"
         _inside += 1
@@ -96,7 +98,8 @@ def library_code_refused(name: object) -> Iterator[None]:
         if not isinstance(error if isinstance(error, pickle.UnpicklingError) else error.__cause__, pickle.UnpicklingError):
             raise
         raise UserError(
-            f"{name}: its checkpoint holds more than tensors, and objects are not unpickled here: save its state_dict() alone"
+            f"{name}: its checkpoint is damaged, or holds more than tensors, and objects are not unpickled here: save its"
+            " state_dict() alone"
         ) from error
     finally:
         with _lock:

@@ -56,7 +56,7 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
         for pretrained in (missing, str(missing), tmp_path):
             with pytest.raises(UserError, match=f"{name}.*pretrained='{pretrained}': no such file"):
                 mmcontrast.load(name, pretrained=pretrained)
-        with pytest.raises(UserError, match=f"{name} with pretrained='{wrong}': "):
+        with pytest.raises(UserError, match=f"{name}: pretrained='{wrong}': "):
             mmcontrast.load(name, pretrained=wrong)
     with pytest.raises(UserError, match="no such tag.*did you mean 'laion2b_s34b_b79k'"):
         mmcontrast.load("ViT-B-32", pretrained="laion2b_s34b_b79")

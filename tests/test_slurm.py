@@ -53,7 +53,7 @@ def test_two_scripts_where_the_run_is_evaluated_after(config_file, tmp_path):
     check_shell(training)
     check_shell(evaluation)
     assert "nodes=1" in directives(evaluation) and "processes=2 " in training and "gpus-per-node" not in done.stdout
-    assert f"exec {sys.executable} -m mmcontrast evaluate {tmp_path}/runs/small\n" in evaluation
+    assert f"exec {sys.executable} -m mmcontrast evaluate {tmp_path}/runs/small --trust-code\n" in evaluation
 
 
 def test_names_are_words_of_the_shell_and_nothing_else(config_file, tmp_path):

@@ -28,7 +28,7 @@ def open_pretrained(name: str, pretrained: str | None = None, pooling: str | Non
     Raises:
         UserError: in one line, for a name that is none, for files that are not there or not as they should be.
     """
-    with in_one_line(f"{name} with pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
+    with in_one_line(f"{name}: pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
         library, name = resolved(name)
         if pooling and library != "transformers":
             raise UserError(f"{name}: pooling={pooling!r} is for encoders of transformers; {library} has its own")
@@ -39,6 +39,8 @@ def open_pretrained(name: str, pretrained: str | None = None, pooling: str | Non
         if library == "timm":
             from mmcontrast.pretrained.timm import open_timm
 
+            if pretrained and ":" not in name and not Path(pretrained).is_file():
+                raise FileNotFoundError(f"pretrained={pretrained!r}: no such file; leave it out for timm's weights")
             return open_timm(name, pretrained)
         if pretrained:
             raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")

@@ -1,6 +1,5 @@
 """timm's image encoders: pooled features, prepared by the data config that comes with the weights."""
 
-from pathlib import Path
 from typing import Any
 
 from mmcontrast.components import nearest
@@ -35,10 +34,6 @@ def open_timm(name: str, pretrained: str | None) -> ContrastiveModel:
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
     if ":" in name and pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
-    if pretrained and not Path(pretrained).is_file():
-        raise UserError(
-            f"{name}: pretrained={pretrained!r}: no such file; a checkpoint's file, or leave it out for timm's weights"
-        )
     options = from_file(name, pretrained) if pretrained else {}
     network: Any = timm.create_model(name, pretrained=True, **options)
     network.reset_classifier(0)
