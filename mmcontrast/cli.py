@@ -212,9 +212,10 @@ def embed(
 
     from mmcontrast.data import ShardOptions
     from mmcontrast.evaluation import TableSlice
+    from mmcontrast.options import Keys
     from mmcontrast.tasks import embed_shards
 
-    of_fields: dict[str, list[str]] = {}
+    of_fields: dict[str, Keys] = {}
     for given in keys or ():
         field, equals, column = given.partition("=")
         if not (field and equals and column):

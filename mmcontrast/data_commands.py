@@ -122,6 +122,7 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
         UserError: if the config is wrong.
     """
     from mmcontrast.config import load_config
+    from mmcontrast.data import ShardOptions
     from mmcontrast.data.verify import Reading
     from mmcontrast.evaluation.layouts import with_layouts
     from mmcontrast.training.setup import make_modalities, source_modalities
@@ -140,7 +141,7 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
     if not isinstance(train, dict):
         sources["data.train"] = train, Reading(modalities, keys, as_training=True)
     for name, split in with_layouts(run.evaluation, "", "").splits.items():
-        patterns, files = getattr(split, "shards", split), getattr(split, "files", None)
-        reading = Reading(modalities, keys | getattr(split, "keys", {}), files, as_training=True)
-        sources[f"evaluation.splits.{name}"] = patterns, reading
+        given = ShardOptions.of(split)
+        reading = Reading(modalities, keys | given.keys, given.files, as_training=True)
+        sources[f"evaluation.splits.{name}"] = given.shards, reading
     return sources, shared

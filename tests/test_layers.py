@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 PACKAGE = Path(__file__).parent.parent / "mmcontrast"
 MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it may too
     "errors": [],
@@ -79,9 +81,12 @@ assert not libraries & sys.modules.keys(), libraries & sys.modules.keys()
 from mmcontrast.cli import app
 app(sys.argv[1:], standalone_mode=False)
 assert "timm" in sys.modules and "transformers" not in sys.modules and "open_clip" not in sys.modules"""
-    small = "towers.text={type: open_clip_text, width: 16, layers: 1, heads: 2, context_length: 24, vocab_size: 49408}"
-    options = ["data.num_workers=0", "train.steps=1", "evaluation.splits={}", "evaluation.zero_shot={}"]
-    command = [sys.executable, "-c", script, "train", str(config_file), small, *options]
+    config = yaml.safe_load(config_file.read_text())
+    del config["fields"]["audio"], config["towers"]["audio"]
+    config["towers"]["text"] = {"type": "open_clip_text", "width": 16, "layers": 1, "heads": 2, "context_length": 24}
+    config["evaluation"] = {}
+    config_file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-c", script, "train", str(config_file), "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr[-3000:]
 

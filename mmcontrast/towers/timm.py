@@ -26,7 +26,8 @@ class TimmTower(Tower):
         if not timm.is_model(model.split(".")[0]):
             raise UserError(f"timm has no model {model!r}; {nearest(model, timm.list_models())[:200]}")
         what = f"timm's {model!r} refuses an option, or has no weights"
-        with library_errors(what), library_messages(f"timm tower {model}"), library_code_refused(model, runs_transformers=False):
+        refused = library_code_refused(model, runs_transformers=False)
+        with library_errors(what), library_messages(f"timm tower {model}"), refused:
             if isinstance(pretrained, str):
                 options = from_file(model, pretrained) | options
             self.network = timm.create_model(model, pretrained=bool(pretrained), **({"num_classes": 0} | options))
