@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 LOWEST := .venv-lowest
-TESTS := -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+TESTS := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help env data quickstart test test-slow test-lowest check clean
 

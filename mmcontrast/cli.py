@@ -188,7 +188,7 @@ def embed(
     pretrained: Pretrained = None,
     device: Device = None,
     precision: Precision = "fp32",
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples that go through the model at a time")] = 256,
     num_workers: Annotated[int, typer.Option(min=0, help="decoding processes")] = 0,
     part: Annotated[
         str | None, typer.Option(metavar="I/N", help="the I-th of N slices alone: many processes, one table")
@@ -239,7 +239,7 @@ def submit(
     config: ConfigFile,
     time: Time,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="of the cluster")] = 1,
     gpus_per_node: Gpus = 1,
     procs_per_node: Annotated[int | None, typer.Option(min=1, help="of nodes without GPUs; default: 1")] = None,
     cpus_per_task: Cpus = None,
@@ -280,7 +280,7 @@ def submit_embed(
     tasks: Annotated[int, typer.Option(min=1, help="slices of the table, each a task of the array")],
     time: Time,
     checkpoint: Checkpoint = "last",
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples that go through the model at a time")] = 256,
     num_workers: Annotated[int, typer.Option(min=0, help="decoding processes of a task")] = 0,
     gpus_per_node: Annotated[int, typer.Option(min=0, max=1, help="of a task; 0: none")] = 1,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="default: 1 and one for each of its workers")] = None,

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,19 @@ def real_command(arguments: Sequence[object], ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "mmcontrast", *map(str, arguments)]
 
 
+def session_folder() -> Path:
+    """Return a folder that all of pytest's workers of this session share."""
+    return Path(os.environ[FOLDER])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one of the processes that share a folder in at a time."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _environment(env: Mapping[str, str] | None) -> dict[str, str]:
     path = os.pathsep.join([*filter(None, [(env or {}).get("PYTHONPATH")]), str(ROOT)])
     return os.environ | dict(env or {}) | {"PYTHONPATH": path}
@@ -185,10 +199,9 @@ def _environment(env: Mapping[str, str] | None) -> dict[str, str]:
 
 def _server() -> Path:
     """Return the fork server's socket; the first test that asks, of all workers, starts it."""
-    folder = Path(os.environ[FOLDER])
+    folder = session_folder()
     path = folder / "fork_server"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         if not path.exists():
             env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
             env["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow

@@ -94,6 +94,7 @@ def test_mistakes_are_one_line_and_leave_nothing(config_file, tmp_path, monkeypa
 def test_a_run_is_continued_with_its_own_config_or_on_demand(config_file, tmp_path):
     config = load_config(config_file)
     prepare_folder(config, overwrite=False)
+    (config.folder / "metrics.jsonl").write_text('{"step": 1}\n')  # it has begun
     assert submit(config_file, "--dry-run").exit_code == 0
     other = submit(config_file, "train.lr=0.5", "--dry-run")
     assert other.exit_code == 2 and "(train.lr=0.001 there and 0.5 here): continue it with this one by --resume" in " ".join(

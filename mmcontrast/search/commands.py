@@ -104,7 +104,7 @@ def _plain(text: str) -> str:
 
 def serve(
     index: IndexFolder,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8321,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="to listen at")] = 8321,
     host: Annotated[str, typer.Option(help="an address to listen at; others than the loopback let others in")] = LOOPBACK,
     device: Device = None,
     trust_code: TrustCode = False,

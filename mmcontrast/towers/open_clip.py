@@ -117,7 +117,7 @@ class OpenClipTower(OpenClipTextReader):
         if part not in ("image", "text"):
             raise UserError(f"open_clip tower: part must be 'image' or 'text', not {part!r}")
         what = f"open_clip's {model!r} with pretrained={pretrained!r}"
-        with library_errors(what), library_messages(f"open_clip tower {model}"), library_code_refused(model):
+        with library_errors(what), library_messages(f"open_clip tower {model}"), library_code_refused(what):
             options.setdefault("force_quick_gelu", quick_gelu(model, pretrained))
             whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
             size = open_clip.get_model_config(model)

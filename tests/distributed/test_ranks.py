@@ -15,10 +15,8 @@ import torch.nn.functional as F
 
 from mmcontrast import contrastive_loss, score_statistics
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
-from tests.command import call_on_ranks, free_port
+from tests.command import call_on_ranks, free_port, locked, session_folder
 from tests.score.problems import REDUCTIONS, finite_sum, problem
-
-pytestmark = pytest.mark.xdist_group("ranks")  # all cases run once
 
 RANKS, FIELDS = 4, ("a", "b", "c")
 SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
@@ -26,7 +24,9 @@ DRIVERS = ["ring", "gather"]
 LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False, True]))
 LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip", "global"}), [True]))
 PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [False, True]))
-STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch", "triton"], [False, True]))
+STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch"], [False, True]))
+STATISTICS += itertools.product([(5, 0, 6)], DRIVERS, ["triton"], [False, True])
+MORE_STATISTICS = list(itertools.product([s for s in SIZES if s != (5, 0, 6)], DRIVERS, ["triton"], [False, True]))  # slow
 MEMORIES = list(itertools.product([(5, 0, 6), (5, 1)], DRIVERS, ["learnable", "individual"]))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
 
@@ -158,8 +158,8 @@ def check_statistics(group, rank, sizes, driver, backend, per_anchor):
         torch.testing.assert_close(a.double(), b if a.dim() == 0 else b[place], **tolerance)
 
 
-def worker(rank, port, folder):
-    """Run all cases, and leave in a file what went wrong."""
+def worker(rank, port, folder, slow):
+    """Run all cases, or the slow ones, and leave in a file what went wrong."""
     answers = []
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -172,6 +172,8 @@ def worker(rank, port, folder):
     cases += [(check_memory, case, first[len(case[0])]) for case in MEMORIES]
     cases += [(check_statistics, case, first[len(case[0])]) for case in STATISTICS]
     cases += [(check_loss, OTHER_GROUP, apart)]
+    if slow:
+        cases = [(check_statistics, case, first[len(case[0])]) for case in MORE_STATISTICS]
     for check, case, group in cases:
         if dist.get_rank(group) >= 0:
             try:
@@ -183,13 +185,26 @@ def worker(rank, port, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory):
-    """{(check, case): what went wrong}, of all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    call_on_ranks(f"{__name__}:worker", RANKS, free_port(), str(folder))
-    answers = [answer for rank in range(RANKS) for answer in pickle.loads((folder / f"rank-{rank}.pickle").read_bytes())]
+def found_by_ranks(slow):
+    """Return {(check, case): what went wrong}, of all cases; run once, whichever of pytest's workers asks first."""
+    folder = session_folder() / f"ranks-{slow}"
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"rank-{rank}.pickle" for rank in range(RANKS)]
+    with locked(folder):
+        if not all(file.exists() for file in files):
+            call_on_ranks(f"{__name__}:worker", RANKS, free_port(), str(folder), slow)
+    answers = [answer for file in files for answer in pickle.loads(file.read_bytes())]
     return {(check, case): f"rank {rank}: {text}" for check, case, rank, text in reversed(answers)}
+
+
+@pytest.fixture(scope="module")
+def failures():
+    return found_by_ranks(slow=False)
+
+
+@pytest.fixture(scope="module")
+def slow_failures():
+    return found_by_ranks(slow=True)
 
 
 def name(case):
@@ -214,6 +229,12 @@ def test_the_memory_of_all_ranks_is_that_of_one_process(case, failures):
 @pytest.mark.parametrize("case", STATISTICS, ids=name)
 def test_the_statistics_of_all_ranks_are_those_of_one_process(case, failures):
     assert ("check_statistics", case) not in failures, failures["check_statistics", case]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_STATISTICS, ids=name)
+def test_the_kernels_statistics_on_all_ranks_are_those_of_one_process(case, slow_failures):
+    assert ("check_statistics", case) not in slow_failures, slow_failures["check_statistics", case]
 
 
 def test_a_group_other_than_the_world(failures):

@@ -13,7 +13,7 @@ from tests import browser
 from tests.browser import Browser
 from tests.search.conftest import HOSTILE, NO_PICTURE, NO_SOUND, NO_TEXT, ROOT, mmcontrast, serve
 
-pytestmark = [pytest.mark.skipif(bool(browser.lacking()), reason=browser.lacking()), pytest.mark.xdist_group("search")]
+pytestmark = pytest.mark.skipif(bool(browser.lacking()), reason=browser.lacking())
 RUN, SHARDS = ROOT / "runs" / "quickstart", "data/glyphs/val*-*.tar"
 trained = pytest.mark.skipif(
     not (RUN / "results.json").exists() or not list(ROOT.glob(SHARDS)),

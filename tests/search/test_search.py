@@ -14,8 +14,6 @@ from mmcontrast.errors import UserError
 from mmcontrast.search import Searcher
 from tests.search.conftest import HOSTILE, NO_PICTURE, NO_TEXT
 
-pytestmark = pytest.mark.xdist_group("search")  # one run, index and server serve all of them
-
 
 def command(*arguments):
     """In this process: it has loaded what takes a command its seconds."""

@@ -21,8 +21,6 @@ from PIL import Image
 from mmcontrast.search.serve import MAX_HITS, MAX_TEXT, MAX_UPLOAD
 from tests.search.conftest import HOSTILE, NO_PICTURE, NO_SOUND, NO_TEXT, ROOT, mmcontrast, serve
 
-pytestmark = pytest.mark.xdist_group("search")  # one run, index and server serve all of them
-
 BOUNDARY = "limit"
 FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 GROWTH = 256 * 2**20  # of the server's memory, by all that this file does to it

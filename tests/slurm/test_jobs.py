@@ -44,7 +44,6 @@ SMALL = (
 )  # fmt: skip
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),  # one cluster
     pytest.mark.skipif(bool(lacking()), reason=f"no Slurm: {lacking()}"),
 ]
 
