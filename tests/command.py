@@ -214,6 +214,9 @@ def _server() -> Path:
     return path
 
 
+NO_EVALUATION = ("evaluation.splits={}", "evaluation.zero_shot={}")  # for runs of whose results nothing is asked
+
+
 def train(config: object, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `mmcontrast train CONFIG ARGUMENTS`."""
     return mmcontrast("train", config, *arguments, **options)

@@ -84,9 +84,9 @@ def test_memory_grows_linearly_and_has_the_gradients():
     [
         ("clip-vit-b-32", (87.85, 8.82), (63.43, 5.96)),
         ("clip-vit-b-16", (86.19, 35.13), (63.43, 5.96)),
-        ("clip-vit-l-14", (303.97, 162.03), (123.65, 13.30)),
+        pytest.param("clip-vit-l-14", (303.97, 162.03), (123.65, 13.30), marks=pytest.mark.slow),
         ("siglip-vit-b-16", (92.88, 35.42), (110.27, 11.02)),
-        ("siglip-so400m-14", (427.68, 220.35), (449.68, 13.19)),
+        pytest.param("siglip-so400m-14", (427.68, 220.35), (449.68, 13.19), marks=pytest.mark.slow),
     ],
 )
 def test_sizes_and_flops_are_those_that_open_clip_publishes(name, image, text):
@@ -147,6 +147,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
+@pytest.mark.slow
 def test_the_advice_fits_and_twice_of_it_does_not():
     config = str(CONFIGS / "quickstart.yaml")
     small = [config, "--memory", "2", "--devices", "2", "--json", "train.batch_size=8192"]

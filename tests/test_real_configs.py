@@ -38,7 +38,7 @@ ARCHITECTURES = {
          "intermediate_size": 4096, "max_position_embeddings": 514, "type_vocab_size": 1},
     ),
 }  # fmt: skip
-QUICK = {"clip-vit-b-32", "lit", "symile"}  # to plan in full
+QUICK = {"clip-vit-b-32", "lit", "symile"}  # to plan and to train in every run of the suite; the others are slow
 WORDS = ["a", "picture", "of", "number", "with", "sound", "0", "1", "2", "3", "4", "5", "6", "7"]
 VOCABULARY = 32
 
@@ -159,7 +159,7 @@ def fresh_accelerator():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in REAL])
 def test_a_config_learns_for_two_steps(name, shards, tokenizer, tmp_path, fresh_accelerator):
     config = load_config(CONFIGS / f"{name}.yaml")
     sources = config.data.train if isinstance(config.data.train, dict) else {}

@@ -31,7 +31,9 @@ class Margin(Objective):
 """
 
 
-@pytest.mark.parametrize("case", ["plain", "my own objective, a queue, and caching on two ranks"])
+@pytest.mark.parametrize(
+    "case", ["my own objective, a queue, and caching on two ranks", pytest.param("plain", marks=pytest.mark.slow)]
+)
 def test_two_ranks_train_as_one(config_file, tmp_path, case):
     """Batch norm sees each rank's own part, so the towers have none here; the loss sees all of the batch. An objective that
     is written outside the package and named by import path gets tiles, ranks and caching like any other."""

@@ -78,7 +78,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("fault", "real"), [*((fault, False) for fault in CASES), ("stall", True), ("die", True)])
+@pytest.mark.parametrize(
+    ("fault", "real"),
+    [*((fault, False) for fault in CASES), ("die", True), pytest.param("stall", True, marks=pytest.mark.slow)],
+)
 def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, fault, real):
     """Of ranks as Slurm starts them, and of torchrun's (`real`), which prints the code of the first that failed."""
     message, code = CASES[fault]
@@ -130,7 +133,7 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_warned_run_saves_and_continues_as_if_it_had_never_stopped(config_file, tmp_path, number):
     """With data workers, to which a scheduler sends the signal too."""
     options = ["train.steps=40", "data.num_workers=1", "evaluation.splits={}", "evaluation.zero_shot={}"]
@@ -180,6 +183,7 @@ def test_the_same_warning_by_two_ways_is_one(config_file, tmp_path):
     assert checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last").name == "step-00000003"
 
 
+@pytest.mark.slow
 def test_one_warned_rank_is_enough(config_file, tmp_path):
     """SIGUSR1 reaches rank 1 alone; both save the same step and end."""
     process = start_training(config_file, tmp_path, "train.steps=400", "data.lanes=2", ranks=2, real=True)

@@ -15,6 +15,7 @@ SETTINGS = [
     "towers.text.config.num_hidden_layers=2", "fields.image.modality.size=48", "fields.audio.modality.mels=32",
     "fields.audio.modality.hop=200", "train.ema_decay=0.5", "train.evaluate_every=2",
 ]  # fmt: skip
+SLOW = pytest.mark.slow  # as `make test-slow` runs them
 FSDP, DDP = "train.parallel=fsdp", "train.parallel=ddp"
 
 
@@ -42,7 +43,10 @@ def assert_equal_ends(run, other):
             assert results[0][name] == pytest.approx(results[1][name], abs=1e-3)
 
 
-@pytest.mark.parametrize("case", ["plain", "caching", "recomputed blocks, a queue, accumulation, kept weights"])
+@pytest.mark.parametrize(
+    "case",
+    ["caching", *(pytest.param(c, marks=SLOW) for c in ("plain", "recomputed blocks, a queue, accumulation, kept weights"))],
+)
 def test_shards_train_as_whole_copies_do(config_file, tmp_path, case):
     options = {"plain": [], "caching": ["train.micro_batch_size=3"]}.get(case)
     if options is None:
@@ -66,7 +70,7 @@ def test_a_checkpoint_of_shards_goes_on_whole_and_back(config_file, tmp_path):
     assert_equal_ends(tmp_path / "runs" / "changing", tmp_path / "runs" / "constant")
 
 
-@pytest.mark.parametrize("parallel", [DDP, FSDP])
+@pytest.mark.parametrize("parallel", [FSDP, pytest.param(DDP, marks=SLOW)])
 def test_what_is_evaluated_is_what_is_saved(config_file, tmp_path, parallel):
     """Batch norms see ranks apart; all evaluate with the statistics that are saved. With an average, in half precision."""
     options = ["train.steps=3", "data.lanes=2", parallel, "train.ema_decay=0.5"]

@@ -314,11 +314,9 @@ def test_a_fingerprint_is_the_same_in_every_process(run, model):
         "for name in sys.argv[1:]:\n    m = mmcontrast.load(name, device='cpu')\n    before = fingerprint(m.model)\n"
         "    m.embed(texts=['a queen of many colours']); assert fingerprint(m.model) == before; print(before)"
     )
-    found = [
-        subprocess.run([sys.executable, "-c", script, run, model], capture_output=True, text=True, check=True, env=env).stdout
-        for env in ({**os.environ, "PYTHONHASHSEED": seed} for seed in "12")
-    ]
-    assert found[0] == found[1] and len(set(found[0].split()[-2:])) == 2
+    env = {**os.environ, "PYTHONHASHSEED": "1"}  # here it is another one
+    there = subprocess.run([sys.executable, "-c", script, run, model], capture_output=True, text=True, check=True, env=env)
+    assert there.stdout.split()[-2:] == [fingerprint(load(name, device="cpu").model) for name in (run, model)]
     changed = load(run, device="cpu")
     before = fingerprint(changed.model)
     next(changed.model.parameters()).data[0] += 1

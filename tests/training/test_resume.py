@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 from mmcontrast.errors import UserError
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents, Saver
-from tests.command import train
-
-NO_EVALUATION = ("evaluation.splits={}", "evaluation.zero_shot={}")
+from tests.command import NO_EVALUATION, train
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mmcontrast.data import open_shards, write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.runs import make_job
 from mmcontrast.training.audit import warnings
-from tests.command import train
+from tests.command import NO_EVALUATION, train
 from tests.data.web_server import serving
 from tests.results import results_of
 
@@ -35,7 +35,7 @@ def broken(corpus, tmp_path):
 
 def test_broken_pictures_are_replaced_and_listed(config_file, broken, tmp_path):
     """The same replacements with a worker, and on resume; the sample ids of every step are written down."""
-    options = [f"data.train={broken}", "data.record_samples=true"]
+    options = [f"data.train={broken}", "data.record_samples=true", *NO_EVALUATION]
     done = train(config_file, *options, "data.num_workers=1")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
@@ -66,7 +66,7 @@ def test_two_sources_train_and_resume(config_file, corpus, tmp_path):
     rotated = "modalities: {image: {augment: [{type: RandomRotation, degrees: 10}]}}"
     sources = f"data.train={{spoken: {{shards: '{corpus}/train-*.tar', weight: 3}}, "
     sources += f"silent: {{shards: '{tmp_path}/silent-*.tar', weight: 1, {rotated}}}}}"
-    options = [sources, "data.record_samples=true", "train.steps=8"]
+    options = [sources, "data.record_samples=true", "train.steps=8", *NO_EVALUATION]
     done = train(config_file, *options)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
@@ -85,8 +85,8 @@ def test_two_sources_train_and_resume(config_file, corpus, tmp_path):
 
 
 def test_other_shards_are_refused_on_resume(config_file, broken):
-    assert train(config_file, "train.steps=2").returncode == 0
-    done = train(config_file, "--resume", f"data.train={broken}")
+    assert train(config_file, *NO_EVALUATION, "train.steps=2").returncode == 0
+    done = train(config_file, *NO_EVALUATION, "--resume", f"data.train={broken}")
     assert done.returncode == 0, "overwritten bytes are the same samples in the same places"
     first = sorted(broken.parent.glob("train-*.tar"))[0]
     (broken.parent / "train-00009.tar").write_bytes(first.read_bytes())
@@ -100,7 +100,7 @@ def test_bad_samples_are_counted_by_source_and_shards_come_from_a_server(config_
     with serving(corpus) as server:
         server.plan = ["503", "drop", "", "truncate", ""] * 4
         sources = f"data.train={{far: {{shards: '{server.url}/train-0000{{1,2}}.tar'}}, near: {{shards: '{broken}'}}}}"
-        options = [sources, "data.record_samples=true", "data.num_workers=1", "train.steps=12"]
+        options = [sources, "data.record_samples=true", "data.num_workers=1", "train.steps=12", *NO_EVALUATION]
         done = train(config_file, *options)
         assert done.returncode == 0, done.stderr
         assert "attempt 1 of 8 failed" in done.stderr and server.seen["503"] >= 1
@@ -129,7 +129,7 @@ def test_clusters_and_length_buckets_train_and_resume(config_file, corpus, tmp_p
     table = tmp_path / "clusters.csv"
     table.write_text("sample_id,cluster\n" + "\n".join(f"{i},{c}" for i, c in zip(ids, of["clusters"], strict=True)))
     option = f"data.clusters={table}" if kind == "clusters" else "data.bucket_by=text"
-    options = [option, "data.record_samples=true", "train.batch_size=8", "train.steps=12", "data.lanes=2"]
+    options = [option, "data.record_samples=true", "train.batch_size=8", "train.steps=12", "data.lanes=2", *NO_EVALUATION]
     done = train(config_file, *options)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
@@ -150,9 +150,9 @@ def test_clusters_and_length_buckets_train_and_resume(config_file, corpus, tmp_p
 
 
 def test_a_sequential_run_says_what_it_does_not_promise(config_file, corpus, tmp_path):
-    done = train(config_file, "data.sequential=true", "train.steps=4")
+    done = train(config_file, *NO_EVALUATION, "data.sequential=true", "train.steps=4")
     assert done.returncode == 0 and "no epoch shows each sample once" in " ".join(done.stderr.split())
-    assert train(config_file, "data.sequential=true", "--resume", "train.steps=6").returncode == 0
+    assert train(config_file, *NO_EVALUATION, "data.sequential=true", "--resume", "train.steps=6").returncode == 0
     assert [line["step"] for line in lines_of(tmp_path / "runs" / "small" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     refused = train(config_file, "--resume", "train.steps=8")
     assert refused.returncode == 2 and "its data order had" in refused.stderr

@@ -21,7 +21,7 @@ from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.cost import flops_per_sample, peak_samples
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
-from tests.command import mmcontrast, start, train
+from tests.command import NO_EVALUATION, mmcontrast, start, train
 from tests.results import results_of
 
 
@@ -77,7 +77,7 @@ def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
 
 def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
     """SIGKILL after the second checkpoint; the weights and losses at the end are those of a run left alone, bitwise."""
-    change = ["train.steps=12", "towers.text.config.hidden_dropout_prob=0.1", "data.num_workers=1"]
+    change = ["train.steps=12", "towers.text.config.hidden_dropout_prob=0.1", "data.num_workers=1", *NO_EVALUATION]
     whole = train(config_file, *change, "run.name=whole")
     assert whole.returncode == 0, whole.stderr
 
@@ -91,7 +91,6 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert not (killed / "results.json").exists()
 
     resumed = train(config_file, *change, "run.name=killed", "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -106,7 +105,7 @@ def test_what_an_objective_and_a_queue_remember_goes_through_a_checkpoint(config
     """Individual temperatures, a queue, caching, accumulation, dropout: resumed from step 4, bitwise the run left alone."""
     objective = "objective={type: global, temperature: individual, gamma: 0.5}"
     change = [objective, "train.queue_size=40", "train.micro_batch_size=3", "train.accumulation_steps=2"]
-    change += ["towers.text.config.hidden_dropout_prob=0.1"]
+    change += ["towers.text.config.hidden_dropout_prob=0.1", *NO_EVALUATION]
     whole = train(config_file, *change)
     assert whole.returncode == 0, whole.stderr
     assert "warning: train.micro_batch_size=3: batch norms (towers.audio." in " ".join(whole.stderr.split())
@@ -170,15 +169,22 @@ def test_a_batch_that_cannot_be_cut_is_refused(config_file):
 
 
 def test_resuming_with_another_order_of_the_data_is_refused(config_file):
-    assert train(config_file, "train.steps=2").returncode == 0
-    done = train(config_file, "--resume", "train.seed=9")
+    assert train(config_file, *NO_EVALUATION, "train.steps=2").returncode == 0
+    done = train(config_file, *NO_EVALUATION, "--resume", "train.seed=9")
     assert done.returncode == 2 and "seed=0, now 9" in done.stderr
 
 
 def test_init_from_a_run_starts_at_its_weights(config_file, tmp_path):
-    assert train(config_file, "train.steps=2").returncode == 0
+    assert train(config_file, *NO_EVALUATION, "train.steps=2").returncode == 0
     first = load_file(checkpoint.find(tmp_path / "runs/small/checkpoints", "last") / checkpoint.WEIGHTS)
-    done = train(config_file, "run.name=warm", f"train.init_from={tmp_path}/runs/small", "train.steps=1", "train.lr=1e-12")
+    done = train(
+        config_file,
+        "run.name=warm",
+        f"train.init_from={tmp_path}/runs/small",
+        "train.steps=1",
+        "train.lr=1e-12",
+        *NO_EVALUATION,
+    )
     assert done.returncode == 0, done.stderr
     second = load_file(checkpoint.find(tmp_path / "runs/warm/checkpoints", "last") / checkpoint.WEIGHTS)
     name = "projections.image.weight"
@@ -239,7 +245,7 @@ def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_refused(config_file, tmp_path):
-    assert train(config_file).returncode == 0
+    assert train(config_file, *NO_EVALUATION).returncode == 0
     last = checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last")
     checkpoint.check(last)
     with (last / checkpoint.WEIGHTS).open("r+b") as file:
@@ -266,7 +272,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 
 
 def test_a_trained_run_opens_and_embeds(config_file, corpus, tmp_path):
-    assert train(config_file, "train.steps=2").returncode == 0
+    assert train(config_file, *NO_EVALUATION, "train.steps=2").returncode == 0
     assert embed_shards(tmp_path / "runs/small", str(corpus / "val-*.tar"), tmp_path / "table", device="cpu", batch_size=10)
     table = EmbeddingTable.read(tmp_path / "table")
     assert len(table) == 24 and table.fields["image"].shape == (24, 16)
@@ -363,4 +369,4 @@ def test_a_run_is_trained_by_one_process_at_a_time(config_file, tmp_path):
             done = train(config_file, *options)
             assert done.returncode == 2 and "another process is training" in " ".join(done.stderr.split())
         assert not (tmp_path / "runs" / "small").exists()
-    assert train(config_file, "train.steps=1").returncode == 0
+    assert train(config_file, *NO_EVALUATION, "train.steps=1").returncode == 0
