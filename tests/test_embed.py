@@ -81,7 +81,8 @@ def same(first, second):
         assert torch.equal(first.present[field], second.present[field])
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow, id="alone"), pytest.param(2, id="torchrun")])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2], ids=["alone", "torchrun"])
 def test_a_killed_table_goes_on_where_it_was(run, corpus, tmp_path, ranks):
     """Every rank stops itself when it has two slices and is about to have a third, and is killed there."""
     out, shards = tmp_path / "table", str(corpus / "train-*.tar")

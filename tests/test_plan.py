@@ -114,6 +114,7 @@ def test_flops_of_a_sample_are_counted_without_touching_the_model():
     assert isinstance(model.towers["a"].network.weight.detach().sum().item(), float)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_keep_their_inputs_alone():
     config = CONFIGS / "clip-vit-b-32.yaml"
 

@@ -80,7 +80,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("fault", "real"),
-    [*((fault, False) for fault in CASES), ("die", True), pytest.param("stall", True, marks=pytest.mark.slow)],
+    [*((fault, False) for fault in CASES), *(pytest.param(fault, True, marks=pytest.mark.slow) for fault in ("stall", "die"))],
 )
 def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, fault, real):
     """Of ranks as Slurm starts them, and of torchrun's (`real`), which prints the code of the first that failed."""
@@ -108,7 +108,7 @@ def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, faul
         assert "time.sleep(1000)" in (run / "stalled" / "rank-00001.txt").read_text()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_endless_read_is_a_stall_of_the_loader(config_file, tmp_path, num_workers):
     endless = "fields.text.modality={type: my_lab:Endless, context_length: 24}"
     done = two_ranks(

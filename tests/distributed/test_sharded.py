@@ -62,6 +62,7 @@ def test_shards_train_as_whole_copies_do(config_file, tmp_path, case):
     assert {file.name for file in shards.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_shards_goes_on_whole_and_back(config_file, tmp_path):
     """Two ranks with shards → one process → two with whole copies → shards, against a run that was left alone."""
     for steps, ranks, options in ((2, 2, [FSDP]), (3, 1, ["--resume"]), (4, 2, [DDP, "--resume"]), (5, 2, [FSDP, "--resume"])):

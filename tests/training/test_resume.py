@@ -46,7 +46,9 @@ def test_rates_and_decays_are_those_of_the_config(config_file, run):
     assert {float(one["step"]) for one in state.values()} == {3.0}  # its memory is that of before
 
 
-@pytest.mark.parametrize("optimizer", ["lamb", "lion", "adafactor", "nadamw"])
+@pytest.mark.parametrize(
+    "optimizer", ["lamb", "adafactor", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lion", "nadamw"))]
+)
 def test_optimizers_of_timm_go_on_bitwise(config_file, tmp_path, optimizer):
     options = [*NO_EVALUATION, f"train.optimizer={optimizer}", "train.lr=1e-4", "train.schedule=constant"]
     assert train(config_file, *options, "train.steps=4", "run.name=whole").returncode == 0
