@@ -202,7 +202,7 @@ def checked(product: str, objective: str, launch: Launch, device: str) -> tuple[
 
 
 def values(loss: losses.Loss, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Of the loss, and its gradients by both sides and the scale."""
+    """Return the loss, and its gradients by both sides and the scale."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     value = loss(*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves[:3])]
@@ -233,8 +233,8 @@ def compile_some(some: list[tuple[str, Launch]]) -> None:
 
 
 def ranking(product: str, records: list[Record]) -> list[dict[str, Any]]:
-    """What was measured of a product, the fastest first: by the mean, over objectives, kernels and widths, of the time beside
-    that of the pinned launch. A launch whose siglip was measured counts with it; one that was not stands behind."""
+    """Return what was measured of a product, fastest first: by the mean, over objectives, kernels and widths, of the
+    time beside that of the pinned launch. A launch whose siglip was measured counts with it; one that was not stands behind."""
     done = [r["values"] for r in records if r["state"] == "done" and r["values"].get("product") == product]
     pinned = {v["objective"]: v for v in done if v["launch"] == list(dataclasses.astuple(triton_tiled.LAUNCHES[product]))}
     by_launch: dict[tuple[int, ...], list[dict[str, Any]]] = {}
@@ -258,7 +258,7 @@ def score(group: list[dict[str, Any]], pinned: dict[str, dict[str, Any]]) -> flo
 
 
 def fits_every_card(values: dict[str, Any]) -> bool:
-    """Of those that the kernels are for; and no register is spilled, which the tests ask of the pinned launches."""
+    """Return whether a launch fits every card that the kernels are for, and spills no register, as the tests ask of pinned ones."""
     return values["shared_bytes"] <= SMALLEST_SHARED and not values["spills"]
 
 

@@ -56,7 +56,7 @@ def peer_is_here(context: Context, name: str) -> bool:
 
 
 def operations(n: int, width: int, objective: str) -> int:
-    """Of the products that ours needs: scores twice, and the gradients of both sides."""
+    """Return the operations of the products that ours needs: scores twice, and the gradients of both sides."""
     if objective == "matryoshka":
         return sum(8 * n**2 * prefix for prefix in losses.prefixes(width))
     return (6 if objective == "lit" else 8) * n**2 * width

@@ -1,4 +1,4 @@
-"""What machine this is: the card, its driver, the versions, the cores."""
+"""Describe this machine: the card, its driver, the versions, the cores."""
 
 import datetime
 import json
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def identity(about: dict[str, Any]) -> str:
-    """What figures of one table must have in common."""
+    """Return what figures of one table must have in common."""
     versions = about["versions"]
     return f"{about.get('card', about['cpu'])}, torch {versions.get('torch')}, Triton {versions.get('triton')}"
 

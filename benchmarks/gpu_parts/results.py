@@ -14,7 +14,7 @@ COMPLETE, PART = "(complete)", "(part)"  # keys: a part has nothing left to meas
 
 
 class Results:
-    """What is known so far, by part and key. Several processes may hold one: `reload` sees what the others added."""
+    """Results known so far, by part and key. Several processes may hold one: `reload` sees what the others added."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,7 +49,7 @@ class Results:
         self.reload()
 
     def of(self, part: str) -> list[Record]:
-        """What has ended of a part, in the order in which it was first begun."""
+        """Return what has ended of a part, in the order in which it was first begun."""
         records = [record for (of, key), record in self.records.items() if of == part and key != COMPLETE]
         return [record for record in records if record["state"] not in ("started", "again")]
 
