@@ -258,7 +258,7 @@ def score(group: list[dict[str, Any]], pinned: dict[str, dict[str, Any]]) -> flo
 
 
 def fits_every_card(values: dict[str, Any]) -> bool:
-    """Return whether a launch fits every card that the kernels are for, and spills no register, as the tests ask of pinned ones."""
+    """Return whether a launch fits every card that the kernels are for and spills no register, as tests ask of pinned ones."""
     return values["shared_bytes"] <= SMALLEST_SHARED and not values["spills"]
 
 
