@@ -4,15 +4,19 @@ A test that needs the command in a process of its own would wait for its imports
 with them done. Nothing is computed here before a fork, so no thread is lost by it. See `tests/command.py` for its client.
 """
 
+import atexit
+import gc
 import importlib
 import json
 import os
 import selectors
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 PRELOADED = (
     *("accelerate", "faiss", "matplotlib.figure", "matplotlib.backends.backend_svg", "open_clip", "pyarrow.parquet", "uvicorn"),
@@ -62,8 +66,29 @@ def _tell(client: socket.socket, number: int) -> None:
         client.sendall(f"{number}\n".encode())
 
 
-def become(request: Mapping[str, Any], files: list[int]) -> None:
-    """Run a request's target in this process, as a new interpreter would."""
+def become(request: Mapping[str, Any], files: list[int]) -> NoReturn:
+    """Run a request's target in this process, and end as an interpreter does, but for the taking apart of all its modules, which
+    takes as long as the imports."""
+    try:
+        _run(request, files)
+        code: object = 0
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for what still runs
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code or 0)
+
+
+def _run(request: Mapping[str, Any], files: list[int]) -> None:
     for number, file in enumerate(files, start=1):
         os.dup2(file, number)
         os.close(file)
@@ -85,11 +110,14 @@ def main() -> None:
     path, owner = sys.argv[1], int(sys.argv[2])
     for name in PRELOADED:
         importlib.import_module(name)
+    importlib.import_module("mmcontrast.modalities.text").open_clip_tokenizer()
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"an import has started {len(threads) - 1} threads: a fork would wait for them for ever"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
     listener.listen(64)
+    gc.collect()
+    gc.freeze()  # a collection in a fork leaves alone what is here, and copies none of its pages
     os.rename(f"{path}.new", path)  # whoever sees it can connect
     become(*serve(listener, owner))
 
