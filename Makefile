@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 LOWEST := .venv-lowest
-TESTS := -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)  # one more than cores: some tests wait for a server or a clock
+TESTS := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: help env data quickstart test test-slow test-lowest check clean
 

@@ -16,8 +16,7 @@ from losses import resident  # type: ignore[import-not-found]  # beside this fil
 
 from mmcontrast import contrastive_loss
 from mmcontrast.modalities import ImageModality, TextModality
-from mmcontrast.model import ContrastiveModel, Embeddings
-from mmcontrast.towers import TimmTower, TransformersTower
+from mmcontrast.models import ContrastiveModel, Embeddings, TimmTower, TransformersTower
 from mmcontrast.training.grad_cache import cached_backward
 from mmcontrast.types import Batch
 

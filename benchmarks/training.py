@@ -90,7 +90,7 @@ def clock(warm: int, timed: int) -> list[float]:
 
 def bare_tower(model: str, part: str) -> Any:
     """A tower of open_clip without its projection."""
-    from mmcontrast.towers.open_clip import OpenClipTower
+    from mmcontrast.models.open_clip import OpenClipTower
 
     tower = OpenClipTower(model, part)  # type: ignore[arg-type]
     if part == "image":

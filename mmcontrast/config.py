@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field, ValidationError
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions
+from mmcontrast.models.options import FieldOptions, ModelOptions
 from mmcontrast.options import Component, Options
-from mmcontrast.training.options import DataOptions, FieldOptions, ModelOptions, TrainOptions
+from mmcontrast.training.options import DataOptions, TrainOptions
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
 T = TypeVar("T", bound=Options)

@@ -125,7 +125,8 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
     from mmcontrast.data import ShardOptions
     from mmcontrast.data.verify import Reading
     from mmcontrast.evaluation.layouts import with_layouts
-    from mmcontrast.training.setup import make_modalities, source_modalities
+    from mmcontrast.models import make_modalities
+    from mmcontrast.training.data import source_modalities
 
     run = load_config(config, overrides)
     modalities = make_modalities(run.fields)

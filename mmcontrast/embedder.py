@@ -13,8 +13,7 @@ from mmcontrast.data.dataset import UNREADABLE, FieldKeys, names_of
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.pretrained import library_of, open_pretrained
+from mmcontrast.models import ContrastiveModel, library_of, open_model
 from mmcontrast.runs import CONFIG, contrasted_fields, open_run, step_of
 from mmcontrast.training.log import make_progress
 
@@ -202,7 +201,7 @@ def load(
 
     Args:
         name: a run's folder, or that of one of its checkpoints; otherwise folders and names of open_clip, transformers and
-            timm, as `mmcontrast.pretrained.open_pretrained` finds them.
+            timm, as `mmcontrast.models.open_model` finds them.
         checkpoint: of a run: "last", "best" or a step's number.
         pretrained: of an architecture of open_clip or timm: a tag, or a checkpoint's file.
         device: default: a GPU if there is one.
@@ -215,7 +214,7 @@ def load(
     """
     folder, checkpoint = run_of(name, checkpoint)
     if folder is None:
-        model = open_pretrained(str(name), None if pretrained is None else str(pretrained), pooling)
+        model = open_model(str(name), None if pretrained is None else str(pretrained), pooling)
         return Embedder(model, str(name), device, precision=precision)
     if pretrained or pooling:
         raise UserError(f"{name} is a run: it takes neither pretrained nor pooling")

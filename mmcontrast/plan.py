@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from mmcontrast.components import nearest
 from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel, blocks_of, make_model
 from mmcontrast.options import Component
 from mmcontrast.runs import check_components, contrasted_fields
-from mmcontrast.towers import blocks_of
 from mmcontrast.training.cost import Bytes, Flops, count_bytes, count_flops, fakes, make_values
 from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import check_placement, recompute_blocks
-from mmcontrast.training.setup import make_model
 from mmcontrast.training.stages import set_stage
 
 GIB = 2**30

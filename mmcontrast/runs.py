@@ -16,14 +16,14 @@ from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
 from mmcontrast.evaluation.report import LOG
-from mmcontrast.library_messages import weights_follow
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.libraries import weights_follow
+from mmcontrast.models import ContrastiveModel, make_modalities, make_model
+from mmcontrast.models.options import FieldOptions
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
+from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.job import Job
-from mmcontrast.training.options import FieldOptions
-from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_training_data
 from mmcontrast.training.state import load_weights
 from mmcontrast.trust import import_paths
 

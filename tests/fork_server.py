@@ -67,8 +67,10 @@ def _tell(client: socket.socket, number: int) -> None:
 
 
 def become(request: Mapping[str, Any], files: list[int]) -> NoReturn:
-    """Run a request's target in this process, and end as an interpreter does, but for the taking apart of all its modules, which
-    takes as long as the imports."""
+    """Run a request's target in this process, and end as an interpreter does, but for the taking apart of its modules.
+
+    That takes as long as their import.
+    """
     try:
         _run(request, files)
         code: object = 0

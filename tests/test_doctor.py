@@ -170,7 +170,7 @@ def test_the_size_of_a_checkpoint_is_that_of_a_real_one(config_file, tmp_path):
 def test_a_tower_that_computes_while_it_is_made_is_measured_too(config_file, tmp_path, monkeypatch):
     (tmp_path / "my_towers.py").write_text("""
 import torch
-from mmcontrast.towers import Tower
+from mmcontrast.models import Tower
 
 class Stiff(Tower):
     def __init__(self):

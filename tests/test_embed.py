@@ -20,15 +20,15 @@ from mmcontrast.data import write_shard
 from mmcontrast.embedder import identity
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
+from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
 from mmcontrast.search import Searcher, build_index
 from mmcontrast.tasks import embed_shards, slices_of
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
-from mmcontrast.training.setup import make_model
 from tests.command import children, start
 from tests.command import mmcontrast as command
-from tests.pretrained.test_transformers import clip, saved
+from tests.models.test_transformers import clip, saved
 
 ROOT = Path(__file__).parent.parent
 STOPS = """

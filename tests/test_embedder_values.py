@@ -9,8 +9,7 @@ import mmcontrast
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality, VectorModality
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import LinearTower, OpenClipTextTower
+from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
 
 TEXTS = ["a queen", "two kings", "noise", "a small village near the sea", "a"]
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from mmcontrast.modalities import VectorModality
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import LinearTower, Tower
+from mmcontrast.models import ContrastiveModel, LinearTower, Tower
 from mmcontrast.types import Batch
 
 

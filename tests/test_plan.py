@@ -12,13 +12,11 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import VectorModality
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel, LinearTower, make_model
+from mmcontrast.models.options import FieldOptions, ModelOptions
 from mmcontrast.plan import GIB, plan_run
-from mmcontrast.towers import LinearTower
 from mmcontrast.training.cost import count_bytes, fakes, flops_per_sample, make_values, peak_flops
 from mmcontrast.training.optim import freeze
-from mmcontrast.training.options import FieldOptions, ModelOptions
-from mmcontrast.training.setup import make_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 49408}

@@ -9,10 +9,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from mmcontrast.config import load_config
+from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
-from mmcontrast.training.setup import make_model
 
 ROOT = Path(__file__).parents[1]
 

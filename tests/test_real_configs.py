@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import write_shard
+from mmcontrast.models import make_model
 from mmcontrast.plan import GIB, Plan, count, plan_run, without_downloads
 from mmcontrast.runs import make_job
 from mmcontrast.training.cost import fakes
 from mmcontrast.training.loop import train
-from mmcontrast.training.setup import make_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 REAL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("quickstart", "letters"))

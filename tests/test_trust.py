@@ -22,7 +22,7 @@ from mmcontrast.training.checkpoint import Contents
 MODULE = """
 import pathlib
 pathlib.Path({marker!r}).touch()
-from mmcontrast.towers import LinearTower as Honest
+from mmcontrast.models import LinearTower as Honest
 from mmcontrast.objectives import InfoNCE
 class Tower(Honest): pass
 class Objective(InfoNCE): pass
@@ -72,7 +72,7 @@ def commands(marker):
     yield "os:mkdir", {"path": str(marker)}
     yield "pathlib:Path.touch", {"self": str(marker)}
     yield "builtins:exec", {}
-    yield "mmcontrast.towers:LinearTower", {"inputs": 4, "width": 3}  # ours, and still named by path
+    yield "mmcontrast.models:LinearTower", {"inputs": 4, "width": 3}  # ours, and still named by path
 
 
 def test_a_run_that_is_loaded_imports_and_calls_nothing(marker, tmp_path):

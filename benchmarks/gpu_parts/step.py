@@ -83,7 +83,7 @@ def ours(run: Run) -> None:
     from training import bare_tower
 
     from mmcontrast.modalities import ImageModality, TextModality
-    from mmcontrast.model import ContrastiveModel
+    from mmcontrast.models import ContrastiveModel
     from mmcontrast.objectives import InfoNCE
     from mmcontrast.objectives.names import PAIRINGS
     from mmcontrast.training.optim import make_optimizer

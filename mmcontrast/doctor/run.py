@@ -18,12 +18,12 @@ from mmcontrast.data.loading import PREFETCHED
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processes, shared_memory
 from mmcontrast.errors import UserError
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel, make_modalities, make_model
 from mmcontrast.options import Component
 from mmcontrast.runs import check_components
+from mmcontrast.training.data import make_dataset, make_source
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import SourceOptions
-from mmcontrast.training.setup import make_dataset, make_modalities, make_model, make_source
 
 SAMPLES, SECONDS, AT_A_TIME = 200, 5.0, 8  # that are decoded, at most
 

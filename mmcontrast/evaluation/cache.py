@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from mmcontrast.data import ShardDataset
 from mmcontrast.data.range_cache import cache_root
 from mmcontrast.evaluation.embed import EmbeddingTable
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 
 NO_PART = {"cache", "tokenizer_cache", "training", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks"}
 

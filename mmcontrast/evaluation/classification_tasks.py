@@ -14,7 +14,7 @@ from mmcontrast.evaluation.options import ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.probes import few_shot, knn, linear_probe, over_seeds
 from mmcontrast.evaluation.prompts import filled, named_classes, named_templates
 from mmcontrast.evaluation.results import Evaluation
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 
 
 def phrases_of(task: ZeroShotOptions) -> dict[str, list[str]]:

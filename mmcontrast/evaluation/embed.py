@@ -21,7 +21,7 @@ from mmcontrast.data import ShardDataset, all_batches
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import TextModality
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.strict_json import dumps
 from mmcontrast.types import ABSENT, Batch
 

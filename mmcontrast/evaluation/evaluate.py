@@ -23,7 +23,7 @@ from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.evaluation.sides import embed_captions
 from mmcontrast.modalities import ImageModality, Modality, TextModality
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 
 Embed = Callable[[str, ShardDataset], EmbeddingTable]  # (split, its data) → its embeddings
 

@@ -18,7 +18,7 @@ from mmcontrast.evaluation.options import EvaluationOptions
 from mmcontrast.evaluation.results import Evaluation, shown_results
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
 CLASSES, PICTURED = 100, 40  # that a table lists, and that a picture of confusion can show

@@ -21,7 +21,7 @@ from mmcontrast.evaluation.retrieval import query_metrics
 from mmcontrast.evaluation.scoring import Scoring
 from mmcontrast.evaluation.sides import Side, graded, labelled, side_of, whitened
 from mmcontrast.modalities import TextModality
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 
 
 @dataclass

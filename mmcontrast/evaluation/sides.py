@@ -18,7 +18,7 @@ from mmcontrast.evaluation.rankings import Pairs
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.evaluation.whitening import whiten
 from mmcontrast.modalities import DecodeError, TextModality
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.text_files import read_text
 
 

@@ -1,22 +1,43 @@
 """Text: UTF-8, tokenized by open_clip's byte-pair encoding or by a Hugging Face tokenizer."""
 
 import copy
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mmcontrast.libraries import part_of_open_clip, refused
 from mmcontrast.modalities.base import DecodeError, Modality
-from mmcontrast.towers import PADDING, TextIds, refused
-from mmcontrast.towers.open_clip import part_of_open_clip
 
 OPEN_CLIP = "open_clip"
+PADDING = -1  # stands in a batch of token ids where a text has ended: no token has this id
+
+
+@dataclass(frozen=True)
+class TextIds:
+    """What a tower must know of the tokenizer of its texts.
+
+    Attributes:
+        tokenizer: its name.
+        context_length: the most ids of a text.
+        size: every id is below it.
+        example: the ids of a short text.
+        pad_id: what the tokenizer pads with, if it can; before the text, where `pads_left`.
+    """
+
+    tokenizer: str
+    context_length: int
+    size: int
+    example: tuple[int, ...]
+    pad_id: int | None = None
+    pads_left: bool = False
 
 
 @cache
 def open_clip_tokenizer() -> Any:
-    """Return open_clip's byte-pair encoding, which all fields of a process share: its tables take a fifth of a second to read."""
+    """Return open_clip's byte-pair encoding, which a process reads once: it takes a fifth of a second."""
     return part_of_open_clip("tokenizer").SimpleTokenizer()
 
 

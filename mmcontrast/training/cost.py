@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcontrast.modalities import TextModality
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import PADDING
+from mmcontrast.modalities import PADDING, TextModality
+from mmcontrast.models import ContrastiveModel
 
 # dense products of bf16 (V100: fp16) with fp32 accumulation, FLOP/s, by the vendor's data sheet of the product named; the first
 # that a device's name contains counts. Where a sheet prints the figure "with sparsity", half of it.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.model import Embeddings
+from mmcontrast.models import Embeddings
 from mmcontrast.types import Batch
 
 NOT_COUNTING = {"momentum": 0.0, "num_batches_tracked": None}  # of a norm whose statistics stay as they are

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder
 from mmcontrast.evaluation import EvaluationOptions
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.objectives import Objective, Pairing
 from mmcontrast.training.options import DataOptions, TrainOptions
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import BLOCK
+from mmcontrast.models import BLOCK, ContrastiveModel
 from mmcontrast.training.options import TrainOptions
 
 TABLES = {"pos", "position", "positions", "positional", "rel", "relative", "distance", "wpe", "bias", "biases"}

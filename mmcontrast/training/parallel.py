@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.model import ContrastiveModel, evaluating
-from mmcontrast.towers import blocks_of
+from mmcontrast.models import ContrastiveModel, blocks_of, evaluating
 from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept, with_statistics
 from mmcontrast.training.options import TrainOptions
 

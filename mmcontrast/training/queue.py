@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.score.ranks import exchange, gather_rows
 from mmcontrast.training.optim import follow
 from mmcontrast.types import ABSENT, Batch

@@ -9,7 +9,7 @@ from torch import nn
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality
-from mmcontrast.model import ContrastiveModel
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.training.options import TrainOptions
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmcontrast.errors import TrainingStopped
-from mmcontrast.model import ContrastiveModel, Embeddings
+from mmcontrast.models import ContrastiveModel, Embeddings
 from mmcontrast.objectives import Objective, Pairing, contrastive_loss
 from mmcontrast.objectives.inputs import NO_GROUP
 from mmcontrast.objectives.pairing import term_name

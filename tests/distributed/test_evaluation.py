@@ -11,8 +11,7 @@ from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.evaluation.embed import embed_together
 from mmcontrast.modalities import TextModality, VectorModality
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import LinearTower, OpenClipTextTower
+from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
 from tests.command import call_on_ranks
 
 RANKS = 3

@@ -10,11 +10,11 @@ import torch
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice
+from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
 from mmcontrast.tasks import embed_shards
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
-from mmcontrast.training.setup import make_model
 
 
 def a_table(rows: range) -> EmbeddingTable:

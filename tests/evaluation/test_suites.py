@@ -26,14 +26,14 @@ from mmcontrast.embedder import load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, open_splits
 from mmcontrast.evaluation.cache import fingerprint, table_folder
+from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
 from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
-from mmcontrast.training.setup import make_model
 from tests.command import mmcontrast
 from tests.modalities.picture_files import files
-from tests.pretrained.test_open_clip import save
+from tests.models.test_open_clip import save
 from tests.results import results_of
 
 NAMES = ["queen", "king", "small house", "river"]

@@ -7,8 +7,7 @@ import torch
 from mmcontrast.embedder import Embedder
 from mmcontrast.evaluation import Evaluation, EvaluationOptions, evaluate, open_splits
 from mmcontrast.modalities import TextModality
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import TOWERS
+from mmcontrast.models import TOWERS, ContrastiveModel
 
 WORDS = ["red", "green", "blue", "queen", "king", "river"]
 

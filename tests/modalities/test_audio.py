@@ -17,9 +17,9 @@ from scipy.io import wavfile
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, DecodeError
-from mmcontrast.pretrained.modalities import LibraryAudio
-from mmcontrast.training.options import FieldOptions, ModelOptions
-from mmcontrast.training.setup import make_model
+from mmcontrast.modalities.library import LibraryAudio
+from mmcontrast.models import make_model
+from mmcontrast.models.options import FieldOptions, ModelOptions
 
 RATE = 16_000
 CONTAINERS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "NIST")

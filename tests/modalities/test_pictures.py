@@ -14,8 +14,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from mmcontrast.modalities import DecodeError, ImageModality
+from mmcontrast.modalities.library import LibraryImages
 from mmcontrast.modalities.parts import MAX_PARTS, MAX_SCANS
-from mmcontrast.pretrained.modalities import LibraryImages
 from tests.modalities.picture_files import chunk, encoded, files, png, transparent
 
 FILES = files()

@@ -17,11 +17,11 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
+from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
 from mmcontrast.tasks import embed_shards
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
-from mmcontrast.training.setup import make_model
 from tests.slurm.cluster import Cluster, lacking
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,8 +11,7 @@ from torch import nn
 from mmcontrast.components import build
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import VectorModality
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.towers import TOWERS, LinearTower, Tower, blocks_of
+from mmcontrast.models import TOWERS, ContrastiveModel, LinearTower, Tower, blocks_of
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import check_placement, check_rows, place

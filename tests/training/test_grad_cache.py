@@ -10,9 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmcontrast import contrastive_loss
 from mmcontrast.modalities import VectorModality
-from mmcontrast.model import ContrastiveModel, Embeddings
+from mmcontrast.models import ContrastiveModel, Embeddings, TimmTower, Tower
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
-from mmcontrast.towers import TimmTower, Tower
 from mmcontrast.training.grad_cache import batch_norms, cached_backward
 from mmcontrast.training.parallel import batches_counted, same_statistics
 from mmcontrast.types import Batch

@@ -12,8 +12,8 @@ from mmcontrast.components import build
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed_dataset
+from mmcontrast.models import TOWERS
 from mmcontrast.runs import make_job, open_run
-from mmcontrast.towers import TOWERS
 from mmcontrast.training import checkpoint
 from mmcontrast.training.optim import freeze, heights_of, make_optimizer, not_decaying, schedule
 from mmcontrast.training.options import TrainOptions

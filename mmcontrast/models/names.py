@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmcontrast.errors import UserError
-from mmcontrast.model import ContrastiveModel
-from mmcontrast.pretrained.base import in_one_line
+from mmcontrast.libraries import opening
+from mmcontrast.models.contrastive import ContrastiveModel
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 LIBRARIES = ("open_clip", "transformers", "timm")
 
 
-def open_pretrained(name: str, pretrained: str | None = None, pooling: str | None = None) -> ContrastiveModel:
+def open_model(name: str, pretrained: str | None = None, pooling: str | None = None) -> ContrastiveModel:
     """Opens a model on the CPU, in fp32, in evaluation mode.
 
     A name is, in this order: a folder, by the config in it; "open_clip:…", "timm:…", "transformers:…"; "hf-hub:org/name",
@@ -28,35 +28,35 @@ def open_pretrained(name: str, pretrained: str | None = None, pooling: str | Non
     Raises:
         UserError: in one line, for a name that is none, for files that are not there or not as they should be.
     """
-    with in_one_line(f"{name}: pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
+    with opening(f"{name}: pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
         library, name = resolved(name)
         if pooling and library != "transformers":
             raise UserError(f"{name}: pooling={pooling!r} is for encoders of transformers; {library} has its own")
         if library == "open_clip":
-            from mmcontrast.pretrained.open_clip import open_open_clip
+            from mmcontrast.models.open_clip import open_open_clip
 
             return open_open_clip(name, pretrained)
         if library == "timm":
-            from mmcontrast.pretrained.timm import open_timm
+            from mmcontrast.models.timm import open_timm
 
             if pretrained and ":" not in name and not Path(pretrained).is_file():
                 raise FileNotFoundError(f"pretrained={pretrained!r}: no such file; leave it out for timm's weights")
             return open_timm(name, pretrained)
         if pretrained:
             raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
-        from mmcontrast.pretrained.transformers import open_transformers
+        from mmcontrast.models.transformers import open_transformers
 
         return open_transformers(name, pooling)
 
 
 def resolved(name: str) -> tuple[str, str]:
-    """(the library, the name as it takes it), in the order that `open_pretrained` says.
+    """(the library, the name as it takes it), in the order that `open_model` says.
 
     Raises:
         UserError: for a name that is none.
     """
-    from mmcontrast.pretrained.open_clip import is_architecture
-    from mmcontrast.pretrained.timm import is_timm
+    from mmcontrast.models.open_clip import is_architecture
+    from mmcontrast.models.timm import is_timm
 
     prefix, colon, rest = name.partition(":")
     named = prefix if colon and prefix in LIBRARIES else None
@@ -90,7 +90,7 @@ def resolved(name: str) -> tuple[str, str]:
 
 
 def _timms(name: str) -> bool:
-    from mmcontrast.pretrained.timm import is_timm
+    from mmcontrast.models.timm import is_timm
 
     owner, _, architecture = name.partition("/")
     return owner == "timm" and is_timm(architecture)

@@ -4,7 +4,7 @@ import pytest
 
 import mmcontrast
 from mmcontrast.errors import UserError
-from mmcontrast.pretrained import resolved
+from mmcontrast.models import resolved
 
 
 @pytest.mark.parametrize(

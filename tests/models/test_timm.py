@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 import mmcontrast
 from mmcontrast.errors import UserError
-from tests.pretrained.samples import pictures
+from tests.models.samples import pictures
 
 
 @pytest.fixture(params=["test_vit", "test_resnet"])

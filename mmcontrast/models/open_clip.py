@@ -1,37 +1,24 @@
-"""open_clip's models as towers: one half of a named dual encoder, or its text transformer at a size of one's own."""
+"""open_clip: a named dual encoder whole, one half of it as a tower, or its text transformer at a size of one's own."""
 
-import importlib.util
-import sys
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.library_messages import library_messages
-from mmcontrast.towers.base import PADDING, TextIds, Tower, library_errors
-from mmcontrast.towers.transformers import positions_of
-from mmcontrast.trust import library_code_refused
-
-PARTS = "open_clip_parts"  # a package of open_clip's files whose own first lines are not run
-
-
-def part_of_open_clip(name: str) -> ModuleType:
-    """Return a module of open_clip's without importing the whole, which imports transformers: "tokenizer", "transformer"."""
-    if "open_clip" in sys.modules:
-        return importlib.import_module(f"open_clip.{name}")
-    if PARTS not in sys.modules:
-        whole = importlib.util.find_spec("open_clip")
-        assert whole
-        package = ModuleSpec(PARTS, None, is_package=True)
-        package.submodule_search_locations = whole.submodule_search_locations
-        sys.modules[PARTS] = importlib.util.module_from_spec(package)
-    return importlib.import_module(f"{PARTS}.{name}")
+from mmcontrast.libraries import library_errors, opening, part_of_open_clip
+from mmcontrast.modalities import PADDING, TextIds
+from mmcontrast.modalities.image import without_palette_alpha
+from mmcontrast.modalities.library import LibraryImages, LibraryTexts
+from mmcontrast.models.base import Tower
+from mmcontrast.models.contrastive import ContrastiveModel, assembled
+from mmcontrast.models.transformers import positions_of
 
 
 class OpenClipTextReader(Tower):
@@ -40,7 +27,7 @@ class OpenClipTextReader(Tower):
     masks = False  # a Hugging Face encoder, which is given no fixed length
 
     def _reads(self) -> None:
-        """Takes over what the network says of its texts."""
+        """Take over what the network says of its texts."""
         network, self.masks = self.network, type(self.network).__name__ == "HFTextEncoder"
         self.context_length = positions_of(network, network.config) if self.masks else network.context_length
         self.vocab_size = network.config.vocab_size if self.masks else network.vocab_size
@@ -102,31 +89,20 @@ class OpenClipTower(OpenClipTextReader):
     """The image or the text half of an open_clip model, up to and with its projection.
 
     Args:
-        model: an architecture's name, like "ViT-B-32".
+        model: an architecture's name, like "ViT-B-32"; or a half itself.
         part: which half.
         pretrained: a tag of open_clip's or a local checkpoint; none: random weights.
         **options: anything that `open_clip.create_model` takes. A tag whose weights were trained with QuickGELU gets it.
     """
 
-    def __init__(self, model: str, part: Literal["image", "text"], pretrained: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str | nn.Module, part: Literal["image", "text"], pretrained: str | None = None, **options: Any
+    ) -> None:
         super().__init__()
-        import open_clip
-
-        if ":" not in model and model not in open_clip.list_models():
-            raise UserError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())[:200]}")
-        if part not in ("image", "text"):
-            raise UserError(f"open_clip tower: part must be 'image' or 'text', not {part!r}")
-        what = f"open_clip's {model!r} with pretrained={pretrained!r}"
-        with library_errors(what), library_messages(f"open_clip tower {model}"), library_code_refused(what):
-            options.setdefault("force_quick_gelu", quick_gelu(model, pretrained))
-            whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
-            size = open_clip.get_model_config(model)
-            for half, network in (("image", whole.visual), ("text", whole.text)):
-                check_loaded(network, f"pretrained_{half}_path", options.get(f"pretrained_{half}_path"))
-        self.network, self.part = whole.visual if part == "image" else whole.text, part
+        self.network, self.part = model if isinstance(model, nn.Module) else _half(model, part, pretrained, options), part
         if part == "text":
             self._reads()
-        self.width = getattr(self.network, "output_dim", None) or size["embed_dim"]
+        self.width = getattr(self.network, "output_dim", None) or 0
 
     def forward(self, batch: Tensor) -> Tensor:
         features = self.network(self.padded(batch) if self.part == "text" else batch)
@@ -148,6 +124,28 @@ class OpenClipTextTower(OpenClipTextReader):
     def forward(self, batch: Tensor) -> Tensor:
         features = self.network(self.padded(batch))
         return features[0] if isinstance(features, tuple) else features
+
+
+def _half(model: str, part: str, pretrained: str | None, options: dict[str, Any]) -> nn.Module:
+    """
+    Raises:
+        UserError: for a model or a half that there is not, or what open_clip refuses.
+    """
+    import open_clip
+
+    if ":" not in model and model not in open_clip.list_models():
+        raise UserError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())[:200]}")
+    if part not in ("image", "text"):
+        raise UserError(f"open_clip tower: part must be 'image' or 'text', not {part!r}")
+    with opening(f"open_clip's {model!r} with pretrained={pretrained!r}", f"open_clip tower {model}"):
+        options = {"force_quick_gelu": quick_gelu(model, pretrained)} | options
+        whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
+        for half, network in (("image", whole.visual), ("text", whole.text)):
+            check_loaded(network, f"pretrained_{half}_path", options.get(f"pretrained_{half}_path"))
+    network = whole.visual if part == "image" else whole.text
+    if getattr(network, "output_dim", None) is None:
+        network.output_dim = open_clip.get_model_config(model)["embed_dim"]
+    return network
 
 
 def quick_gelu(model: str, pretrained: str | None) -> bool:
@@ -172,3 +170,62 @@ def check_loaded(network: nn.Module, option: str, file: str | None) -> None:
     missing = sorted(network.state_dict().keys() - load_state_dict(file).keys())
     if missing:
         raise UserError(f"open_clip tower: {option}: {file} lacks {len(missing)} weights of its half, as {missing[0]}")
+
+
+def is_architecture(name: str) -> bool:
+    """Whether it is "ViT-B-32" or "ViT-B-32/laion2b_s34b_b79k"."""
+    import open_clip
+
+    return name.partition("/")[0] in open_clip.list_models()
+
+
+def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
+    """Fields image and text.
+
+    Args:
+        name: an architecture, "ARCHITECTURE/TAG", "hf-hub:org/name", or "local-dir:FOLDER".
+        pretrained: of an architecture: a tag of open_clip's, or a checkpoint's file.
+
+    Raises:
+        UserError: for an architecture without weights, or an unknown tag.
+        others: as open_clip does.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    if ":" not in name:
+        name, _, tag = name.partition("/")
+        pretrained = pretrained or tag or None
+        if not is_architecture(name):
+            raise UserError(f"open_clip has no model {name!r}; {nearest(name, open_clip.list_models())[:200]}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
+            raise UserError(
+                f"open_clip's {name} with pretrained={pretrained!r}: no such file, and no such tag: it takes a checkpoint's"
+                f" file, or a tag ({nearest(pretrained or '', tags)[:200] if tags else 'there is none'})"
+            )
+    elif pretrained:
+        raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
+    quick = quick_gelu(name, pretrained)
+    whole = open_clip.create_model(name, pretrained, force_custom_text=True, require_pretrained=True, force_quick_gelu=quick)
+    preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
+    prepare, augmented = (partial(_pixels, image_transform_v2(preprocess, is_train=train)) for train in (False, True))
+    size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
+    tokenizer = open_clip.get_tokenizer(name)
+    modalities = {
+        "image": LibraryImages(prepare, size, None, augmented),
+        "text": LibraryTexts(partial(_tokens, tokenizer), tokenizer.context_length),
+    }
+    towers = {"image": OpenClipTower(whole.visual, "image"), "text": OpenClipTower(whole.text, "text")}
+    bias = None if whole.logit_bias is None else whole.logit_bias.item()
+    return assembled(modalities, towers, whole.logit_scale.exp().item(), bias)
+
+
+def _pixels(transform: Callable[[Image.Image], Tensor], picture: Image.Image) -> Tensor:
+    """What open_clip makes of a picture in any mode: it scales it before it converts it to RGB."""
+    return transform(without_palette_alpha(picture))
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    """Of the whole context's length, as open_clip pads them."""
+    return tokenizer([text])[0]

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality
-from mmcontrast.towers import OpenClipTower, TimmTower, TransformersTower
-from tests.pretrained.samples import tokenizer
+from mmcontrast.models import OpenClipTower, TimmTower, TransformersTower
+from tests.models.samples import tokenizer
 
 CODE = """
 import pathlib

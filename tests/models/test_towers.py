@@ -8,9 +8,8 @@ import torch
 from mmcontrast.components import build
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, TextModality
-from mmcontrast.towers import TOWERS
-from mmcontrast.training.options import FieldOptions, ModelOptions
-from mmcontrast.training.setup import make_modalities, make_model
+from mmcontrast.models import TOWERS, make_modalities, make_model
+from mmcontrast.models.options import FieldOptions, ModelOptions
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 CASES = {

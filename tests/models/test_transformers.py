@@ -14,7 +14,7 @@ from PIL import Image
 
 import mmcontrast
 from mmcontrast.errors import UserError
-from tests.pretrained.samples import TEXTS, pictures, sounds, tokenizer
+from tests.models.samples import TEXTS, pictures, sounds, tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = SIZES | {"vocab_size": 90, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -13,13 +13,13 @@ from PIL import Image
 
 import mmcontrast
 from mmcontrast.embedder import Embedder
-from mmcontrast.pretrained.modalities import LibraryImages
-from mmcontrast.pretrained.open_clip import _pixels as open_clips
-from mmcontrast.pretrained.transformers import _pixels as transformers_pixels
-from mmcontrast.training.options import FieldOptions, ModelOptions
-from mmcontrast.training.setup import make_modalities, make_model
+from mmcontrast.modalities.library import LibraryImages
+from mmcontrast.models import make_modalities, make_model
+from mmcontrast.models.open_clip import _pixels as open_clips
+from mmcontrast.models.options import FieldOptions, ModelOptions
+from mmcontrast.models.transformers import _pixels as transformers_pixels
 from tests.modalities.picture_files import files
-from tests.pretrained.test_open_clip import architecture  # noqa: F401 - a fixture
+from tests.models.test_open_clip import architecture  # noqa: F401 - a fixture
 
 FILES = files()
 PROCESSORS = {

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
-from mmcontrast.towers import Tower
+from mmcontrast.models.base import Tower
 from mmcontrast.types import Batch
 
 
@@ -116,6 +116,24 @@ class ContrastiveModel(nn.Module):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         self.log_logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
+
+
+def assembled(
+    modalities: Mapping[str, Modality], towers: Mapping[str, Tower], scale: float = 1.0, bias: float | None = None
+) -> ContrastiveModel:
+    """Return the model of fields with a tower each, in fp32, in evaluation mode. Each tower is tried on a blank sample, which
+    also says how many features it has.
+
+    Args:
+        scale, bias: of the logits, scale · cosine + bias. A scale above 100 may stay what it is.
+    """
+    for field, tower in towers.items():
+        tower.float().eval()
+        blank = modalities[field].collate([modalities[field].blank()])
+        with torch.no_grad():
+            tower.width = tower(modalities[field](blank)).shape[1]
+    dim = next(iter(towers.values())).width
+    return ContrastiveModel(modalities, towers, {f: f for f in towers}, dim, "none", scale, bias, max(100.0, scale)).eval()
 
 
 @contextmanager

@@ -9,16 +9,16 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from mmcontrast import library_messages
-from mmcontrast.library_messages import library_messages as collected
-from mmcontrast.library_messages import weights_follow
-from mmcontrast.towers import OpenClipTower, TransformersTower
+from mmcontrast import libraries
+from mmcontrast.libraries import library_messages as collected
+from mmcontrast.libraries import weights_follow
+from mmcontrast.models import OpenClipTower, TransformersTower
 
 
 @pytest.fixture
 def told(monkeypatch, caplog):
     """The lines of our log."""
-    monkeypatch.setattr(library_messages, "_told", set())
+    monkeypatch.setattr(libraries, "_told", set())
     caplog.set_level(logging.WARNING, "mmcontrast")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "mmcontrast"]
 
@@ -68,9 +68,7 @@ def test_a_quickgelu_mismatch_is_told(told, tmp_path, monkeypatch):
 
 
 def test_noise_is_not_told_and_all_is_as_before(told, capfd):
-    before = [
-        (logging.getLogger(name or None), list(logging.getLogger(name or None).handlers)) for name in library_messages.LIBRARIES
-    ]
+    before = [(logging.getLogger(name or None), list(logging.getLogger(name or None).handlers)) for name in libraries.LIBRARIES]
     with suppress(KeyError), collected("a model"):
         warnings.warn("an old name", DeprecationWarning, stacklevel=1)
         warnings.warn("a new name", FutureWarning, stacklevel=1)

@@ -11,9 +11,8 @@ from mmcontrast.components import build
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality
-from mmcontrast.towers import TOWERS
-from mmcontrast.training.options import FieldOptions, ModelOptions
-from mmcontrast.training.setup import make_model
+from mmcontrast.models import TOWERS, make_model
+from mmcontrast.models.options import FieldOptions, ModelOptions
 from tests.tokenizers import CAPTIONS, LONG, TOKENIZERS
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 400}

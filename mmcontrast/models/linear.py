@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from mmcontrast.towers.base import Tower
+from mmcontrast.models.base import Tower
 
 
 class LinearTower(Tower):

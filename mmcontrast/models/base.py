@@ -1,38 +1,14 @@
 """What a tower is: a network that turns one modality's prepared batch into one feature vector a sample."""
 
-import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.modalities.text import TextIds
 
 BLOCK = re.compile(r".*?(stages\.\d+\.(blocks|layers)\.\d+|layer\d+\.\d+|(stages|blocks|layers|layer|resblocks|h)\.\d+)\.")
-PADDING = -1  # stands in a batch of token ids where a text has ended: no token has this id
-
-
-@dataclass(frozen=True)
-class TextIds:
-    """What a tower must know of the tokenizer of its texts.
-
-    Attributes:
-        tokenizer: its name.
-        context_length: the most ids of a text.
-        size: every id is below it.
-        example: the ids of a short text.
-        pad_id: what the tokenizer pads with, if it can; before the text, where `pads_left`.
-    """
-
-    tokenizer: str
-    context_length: int
-    size: int
-    example: tuple[int, ...]
-    pad_id: int | None = None
-    pads_left: bool = False
 
 
 class Tower(nn.Module):
@@ -76,31 +52,6 @@ class Tower(nn.Module):
                 f" the tower vocab_size: {texts.size}, or take the tokenizer that belongs to it"
             )
         self.texts = texts
-
-
-def refused() -> tuple[type[Exception], ...]:
-    """What libraries raise for a value, a name or a file that they cannot work with."""
-    import huggingface_hub.errors
-    from safetensors import SafetensorError
-
-    strict = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
-    builtin = (ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, OSError)
-    return (*builtin, ImportError, EOFError, pickle.UnpicklingError, SafetensorError, strict)
-
-
-@contextmanager
-def library_errors(what: str) -> Iterator[None]:
-    """Turns what a library raises into a UserError of one line.
-
-    Args:
-        what: what the message begins with.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except refused() as error:
-        raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def blocks_of(network: nn.Module) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 
 import mmcontrast
 from mmcontrast.errors import UserError
-from tests.pretrained.samples import TEXTS, pictures, tokenizer
+from tests.models.samples import TEXTS, pictures, tokenizer
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}

@@ -1,0 +1,157 @@
+"""Other libraries at work: what they log that matters is a line of our log, what they raise is an error of one line."""
+
+import importlib
+import importlib.util
+import logging
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from mmcontrast.errors import UserError
+from mmcontrast.trust import library_code_refused
+
+LIBRARIES = ("", "transformers", "timm", "open_clip", "huggingface_hub", "torch")  # loggers; "": that of all others
+NOISE_KINDS = (DeprecationWarning, FutureWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+NOISE = re.compile(
+    r"LOAD REPORT|newly initialized|were not used when|unauthenticated requests|hf_xet|Xet Storage|symlinks|use_fast"
+    r"|fast (image )?processor|torch_dtype|deprecated",
+    re.IGNORECASE,
+)  # the first three: whoever opens the model looks at the tensors themselves
+RANDOM = re.compile(r"No pretrained weights loaded|initialized (partially|randomly)", re.IGNORECASE)
+
+PARTS = "open_clip_parts"  # a package of open_clip's files whose own first lines are not run
+
+logger = logging.getLogger("mmcontrast")
+_told: set[str] = set()
+_weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def library_messages(name: object) -> Iterator[None]:
+    """Collect what libraries log and warn of, and pass on what matters when it is over.
+
+    Args:
+        name: what is opened, with which a line begins.
+    """
+    collector = _Collector()
+    loggers = [logging.getLogger(library or None) for library in LIBRARIES]
+    before = [one.handlers for one in loggers]
+    for one in loggers:
+        one.handlers = [collector] if one.handlers or one is logging.root else []
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for one, handlers in zip(loggers, before, strict=True):
+            one.handlers = handlers
+        seen = collector.messages + [str(one.message) for one in warned if not issubclass(one.category, NOISE_KINDS)]
+        for message in seen:
+            tell(f"{name}: {' '.join(message.split())[:300]}")
+
+
+def tell(line: str) -> None:
+    """Log a line that matters, on the first rank, if it was not logged before."""
+    noise = NOISE.search(line) or (_weights_follow.get() and RANDOM.search(line))
+    if not noise and line not in _told and os.environ.get("RANK", "0") == "0":
+        _told.add(line)
+        logger.warning("warning: %s", line)
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """Networks are made with random weights, which a checkpoint then replaces: nobody need hear of that."""
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
+
+
+@contextmanager
+def opening(what: object, logged_as: object = None, runs_transformers: bool = True) -> Iterator[None]:
+    """Open a model of another library: no code that lies beside it is run, what matters of the library's log is passed on, and
+    what it raises becomes a UserError of one line.
+
+    Args:
+        what: what an error begins with. logged_as: what a line of the log begins with; default: the same.
+        runs_transformers: the library may call transformers, which is imported for that.
+    """
+    with library_messages(logged_as or what), library_errors(what), library_code_refused(what, runs_transformers):
+        yield
+
+
+@contextmanager
+def library_errors(what: object) -> Iterator[None]:
+    """Turn what a library raises into a UserError of one line.
+
+    Args:
+        what: what the message begins with.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except refused() as error:
+        if reason := next((cause for cause in _chain(error) if isinstance(cause, not_reached())), None):
+            raise UserError(
+                f"{what}: neither a folder nor in the local cache, and the hub gave nothing ({_short(reason, 120)}):"
+                " download it where there is a network, or give a folder that has it"
+            ) from error
+        raise UserError(f"{what}: {type(error).__name__}: {_short(error, 300)}") from error
+
+
+def refused() -> tuple[type[Exception], ...]:
+    """Return what libraries raise for a value, a name or a file that they cannot work with."""
+    import huggingface_hub.errors
+    from safetensors import SafetensorError
+
+    strict = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)  # of a config, in newer versions
+    builtin = (ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, OSError)
+    return (*builtin, ImportError, EOFError, pickle.UnpicklingError, SafetensorError, strict, *not_reached())
+
+
+def not_reached() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises for what it has not and cannot get."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _short(error: BaseException, length: int) -> str:
+    return " ".join(str(error).split())[:length]
+
+
+def part_of_open_clip(name: str) -> ModuleType:
+    """Return a module of open_clip's without importing the whole, which imports transformers: "tokenizer", "transformer"."""
+    if "open_clip" in sys.modules:
+        return importlib.import_module(f"open_clip.{name}")
+    if PARTS not in sys.modules:
+        whole = importlib.util.find_spec("open_clip")
+        assert whole
+        package = ModuleSpec(PARTS, None, is_package=True)
+        package.submodule_search_locations = whole.submodule_search_locations
+        sys.modules[PARTS] = importlib.util.module_from_spec(package)
+    return importlib.import_module(f"{PARTS}.{name}")

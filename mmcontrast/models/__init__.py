@@ -1,0 +1,34 @@
+"""Models: one adapter for each library; composed of a config's towers, or opened by name. A backbone family is a file here."""
+
+from mmcontrast.models.base import BLOCK, Tower, blocks_of
+from mmcontrast.models.compose import TOWERS, make_modalities, make_model
+from mmcontrast.models.contrastive import ContrastiveModel, Embeddings, assembled, evaluating
+from mmcontrast.models.linear import LinearTower
+from mmcontrast.models.names import library_of, open_model, resolved
+from mmcontrast.models.open_clip import OpenClipTextTower, OpenClipTower
+from mmcontrast.models.options import FieldOptions, ModelOptions
+from mmcontrast.models.timm import TimmTower
+from mmcontrast.models.transformers import TransformersTower
+
+__all__ = [
+    "BLOCK",
+    "TOWERS",
+    "ContrastiveModel",
+    "Embeddings",
+    "FieldOptions",
+    "LinearTower",
+    "ModelOptions",
+    "OpenClipTextTower",
+    "OpenClipTower",
+    "TimmTower",
+    "Tower",
+    "TransformersTower",
+    "assembled",
+    "blocks_of",
+    "evaluating",
+    "library_of",
+    "make_modalities",
+    "make_model",
+    "open_model",
+    "resolved",
+]

@@ -1,0 +1,96 @@
+"""timm: any of its models as a tower of pictures or of spectrograms, or with the preprocessing that comes with its weights."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmcontrast.components import nearest
+from mmcontrast.errors import UserError
+from mmcontrast.libraries import opening
+from mmcontrast.modalities.library import LibraryImages
+from mmcontrast.models.base import Tower
+from mmcontrast.models.contrastive import ContrastiveModel, assembled
+
+
+class TimmTower(Tower):
+    """The pooled features of a timm model, its classifier removed.
+
+    Args:
+        model: a name of timm's, like "vit_base_patch16_224" or "resnet50"; or a model itself.
+        pretrained: with timm's weights, from its hub; or a checkpoint's file.
+        **options: anything `timm.create_model` takes for that model: in_chans, img_size, drop_path_rate, channels, …
+    """
+
+    def __init__(self, model: str | nn.Module, pretrained: bool | str = False, **options: Any) -> None:
+        super().__init__()
+        network: Any = model if isinstance(model, nn.Module) else _network(model, pretrained, options)
+        self.network, self.width = network, getattr(network, "head_hidden_size", network.num_features)
+
+
+def _network(model: str, pretrained: bool | str, options: dict[str, Any]) -> Any:
+    import timm
+
+    if not timm.is_model(model.split(".")[0]):
+        raise UserError(f"timm has no model {model!r}; {nearest(model, timm.list_models())[:200]}")
+    what = f"timm's {model!r} refuses an option, or has no weights"
+    with opening(what, f"timm tower {model}", runs_transformers=False):
+        if isinstance(pretrained, str):
+            options = from_file(model, pretrained) | options
+        network = timm.create_model(model, pretrained=bool(pretrained), **({"num_classes": 0} | options))
+        if isinstance(pretrained, str):
+            network.reset_classifier(0)
+    return network
+
+
+def from_file(model: str, file: str) -> dict[str, Any]:
+    """Return what `timm.create_model` takes to load a checkpoint's file strictly: with as many classes as it has.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        others: as timm does.
+    """
+    import timm
+
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}")
+    config = timm.get_pretrained_cfg(model)
+    names = config.classifier if config else None
+    head = names if isinstance(names, str) else next(iter(names or ()), "")
+    weight = timm.models.load_state_dict(file, weights_only=True).get(f"{head}.weight")
+    classes = 0 if weight is None else len(weight)
+    return {"num_classes": classes, "pretrained_cfg_overlay": {"file": file, "num_classes": classes}}
+
+
+def is_timm(name: str) -> bool:
+    """Whether it is an architecture of timm's, with or without a tag."""
+    import timm
+
+    return timm.is_model(name.partition(".")[0])
+
+
+def open_timm(name: str, pretrained: str | None) -> ContrastiveModel:
+    """Field image, of unit features.
+
+    Args:
+        name: an architecture with or without a tag, "hf-hub:timm/name", or "local-dir:FOLDER".
+        pretrained: of an architecture: a checkpoint's file; default: timm's weights.
+
+    Raises:
+        UserError: for an unknown architecture.
+        others: as timm does.
+    """
+    import timm
+
+    if ":" not in name and not is_timm(name):
+        raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
+    if ":" in name and pretrained:
+        raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
+    options = from_file(name, pretrained) if pretrained else {}
+    network: Any = timm.create_model(name, pretrained=True, **options)
+    network.reset_classifier(0)
+    data = timm.data.resolve_model_data_config(network)
+    prepare, augmented = (timm.data.create_transform(**data, is_training=train) for train in (False, True))
+    mode = {1: "L", 3: "RGB"}[data["input_size"][0]]
+    images = LibraryImages(prepare, max(data["input_size"][1:]), mode, augmented)
+    return assembled({"image": images}, {"image": TimmTower(network)})

@@ -1,0 +1,360 @@
+"""Hugging Face transformers: dual encoders whole, halves of them, and any encoder of texts, pictures or sounds as a tower."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mmcontrast.errors import UserError
+from mmcontrast.libraries import opening, tell
+from mmcontrast.modalities import PADDING, Modality
+from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
+from mmcontrast.models.base import Tower
+from mmcontrast.models.contrastive import ContrastiveModel, assembled
+from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
+HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types with pooled features of their own
+FULL_LENGTH = "siglip"  # and siglip2: trained on texts of the whole context's length
+UNBOUNDED = 512  # tokens of a text, where neither the tokenizer nor the model says
+
+
+class TransformersTower(Tower):
+    """The pooled last hidden state of a transformers model.
+
+    Args:
+        model: a name or folder with weights (`pretrained`) or with a config alone, a model type like "bert", or a model itself.
+        config: overrides of its config; with a model type, the whole of it: {hidden_size: 192, num_hidden_layers: 3}.
+        pretrained: load the weights.
+        pooling: "mean" over the tokens that are not padding, "first", or "last" of them.
+        input: the name of the model's argument; by default its own main input.
+        length_chunks: texts of a batch are sorted by length and computed in so many parts, each padded to its own
+            longest: the same features, less padding computed. Reading the lengths makes a GPU wait.
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        config: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+        pooling: Literal["mean", "first", "last"] = "mean",
+        input: str | None = None,
+        length_chunks: int = 1,
+    ) -> None:
+        super().__init__()
+        from transformers import PreTrainedModel
+
+        overrides = dict(config or {})
+        if overrides.pop("trust_remote_code", False):
+            raise UserError(f"transformers tower {model!r}: trust_remote_code: {NEVER_RUN}")
+        if isinstance(pretrained, str):
+            raise UserError(f"transformers tower: pretrained={pretrained!r} must be true or false: name the folder in model")
+        if length_chunks < 1:
+            raise UserError(f"transformers tower: length_chunks={length_chunks} must be 1 or more")
+        what = f"transformers tower {model!r}"
+        with opening(what, f"transformers tower {model}"):
+            self.network = model if isinstance(model, PreTrainedModel) else _network(model, overrides, pretrained)
+            self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
+            self.width = _width(self.network.config)
+        if getattr(self.network, "pooler", None) is not None:
+            self.network.pooler = None  # we pool ourselves; data parallelism refuses parameters that nobody uses
+        if pooling not in ("mean", "first", "last"):
+            raise UserError(f"transformers tower: pooling must be mean, first or last, not {pooling!r}")
+        self.pooling, self.input = pooling, input or self.network.main_input_name
+        self.length_chunks = length_chunks
+        if self.input != "input_ids":
+            if length_chunks != 1:
+                raise UserError(f"transformers tower: length_chunks is for texts, this model's input is {self.input}")
+            return
+        if "attention_mask" not in inspect.signature(self.network.forward).parameters:
+            name = type(self.network).__name__
+            raise UserError(f"transformers tower: a {name} takes no attention_mask, so padding would mix into the features")
+        self.context_length = positions_of(self.network, self.network.config)
+        self.vocab_size = getattr(self.network.config, "vocab_size", None)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        if self.input != "input_ids" or self.length_chunks == 1:
+            return self._features(batch)
+        lengths = (batch != PADDING).sum(1)
+        order = lengths.argsort()
+        parts = [self._features(batch[rows, : int(lengths[rows[-1]])]) for rows in order.chunk(self.length_chunks)]
+        return torch.cat(parts)[order.argsort()]
+
+    def _features(self, batch: Tensor) -> Tensor:
+        inputs: dict[str, Tensor] = {self.input: batch}
+        mask = None
+        if self.input == "input_ids":
+            mask = batch != PADDING
+            inputs = {self.input: batch.masked_fill(~mask, 0)}  # any token: the mask leaves it out
+            inputs["attention_mask"] = mask.long()
+        elif self.input == "input_values" and batch.isnan().any():
+            if getattr(self.network.config, "feat_extract_norm", "layer") != "layer":
+                raise UserError(
+                    "transformers tower: this model's feat_extract_norm mixes padding into the features; set variable: false of"
+                    " its audio modality, or take a model with feat_extract_norm: layer"
+                )
+            inputs = {self.input: batch.nan_to_num(0.0), "attention_mask": batch.isfinite().long()}
+        hidden = self.network(**inputs).last_hidden_state
+        if hidden.dim() == 4:  # a convolutional model's map: [N, C, H, W] → [N, H·W, C]
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if self.input == "input_values" and "attention_mask" in inputs:
+            mask = self.network._get_feature_vector_attention_mask(hidden.shape[1], inputs["attention_mask"])
+        elif mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1).clamp(min=1) - 1]
+        weight = mask.unsqueeze(2).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def positions_of(network: nn.Module, config: Any) -> int | None:
+    """The most tokens of a text; None: any number. RoBERTa and its kin count positions from their padding's id on."""
+    number: int | None = getattr(config, "max_position_embeddings", None) or None
+    if number is None:
+        return None
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return number - module.padding_idx - 1
+    return number
+
+
+def _network(model: str, overrides: dict[str, Any], pretrained: bool) -> "PreTrainedModel":
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    if model in CONFIG_MAPPING and not pretrained:
+        config = AutoConfig.for_model(model, **overrides)
+    else:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **overrides)
+    refuse_hub_attention(model, config)
+    if pretrained:
+        network, info = AutoModel.from_pretrained(model, trust_remote_code=False, output_loading_info=True, **overrides)
+        if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+            what = f"{len(missing)} tensors are not in its checkpoint and start random, as {missing[0]}"
+            tell(f"transformers tower {model}: {what}")
+        return network
+    return AutoModel.from_config(config, trust_remote_code=False)
+
+
+def _width(config: Any) -> int:
+    """Of the last hidden state.
+
+    Raises:
+        ValueError: for models that have several.
+    """
+    if hasattr(config, "hidden_size"):
+        return config.hidden_size
+    if hasattr(config, "hidden_sizes"):
+        return config.hidden_sizes[-1]
+    raise ValueError(f"{config.model_type} has no one hidden size; name a single encoder, as clip_vision_model of clip")
+
+
+def shortest_waveform(config: Any) -> int:
+    """Return how many samples a network of waveforms needs for one frame; 1 for any other."""
+    samples = 1
+    for kernel, stride in zip(*(reversed(getattr(config, f"conv_{name}", ())) for name in ("kernel", "stride")), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def open_transformers(name: str, pooling: str | None = None) -> ContrastiveModel:
+    """A dual encoder's fields image and text, or audio and text; a single encoder's one. CLAP has a logit scale for each
+    direction: the one of audio → text is taken.
+
+    Args:
+        name: a folder, or a name on the hub.
+        pooling: of a plain encoder's last hidden states: "mean" (over the tokens that are not padding), "first" (the class
+            token) or "last"; default: of pictures the class token if there is one, otherwise the mean.
+
+    Raises:
+        UserError: for models that embed nothing, or whose weights are not all there.
+        others: as transformers does.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    refuse_hub_attention(name, config)
+    kind = (config.architectures or [""])[0]
+    half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)
+    opener = getattr(transformers, kind, transformers.AutoModel) if half else transformers.AutoModel
+    network, info = opener.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+    network.float().eval()
+    fields = [field for field in ("image", "audio", "text") if hasattr(network, f"get_{field}_features")]
+    scales = [getattr(network, scale) for scale in ("logit_scale", "logit_scale_a") if hasattr(network, scale)]
+    dual = len(fields) > 1 and bool(scales)
+    plain = not dual and (not half or pooling is not None)
+    missing = sorted(key for key in info["missing_keys"] if not (plain and key.startswith("pooler.")))
+    if missing:
+        raise UserError(f"{name}: its checkpoint lacks {len(missing)} tensors of {type(network).__name__}, as {missing[0]}")
+    if pooling and dual:
+        raise UserError(f"{name}: pooling={pooling!r} is for encoders of one field; a {type(network).__name__} has its own")
+    if dual:
+        parts = {field: getattr(config, f"{'vision' if field == 'image' else field}_config") for field in fields}
+        modalities = {field: _modality(name, field, network, part) for field, part in parts.items()}
+        towers = {}
+        for field, modality in modalities.items():
+            method = f"get_{field}_features"
+            towers[field] = PooledTower(_half(network, method, modality), method, "pooler_output", _inputs(modality))
+        bias = getattr(network, "logit_bias", None)
+        return assembled(modalities, towers, scales[0].exp().item(), None if bias is None else bias.item())
+    if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
+        raise UserError(f"{name}: a {type(network).__name__} is neither a dual encoder nor an encoder of one field")
+    field = FIELD_OF[network.main_input_name]
+    modality = _modality(name, field, network, config)
+    output = f"{field}_embeds" if kind.endswith("WithProjection") else "pooler_output"
+    pooled = not plain and PooledTower(network, "__call__", output, _inputs(modality))
+    tower = pooled or _plain(name, network, field, pooling)
+    return assembled({field: modality}, {field: tower})
+
+
+class PooledTower(Tower):
+    """The features that a method of a transformers model calls its own.
+
+    Args:
+        network: of a dual encoder, the half that has the modules that the method uses.
+        method, output: its name, and that of the features in what it returns.
+        inputs: a batch → the method's arguments.
+    """
+
+    def __init__(self, network: nn.Module, method: str, output: str, inputs: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.network, self.method, self.output, self.inputs = network, method, output, inputs
+
+    def forward(self, batch: Tensor) -> Tensor:
+        found = getattr(self.network, self.method)(**self.inputs(batch))
+        return found if isinstance(found, Tensor) else found[self.output]  # transformers 4 gives some as they are
+
+
+def _half(network: nn.Module, method: str, modality: Modality) -> nn.Module:
+    """Return a dual encoder with those of its modules alone that a method of one field uses: what is locked, decays or learns
+    at a rate of its own is found by the names of its weights."""
+    used: set[str] = set()
+    hooks = [
+        child.register_forward_pre_hook(lambda *_, name=name: used.add(name))
+        for name, child in network.named_children()
+    ]
+    with torch.no_grad():
+        getattr(network, method)(**_inputs(modality)(modality.collate([modality.blank()])))
+    for hook in hooks:
+        hook.remove()
+    half = copy.copy(network)
+    half._modules = {name: child for name, child in network._modules.items() if name in used}
+    half._parameters = {n: p for n, p in network._parameters.items() if not n.startswith(("logit_scale", "logit_bias"))}
+    return half
+
+
+def _plain(name: str, network: Any, field: str, pooling: str | None) -> Tower:
+    if network.main_input_name == "input_features":
+        raise UserError(f"{name}: a {type(network).__name__} takes spectrograms of any length, which are not masked here")
+    class_token = field == "image" and any("cls_token" in parameter for parameter, _ in network.named_parameters())
+    return _PlainTower(network, pooling=pooling or ("first" if class_token else "mean"))  # type: ignore[arg-type]
+
+
+class _PlainTower(TransformersTower):
+    """Sounds of one length at a time, where the model's norm would mix padding into the features."""
+
+    def _features(self, batch: Tensor) -> Tensor:
+        if self.input != "input_values" or getattr(self.network.config, "feat_extract_norm", "layer") == "layer":
+            return super()._features(batch)
+        lengths = batch.isfinite().sum(1)
+        features = batch.new_empty(len(batch), self.width)
+        for length in lengths.unique().tolist():
+            rows = lengths == length
+            features[rows] = super()._features(batch[rows, :length]).to(features.dtype)
+        return features
+
+
+def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modality:
+    """Of the files beside the weights."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    if field == "image":
+        side = getattr(config, "image_size", None) or 224
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        mode = None if getattr(processor, "do_convert_rgb", False) else "RGB"
+        return LibraryImages(partial(_pixels, processor), side if isinstance(side, int) else max(side), mode)
+    if field == "audio":
+        extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate, shortest_waveform(config))
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")
+    length = min(tokenizer.model_max_length, positions_of(network, config) or UNBOUNDED)
+    full = config.model_type.startswith(FULL_LENGTH)
+    return LibraryTexts(_Tokenizer(tokenizer, length, full), length)
+
+
+def _pixels(processor: Any, image: Image.Image) -> Tensor:
+    """Of patches (NaFlex): [patches, values], and a last row that begins with their rows and columns."""
+    prepared = processor(images=image, return_tensors="pt")
+    pixels = prepared["pixel_values"][0]
+    if "spatial_shapes" not in prepared:
+        return pixels
+    shape = prepared["spatial_shapes"][0].to(pixels.dtype)
+    return torch.cat([pixels, F.pad(shape, (0, pixels.shape[1] - 2))[None]])
+
+
+def _sound(extractor: Any, sound: np.ndarray) -> Tensor:
+    state = np.random.get_state()  # noqa: NPY002 - CLAP cuts long sounds at random places, also where nothing is trained
+    np.random.seed(0)  # noqa: NPY002
+    prepared = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+    np.random.set_state(state)  # noqa: NPY002
+    return prepared[extractor.model_input_names[0]][0].float()
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A text → its ids; a batch of them → what the network takes. Texts of the whole context have a mask only if the tokenizer
+    gives one.
+
+    Attributes:
+        full: texts are padded to `length`.
+    """
+
+    tokenizer: Any
+    length: int
+    full: bool
+
+    def __call__(self, text: str) -> Tensor:
+        padding = "max_length" if self.full else False
+        encoded = self.tokenizer(text, padding=padding, truncation=True, max_length=self.length, return_tensors="pt")
+        ids = encoded["input_ids"][0]
+        return ids.masked_fill(encoded["attention_mask"][0] == 0, PADDING) if "attention_mask" in encoded else ids
+
+    def inputs(self, batch: Tensor) -> dict[str, Tensor]:
+        mask = batch != PADDING
+        ids = {"input_ids": batch.masked_fill(~mask, self.tokenizer.pad_token_id or 0)}
+        masked = not self.full or "attention_mask" in self.tokenizer.model_input_names
+        return ids | ({"attention_mask": mask.long()} if masked else {})
+
+
+def _inputs(modality: Modality) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What the network takes, of a batch."""
+    if isinstance(modality, LibraryTexts):
+        return modality.tokenize.inputs
+    return _audio_inputs if isinstance(modality, LibraryAudio) else _image_inputs
+
+
+def _audio_inputs(batch: Tensor) -> dict[str, Tensor]:
+    """CLAP with fusion takes one of a batch as longer, as the extractor does with each alone."""
+    return {"input_features": batch, "is_longer": torch.ones(len(batch), 1, dtype=torch.bool, device=batch.device)}
+
+
+def _image_inputs(batch: Tensor) -> dict[str, Tensor]:
+    if batch.dim() == 4:
+        return {"pixel_values": batch}
+    pixels, shapes = batch[:, :-1], batch[:, -1, :2].long()
+    mask = torch.arange(pixels.shape[1], device=batch.device) < shapes.prod(1, keepdim=True)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask.int(), "spatial_shapes": shapes}
