@@ -28,7 +28,7 @@ class TimmTower(Tower):
         self.network, self.width = network, getattr(network, "head_hidden_size", network.num_features)
 
 
-def _network(model: str, pretrained: bool | str, options: dict[str, Any]) -> Any:
+def _network(model: str, pretrained: bool | str, options: dict[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(model.split(".")[0]):
@@ -37,7 +37,7 @@ def _network(model: str, pretrained: bool | str, options: dict[str, Any]) -> Any
     with opening(what, f"timm tower {model}", runs_transformers=False):
         if isinstance(pretrained, str):
             options = from_file(model, pretrained) | options
-        network = timm.create_model(model, pretrained=bool(pretrained), **({"num_classes": 0} | options))
+        network: Any = timm.create_model(model, pretrained=bool(pretrained), **({"num_classes": 0} | options))
         if isinstance(pretrained, str):
             network.reset_classifier(0)
     return network
