@@ -107,7 +107,7 @@ def train(
         if state.is_main_process:
             lock = lock_folder(loaded)
             if not resume:
-                prepare_folder(loaded, overwrite)
+                prepare_folder(loaded, overwrite, job.config)
         state.wait_for_everyone()
         run_training(job, resume, preemption)
     if state.is_main_process:

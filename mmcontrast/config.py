@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
@@ -37,14 +37,26 @@ class RunConfig(Options):
     """All that determines a run. Saved with it as config.yaml, which is enough to rebuild it."""
 
     run: RunOptions
-    fields: dict[str, FieldOptions] = Field(min_length=2)
-    towers: dict[str, Component]
+    fields: dict[str, FieldOptions] = {}
+    towers: dict[str, Component] = {}
     model: ModelOptions = ModelOptions()
     objective: Component = "infonce"
     pairing: Component = "all_pairs"
     data: DataOptions
     train: TrainOptions
     evaluation: EvaluationOptions = EvaluationOptions()
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "RunConfig":
+        if self.model.start:
+            return self
+        if len(self.fields) < 2:
+            raise ValueError("fields: there must be two or more, or a model to begin with, model.start")
+        for field, of in self.fields.items():
+            for option in ("modality", "tower"):
+                if getattr(of, option) is None:
+                    raise ValueError(f"fields.{field}.{option} is missing: only a field of model.start can do without")
+        return self
 
     @property
     def folder(self) -> Path:

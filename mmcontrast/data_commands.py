@@ -125,11 +125,11 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
     from mmcontrast.data import ShardOptions
     from mmcontrast.data.verify import Reading
     from mmcontrast.evaluation.layouts import with_layouts
-    from mmcontrast.models import make_modalities
+    from mmcontrast.runs import modalities_of
     from mmcontrast.training.data import source_modalities
 
     run = load_config(config, overrides)
-    modalities = make_modalities(run.fields)
+    modalities = modalities_of(run)
     keys = {field: of.keys for field, of in run.fields.items() if of.keys}
     sources: dict[str, tuple[Patterns, Reading]] = {}
     shared: list[str] = []

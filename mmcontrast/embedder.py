@@ -14,7 +14,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, library_of, open_model
-from mmcontrast.runs import CONFIG, contrasted_fields, open_run, step_of
+from mmcontrast.runs import contrasted_fields, open_run, run_of, step_of
 from mmcontrast.training.log import make_progress
 
 KINDS: dict[str, type[Modality]] = {
@@ -222,14 +222,6 @@ def load(
     fields = contrasted_fields(run.config)
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     return Embedder(run.model, str(name), device, list(fields), keys, precision)
-
-
-def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:
-    """(the run's folder that is named, or None; the checkpoint)."""
-    folder = Path(name).absolute()
-    if folder.parent.name == "checkpoints" and (folder.parents[1] / CONFIG).is_file():
-        return folder.parents[1], folder.name.removeprefix("step-")
-    return folder if (folder / CONFIG).is_file() else None, checkpoint or "last"
 
 
 def identity(name: str | Path, checkpoint: str | None = "last", pretrained: str | None = None) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mmcontrast.components import nearest
 from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
-from mmcontrast.models import ContrastiveModel, blocks_of, make_model
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.options import Component
-from mmcontrast.runs import check_components, contrasted_fields
+from mmcontrast.runs import check_components, completed, contrasted_fields, model_of
 from mmcontrast.training.cost import Bytes, Flops, count_bytes, count_flops, fakes, make_values
 from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
@@ -116,9 +116,12 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
     part = per_device // options.accumulation_steps
     at_a_time = min(part, options.micro_batch_size or part)
     bare = without_downloads(config)
-    objective, pairing = check_components(bare)
+    if not bare.model.starts:
+        check_components(bare)  # before anything large is made
     with fakes():
-        model = make_model(bare.fields, bare.towers, bare.model, 0, tokenizers=False)
+        model = model_of(bare, tokenizers=False, weights=False)
+        config = completed(config, model)
+        objective, pairing = check_components(completed(bare, model))
         check_placement(model, options)
         for field in options.resolution.keys() - model.modalities.keys():
             raise UserError(f"train.resolution: no field {field!r}; {nearest(field, model.modalities)}")
@@ -229,7 +232,7 @@ def resident(model: ContrastiveModel, options: TrainOptions, devices: int, state
     share = math.ceil(weights / devices) if sharded else weights
     memory = {"weights": share, "optimizer state": math.ceil(state / devices) if sharded else state}
     if sharded:
-        blocks = [size(block.parameters()) for tower in model.towers.values() for block in blocks_of(tower).values()]
+        blocks = [size(block.parameters()) for tower in map(model.tower, model.towers) for block in tower.blocks().values()]
         at_once = sorted(blocks)[-2:] if options.reshard_after_forward else blocks
         memory["weights that are fetched"] = weights - sum(blocks) + sum(at_once)
     elif devices > 1:  # DistributedDataParallel's, beside the gradients

@@ -17,14 +17,15 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
 from mmcontrast.evaluation.report import LOG
 from mmcontrast.libraries import weights_follow
-from mmcontrast.models import ContrastiveModel, make_modalities, make_model
-from mmcontrast.models.options import FieldOptions
+from mmcontrast.modalities import Modality
+from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make_modalities, make_model, merge_lora
+from mmcontrast.models import open_start as open_library_start
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.job import Job
-from mmcontrast.training.state import load_weights
+from mmcontrast.training.state import check_start, load_weights
 from mmcontrast.trust import import_paths
 
 CONFIG = "config.yaml"
@@ -38,9 +39,12 @@ def make_job(config: RunConfig) -> Job:
     Raises:
         UserError: for anything that does not fit, by its place in the config.
     """
-    objective, pairing = check_components(config)
+    if not config.model.starts:
+        check_components(config)  # before anything large is made
     with weights_follow() if config.train.init_from else nullcontext():
-        model = make_model(config.fields, config.towers, config.model, config.train.seed)
+        model = model_of(config)
+    config = completed(config, model)
+    objective, pairing = check_components(config)
     evaluation, eval_datasets = open_data(config, model)
     dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed)
     return Job(
@@ -58,6 +62,62 @@ def make_job(config: RunConfig) -> Job:
         options=config.train,
         negative_of=negative_fields(config),
     )
+
+
+def model_of(config: RunConfig, *, tokenizers: bool = True, weights: bool = True, trust_code: bool = False) -> ContrastiveModel:
+    """Make the model of a config.
+
+    Args:
+        tokenizers: they are those of the texts, and must fit the towers.
+        weights: False: those of `model.start` are not read.
+        trust_code: of a start that is a run: import what its config names by import path.
+
+    Raises:
+        UserError: for anything that does not fit.
+    """
+    opener = partial(open_start, trust_code=trust_code)
+    return make_model(config.fields, config.towers, config.model, config.train.seed, tokenizers, weights, opener)
+
+
+def modalities_of(config: RunConfig) -> dict[str, Modality]:
+    """Return how each field is read; of a start, its weights are not.
+
+    Raises:
+        UserError: for a modality's options that are wrong; for a start that cannot be opened.
+    """
+    if not config.model.starts:
+        return make_modalities(config.fields, config.towers)
+    model = model_of(config, tokenizers=False, weights=False)
+    return {field: model.modality(field) for field in model.modalities}
+
+
+def open_start(start: StartOptions, weights: bool = True, trust_code: bool = False) -> ContrastiveModel:
+    """Open what `model.start` names: a run's model, or one of another library's.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    folder, which = run_of(start.model, start.checkpoint)
+    if folder is None:
+        return open_library_start(start, weights)
+    if start.pretrained or start.pooling:
+        raise UserError(f"model.start: {start.model} is a run: it takes neither pretrained nor pooling")
+    if not weights:
+        return model_of(load_config(folder / CONFIG), weights=False, trust_code=trust_code)
+    return open_run(folder, which, "cpu", trust_code).model
+
+
+def completed(config: RunConfig, model: ContrastiveModel) -> RunConfig:
+    """Return a config that says of its start which fields, how many dimensions, and which logit scale and bias it has."""
+    if not config.model.starts:
+        return config
+    fields = {
+        field: (config.fields.get(field) or FieldOptions()).model_copy(update={"tower": model.tower_of[field]})
+        for field in model.modalities
+    }
+    bias = None if model.logit_bias is None else model.logit_bias.item()
+    more = {"embed_dim": model.embed_dim, "max_logit_scale": model.max_logit_scale, "logit_bias": bias}
+    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=more)})
 
 
 def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
@@ -160,12 +220,16 @@ def lock_folder(config: RunConfig) -> IO[str]:
     return lock
 
 
-def prepare_folder(config: RunConfig, overwrite: bool) -> None:
-    """Makes the run's folder, with its config; anew if `overwrite`, or if a start failed there."""
+def prepare_folder(config: RunConfig, overwrite: bool, text: str | None = None) -> None:
+    """Make the run's folder, with its config; anew if `overwrite`, or if a start failed there.
+
+    Args:
+        text: the config as a job has completed it.
+    """
     if overwrite or never_began(config.folder):
         shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    (config.folder / CONFIG).write_text(text or config.to_yaml(), encoding="utf-8")
 
 
 @dataclass
@@ -194,14 +258,24 @@ def open_run(folder: Path, which: str = "last", device: str | None = None, trust
     config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
     with import_paths(folder, trust_code), weights_follow():
-        model = make_model(config.fields, config.towers, config.model, config.train.seed)
+        model = model_of(config, trust_code=trust_code)
     checkpoint.check(saved)
+    check_start(model, saved)
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
+    merge_lora(model)
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return TrainedRun(folder, config, model.eval().to(where), where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {' '.join(str(error).split())[:200]}") from error
+
+
+def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:
+    """Return the run's folder that is named, or None, and the checkpoint."""
+    folder = Path(name).absolute()
+    if folder.parent.name == "checkpoints" and (folder.parents[1] / CONFIG).is_file():
+        return folder.parents[1], folder.name.removeprefix("step-")
+    return folder if (folder / CONFIG).is_file() else None, checkpoint or "last"
 
 
 def step_of(folder: Path, which: str) -> str:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mmcontrast.config import load_config, load_suite
 from mmcontrast.data import ShardDataset
-from mmcontrast.embedder import identity, load, run_of
+from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, Evaluation, EvaluationOptions, evaluate, open_splits
 from mmcontrast.evaluation.cache import fingerprint, keep, table_folder
@@ -18,7 +18,7 @@ from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.evaluation.evaluate import Embed, embed_split
 from mmcontrast.evaluation.layouts import in_layout
 from mmcontrast.evaluation.report import write_results
-from mmcontrast.runs import CONFIG
+from mmcontrast.runs import CONFIG, run_of
 from mmcontrast.training.distributed import join_processes
 from mmcontrast.training.log import make_progress
 

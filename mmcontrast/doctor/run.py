@@ -18,9 +18,9 @@ from mmcontrast.data.loading import PREFETCHED
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processes, shared_memory
 from mmcontrast.errors import UserError
-from mmcontrast.models import ContrastiveModel, make_modalities, make_model
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.options import Component
-from mmcontrast.runs import check_components
+from mmcontrast.runs import check_components, modalities_of, model_of
 from mmcontrast.training.data import make_dataset, make_source
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import SourceOptions
@@ -75,7 +75,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
         UserError: for towers or patterns that do not fit.
     """
     towers = {name: _without_weights(spec) for name, spec in config.towers.items()}
-    made = partial(make_model, config.fields, towers, config.model, config.train.seed)
+    made = partial(model_of, config.model_copy(update={"towers": towers}), weights=False)
     try:
         with torch.device("meta"):
             model = made()
@@ -84,7 +84,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     freeze(model, config.train.freeze)
     weights = sum(p.nbytes for p in model.state_dict().values())
     learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    queue = config.train.queue_size * len(config.fields) * (4 * config.model.embed_dim + 8)
+    queue = config.train.queue_size * len(model.modalities) * (4 * model.embed_dim + 8)
     copies = 1 + bool(config.train.ema_decay) + bool(config.train.queue_size)
     return copies * weights + 2 * learning + queue
 
@@ -133,7 +133,7 @@ def samples(name: str, source: SourceOptions, config: RunConfig, rate: float | N
     try:
         names = expand_shards(source.shards)
         ends = source.model_copy(update={"shards": list(dict.fromkeys((names[0], names[-1])))})
-        modalities = ContrastiveModel(make_modalities(config.fields), {}, {}, 1)
+        modalities = ContrastiveModel(modalities_of(config), {}, {}, 1)
         dataset: ShardDataset | StreamDataset
         if config.data.sequential:
             of_fields = {field: modalities.modality(field) for field in config.fields}

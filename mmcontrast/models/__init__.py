@@ -1,17 +1,17 @@
 """Models: one adapter for each library; composed of a config's towers, or opened by name. A backbone family is a file here."""
 
-from mmcontrast.models.base import BLOCK, Tower, blocks_of
-from mmcontrast.models.compose import TOWERS, make_modalities, make_model
+from mmcontrast.models.base import Tower
+from mmcontrast.models.compose import TOWERS, make_modalities, make_model, open_start
 from mmcontrast.models.contrastive import ContrastiveModel, Embeddings, assembled, evaluating
 from mmcontrast.models.linear import LinearTower
+from mmcontrast.models.lora import merge_lora
 from mmcontrast.models.names import library_of, open_model, resolved
 from mmcontrast.models.open_clip import OpenClipTextTower, OpenClipTower
-from mmcontrast.models.options import FieldOptions, ModelOptions
+from mmcontrast.models.options import FieldOptions, ModelOptions, StartOptions
 from mmcontrast.models.timm import TimmTower
 from mmcontrast.models.transformers import TransformersTower
 
 __all__ = [
-    "BLOCK",
     "TOWERS",
     "ContrastiveModel",
     "Embeddings",
@@ -20,15 +20,17 @@ __all__ = [
     "ModelOptions",
     "OpenClipTextTower",
     "OpenClipTower",
+    "StartOptions",
     "TimmTower",
     "Tower",
     "TransformersTower",
     "assembled",
-    "blocks_of",
     "evaluating",
     "library_of",
     "make_modalities",
     "make_model",
+    "merge_lora",
     "open_model",
+    "open_start",
     "resolved",
 ]

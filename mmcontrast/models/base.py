@@ -33,8 +33,18 @@ class Tower(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         return self.network(batch)
 
+    def blocks(self) -> dict[str, nn.Module]:
+        """Return the repeated parts by their names in the tower: transformer layers, residual blocks. They are recomputed,
+        compiled and sharded one by one, their rates decay by depth, and LoRA adapts them.
+
+        The default finds the innermost numbered modules under names that timm, transformers and open_clip use; a tower whose
+        parts have other names overrides it.
+        """
+        named = {name: module for name, module in self.named_modules() if BLOCK.fullmatch(f"{name}.")}
+        return {name: block for name, block in named.items() if not any(other.startswith(f"{name}.") for other in named)}
+
     def read(self, texts: TextIds) -> None:
-        """Prepares the tower for texts of a tokenizer.
+        """Prepare the tower for texts of a tokenizer.
 
         Raises:
             UserError: if it cannot read them.
@@ -52,9 +62,3 @@ class Tower(nn.Module):
                 f" the tower vocab_size: {texts.size}, or take the tokenizer that belongs to it"
             )
         self.texts = texts
-
-
-def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
-    """The repeated parts of a network by their names: transformer layers, residual blocks; the innermost that are numbered."""
-    named = {name: module for name, module in network.named_modules() if BLOCK.fullmatch(f"{name}.")}
-    return {name: block for name, block in named.items() if not any(other.startswith(f"{name}.") for other in named)}

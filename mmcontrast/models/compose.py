@@ -1,18 +1,22 @@
 """A model composed of the `fields` and `towers` of a config, with initial weights."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from mmcontrast.components import build, nearest
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, Modality, TextModality
+from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.models.base import Tower
 from mmcontrast.models.contrastive import ContrastiveModel
 from mmcontrast.models.linear import LinearTower
+from mmcontrast.models.lora import add_lora
+from mmcontrast.models.names import open_model
 from mmcontrast.models.open_clip import OpenClipTextTower, OpenClipTower
-from mmcontrast.models.options import FieldOptions, ModelOptions
+from mmcontrast.models.options import FieldOptions, LoraOptions, ModelOptions, StartOptions
 from mmcontrast.models.timm import TimmTower
 from mmcontrast.models.transformers import TransformersTower, shortest_waveform
 from mmcontrast.options import Component
@@ -27,43 +31,175 @@ TOWERS = {
 PRETRAINED_BACKGROUNDS = {"open_clip": "open_clip", "timm": "drop"}  # others put white under transparent pixels
 
 
+Opener = Callable[[StartOptions, bool], ContrastiveModel]
+
+
+def open_start(start: StartOptions, weights: bool = True) -> ContrastiveModel:
+    """Open the model of another library that an option names; `mmcontrast.runs.open_start` opens runs too.
+
+    Args:
+        weights: False: its architecture, with random ones; nothing large is read.
+    """
+    weights = weights and start.pretrained is not False
+    return open_model(start.model, start.pretrained or None, start.pooling, weights)
+
+
 def make_model(
     fields: Mapping[str, FieldOptions],
     towers: Mapping[str, Component],
     options: ModelOptions,
     seed: int,
     tokenizers: bool = True,
+    weights: bool = True,
+    opener: Opener = open_start,
 ) -> ContrastiveModel:
-    """The model with its initial weights, a function of the seed.
+    """Make a model of towers with initial weights, a function of the seed; or of a start, and what is added to it.
 
     Args:
         tokenizers: they are those of the texts, and must fit the towers.
+        weights: False: those of a start are not read.
+        opener: opens a start.
 
     Raises:
-        UserError: for a field without a tower, a tower without a field, or texts that a tower cannot read.
+        UserError: for a field without a tower, a tower without a field, or texts that a tower cannot read; for a start that
+            cannot be opened, or does not go with the rest.
     """
-    for field, of in fields.items():
-        if of.tower not in towers:
-            raise UserError(f"fields.{field}.tower: no tower {of.tower!r} under towers; {nearest(of.tower, towers)}")
-    for tower in towers:
-        if tower not in {of.tower for of in fields.values()}:
-            raise UserError(f"towers.{tower} serves no field: name it in fields.<field>.tower, or remove it")
-    for tower in options.projection if isinstance(options.projection, dict) else ():
-        if tower not in towers:
-            raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, towers)}")
+    started = [opener(start, weights) for start in options.starts]
+    mine = {field: (one, one.tower_of[field]) for one in started for field in one.modalities}
+    if sum(len(one.modalities) for one in started) > len(mine):
+        raise UserError("model.start: two of them have the same fields: name halves, one of each kind")
+    fields = {field: FieldOptions() for field in mine} | dict(fields)
+    tower_of = check_fields(fields, towers, options, mine)
     torch.manual_seed(seed)
-    modalities = make_modalities(fields, towers)
+    modalities = {field: mine[field][0].modality(field) for field in mine} | make_modalities(fields, towers)
+    modalities = {field: modalities[field] for field in fields}
     made = {name: build(spec, TOWERS, f"towers.{name}: tower", Tower) for name, spec in towers.items()}
+    inherited = {tower: one.towers[tower] for one, tower in mine.values()}
     for field, modality in modalities.items():
-        tower = made[fields[field].tower]
-        if isinstance(modality, TextModality) and tokenizers:
+        tower = (inherited | made)[tower_of[field]]
+        if isinstance(modality, TextModality) and not isinstance(modality, LibraryTexts) and tokenizers:
             try:
                 tower.read(modality.text_ids)
             except (UserError, DecodeError) as error:
                 raise UserError(f"fields.{field}: {error}") from error
         if isinstance(modality, AudioModality) and isinstance(tower, TransformersTower):
             refuse_short_sounds(field, modality, tower)
-    return ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
+    model = joined(started, modalities, made, tower_of, options)
+    if options.lora:
+        adapt(model, options.lora, inherited, is_whole(started), weights)
+    return model
+
+
+def check_fields(
+    fields: Mapping[str, FieldOptions],
+    towers: Mapping[str, Component],
+    options: ModelOptions,
+    mine: Mapping[str, tuple[ContrastiveModel, str]],
+) -> dict[str, str]:
+    """Return the name of each field's tower.
+
+    Args:
+        mine: of the fields that a start brings, itself and the name of the tower there.
+
+    Raises:
+        UserError: for a field without a tower or a modality, a tower without a field.
+    """
+    inherited = {tower for _, tower in mine.values()}
+    if both := inherited & towers.keys():
+        raise UserError(f"towers.{min(both)}: model.start has a tower of this name: give yours another")
+    tower_of = {}
+    for field, of in fields.items():
+        if field not in mine and not of.modality:
+            raise UserError(
+                f"fields.{field}: say its modality, as {{modality: text, tower: text}}: model.start has no such field"
+            )
+        tower = of.tower or (mine[field][1] if field in mine else "")
+        if tower not in towers and tower not in inherited:
+            raise UserError(f"fields.{field}.tower: no tower {tower!r} under towers; {nearest(tower, [*towers, *inherited])}")
+        tower_of[field] = tower
+    for tower in towers:
+        if tower not in tower_of.values():
+            raise UserError(f"towers.{tower} serves no field: name it in fields.<field>.tower, or remove it")
+    for tower in options.projection if isinstance(options.projection, dict) else ():
+        if tower not in towers and tower not in inherited:
+            raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, [*towers, *inherited])}")
+    if len(fields) < 2:
+        raise UserError(f"fields: a model needs two or more to contrast, there is {', '.join(fields) or 'none'}")
+    return tower_of
+
+
+def joined(
+    started: Sequence[ContrastiveModel],
+    modalities: Mapping[str, Modality],
+    made: Mapping[str, Tower],
+    tower_of: Mapping[str, str],
+    options: ModelOptions,
+) -> ContrastiveModel:
+    """Return the model of the starts' towers and of those that were made. A whole keeps its projections, logit scale
+    and bias; halves get projections of their own, as the towers that were made do.
+
+    Raises:
+        UserError: for an embed_dim that is not the start's.
+    """
+    whole = started[0] if is_whole(started) else None
+    given = options.model_dump(exclude={"start", "lora"}, exclude_none=True)
+    halves: dict[str, Tower] = {}
+    if whole:
+        if options.embed_dim not in (None, whole.embed_dim):
+            raise UserError(f"model.embed_dim={options.embed_dim}: that of model.start is {whole.embed_dim}: leave it out")
+        scale, bias = whole.log_logit_scale[0].exp().item(), whole.logit_bias
+        given = {"logit_scale": scale, "max_logit_scale": whole.max_logit_scale} | given | {"embed_dim": whole.embed_dim}
+        given |= {"logit_bias": bias.item()} if bias is not None and options.logit_bias is None else {}
+    else:
+        halves = {name: cast(Tower, tower) for one in started for name, tower in one.towers.items()}
+        given = {"embed_dim": 512} | given
+    model = ContrastiveModel(modalities, halves | dict(made), tower_of, **given)
+    if whole:
+        model.towers = nn.ModuleDict({**whole.towers, **model.towers})
+        model.projections = nn.ModuleDict({**whole.projections, **model.projections})
+        if whole.log_logit_scale.shape == model.log_logit_scale.shape and options.logit_scale is None:
+            model.log_logit_scale = whole.log_logit_scale  # to the last digit
+        model.origin = None if made else whole.origin
+    return model
+
+
+def is_whole(started: Sequence[ContrastiveModel]) -> bool:
+    """Return whether it is one model of several fields, whose projections, logit scale and bias mean something."""
+    return len(started) == 1 and len(started[0].modalities) > 1
+
+
+def adapt(model: ContrastiveModel, lora: LoraOptions, inherited: Mapping[str, Any], whole: bool, weights: bool) -> None:
+    """Lock what a start has brought, and add low-rank updates to its towers, or to some.
+
+    Args:
+        inherited: its towers. whole: their projections, the logit scale and the bias are its own too.
+        weights: its weights are there, and left out of checkpoints.
+
+    Raises:
+        UserError: for towers that are not a start's, or have nothing to adapt.
+    """
+    if not inherited:
+        raise UserError("model.lora adapts the weights of a model.start: name one")
+    for name in lora.towers:
+        if name not in inherited:
+            raise UserError(f"model.lora.towers: no tower {name!r} of model.start; {nearest(name, inherited)}")
+    kept = [model.towers[name] for name in inherited]
+    if whole:
+        kept += [model.projections[name] for name in inherited]
+    if whole and len(model.towers) == len(inherited):
+        model.log_logit_scale.requires_grad_(False)
+        if model.logit_bias is not None:
+            model.logit_bias.requires_grad_(False)
+    for module in kept:
+        module.requires_grad_(False)
+    before = {id(tensor) for module in kept for tensor in (*module.parameters(), *module.buffers())}
+    for name in lora.towers or inherited:
+        try:
+            add_lora(cast(Tower, model.towers[name]), lora.rank, lora.alpha, lora.targets)
+        except UserError as error:
+            raise UserError(f"model.lora: towers.{name}: {error}") from error
+    if weights:
+        model.keep_start(name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in before)
 
 
 def refuse_short_sounds(field: str, modality: AudioModality, tower: TransformersTower) -> None:
@@ -79,11 +215,13 @@ def refuse_short_sounds(field: str, modality: AudioModality, tower: Transformers
 
 
 def make_modalities(fields: Mapping[str, FieldOptions], towers: Mapping[str, Component] | None = None) -> dict[str, Modality]:
-    """Return each field's modality. Pictures for weights that a library pretrained are treated as it does where they are
-    transparent, unless `background` says otherwise."""
+    """Return the modality of each field that says one. Pictures for weights that a library pretrained are treated as it does
+    where they are transparent, unless `background` says otherwise."""
     made = {}
     for field, options in fields.items():
-        spec, tower = options.modality, (towers or {}).get(options.tower)
+        spec, tower = options.modality, (towers or {}).get(options.tower or "")
+        if spec is None:
+            continue
         spec = {"type": spec} if isinstance(spec, str) else spec
         if isinstance(spec, dict) and spec.get("type") == "image" and isinstance(tower, dict) and _has_weights(tower):
             spec = {"background": PRETRAINED_BACKGROUNDS.get(str(tower.get("type")), "white"), **spec}

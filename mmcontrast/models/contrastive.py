@@ -1,10 +1,12 @@
 """The model: fields → towers → projections → unit embeddings, with the logit scale and bias of the scores."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,8 @@ class ContrastiveModel(nn.Module):
         scale_per_pair: each pair of fields learns a scale of its own.
     """
 
+    origin: Any = None
+
     def __init__(
         self,
         modalities: Mapping[str, Modality],
@@ -66,10 +70,25 @@ class ContrastiveModel(nn.Module):
         self.projections = nn.ModuleDict({name: _head(name, t.width, embed_dim, projection) for name, t in towers.items()})
         self.embed_dim, self.max_logit_scale = embed_dim, max_logit_scale
         self.locked: list[nn.Module] = []  # modules that never train
+        self.of_start: frozenset[str] = frozenset()  # tensors that checkpoints leave out: those of `model.start`, which stay
+        self.start_digest = ""
         # shape [1]: sharded data parallelism refuses parameters without a dimension
         self.pairs = list(combinations(modalities, 2)) if scale_per_pair else []
         self.log_logit_scale = nn.Parameter(torch.full((len(self.pairs) or 1,), math.log(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([float(logit_bias)]))
+
+    def keep_start(self, names: Iterable[str]) -> None:
+        """Leave tensors of a start, which nothing changes, out of checkpoints; these hold a digest of them instead."""
+        self.of_start = frozenset(names)
+        tensors, digest = self.state_dict(), hashlib.sha256()
+        for name in sorted(self.of_start):
+            digest.update(tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.start_digest = digest.hexdigest()
+
+    def tower(self, name: str) -> Tower:
+        tower = self.towers[name]
+        assert isinstance(tower, Tower)
+        return tower
 
     def train(self, mode: bool = True) -> "ContrastiveModel":
         super().train(mode)

@@ -13,8 +13,8 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 LIBRARIES = ("open_clip", "transformers", "timm")
 
 
-def open_model(name: str, pretrained: str | None = None, pooling: str | None = None) -> ContrastiveModel:
-    """Opens a model on the CPU, in fp32, in evaluation mode.
+def open_model(name: str, pretrained: str | None = None, pooling: str | None = None, weights: bool = True) -> ContrastiveModel:
+    """Open a model on the CPU, in fp32, in evaluation mode.
 
     A name is, in this order: a folder, by the config in it; "open_clip:…", "timm:…", "transformers:…"; "hf-hub:org/name",
     which is open_clip's, or timm's where "timm/" is followed by one of its architectures; an architecture of open_clip's, also
@@ -24,6 +24,7 @@ def open_model(name: str, pretrained: str | None = None, pooling: str | None = N
     Args:
         pretrained: of an architecture: a tag of open_clip's, or a checkpoint's file.
         pooling: of a plain encoder of transformers: "mean", "first" or "last".
+        weights: False: random ones, in the architecture alone.
 
     Raises:
         UserError: in one line, for a name that is none, for files that are not there or not as they should be.
@@ -35,18 +36,18 @@ def open_model(name: str, pretrained: str | None = None, pooling: str | None = N
         if library == "open_clip":
             from mmcontrast.models.open_clip import open_open_clip
 
-            return open_open_clip(name, pretrained)
+            return open_open_clip(name, pretrained, weights)
         if library == "timm":
             from mmcontrast.models.timm import open_timm
 
             if pretrained and ":" not in name and not Path(pretrained).is_file():
                 raise FileNotFoundError(f"pretrained={pretrained!r}: no such file; leave it out for timm's weights")
-            return open_timm(name, pretrained)
+            return open_timm(name, pretrained, weights)
         if pretrained:
             raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
         from mmcontrast.models.transformers import open_transformers
 
-        return open_transformers(name, pooling)
+        return open_transformers(name, pooling, weights)
 
 
 def resolved(name: str) -> tuple[str, str]:

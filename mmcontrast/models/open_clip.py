@@ -179,7 +179,7 @@ def is_architecture(name: str) -> bool:
     return name.partition("/")[0] in open_clip.list_models()
 
 
-def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
+def open_open_clip(name: str, pretrained: str | None, weights: bool = True) -> ContrastiveModel:
     """Fields image and text.
 
     Args:
@@ -199,7 +199,7 @@ def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
         if not is_architecture(name):
             raise UserError(f"open_clip has no model {name!r}; {nearest(name, open_clip.list_models())[:200]}")
         tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained is None or not (pretrained in tags or Path(pretrained).is_file()):
+        if weights and not (pretrained and (pretrained in tags or Path(pretrained).is_file())):
             raise UserError(
                 f"open_clip's {name} with pretrained={pretrained!r}: no such file, and no such tag: it takes a checkpoint's"
                 f" file, or a tag ({nearest(pretrained or '', tags)[:200] if tags else 'there is none'})"
@@ -207,7 +207,8 @@ def open_open_clip(name: str, pretrained: str | None) -> ContrastiveModel:
     elif pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
     quick = quick_gelu(name, pretrained)
-    whole = open_clip.create_model(name, pretrained, force_custom_text=True, require_pretrained=True, force_quick_gelu=quick)
+    options: dict[str, Any] = {"force_custom_text": True, "force_quick_gelu": quick}
+    whole = open_clip.create_model(name, pretrained, load_weights=weights, require_pretrained=weights, **options)
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
     prepare, augmented = (partial(_pixels, image_transform_v2(preprocess, is_train=train)) for train in (False, True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)

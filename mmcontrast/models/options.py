@@ -13,25 +13,74 @@ class FieldOptions(Options):
     """One field of a sample.
 
     Attributes:
-        modality: how its bytes are decoded: image, text, audio, vector, with options.
-        tower: the name of the tower that encodes it, under `towers`.
+        modality: how its bytes are decoded: image, text, audio, vector, with options; default: as `model.start` does.
+        tower: the name of the tower that encodes it, under `towers`; default: that of `model.start`.
         keys: extensions of its member in a shard, tried in turn; default: the modality's own. "json:caption" is an entry of the
             json; of {"json:caption": 0.7, "txt": 0.3} training draws one, with these weights.
         negative_of: another field, for which this one only provides further negatives: a mined caption that nearly fits.
     """
 
-    modality: Component
-    tower: str
+    modality: Component | None = None
+    tower: str | None = None
     keys: Keys = []
     negative_of: str | None = None
 
 
-class ModelOptions(Options):
-    """What follows the towers. See `mmcontrast.models.ContrastiveModel`."""
+class StartOptions(Options):
+    """A model that is there already, whole or a half.
 
-    embed_dim: Positive = 512
+    Attributes:
+        model: whatever `mmcontrast.load` opens: "ViT-B-32/laion2b_s34b_b79k", a name of transformers or timm, a folder, a run.
+        pretrained: of an architecture, a tag of open_clip's or a checkpoint's file; false: the architecture alone, with random
+            weights.
+        checkpoint: of a run: last, best, or a step's number.
+        pooling: of a plain encoder of transformers: mean, first or last.
+    """
+
+    model: str
+    pretrained: str | Literal[False] | None = None
+    checkpoint: str = "last"
+    pooling: Literal["mean", "first", "last"] | None = None
+
+
+class LoraOptions(Options):
+    """Low-rank updates in the place of a start's weights (arXiv:2106.09685). Everything else of it stays.
+
+    Attributes:
+        rank: of each update.
+        alpha: its scale is alpha / rank; default: rank, a scale of 1.
+        targets: the weights of "all" linear layers of blocks and attention pools, or of "attention" alone.
+        towers: those that are adapted, the others of the start are locked; default: all of the start.
+    """
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    targets: Literal["all", "attention"] = "all"
+    towers: list[str] = []
+
+
+class ModelOptions(Options):
+    """What the model is made of, beside `fields` and `towers`. See `mmcontrast.models.ContrastiveModel`.
+
+    Attributes:
+        start: a model to begin with, by its name or with options; or several halves, each with fields of its own. Its fields,
+            modalities, towers, projections, logit scale and bias are this model's; further `fields` bring towers of their own.
+        lora: low-rank updates learn in the place of the start's weights.
+        embed_dim: default: the start's, or 512. logit_scale, logit_bias: default: the start's, or 1 / 0.07 and none.
+        max_logit_scale: default: 100, or a start's that is larger.
+    """
+
+    start: str | StartOptions | list[str | StartOptions] | None = None
+    lora: LoraOptions | None = None
+    embed_dim: Positive | None = None
     projection: Projection | dict[str, Projection] = "linear"
-    logit_scale: Annotated[float, Field(gt=0)] = 1 / 0.07
+    logit_scale: Annotated[float, Field(gt=0)] | None = None
     logit_bias: float | None = None
-    max_logit_scale: Annotated[float, Field(ge=1)] = 100.0
+    max_logit_scale: Annotated[float, Field(ge=1)] | None = None
     scale_per_pair: bool = False
+
+    @property
+    def starts(self) -> list[StartOptions]:
+        """All starts, in full."""
+        given = self.start if isinstance(self.start, list) else [] if self.start is None else [self.start]
+        return [StartOptions(model=one) if isinstance(one, str) else one for one in given]

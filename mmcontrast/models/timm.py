@@ -69,12 +69,13 @@ def is_timm(name: str) -> bool:
     return timm.is_model(name.partition(".")[0])
 
 
-def open_timm(name: str, pretrained: str | None) -> ContrastiveModel:
+def open_timm(name: str, pretrained: str | None, weights: bool = True) -> ContrastiveModel:
     """Field image, of unit features.
 
     Args:
         name: an architecture with or without a tag, "hf-hub:timm/name", or "local-dir:FOLDER".
         pretrained: of an architecture: a checkpoint's file; default: timm's weights.
+        weights: False: random ones.
 
     Raises:
         UserError: for an unknown architecture.
@@ -86,8 +87,8 @@ def open_timm(name: str, pretrained: str | None) -> ContrastiveModel:
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
     if ":" in name and pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
-    options = from_file(name, pretrained) if pretrained else {}
-    network: Any = timm.create_model(name, pretrained=True, **options)
+    options = from_file(name, pretrained) if pretrained and weights else {}
+    network: Any = timm.create_model(name, pretrained=weights, **options)
     network.reset_classifier(0)
     data = timm.data.resolve_model_data_config(network)
     prepare, augmented = (timm.data.create_transform(**data, is_training=train) for train in (False, True))

@@ -169,12 +169,13 @@ def shortest_waveform(config: Any) -> int:
     return samples
 
 
-def open_transformers(name: str, pooling: str | None = None) -> ContrastiveModel:
+def open_transformers(name: str, pooling: str | None = None, weights: bool = True) -> ContrastiveModel:
     """A dual encoder's fields image and text, or audio and text; a single encoder's one. CLAP has a logit scale for each
     direction: the one of audio → text is taken.
 
     Args:
         name: a folder, or a name on the hub.
+        weights: False: random ones, in its architecture.
         pooling: of a plain encoder's last hidden states: "mean" (over the tokens that are not padding), "first" (the class
             token) or "last"; default: of pictures the class token if there is one, otherwise the mean.
 
@@ -188,8 +189,11 @@ def open_transformers(name: str, pooling: str | None = None) -> ContrastiveModel
     refuse_hub_attention(name, config)
     kind = (config.architectures or [""])[0]
     half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)
-    opener = getattr(transformers, kind, transformers.AutoModel) if half else transformers.AutoModel
-    network, info = opener.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+    opener: Any = getattr(transformers, kind, transformers.AutoModel) if half else transformers.AutoModel
+    if weights:
+        network, info = opener.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+    else:
+        network, info = opener._from_config(config) if half else opener.from_config(config), {"missing_keys": ()}
     network.float().eval()
     fields = [field for field in ("image", "audio", "text") if hasattr(network, f"get_{field}_features")]
     scales = [getattr(network, scale) for scale in ("logit_scale", "logit_scale_a") if hasattr(network, scale)]
@@ -241,10 +245,7 @@ def _half(network: nn.Module, method: str, modality: Modality) -> nn.Module:
     """Return a dual encoder with those of its modules alone that a method of one field uses: what is locked, decays or learns
     at a rate of its own is found by the names of its weights."""
     used: set[str] = set()
-    hooks = [
-        child.register_forward_pre_hook(lambda *_, name=name: used.add(name))
-        for name, child in network.named_children()
-    ]
+    hooks = [child.register_forward_pre_hook(lambda *_, name=name: used.add(name)) for name, child in network.named_children()]
     with torch.no_grad():
         getattr(network, method)(**_inputs(modality)(modality.collate([modality.blank()])))
     for hook in hooks:

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmcontrast.errors import EveryRankError, UserError
 
 WEIGHTS, AVERAGED, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
+ADAPTER = "adapter.safetensors"  # in the place of all weights: those that are not of `model.start`
 SHARDS, MANIFEST, PARTIAL = "optimizer", "manifest.json", ".partial"
 BEST = "best.json"  # the name of the best checkpoint, and by what value
 
@@ -39,6 +40,7 @@ class Contents:
         state: anything that `torch.load(weights_only=True)` admits.
         config: as YAML.
         shards: tensors of which every rank holds a part.
+        start: the digest of the start whose tensors are left out of the weights; "": nothing is.
     """
 
     weights: Mapping[str, Tensor]
@@ -46,6 +48,7 @@ class Contents:
     state: dict[str, Any]
     config: str
     shards: Mapping[str, Tensor] = field(default_factory=dict)
+    start: str = ""
 
 
 def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | None" = None) -> Path:
@@ -59,9 +62,10 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
         if not shards:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        for name, tensors in ((WEIGHTS, contents.weights), (AVERAGED, contents.averaged)):
+        about = {"start": contents.start} if contents.start else None
+        for name, tensors in ((ADAPTER if about else WEIGHTS, contents.weights), (AVERAGED, contents.averaged)):
             if tensors:
-                save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name)
+                save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name, about)
         torch.save(contents.state, partial / STATE)
         (partial / CONFIG).write_text(contents.config)
         if shards:
@@ -212,7 +216,7 @@ def _copied(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Contents):
-        return Contents(_copied(tree.weights), _copied(tree.averaged), _copied(tree.state), tree.config)
+        return replace(tree, **{name: _copied(getattr(tree, name)) for name in ("weights", "averaged", "state")})
     if isinstance(tree, Mapping):
         return {key: _copied(value) for key, value in tree.items()}
     return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree
@@ -280,18 +284,34 @@ def find(folder: Path, which: str) -> Path:
 
 
 def load_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
-    """Of a checkpoint's folder, or of a .safetensors file; with `averaged` the moving average, where a checkpoint has one.
+    """Read a checkpoint's folder, or a .safetensors file; with `averaged` the moving average, where a checkpoint has one.
 
     Raises:
         UserError: if there is no such file, or it is damaged.
     """
-    file = path / (AVERAGED if averaged and (path / AVERAGED).exists() else WEIGHTS) if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"no weights at {file}")
+    file = weights_file(path, averaged)
     try:
         return load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file} is no .safetensors file, or damaged: {error}") from error
+
+
+def weights_file(path: Path, averaged: bool = False) -> Path:
+    """
+    Raises:
+        UserError: if there is none.
+    """
+    names = [AVERAGED, WEIGHTS, ADAPTER] if averaged else [WEIGHTS, ADAPTER]
+    file = next((path / name for name in names if (path / name).exists()), path / WEIGHTS) if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no weights at {file}")
+    return file
+
+
+def start_of(path: Path) -> str:
+    """Return the digest of the start that a checkpoint's weights were trained beside; "" if it holds all weights."""
+    with safe_open(weights_file(path), "pt") as file:
+        return (file.metadata() or {}).get("start", "")
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

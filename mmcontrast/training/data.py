@@ -138,6 +138,10 @@ def source_modalities(
                 f"data.train.{name}.modalities.{field}: {option!r} must be that of the model; a source may have: {may}"
             )
         own = fields[field].modality
+        if own is None:
+            raise UserError(
+                f"data.train.{name}.modalities.{field}: its modality is that of model.start: say fields.{field}.modality"
+            )
         spec = {**({"type": own} if isinstance(own, str) else own), **changed}
         if spec["type"] == "image" and isinstance(pictures := modalities[field], ImageModality):
             spec = {"background": pictures.background, **spec}

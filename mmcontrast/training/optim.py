@@ -11,7 +11,7 @@ from torch import nn
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.models import BLOCK, ContrastiveModel
+from mmcontrast.models import ContrastiveModel, Tower
 from mmcontrast.training.options import TrainOptions
 
 TABLES = {"pos", "position", "positions", "positional", "rel", "relative", "distance", "wpe", "bias", "biases"}
@@ -29,7 +29,7 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
         for name in getattr(options, option).keys() - model.towers.keys():
             raise UserError(f"train.{option}: no tower {name!r}; there is {', '.join(model.towers)}")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    heights, kept = {name: heights_of(tower) for name, tower in model.towers.items()}, not_decaying(model)
+    heights, kept = {name: heights_of(model.tower(name)) for name in model.towers}, not_decaying(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind, _, rest = name.partition(".")
@@ -73,16 +73,14 @@ def not_decaying(model: nn.Module) -> set[str]:
     return kept
 
 
-def heights_of(tower: nn.Module) -> dict[str, int]:
-    """Of each parameter, how many layers are above it: 0 for what follows the last block, most for what precedes the first."""
-    names = [name for name, _ in tower.named_parameters()]
-    blocks = list(dict.fromkeys(match.group() for name in names if (match := BLOCK.match(name))))
+def heights_of(tower: Tower) -> dict[str, int]:
+    """Return how many layers are above each parameter: 0 for what follows the last block, most for what precedes the first."""
+    blocks = list(tower.blocks())
     heights, seen = {}, False
-    for name in names:
-        match = BLOCK.match(name)
-        seen = seen or match is not None
-        below = blocks.index(match.group()) + 1 if match else (len(blocks) + 1 if seen else 0)
-        heights[name] = len(blocks) + 1 - below
+    for name, _ in tower.named_parameters():
+        inside = next((k for k, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        seen = seen or inside is not None
+        heights[name] = len(blocks) - inside if inside is not None else 0 if seen else len(blocks) + 1
     return heights
 
 

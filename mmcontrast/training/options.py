@@ -135,7 +135,7 @@ class TrainOptions(Options):
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     seed: Annotated[int, Field(ge=0)] = 0
     optimizer: Component = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(ge=0)] = 1e-3
     tower_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
     layer_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     freeze: dict[str, Positive | None] = {}

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.models import ContrastiveModel, blocks_of, evaluating
+from mmcontrast.models import ContrastiveModel, evaluating
 from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept, with_statistics
 from mmcontrast.training.options import TrainOptions
 
@@ -43,8 +43,8 @@ def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) 
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for tower in model.towers.values():
-        for block in blocks_of(tower).values():
+    for tower in map(model.tower, model.towers):
+        for block in tower.blocks().values():
             policy = half if options.precision == "bf16" and not batch_norms(block) else MixedPrecisionPolicy()
             fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh)
@@ -62,7 +62,7 @@ def place(
     check_rows(model, options, accelerator.num_processes)
     recompute_blocks(model, options.recompute)
     for name in options.compile:
-        for block in blocks_of(model.towers[name]).values() or [model.towers[name]]:
+        for block in model.tower(name).blocks().values() or [model.towers[name]]:
             block.forward = torch.compile(block.forward)
     sharded = is_sharded(options)
     for one in [model, *copies]:
@@ -87,12 +87,12 @@ def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
                 raise UserError(f"train.{option}: no tower {name!r}; {nearest(name, model.towers)}")
     for option in ("recompute", "layer_decay"):
         for name in getattr(options, option):
-            if not blocks_of(model.towers[name]):
+            if not model.tower(name).blocks():
                 instead = "leave it out" if option == "recompute" else f"set train.tower_lr: {{{name}: …}}"
                 raise UserError(f"train.{option}: towers.{name} has no blocks that could be found: {instead}")
     for name in model.towers if options.parallel == "fsdp" else ():
         layers = [module for module in model.towers[name].modules() if next(module.parameters(recurse=False), None) is not None]
-        if len(layers) > 1 and not blocks_of(model.towers[name]):
+        if len(layers) > 1 and not model.tower(name).blocks():
             raise UserError(
                 f"train.parallel=fsdp: towers.{name} has no blocks that could be found, so it would be fetched as a whole: set"
                 " train.parallel: ddp, or name its repeated parts blocks.0, blocks.1, …"
@@ -141,7 +141,7 @@ def check_rows(model: ContrastiveModel, options: TrainOptions, ranks: int) -> No
 def recompute_blocks(model: ContrastiveModel, towers: Sequence[str]) -> None:
     """The blocks of some towers keep their inputs alone from now on."""
     for name in towers:
-        for block in blocks_of(model.towers[name]).values():
+        for block in model.tower(name).blocks().values():
             block.forward = MethodType(_recomputed, block)
 
 

@@ -1,6 +1,6 @@
 """A run's state: taken from what learns, and given back to it, on any number of ranks, whole or in shards."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.job import Job
@@ -30,11 +31,13 @@ def state_of(done: int, job: Job, learner: Learner) -> Contents:
         "order": job.order.state(),
         "threads": torch.get_num_threads(),
     }
-    return Contents(_whole(job.model), _whole(learner.averaged), state, job.config, shards)
+    weights, averaged = _whole(job.model, job.model.of_start), _whole(learner.averaged, job.model.of_start)
+    return Contents(weights, averaged, state, job.config, shards, job.model.start_digest)
 
 
-def _whole(module: nn.Module | None) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()} if module else {}
+def _whole(module: nn.Module | None, but: Container[str] = ()) -> dict[str, Tensor]:
+    tensors = module.state_dict() if module else {}
+    return {name: whole(tensor) for name, tensor in tensors.items() if name not in but}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -122,6 +125,7 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
             )
     if state["step"] > job.options.steps:
         raise UserError(f"{job.folder} already has {state['step']} steps, more than train.steps={job.options.steps}")
+    check_start(job.model, path)
     load_weights(job.model, checkpoint.load_weights(path), str(path))
     try:
         load_optimizer(learner.optimizer, job.model, state["optimizer"], path / checkpoint.SHARDS)
@@ -139,18 +143,30 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
     return state["step"]
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+def check_start(model: ContrastiveModel, path: Path) -> None:
     """
+    Raises:
+        UserError: for a checkpoint whose weights were trained beside another start.
+    """
+    if (trained := checkpoint.start_of(path)) != model.start_digest:
+        what = "model.start is not what it was" if trained and model.start_digest else "it was trained with another model.lora"
+        raise UserError(f"{path}: {what}: its weights do not belong to these: give back the start, and its name in config.yaml")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Give a model its weights, all but those that it has of a start.
+
     Raises:
         UserError: if names or shapes differ; it names the first.
     """
-    own = model.state_dict()
+    of_start: frozenset[str] = getattr(model, "of_start", frozenset())
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in of_start}
     for name in sorted(own.keys() ^ weights.keys()):
         raise UserError(f"{source}: {name} is {'missing in it' if name in own else 'not in the model'}: another architecture")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
-    model.load_state_dict(all_like(weights, own))
+    model.load_state_dict(all_like(weights, own), strict=not of_start)
 
 
 def weights_path(source: str) -> Path:

@@ -1,0 +1,113 @@
+"""Low-rank adaptation of any tower: W + s·B·A in the place of chosen weights W, which stay as they are (arXiv:2106.09685).
+
+The sum is a parametrization of torch's, so whoever reads the weight gets it: fused attention, compiled and sharded blocks,
+and the fast paths of evaluation too. Weights are chosen by the type of their module and by their block, not by name.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mmcontrast.errors import UserError
+from mmcontrast.models.base import Tower
+
+ATTENTION = ("attention", "attn")  # in the name of a module's class
+OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention, where they are
+
+
+class LowRank(nn.Module):
+    """W → W + scale · up · down, in at least fp32.
+
+    Args:
+        weight: [out, in] (transposed for a Conv1D of transformers': the sum is the same).
+        rank: r of down [r, in], drawn as torch draws a linear layer's, and up [out, r], zero.
+        scale: s, usually alpha / r.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.scale = scale
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.down = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=weight.device))
+        self.up = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(weight.to(self.up.dtype), self.up, self.down, alpha=self.scale)
+
+
+def add_lora(tower: Tower, rank: int, alpha: float | None = None, targets: str = "all") -> list[str]:
+    """Freeze a tower and let low-rank updates of its blocks' and attention pools' weights learn in their place.
+
+    Args:
+        alpha: the update's scale is alpha / rank; default: rank.
+        targets: "all" linear layers, or those of "attention".
+
+    Returns:
+        the names of the weights, within the tower.
+
+    Raises:
+        UserError: for a tower without such weights; for a rank that is not below their size.
+    """
+    chosen = list(adaptable(tower, targets))
+    if not chosen:
+        raise UserError(
+            f"no block of a {type(tower.network).__name__} has linear layers of {targets}: LoRA has nothing to adapt"
+        )
+    tower.requires_grad_(False)
+    names = []
+    for prefix, module, name in chosen:
+        weight = getattr(module, name)
+        if rank > min(weight.shape):
+            raise UserError(f"rank {rank} is beyond {prefix}.{name} of {list(weight.shape)}: at most {min(weight.shape)}")
+        low_rank = LowRank(weight, rank, (alpha or rank) / rank)
+        parametrize.register_parametrization(module, name, low_rank, unsafe=True)  # same shape; only the dtype may be wider
+        names.append(f"{prefix}.{name}")
+    return names
+
+
+def adaptable(tower: Tower, targets: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield (name of the module, module, name of its weight) of the linear maps in blocks and attention pools."""
+    modules = dict(tower.named_modules())
+    homes = [*tower.blocks(), *(name for name, module in modules.items() if _is_pool(module))]
+    for name, module in modules.items():
+        if not any(name == home or name.startswith(f"{home}.") for home in homes):
+            continue
+        above = [modules[name.rsplit(".", k)[0]] for k in range(1, name.count(".") + 1)]
+        if targets == "attention" and not any(_is_attention(one) for one in (module, *above)):
+            continue
+        weights = OF_ATTENTION if isinstance(module, nn.MultiheadAttention) else ("weight",) if _is_linear(module) else ()
+        for weight in weights:
+            if getattr(module, weight, None) is not None:
+                yield name, module, weight
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' linear layer, transposed
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or any(word in type(module).__name__.lower() for word in ATTENTION)
+
+
+def _is_pool(module: nn.Module) -> bool:
+    """Return whether it pools by attention, as open_clip's AttentionalPooler, timm's AttentionPoolLatent, SigLIP's heads do."""
+    return "pool" in type(module).__name__.lower() and any(map(_is_attention, module.modules()))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Put the sums in the place of the weights: the module is as it was before, of its old names."""
+    for module in model.modules():
+        for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
+            if isinstance(module.parametrizations[name][0], LowRank):  # type: ignore[index]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def lora_names(names: Iterable[str]) -> set[str]:
+    """Return those names of a state_dict that are low-rank updates."""
+    return {name for name in names if ".parametrizations." in name and not name.endswith(".original")}
