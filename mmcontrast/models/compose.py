@@ -1,13 +1,16 @@
 """A model composed of the `fields` and `towers` of a config, with initial weights."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcontrast.components import build, nearest
 from mmcontrast.errors import UserError
+from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, Modality, TextModality
 from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.models.base import Tower
@@ -41,7 +44,8 @@ def open_start(start: StartOptions, weights: bool = True) -> ContrastiveModel:
         weights: False: its architecture, with random ones; nothing large is read.
     """
     weights = weights and start.pretrained is not False
-    return open_model(start.model, start.pretrained or None, start.pooling, weights)
+    with nullcontext() if weights else weights_follow():
+        return open_model(start.model, start.pretrained or None, start.pooling, weights)
 
 
 def make_model(
@@ -64,13 +68,14 @@ def make_model(
         UserError: for a field without a tower, a tower without a field, or texts that a tower cannot read; for a start that
             cannot be opened, or does not go with the rest.
     """
+    torch.manual_seed(seed)
     started = [opener(start, weights) for start in options.starts]
     mine = {field: (one, one.tower_of[field]) for one in started for field in one.modalities}
     if sum(len(one.modalities) for one in started) > len(mine):
         raise UserError("model.start: two of them have the same fields: name halves, one of each kind")
     fields = {field: FieldOptions() for field in mine} | dict(fields)
     tower_of = check_fields(fields, towers, options, mine)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # what is added does not depend on what a start has drawn
     modalities = {field: mine[field][0].modality(field) for field in mine} | make_modalities(fields, towers)
     modalities = {field: modalities[field] for field in fields}
     made = {name: build(spec, TOWERS, f"towers.{name}: tower", Tower) for name, spec in towers.items()}
@@ -85,6 +90,10 @@ def make_model(
         if isinstance(modality, AudioModality) and isinstance(tower, TransformersTower):
             refuse_short_sounds(field, modality, tower)
     model = joined(started, modalities, made, tower_of, options)
+    if not options.update_batch_norms:
+        model.fixed = [
+            module for name in inherited for module in model.towers[name].modules() if isinstance(module, _BatchNorm)
+        ]
     if options.lora:
         adapt(model, options.lora, inherited, is_whole(started), weights)
     return model
@@ -142,7 +151,7 @@ def joined(
         UserError: for an embed_dim that is not the start's.
     """
     whole = started[0] if is_whole(started) else None
-    given = options.model_dump(exclude={"start", "lora"}, exclude_none=True)
+    given = options.model_dump(exclude={"start", "lora", "update_batch_norms"}, exclude_none=True)
     halves: dict[str, Tower] = {}
     if whole:
         if options.embed_dim not in (None, whole.embed_dim):

@@ -70,6 +70,7 @@ class ContrastiveModel(nn.Module):
         self.projections = nn.ModuleDict({name: _head(name, t.width, embed_dim, projection) for name, t in towers.items()})
         self.embed_dim, self.max_logit_scale = embed_dim, max_logit_scale
         self.locked: list[nn.Module] = []  # modules that never train
+        self.fixed: list[nn.Module] = []  # batch norms of a start, whose statistics stay
         self.of_start: frozenset[str] = frozenset()  # tensors that checkpoints leave out: those of `model.start`, which stay
         self.start_digest = ""
         # shape [1]: sharded data parallelism refuses parameters without a dimension
@@ -92,7 +93,7 @@ class ContrastiveModel(nn.Module):
 
     def train(self, mode: bool = True) -> "ContrastiveModel":
         super().train(mode)
-        for module in self.locked:
+        for module in (*self.locked, *self.fixed):
             module.eval()
         return self
 

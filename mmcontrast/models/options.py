@@ -66,12 +66,15 @@ class ModelOptions(Options):
         start: a model to begin with, by its name or with options; or several halves, each with fields of its own. Its fields,
             modalities, towers, projections, logit scale and bias are this model's; further `fields` bring towers of their own.
         lora: low-rank updates learn in the place of the start's weights.
+        update_batch_norms: let the running statistics of a start's batch norms follow the data; default: they stay those that
+            its weights were trained with, and batches are normalized by them.
         embed_dim: default: the start's, or 512. logit_scale, logit_bias: default: the start's, or 1 / 0.07 and none.
         max_logit_scale: default: 100, or a start's that is larger.
     """
 
     start: str | StartOptions | list[str | StartOptions] | None = None
     lora: LoraOptions | None = None
+    update_batch_norms: bool = False
     embed_dim: Positive | None = None
     projection: Projection | dict[str, Projection] = "linear"
     logit_scale: Annotated[float, Field(gt=0)] | None = None

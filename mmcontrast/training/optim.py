@@ -75,13 +75,18 @@ def not_decaying(model: nn.Module) -> set[str]:
 
 def heights_of(tower: Tower) -> dict[str, int]:
     """Return how many layers are above each parameter: 0 for what follows the last block, most for what precedes the first."""
-    blocks = list(tower.blocks())
-    heights, seen = {}, False
-    for name, _ in tower.named_parameters():
-        inside = next((k for k, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
-        seen = seen or inside is not None
-        heights[name] = len(blocks) - inside if inside is not None else 0 if seen else len(blocks) + 1
-    return heights
+    names, blocks = [name for name, _ in tower.named_parameters()], list(tower.blocks())
+    inside = [next((block for block in blocks if name.startswith(f"{block}.")), "") for name in names]
+    last = max((k for k, block in enumerate(inside) if block), default=-1)
+    layers: list[str] = []  # the blocks, and what lies between two of them, as a reduction of resolution
+    for k, block in enumerate(inside):
+        layer = block or (f"before {next(filter(None, inside[k:]))}" if layers and k < last else "")
+        if layer and layer not in layers:
+            layers.append(layer)
+        inside[k] = layer
+    heights = {layer: len(layers) - k for k, layer in enumerate(layers)}
+    first = next((k for k, layer in enumerate(inside) if layer), len(names))
+    return {name: heights.get(inside[k], 0 if first < k else len(layers) + 1) for k, name in enumerate(names)}
 
 
 def freeze(model: ContrastiveModel, patterns: Mapping[str, int | None]) -> dict[str, int]:

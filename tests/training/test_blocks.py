@@ -11,7 +11,7 @@ from torch import nn
 from mmcontrast.components import build
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import VectorModality
-from mmcontrast.models import TOWERS, ContrastiveModel, LinearTower, Tower, blocks_of
+from mmcontrast.models import TOWERS, ContrastiveModel, LinearTower, Tower
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import check_placement, check_rows, place
@@ -31,7 +31,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_innermost_blocks_are_found(family):
     spec, one = FAMILIES[family]
-    blocks = blocks_of(build(spec, TOWERS, "tower"))
+    blocks = build(spec, TOWERS, "tower").blocks()
     assert one in blocks and len(blocks) > 1
     assert not any(name.startswith(f"{other}.") for name in blocks for other in blocks)
 

@@ -1,0 +1,162 @@
+"""`model.start`: a run begins with what its library computes, keeps its logit scale and bias, and opens again."""
+
+import open_clip
+import pytest
+import timm
+import torch
+import yaml
+from timm.models import save_for_hf
+from transformers import BertConfig, BertModel
+
+import mmcontrast
+from mmcontrast.config import load_config
+from mmcontrast.errors import UserError
+from mmcontrast.runs import completed, make_job, modalities_of, model_of
+from tests.command import train
+from tests.models.samples import TEXTS, pictures, sounds, tokenizer
+from tests.models.test_open_clip import save
+from tests.models.test_transformers import clap, clip, saved, siglip
+
+HF = {"hf clip": clip, "hf siglip": siglip, "hf clap": clap}
+KINDS = ["clip", "siglip", *HF]
+
+
+def start_of(kind, folder):
+    return saved(HF[kind](), folder) if kind in HF else save(folder, kind)
+
+
+def write_pairs(kind, folder):
+    """A CSV of 24 pairs with the files that it names, and the files."""
+    files = sounds(folder, 8000, (0.5, 0.3, 0.9, 0.7, 0.4, 0.6)) if kind == "hf clap" else pictures(folder)
+    column = "audio" if kind == "hf clap" else "image"
+    lines = [f"{files[k % 6]},{TEXTS[k % 4].replace(',', ' ')} {k},{k}" for k in range(24)]
+    (folder / "pairs.csv").write_text("\n".join([f"{column},text,sample_id", *lines]))
+    return files
+
+
+def write_run(folder, start, **sections):
+    """Write a config that begins with a start, and return its path."""
+    tree = {
+        "run": {"name": "tuned", "dir": str(folder / "runs")},
+        "model": {"start": start},
+        "data": {"train": str(folder / "pairs.csv"), "num_workers": 0},
+        "train": {"steps": 2, "batch_size": 8, "log_every": 1, "threads": 1, "trackers": {}},
+    }
+    for section, options in sections.items():
+        tree[section] = tree.get(section, {}) | options if isinstance(options, dict) else options
+    (folder / "tuned.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "tuned.yaml"
+
+
+def embedded(model, files):
+    kind = {"audio": files} if "audio" in model.fields else {"images": files}
+    return torch.cat([model.embed(**kind), model.embed(texts=TEXTS)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_learns_nothing_is_its_start(kind, tmp_path):
+    """With a rate of 0: the same embeddings, logit scale and bias after two steps, from the run's own folder."""
+    folder, files = start_of(kind, tmp_path / "start"), write_pairs(kind, tmp_path)
+    done = train(write_run(tmp_path, str(folder), train={"lr": 0.0}))
+    assert done.returncode == 0, done.stderr
+    before, after = mmcontrast.load(folder), mmcontrast.load(tmp_path / "runs" / "tuned")
+    torch.testing.assert_close(embedded(after, files), embedded(before, files), rtol=0, atol=1e-6)
+    torch.testing.assert_close(after.model.log_logit_scale, before.model.log_logit_scale, rtol=0, atol=1e-6)
+    biases = [one.model.logit_bias for one in (before, after)]
+    assert (biases[0] is None) == (kind in ("clip", "hf clip", "hf clap"))
+    assert biases == [None, None] or torch.equal(*biases)
+    again = yaml.safe_load((tmp_path / "runs" / "tuned" / "config.yaml").read_text())
+    assert list(again["fields"]) == before.fields and again["model"]["embed_dim"] == before.model.embed_dim
+
+
+def test_all_weights_learn_and_the_run_begins_another(tmp_path):
+    """The halves of a dual encoder have weights of their own names, of which one half can be locked."""
+    folder = start_of("hf clip", tmp_path / "start")
+    write_pairs("hf clip", tmp_path)
+    config = write_run(tmp_path, str(folder), train={"lr": 1e-3, "freeze": {"towers.image.*": None}, "warmup_steps": 0})
+    assert train(config).returncode == 0
+    run = tmp_path / "runs" / "tuned"
+    before, after = mmcontrast.load(folder).model, mmcontrast.load(run).model
+    changed = {name for name, weight in before.state_dict().items() if not torch.equal(weight, after.state_dict()[name])}
+    assert changed and not any(name.startswith("towers.image") for name in changed)
+    assert "log_logit_scale" in changed
+    longer = load_config(write_run(tmp_path, str(run), run={"name": "again", "dir": str(tmp_path / "runs")}))
+    model = make_job(longer).model
+    assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_an_architectures_file_and_an_architecture_alone(tmp_path):
+    """A local checkpoint of open_clip's; the same architecture with random weights, which depend on the seed."""
+    name = "ViT-S-32-alt"
+    whole = open_clip.create_model(name)
+    torch.save(whole.state_dict(), tmp_path / "small.pt")
+    write_pairs("clip", tmp_path)
+    start = {"model": name, "pretrained": str(tmp_path / "small.pt")}
+    model = make_job(load_config(write_run(tmp_path, start))).model
+    assert torch.equal(model.towers["image"].network.conv1.weight, whole.visual.conv1.weight)
+    assert model.log_logit_scale.item() == whole.logit_scale.item()
+    config = load_config(write_run(tmp_path, {"model": name, "pretrained": False}))
+    one, other = (model_of(config.model_copy(update={"train": config.train.model_copy(update={"seed": s})})) for s in (0, 1))
+    assert not torch.equal(one.towers["image"].network.conv1.weight, other.towers["image"].network.conv1.weight)
+    same = model_of(config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})}))
+    assert torch.equal(same.towers["image"].network.conv1.weight, other.towers["image"].network.conv1.weight)
+
+
+def test_two_halves_and_a_further_field(tmp_path):
+    """timm's pictures beside a BERT of texts: projections of their own; a sound beside a pair: the pair's dimensions."""
+    network = timm.create_model("test_vit", num_classes=5)
+    save_for_hf(network, tmp_path / "vit", safe_serialization=True)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 90}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer(model_max_length=16).save_pretrained(tmp_path / "bert")
+    write_pairs("clip", tmp_path)
+    config = write_run(
+        tmp_path,
+        [str(tmp_path / "vit"), str(tmp_path / "bert")],
+        model={"start": [str(tmp_path / "vit"), str(tmp_path / "bert")], "embed_dim": 24},
+    )
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    model = mmcontrast.load(tmp_path / "runs" / "tuned").model
+    assert {name: head.weight.shape[0] for name, head in model.projections.items()} == {"image": 24, "text": 24}
+    folder = start_of("clip", tmp_path / "pair")
+    audio = {"audio": {"modality": {"type": "audio", "seconds": 0.5, "mels": 16}, "tower": "audio"}}
+    towers = {"audio": {"type": "timm", "model": "resnet18", "in_chans": 1, "channels": [8, 8, 16, 16]}}
+    options = load_config(write_run(tmp_path, str(folder), fields=audio, towers=towers, model={"lora": {"rank": 2}}))
+    model = model_of(options)
+    assert list(model.modalities) == ["image", "text", "audio"] and model.embed_dim == 64
+    learning = {name.split(".")[1] for name, weight in model.named_parameters() if weight.requires_grad and "." in name}
+    assert learning == {"image", "text", "audio"} and model.log_logit_scale.requires_grad
+    assert list(completed(options, model).fields) == ["image", "text", "audio"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"start": "no-such-model"}}, "no model 'no-such-model'"),
+        ({"model": {"embed_dim": 32}}, "model.embed_dim=32: that of model.start is 64"),
+        ({"model": {"lora": {"rank": 500}}}, "model.lora: towers.image: rank 500 is beyond"),
+        ({"model": {"lora": {"rank": 2, "towers": ["imagee"]}}}, "did you mean 'image'"),
+        ({"model": {"start": None, "lora": {"rank": 2}}}, "fields: there must be two or more, or a model to begin with"),
+        ({"fields": {"sound": {}}}, "fields.sound: say its modality"),
+        ({"fields": {"image": {"tower": "vit"}}}, "fields.image.tower: no tower 'vit'"),
+        ({"towers": {"image": {"type": "linear"}}}, "towers.image: model.start has a tower of this name"),
+    ],
+)
+def test_what_does_not_go_with_a_start_is_refused(sections, message, tmp_path):
+    folder = start_of("clip", tmp_path / "start")
+    write_pairs("clip", tmp_path)
+    sections = {name: {"start": str(folder)} | of if name == "model" else of for name, of in sections.items()}
+    with pytest.raises(UserError, match=message):
+        make_job(load_config(write_run(tmp_path, str(folder), **sections)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_reading_how_a_start_reads_takes_no_weights(tmp_path):
+    folder = start_of("hf siglip", tmp_path / "start")
+    write_pairs("hf siglip", tmp_path)
+    (folder / "model.safetensors").unlink()
+    config = load_config(write_run(tmp_path, str(folder)))
+    assert list(modalities_of(config)) == ["image", "text"]
+    with pytest.raises(UserError, match="model.safetensors"):
+        model_of(config)
