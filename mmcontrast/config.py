@@ -1,5 +1,6 @@
 """A run's whole configuration: YAML with dotted overrides, typed and frozen, unknown keys refused with the nearest one."""
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping of options")
+    return config_of(tree, overrides, path)
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str] = (), path: str | Path = "config") -> RunConfig:
+    """Validate a config that is a tree of options, with overrides; the file's name is the run's, unless it says one.
+
+    Raises:
+        UserError: in one line, for the first thing that is wrong, naming its dotted path.
+    """
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply(tree, override, ("objective", "pairing"))
     tree.setdefault("run", {})

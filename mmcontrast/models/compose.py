@@ -156,9 +156,9 @@ def joined(
     if whole:
         if options.embed_dim not in (None, whole.embed_dim):
             raise UserError(f"model.embed_dim={options.embed_dim}: that of model.start is {whole.embed_dim}: leave it out")
-        scale, bias = whole.log_logit_scale[0].exp().item(), whole.logit_bias
-        given = {"logit_scale": scale, "max_logit_scale": whole.max_logit_scale} | given | {"embed_dim": whole.embed_dim}
-        given |= {"logit_bias": bias.item()} if bias is not None and options.logit_bias is None else {}
+        given = {"max_logit_scale": whole.max_logit_scale} | given | {"embed_dim": whole.embed_dim}
+        if options.scale_per_pair and options.logit_scale is None:
+            given["logit_scale"] = whole.log_logit_scale[0].exp().item()
     else:
         halves = {name: cast(Tower, tower) for one in started for name, tower in one.towers.items()}
         given = {"embed_dim": 512} | given
@@ -166,8 +166,10 @@ def joined(
     if whole:
         model.towers = nn.ModuleDict({**whole.towers, **model.towers})
         model.projections = nn.ModuleDict({**whole.projections, **model.projections})
-        if whole.log_logit_scale.shape == model.log_logit_scale.shape and options.logit_scale is None:
+        if options.logit_scale is None and whole.log_logit_scale.shape == model.log_logit_scale.shape:
             model.log_logit_scale = whole.log_logit_scale  # to the last digit
+        if options.logit_bias is None:
+            model.logit_bias = whole.logit_bias
         model.origin = None if made else whole.origin
     return model
 

@@ -139,21 +139,26 @@ class ContrastiveModel(nn.Module):
 
 
 def assembled(
-    modalities: Mapping[str, Modality], towers: Mapping[str, Tower], scale: float = 1.0, bias: float | None = None
+    modalities: Mapping[str, Modality], towers: Mapping[str, Tower], log_scale: Tensor | None = None, bias: Tensor | None = None
 ) -> ContrastiveModel:
     """Return the model of fields with a tower each, in fp32, in evaluation mode. Each tower is tried on a blank sample, which
     also says how many features it has.
 
     Args:
-        scale, bias: of the logits, scale · cosine + bias. A scale above 100 may stay what it is.
+        log_scale, bias: of the logits, exp(log_scale) · cosine + bias; default: a scale of 1, no bias. A scale above 100 may
+            stay what it is.
     """
     for field, tower in towers.items():
         tower.float().eval()
         blank = modalities[field].collate([modalities[field].blank()])
         with torch.no_grad():
             tower.width = tower(modalities[field](blank)).shape[1]
-    dim = next(iter(towers.values())).width
-    return ContrastiveModel(modalities, towers, {f: f for f in towers}, dim, "none", scale, bias, max(100.0, scale)).eval()
+    dim, largest = next(iter(towers.values())).width, 100.0 if log_scale is None else max(100.0, log_scale.exp().item())
+    model = ContrastiveModel(modalities, towers, {f: f for f in towers}, dim, "none", max_logit_scale=largest)
+    with torch.no_grad():
+        model.log_logit_scale.copy_(torch.zeros(1) if log_scale is None else log_scale.view(1))
+    model.logit_bias = None if bias is None else nn.Parameter(bias.detach().float().view(1))
+    return model.eval()
 
 
 @contextmanager

@@ -1,14 +1,19 @@
 """Low-rank adaptation of any tower: W + s·B·A in the place of chosen weights W, which stay as they are (arXiv:2106.09685).
 
 The sum is a parametrization of torch's, so whoever reads the weight gets it: fused attention, compiled and sharded blocks,
-and the fast paths of evaluation too. Weights are chosen by the type of their module and by their block, not by name.
+and the fast paths of evaluation too. A plain linear layer does not make the sum: W·x + s·B·(A·x) needs no gradient of W.
+Weights are chosen by the type of their module and by their block, not by name.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from mmcontrast.errors import UserError
@@ -67,8 +72,18 @@ def add_lora(tower: Tower, rank: int, alpha: float | None = None, targets: str =
             raise UserError(f"rank {rank} is beyond {prefix}.{name} of {list(weight.shape)}: at most {min(weight.shape)}")
         low_rank = LowRank(weight, rank, (alpha or rank) / rank)
         parametrize.register_parametrization(module, name, low_rank, unsafe=True)  # same shape; only the dtype may be wider
+        if type(module).forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear):
+            module.forward = MethodType(_linear, module)  # whoever reads the weight instead gets the sum
         names.append(f"{prefix}.{name}")
     return names
+
+
+def _linear(self: nn.Linear, batch: Tensor) -> Tensor:
+    """A linear layer's forward, without the sum of its weights."""
+    weight: Any = self.parametrizations.weight  # type: ignore[union-attr]
+    low_rank = weight[0]
+    update = F.linear(F.linear(batch, low_rank.down), low_rank.up)
+    return F.linear(batch, weight.original, self.bias) + low_rank.scale * update
 
 
 def adaptable(tower: Tower, targets: str) -> Iterator[tuple[str, nn.Module, str]]:
@@ -106,8 +121,4 @@ def merge_lora(model: nn.Module) -> None:
         for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
             if isinstance(module.parametrizations[name][0], LowRank):  # type: ignore[index]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-
-
-def lora_names(names: Iterable[str]) -> set[str]:
-    """Return those names of a state_dict that are low-rank updates."""
-    return {name for name in names if ".parametrizations." in name and not name.endswith(".original")}
+                module.__dict__.pop("forward", None)

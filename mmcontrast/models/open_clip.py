@@ -218,8 +218,8 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True) -> C
         "text": LibraryTexts(partial(_tokens, tokenizer), tokenizer.context_length),
     }
     towers = {"image": OpenClipTower(whole.visual, "image"), "text": OpenClipTower(whole.text, "text")}
-    bias = None if whole.logit_bias is None else whole.logit_bias.item()
-    return assembled(modalities, towers, whole.logit_scale.exp().item(), bias)
+    scale, bias = whole.logit_scale if weights else None, whole.logit_bias
+    return assembled(modalities, towers, scale, bias)
 
 
 def _pixels(transform: Callable[[Image.Image], Tensor], picture: Image.Image) -> Tensor:

@@ -211,8 +211,7 @@ def open_transformers(name: str, pooling: str | None = None, weights: bool = Tru
         for field, modality in modalities.items():
             method = f"get_{field}_features"
             towers[field] = PooledTower(_half(network, method, modality), method, "pooler_output", _inputs(modality))
-        bias = getattr(network, "logit_bias", None)
-        return assembled(modalities, towers, scales[0].exp().item(), None if bias is None else bias.item())
+        return assembled(modalities, towers, scales[0] if weights else None, getattr(network, "logit_bias", None))
     if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
         raise UserError(f"{name}: a {type(network).__name__} is neither a dual encoder nor an encoder of one field")
     field = FIELD_OF[network.main_input_name]

@@ -1,0 +1,248 @@
+"""`mmcontrast finetune MODEL DATA`: a complete config for a model that is there and data of one's own; `train` runs it.
+
+What is chosen and why is listed beside it, and each choice is an option of the config, which an override sets.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from mmcontrast.config import RunConfig, config_of
+from mmcontrast.data import ShardDataset, ShardOptions, open_dataset, open_shards
+from mmcontrast.data.shard import ShardIndex
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality
+from mmcontrast.modalities.parts import JPEG_START, PNG_START
+from mmcontrast.models import ContrastiveModel
+from mmcontrast.plan import plan_run
+from mmcontrast.runs import model_of
+
+FULL_LR, LORA_LR = 1e-5, 2e-4  # the order of WiSE-FT (arXiv:2109.01903) and FLYP (2212.00638); CLIP-LoRA (2405.18541)
+    1e-5,
+    2e-4,
+)  # WiSE-FT's and FLYP's orders of magnitude (arXiv:2109.01903, 2212.00638); CLIP-LoRA's (2405.18541)
+MOST_WARMUP, WARMUP_SHARE = 500, 0.1
+LARGEST_BATCH, PARTS = 512, 4  # a step takes at most so many samples, and a quarter of the data
+EPOCHS, HELD_OUT = 10, 0.1
+SAMPLED = 16  # rows whose columns are looked into
+PICTURES = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
+MAGIC: dict[tuple[bytes, ...], type[Modality]] = {
+    (JPEG_START, PNG_START): ImageModality,
+    (b"fLaC", b"OggS", b"ID3"): AudioModality,
+}
+SOUNDS = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a)$", re.IGNORECASE)
+
+
+@dataclass
+class Choices:
+    """What was chosen for a run, in the order of its making: (option, value, why)."""
+
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, option: str, value: Any, why: str) -> None:
+        self.rows.append((option, f"{value:g}" if isinstance(value, float) else str(value), why))
+
+    def table(self) -> Table:
+        table = Table("option", "value", "why", title="chosen; override any of them as OPTION=VALUE", title_justify="left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    Attributes:
+        model: a name that `mmcontrast.load` takes; with `architecture`, the file of its weights.
+        data, val: shards, a folder, or a table, with `keys` and `files` as `ShardOptions`.
+        beside: a second half, as a text tower beside timm's pictures.
+        lora: the rank of low-rank updates.
+        lock: fields whose towers do not learn.
+        probe_epochs: in which the projections learn alone, before the towers do (LP-FT, arXiv:2202.10054).
+    """
+
+    model: str
+    data: str
+    val: str | None = None
+    name: str | None = None
+    architecture: str | None = None
+    pretrained: str | None = None
+    beside: str | None = None
+    lora: int | None = None
+    lock: Sequence[str] = ()
+    epochs: float = EPOCHS
+    probe_epochs: float = 0
+    keys: Mapping[str, str] = field(default_factory=dict)
+    files: str | None = None
+
+
+def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
+    """Make the config of a fine-tuning run, with what was chosen for it.
+
+    Raises:
+        UserError: for a model or data that cannot be opened, columns that cannot be told apart, or what does not go together.
+    """
+    chosen = Choices()
+    start = start_of(request)
+    name = request.name or name_of(request)
+    draft: dict[str, Any] = {"run": {"name": name}, "model": {"start": start}, "data": {"train": request.data}}
+    draft |= {"train": {"epochs": request.epochs, "batch_size": 2}}
+    model = model_of(config_of(draft), tokenizers=False, weights=False)
+    keys = keys_of(request, model, chosen)
+    data: dict[str, Any] = {"shards": request.data, "keys": keys, "files": request.files}
+    samples = len(open_split(data, model))
+    draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if request.files else request.data}
+    draft["fields"] = {of: {"keys": names} for of, names in keys.items()}
+    held = 0.0 if request.val else HELD_OUT
+    if request.val:
+        draft["evaluation"] = {"splits": {"val": {k: v for k, v in (data | {"shards": request.val}).items() if v}}}
+    else:
+        draft["data"]["held_out"] = held
+        chosen.add("data.held_out", held, "no --val: this share is evaluated, and not trained on")
+    learnt = samples * (1 - held)
+    batch = min(LARGEST_BATCH, 2 ** int(math.log2(max(2.0, learnt / PARTS))))
+    chosen.add("train.batch_size", batch, f"of {learnt:.0f} samples, at most a quarter, and {LARGEST_BATCH}")
+    steps = request.epochs * (learnt // batch)
+    chosen.add("train.epochs", request.epochs, f"about {steps:.0f} steps")
+    lr = LORA_LR if request.lora else FULL_LR
+    chosen.add("train.lr", lr, "low-rank updates learn" if request.lora else "the weights themselves learn")
+    warmup = min(MOST_WARMUP, int(WARMUP_SHARE * steps))
+    chosen.add("train.warmup_steps", warmup, f"a tenth of the steps, at most {MOST_WARMUP}")
+    biased = model.logit_bias is not None
+    draft["objective"] = "siglip" if biased else "infonce"
+    chosen.add("objective", draft["objective"], "the model has a logit bias" if biased else "the model has no logit bias")
+    precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    chosen.add("train.precision", precision, "on a GPU that has it" if precision == "bf16" else "no GPU with bf16")
+    workers = max(0, min(4, (os.cpu_count() or 1) - 1))
+    draft["data"]["num_workers"] = workers
+    frozen = locked(request, model)
+    if request.probe_epochs:
+        frozen |= {"towers.*": max(1, round(request.probe_epochs * (learnt // batch)))}
+        chosen.add("train.freeze", frozen, "the projections learn alone until then")
+    draft["train"] |= {"batch_size": batch, "lr": lr, "warmup_steps": warmup, "precision": precision, "freeze": frozen}
+    draft["train"] |= {"evaluate_first": True, "weight_decay": 0.1}
+    if request.lora:
+        draft["model"]["lora"] = {"rank": request.lora}
+        chosen.add("model.lora", f"rank {request.lora}", "all linear layers of blocks and attention pools; alpha is the rank")
+    config = config_of(draft, overrides)
+    found = plan_run(config, available=memory())
+    if not found.fits and found.largest:
+        draft["train"]["micro_batch_size"] = found.largest
+        chosen.add("train.micro_batch_size", found.largest, "what fits into memory: the same loss, a second forward")
+        config = config_of(draft, overrides)
+    return config, chosen
+
+
+def start_of(request: Request) -> Any:
+    """Return what `model.start` says.
+
+    Raises:
+        UserError: for a file of weights without its architecture.
+    """
+    if request.architecture:
+        if not Path(request.model).is_file():
+            raise UserError(f"--architecture {request.architecture}: {request.model} must be the file of its weights")
+        first: Any = {"model": request.architecture, "pretrained": str(Path(request.model).absolute())}
+    elif Path(request.model).is_file():
+        raise UserError(f"{request.model} is a file of weights: name their architecture, as --architecture ViT-B-32")
+    else:
+        here = Path(request.model).exists()
+        first = str(Path(request.model).absolute()) if here else request.model
+        first = {"model": first, "pretrained": request.pretrained} if request.pretrained else first
+    return [first, request.beside] if request.beside else first
+
+
+def name_of(request: Request) -> str:
+    """Return a run's name: the model's and the data's."""
+    parts = [Path(request.architecture or request.model).name, Path(request.data).name.partition(".")[0]]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-") or "tuned"
+
+
+def locked(request: Request, model: ContrastiveModel) -> dict[str, int | None]:
+    """
+    Raises:
+        UserError: for a field that there is not; where nothing would learn.
+    """
+    for name in request.lock:
+        if name not in model.tower_of:
+            raise UserError(f"--lock {name}: the model has no such field; it has {', '.join(model.tower_of)}")
+    if set(request.lock) >= set(model.tower_of) and not request.beside:
+        raise UserError("--lock of every field leaves nothing to learn")
+    return {f"towers.{model.tower_of[name]}.*": None for name in request.lock}
+
+
+def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> dict[str, list[str]]:
+    """Return the columns or extensions of fields where these have not the names that a modality looks for.
+
+    Raises:
+        UserError: where the one that is meant cannot be told.
+    """
+    fields = {name: model.modality(name) for name in model.modalities}
+    for name in request.keys:
+        if name not in fields:
+            raise UserError(f"--keys {name}=…: the model has no such field; it has {', '.join(fields)}")
+    keys = {name: [column] for name, column in request.keys.items()}
+    shards = open_shards(request.data, files=request.files)
+    there = {extension for shard in shards for extension in shard.extensions}
+    open_fields = {n: m for n, m in fields.items() if n not in keys and not there & set(m.extensions)}
+    if not open_fields:
+        return keys
+    used = {column for columns in keys.values() for column in columns}
+    used |= {e for n, m in fields.items() if n not in open_fields for e in m.extensions}
+    kinds = {column: kind_of(shards[0], column) for column in shards[0].extensions if column not in used}
+    for name, modality in open_fields.items():
+        fitting = [column for column, kind in kinds.items() if kind and isinstance(modality, kind)]
+        if len(fitting) != 1:
+            said = f"any of {', '.join(fitting)}" if fitting else f"none of {', '.join(sorted(there))}"
+            raise UserError(f"{request.data}: the field {name!r} could be {said}: say which, as --keys {name}=COLUMN")
+        keys[name] = fitting
+        chosen.add(f"fields.{name}.keys", fitting[0], "the only column that looks like it")
+    return keys
+
+
+def kind_of(shard: ShardIndex, column: str) -> type[Modality] | None:
+    """Return the modality that a column's first values look like: paths of pictures or of sounds, or texts; None: none."""
+    rows = np.flatnonzero(shard.has(column))[:SAMPLED]
+    values = [shard.read(int(row), [column]).get(column, b"") for row in rows]
+    for starts, kind in MAGIC.items():
+        if values and all(value.startswith(starts) for value in values):
+            return kind
+    try:
+        texts = [value.decode() for value in values]
+    except UnicodeDecodeError:
+        return None
+    if not texts or "\0" in "".join(texts):
+        return None
+    for pattern, kind in ((PICTURES, ImageModality), (SOUNDS, AudioModality)):
+        if all(pattern.search(text) for text in texts):
+            return kind
+    return TextModality if any(" " in text.strip() for text in texts) else None
+
+
+def open_split(data: Mapping[str, Any], model: ContrastiveModel) -> ShardDataset:
+    """
+    Raises:
+        UserError: for data that cannot be opened, or lacks a field.
+    """
+    modalities = {name: model.modality(name) for name in model.modalities}
+    return open_dataset(ShardOptions.of({k: v for k, v in data.items() if v}), modalities, {}, training=True)
+
+
+def memory() -> int | None:
+    """Return the bytes that a step may take without a GPU: what Linux says is available; None where nothing says it."""
+    if torch.cuda.is_available():
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
