@@ -25,10 +25,7 @@ from mmcontrast.models import ContrastiveModel
 from mmcontrast.plan import plan_run
 from mmcontrast.runs import model_of
 
-FULL_LR, LORA_LR = 1e-5, 2e-4  # the order of WiSE-FT (arXiv:2109.01903) and FLYP (2212.00638); CLIP-LoRA (2405.18541)
-    1e-5,
-    2e-4,
-)  # WiSE-FT's and FLYP's orders of magnitude (arXiv:2109.01903, 2212.00638); CLIP-LoRA's (2405.18541)
+FULL_LR, LORA_LR = 1e-5, 2e-4  # as WiSE-FT (arXiv:2109.01903) and FLYP (2212.00638) do; as CLIP-LoRA does (2405.18541)
 MOST_WARMUP, WARMUP_SHARE = 500, 0.1
 LARGEST_BATCH, PARTS = 512, 4  # a step takes at most so many samples, and a quarter of the data
 EPOCHS, HELD_OUT = 10, 0.1
