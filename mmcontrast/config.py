@@ -88,6 +88,7 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str] = (), path: str | P
     tree = copy.deepcopy(tree)
     for override in overrides:
         _apply(tree, override, ("objective", "pairing"))
+    _drop_replaced(tree, overrides)
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("name", Path(path).stem)
@@ -149,6 +150,15 @@ def _apply(tree: dict[str, Any], override: str, components: Sequence[str] = ()) 
         raise UserError(f"override {override!r}: the value is not YAML") from error
 
 
+def _drop_replaced(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Let an override of one of `train.steps` and `train.epochs` take the place of the other where the file has it."""
+    given = {path: value for path, _, value in (override.partition("=") for override in overrides)}
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        replaced = f"train.{one}" in given and parse_yaml(given[f"train.{one}"]) is not None and f"train.{other}" not in given
+        if replaced and isinstance(tree.get("train"), dict):
+            tree["train"].pop(other, None)
+
+
 def _first_error(error: ValidationError, root: type[BaseModel]) -> str:
     """Pydantic's first complaint as one line, with the nearest valid key for an unknown one. Where several forms are allowed
     it complains of each: the one that fits furthest is meant."""
@@ -160,7 +170,8 @@ def _first_error(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {'.'.join(place)!r}; {nearest(place[-1], _valid_keys(place[:-1], root))}"
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:60]!r})"
+    of_group = first["type"] == "value_error" and len(first["loc"]) < 2  # what is given is all of a group
+    found = "" if first["type"] == "missing" or of_group else f" (found {str(first['input'])[:60]!r})"
     return f"{'.'.join(place) or 'config'}: {message[:1].lower()}{message[1:]}{found}"
 
 

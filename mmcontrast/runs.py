@@ -15,6 +15,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
+from mmcontrast.evaluation.before import BEFORE, EVALUATIONS
 from mmcontrast.evaluation.report import LOG
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import Modality
@@ -24,12 +25,13 @@ from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
+from mmcontrast.training.epochs import in_steps
 from mmcontrast.training.job import Job
 from mmcontrast.training.state import check_start, load_weights
 from mmcontrast.trust import import_paths
 
 CONFIG = "config.yaml"
-LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", "evaluations.jsonl", "stopped.json", "tensorboard"}
+LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, "stopped.json", "tensorboard"}
 LEFT_BY_A_START |= {"profile", "stalled"}
 
 
@@ -45,6 +47,9 @@ def make_job(config: RunConfig) -> Job:
         model = model_of(config)
     config = completed(config, model)
     objective, pairing = check_components(config)
+    for option in ("patience", "evaluate_first"):
+        if getattr(config.train, option) and not config.evaluation.splits:
+            raise UserError(f"train.{option}: nothing is evaluated: name evaluation.splits")
     evaluation, eval_datasets = open_data(config, model)
     dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed)
     return Job(
@@ -59,7 +64,7 @@ def make_job(config: RunConfig) -> Job:
         data=config.data,
         eval_datasets=eval_datasets,
         evaluation=evaluation,
-        options=config.train,
+        options=in_steps(config.train, order),
         negative_of=negative_fields(config),
     )
 

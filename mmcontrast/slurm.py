@@ -20,6 +20,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import expand_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
+from mmcontrast.evaluation.report import RESULTS
 from mmcontrast.runs import CONFIG, check_components, never_began
 from mmcontrast.tasks import about_model
 from mmcontrast.training import checkpoint
@@ -240,8 +241,19 @@ def check_run(config: RunConfig, resume: bool) -> None:
             " continue it with this one by --resume, or set run.name"
         )
     done = [int(saved.name.removeprefix("step-")) for saved in checkpoint.complete(folder / "checkpoints")]
-    if done and max(done) >= config.train.steps:
+    if done and config.train.steps and max(done) >= config.train.steps:
         raise UserError(f"{folder} already has its {max(done)} steps: raise train.steps, or `mmcontrast evaluate`")
+    if done and there == here and max(done) == completed_step(folder):  # how many steps epochs have is not known here
+        raise UserError(f"{folder} is complete, at step {max(done)}: raise train.epochs, or `mmcontrast evaluate`")
+
+
+def completed_step(folder: Path) -> int | None:
+    """Return the last step of a run that has written its results at its end; None if it has not."""
+    try:
+        step = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["training"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return int(step)
 
 
 def difference(there: Any, here: Any, place: str = "") -> tuple[str, str]:

@@ -36,7 +36,7 @@ def run_checks(path: Path, overrides: Sequence[str], rate: float | None) -> Iter
         yield Check("config", one_line(error), BAD, "correct it: the rest of it is not looked at")
         return
     workers, fields = config.data.num_workers, len(config.fields)
-    yield Check("config", f"{path}: {fields} fields, {len(config.towers)} towers, {config.train.steps} steps")
+    yield Check("config", f"{path}: {fields} fields, {len(config.towers)} towers, {length_of(config)}")
     yield cores(workers, config.train.threads)
     yield open_files(workers, fields)
     yield checkpoints(config)
@@ -60,11 +60,18 @@ def checkpoints(config: RunConfig) -> Check:
     except UserError as error:
         return Check(name, f"the model cannot be built: {one_line(error)}", BAD, "correct the config")
     kept = config.train.keep_checkpoints + 2  # the best, and the one that is being written
-    if config.train.keep_every:
+    if config.train.keep_every and config.train.steps:
         kept += config.train.steps // config.train.keep_every
     why = f"; {kept} checkpoints of {size(each)} at most"
+    if config.train.keep_every and not config.train.steps:
+        why += ", and those of every keep_every-th step: how many steps its epochs have, the data tell in training"
     check = disk(name, config.folder, kept * each, remedy, why=why)
     return Check(check.name, check.found, check.state, check.remedy, {**check.numbers, "checkpoint_bytes": each})
+
+
+def length_of(config: RunConfig) -> str:
+    """Return how long a run is, in words: how many steps epochs have is known once the data are open."""
+    return f"{config.train.steps} steps" if config.train.epochs is None else f"{config.train.epochs:g} epochs"
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -4,25 +4,21 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmcontrast.data import ShardDataset, ShardOptions
-from mmcontrast.data.page import media, page, svg
+from mmcontrast.data.page import page, svg
+from mmcontrast.evaluation.before import before_and_after, report_split
 from mmcontrast.evaluation.classification import Report
-from mmcontrast.evaluation.embed import EmbeddingTable, write_json
+from mmcontrast.evaluation.embed import write_json
+from mmcontrast.evaluation.gallery import galleries, gallery
 from mmcontrast.evaluation.options import EvaluationOptions
 from mmcontrast.evaluation.results import Evaluation, shown_results
-from mmcontrast.evaluation.retrieval import first_of_each_group
-from mmcontrast.modalities import AudioModality, ImageModality, TextModality
 from mmcontrast.models import ContrastiveModel
 
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
 CLASSES, PICTURED = 100, 40  # that a table lists, and that a picture of confusion can show
-QUERIES, SHOWN = 6, 8  # of each gallery: rows, and hits in a row
 
 
 def write_report(
@@ -30,25 +26,22 @@ def write_report(
     name: str,
     found: Evaluation,
     log: Sequence[dict[str, Any]],
-    split: str,
+    step: int | None,
     model: ContrastiveModel,
-    dataset: ShardDataset,
+    datasets: Mapping[str, ShardDataset],
+    options: EvaluationOptions,
 ) -> None:
-    """Writes the page. `log` are the lines of metrics.jsonl; `split` is the one shown in the galleries, `dataset` its data."""
-    table = found.tables[split]
+    """Writes the page. `log` are the lines of metrics.jsonl; `step`: that of results that evaluations.jsonl lacks."""
+    split = report_split(options)
+    table, dataset = found.tables[split], datasets[split]
     sections = [
         f"<h2>Training</h2>{_curves(log)}" if log else "",
         f"<h2>Results</h2>{_results(found)}",
+        *before_and_after(path.parent, found, step, model, datasets, options),
         *(_classes(place, *report) for place, report in found.reports.items()),
-        *(_gallery(query, candidate, split, model, dataset, table) for query, candidate in _galleries(model, table)),
+        *(gallery(query, candidate, split, model, dataset, table) for query, candidate in galleries(model, table)),
     ]
     path.write_text(page(name, sections), encoding="utf-8")
-
-
-def _galleries(model: ContrastiveModel, table: EmbeddingTable) -> list[tuple[str, str]]:
-    """Every ordered pair of fields that a person can look at or listen to."""
-    shown = [f for f in table.fields if isinstance(model.modality(f), ImageModality | TextModality | AudioModality)]
-    return list(permutations(shown, 2))
 
 
 def _curves(log: Sequence[dict[str, Any]]) -> str:
@@ -98,8 +91,8 @@ def write_results(
         for split, table in found.tables.items()
     }
     write_json(folder / RESULTS, found.to_json({**about, "data": data, "options": options.model_dump(mode="json")}))
-    split = options.report_split or next(iter(found.tables))
-    write_report(folder / REPORT, name, found, read_log(folder / LOG), split, model, datasets[split])
+    step = about.get("training", {}).get("step")
+    write_report(folder / REPORT, name, found, read_log(folder / LOG), step, model, datasets, options)
 
 
 def _classes(place: str, report: Report, classes: Sequence[str]) -> str:
@@ -146,32 +139,6 @@ def _results(found: Evaluation) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in found.notes)
     return f"<table><tr>{head}</tr>{body}</table>{notes}"
-
-
-def _gallery(query: str, found: str, split: str, model: ContrastiveModel, dataset: ShardDataset, table: EmbeddingTable) -> str:
-    """Queries drawn once and for all by a fixed seed, so that the galleries of two runs can be compared."""
-    queries = table.present[query].nonzero().squeeze(1)
-    candidates = table.present[found].nonzero().squeeze(1)
-    if isinstance(model.modality(found), TextModality):
-        candidates = candidates[first_of_each_group(table.group_ids[candidates])]
-    chosen = queries[torch.randperm(len(queries), generator=torch.Generator().manual_seed(0))[:QUERIES]]
-    rows = []
-    for row in chosen.tolist():
-        scores = table.fields[found][candidates] @ table.fields[query][row]
-        items = []
-        for best in candidates[scores.topk(min(SHOWN, len(candidates))).indices].tolist():
-            hit = " hit" if table.group_ids[best] == table.group_ids[row] else ""
-            items.append(f'<div class="item{hit}">{_media(dataset, found, best, table)}</div>')
-        rows.append(f'<div class="row"><div class="query">{_media(dataset, query, row, table)}</div>{"".join(items)}</div>')
-    return f"<h2>{html.escape(query)} → {html.escape(found)}, {html.escape(split)}</h2>{''.join(rows)}"
-
-
-def _media(dataset: ShardDataset, field: str, row: int, table: EmbeddingTable) -> str:
-    """A sample's field as HTML: its own bytes, embedded."""
-    extensions = dataset.keys[field]
-    members = dataset.members(row, extensions)
-    data = next(members[e] for e in extensions if e in members)
-    return media(data, str(table.metadata[row].get("name", "")))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -42,7 +42,6 @@ class StepLines:
     """A file of JSON objects, each with its `step`, cut back to the step that a run resumes from."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        self.lines: list[dict[str, Any]] = []  # of the steps before
         with path.open("rb+" if path.exists() else "wb+") as file:
             end = 0
             for line in file if resumed_at else ():

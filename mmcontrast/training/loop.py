@@ -15,20 +15,19 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-from rich.progress import Progress
 
 from mmcontrast.components import nearest
 from mmcontrast.data import training_batches
 from mmcontrast.errors import Preempted, TrainingStopped, UserError
-from mmcontrast.evaluation import Results, evaluate, results_table
-from mmcontrast.evaluation.compare import lower_is_better
-from mmcontrast.evaluation.report import LOG, write_results
+from mmcontrast.evaluation import Results
+from mmcontrast.evaluation.report import LOG
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import Audit, warnings
 from mmcontrast.training.cost import peak_samples
 from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, peers
+from mmcontrast.training.evaluations import Evaluations
 from mmcontrast.training.job import Job
-from mmcontrast.training.log import StepLines, StepLog, make_progress
+from mmcontrast.training.log import StepLog, make_progress
 from mmcontrast.training.optim import follow, freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import is_sharded, place
@@ -41,13 +40,12 @@ from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
 
-EVALUATIONS = "evaluations.jsonl"
 STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
 def train(job: Job, resume: bool = False, preemption: Preemption | None = None) -> Results:
-    """Trains, evaluates, and writes the run's folder; returns the last results. A run that has all of its steps is evaluated,
-    if it was not.
+    """Trains, evaluates, and writes the run's folder; returns the last results. A run that has all of its steps, or has ended
+    early, is evaluated, if it was not.
 
     Args:
         preemption: of a caller that handles a scheduler's signals from its own beginning.
@@ -57,7 +55,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
         Preempted: after SIGTERM or SIGUSR1, when the step is saved.
         UserError: for data that cannot be decoded, a checkpoint that does not fit, a full disk.
     """
-    options, checkpoints = job.options, job.folder / "checkpoints"
+    options, total, checkpoints = job.options, job.options.total_steps, job.folder / "checkpoints"
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.precision == "tf32":
@@ -88,12 +86,12 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
             follow(averaged, job.model, momentum=0.0)
     log = StepLog(job.folder / LOG, start, accelerator.num_processes, most) if accelerator.is_main_process else None
     saver = make_saver(checkpoints, options, accelerator)
-    evaluations = StepLines(job.folder / EVALUATIONS, start) if accelerator.is_main_process else None
+    evaluations = Evaluations(job, start, learner, saver)
     audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)
     batches = training_batches(
         job.dataset,
         job.order,
-        range(start, options.steps),
+        range(start, total),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=job.data.num_workers,
@@ -112,11 +110,18 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     ):
         for warning in warnings(job) if log else ():
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
-        bar = progress.add_task(job.name, total=options.steps, completed=start, note="")
-        if start and due(start, options.evaluate_every, options.steps) and start not in evaluated_steps(job.folder):
+        bar = progress.add_task(job.name, total=total, completed=start, note="")
+        if (due(start, options.evaluate_every, total) if start else options.evaluate_first) and start not in evaluations.steps:
             with watchdog.away():
-                results = evaluate_now(job, start, saver, learner, evaluations, progress)
-        for step in range(start, options.steps):
+                results = evaluations.run(start, progress)
+        elif log and (start == total or evaluations.exhausted):
+            why = "train.patience is at its end" if evaluations.exhausted else f"all {total} steps are done"
+            progress.console.print(f"{job.name} is complete: {why}", highlight=False, markup=False)
+        elif log and start and options.evaluate_first and 0 not in evaluations.steps:
+            progress.console.print("warning: train.evaluate_first: step 0 was not evaluated when the run began; it is past")
+        for step in range(start, total):
+            if evaluations.exhausted:
+                break
             trace(step + 1)
             if log:
                 log.waiting()
@@ -124,7 +129,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
             batch = next(batches)
             if log:
                 log.arrived(options.batch_size)
-            done, logging = step + 1, due(step + 1, options.log_every, options.steps)
+            done, logging = step + 1, due(step + 1, options.log_every, total)
             watchdog.move(step, "training")
             try:
                 values = training_step(step, batch, learner, logging and options.signals, preemption.is_asked)
@@ -147,19 +152,19 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
                 if not progress.console.is_terminal:  # a log file shows no bar
                     left = progress.tasks[bar].time_remaining
                     eta = f"  eta {timedelta(seconds=round(left))}" if left is not None else ""
-                    progress.console.print(f"step {done}/{options.steps}  {note}{eta}", highlight=False, soft_wrap=True)
+                    progress.console.print(f"step {done}/{total}  {note}{eta}", highlight=False, soft_wrap=True)
             progress.update(bar, completed=done)
-            evaluating = due(done, options.evaluate_every, options.steps) and (done == options.steps or not stopping)
-            if due(done, options.checkpoint_every, options.steps) or evaluating or stopping:
+            evaluating = due(done, options.evaluate_every, total) and (done == total or not stopping)
+            if due(done, options.checkpoint_every, total) or evaluating or stopping:
                 with log.paused() if log else nullcontext(), watchdog.away():
                     if saver:
                         saver.save(done, state_of(done, job, learner))
                     if evaluating:
-                        results = evaluate_now(job, done, saver, learner, evaluations, progress)
-                    if saver and (stopping or done == options.steps):
+                        results = evaluations.run(done, progress)
+                    if saver and (stopping or done == total or evaluations.exhausted):
                         saver.wait()
                     accelerator.wait_for_everyone()
-            if stopping and done < options.steps:
+            if stopping and done < total:
                 raise Preempted(f"{job.name}: asked to end; step {done} is saved: continue with --resume")
     accelerator.end_training()
     return results
@@ -193,8 +198,8 @@ def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Map
     return accelerator
 
 
-def due(done: int, every: int, total: int) -> bool:
-    return done == total or (every > 0 and done % every == 0)
+def due(done: int, every: int | None, total: int) -> bool:
+    return done == total or (every is not None and every > 0 and done % every == 0)
 
 
 def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) -> checkpoint.Saver | None:
@@ -218,40 +223,8 @@ def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
     return MomentumQueue(job.model, fields, job.options.queue_size, job.options.queue_momentum).to(device)
 
 
-def evaluate_now(
-    job: Job, done: int, saver: checkpoint.Saver | None, learner: Learner, evaluations: StepLines | None, progress: Progress
-) -> Results:
-    """Evaluates the weights at hand, averaged if they are; all ranks embed, the first has the results, keeps score of the best
-    checkpoint, and at the end writes results and page."""
-    model = learner.averaged or job.model
-    device, group = learner.accelerator.device, learner.group
-    last = done == job.options.steps
-    options = job.evaluation if last else job.evaluation.model_copy(update={"resamples": 0})  # intervals are for results.json
-    found = evaluate(model, job.eval_datasets, options, device, progress, group)
-    results = found.values
-    if not (results and evaluations and saver):
-        return results
-    if last:  # before anything that may be refused: the results are kept
-        about = {"model": {"model": str(job.folder), "checkpoint": str(done)}}
-        write_results(job.folder, job.name, found, model, job.eval_datasets, job.evaluation, about)
-        progress.console.print(results_table(found))
-    evaluations.add({"step": done} | results)
-    learner.accelerator.log(results, step=done)
-    key = job.evaluation.best or next((name for name in results if "/mean_recall_at_" in name), None)
-    if key is None:
-        return results
-    if key not in results:
-        raise UserError(f"evaluation.best={key!r} is no result; there is: {', '.join(results)}")
-    saver.mark_best(done, -results[key] if lower_is_better(key) else results[key])
-    return results
-
-
 def replace_text(file: Path, text: str) -> None:
     """At once: the file is never half."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
-
-
-def evaluated_steps(folder: Path) -> set[int]:
-    return {json.loads(line)["step"] for line in (folder / EVALUATIONS).read_text().splitlines()}

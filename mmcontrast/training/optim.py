@@ -136,11 +136,11 @@ def schedule(step: int, options: TrainOptions) -> float:
     `decay_share` of the steps (warm-up–stable–decay, arXiv:2404.06395)."""
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    progress = (step - options.warmup_steps) / max(1, options.total_steps - options.warmup_steps)
     left = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
         "constant": 1.0,
-        "wsd": min(1.0, (options.steps - step) / max(1.0, options.decay_share * options.steps)),
+        "wsd": min(1.0, (options.total_steps - step) / max(1.0, options.decay_share * options.total_steps)),
     }[options.schedule]
     return options.final_lr_share + (1 - options.final_lr_share) * left

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from mmcontrast.options import Component, Keys, Options, Patterns, Positive
 
@@ -80,7 +80,8 @@ class TrainOptions(Options):
     """The training loop.
 
     Attributes:
-        steps: optimizer steps.
+        steps, epochs: how long: optimizer steps, or passes over the training data, which may be a fraction; exactly one of the
+            two. An override of one of them takes the place of the other in the config's file.
         batch_size: samples a step, over all ranks.
         micro_batch_size: at most so many samples of a rank have activations at a time, in parts as equal as can be. The loss is
             still that of the whole batch, exactly; costs a second forward (gradient caching).
@@ -116,7 +117,11 @@ class TrainOptions(Options):
         channels_last: memory format of convolutions.
         threads: of torch in each process; null: torch's default.
         init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
-        log_every, evaluate_every, checkpoint_every: steps; 0: at the end only.
+        log_every, evaluate_every, checkpoint_every: steps; of the last two 0: at the end only; null: at the end of each epoch,
+            the default of a run with `epochs`.
+        evaluate_first: evaluate before the first step too, as step 0: the page shows what the training changed.
+        patience: end the run when so many evaluations in turn have not improved the result that `evaluation.best` names. A tie
+            is no improvement; step 0 counts as one to improve on.
         async_checkpoints: write them beside the training, from a copy in memory.
         keep_checkpoints: the last so many, the best, and those of every keep_every-th step (0: none).
         trackers: accelerate's by name, each with the options of its start: {tensorboard: {}, wandb: {entity: my-team}}.
@@ -127,7 +132,8 @@ class TrainOptions(Options):
             batch and effective negatives of directions.
     """
 
-    steps: Positive
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     batch_size: Positive
     micro_batch_size: Positive | None = None
     accumulation_steps: Positive = 1
@@ -159,8 +165,10 @@ class TrainOptions(Options):
     threads: Positive | None = None
     init_from: str | None = None
     log_every: Positive = 10
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0)] | None = 0
+    checkpoint_every: Annotated[int, Field(ge=0)] | None = 0
+    evaluate_first: bool = False
+    patience: Positive | None = None
     async_checkpoints: bool = True
     keep_checkpoints: Positive = 2
     keep_every: Annotated[int, Field(ge=0)] = 0
@@ -168,3 +176,26 @@ class TrainOptions(Options):
     profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     signals: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_each_epoch(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("epochs") is not None:
+            return {"evaluate_every": None, "checkpoint_every": None} | given
+        return given
+
+    @model_validator(mode="after")
+    def _check_length(self) -> "TrainOptions":
+        if self.steps is None and self.epochs is None:
+            raise ValueError("neither steps nor epochs is given: set one of them, as steps: 1000 or epochs: 5")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"both steps={self.steps} and epochs={self.epochs:g} are given: leave one out, or set it to null")
+        if self.patience and self.evaluate_every == 0:
+            raise ValueError(f"patience={self.patience} counts evaluations, and there is one alone: set evaluate_every")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """The optimizer steps of the run; of a run with `epochs` known once its data are open (`epochs.in_steps`)."""
+        assert self.steps is not None
+        return self.steps

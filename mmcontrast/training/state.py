@@ -123,8 +123,10 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
                 f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]};"
                 " give it back, or start another run with train.init_from"
             )
-    if state["step"] > job.options.steps:
-        raise UserError(f"{job.folder} already has {state['step']} steps, more than train.steps={job.options.steps}")
+    if state["step"] > job.options.total_steps:
+        epochs = job.options.epochs
+        asked = f"train.steps={job.options.steps}" if epochs is None else f"the {job.options.steps} of train.epochs={epochs:g}"
+        raise UserError(f"{job.folder} already has {state['step']} steps, more than {asked}")
     check_start(job.model, path)
     load_weights(job.model, checkpoint.load_weights(path), str(path))
     try:

@@ -115,7 +115,7 @@ def training_step(
     lr = options.lr * share
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
-    learner.objective.progress = step / options.steps
+    learner.objective.progress = step / options.total_steps
     model = accelerator.unwrap_model(learner.model)
     set_stage(model, options, step)
     if learner.queue:

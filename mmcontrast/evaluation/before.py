@@ -1,0 +1,176 @@
+"""What a training has changed: results at its first evaluation and at its last, their curve between, and samples that are
+found now and were not before, or the other way.
+
+`train.evaluate_first` keeps step 0: its results are a line of evaluations.jsonl, its embeddings of the split that the page
+shows (of its first 10,000 samples) an embedding table in the run's folder, `before/`.
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcontrast.data import ShardDataset
+from mmcontrast.data.page import svg
+from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable
+from mmcontrast.evaluation.gallery import candidates_of, drawn, galleries, row_of_hits, sample_as_html
+from mmcontrast.evaluation.neighbours import nearest
+from mmcontrast.evaluation.options import EvaluationOptions
+from mmcontrast.evaluation.results import Evaluation, shown_results
+from mmcontrast.models import ContrastiveModel
+
+EVALUATIONS, BEFORE = "evaluations.jsonl", "before"
+KEPT = 10_000  # samples whose embeddings of step 0 are kept
+CHANGED, HITS = 3, 4  # queries that are shown of each kind of change, and hits of each
+NO_RESULT = {"splits", "resamples", "best", "report_split", "batch_size", "num_workers"}  # options that change no value
+CURVES = re.compile(r"/(mean_recall_at_\d+|top1)$")  # results whose course is drawn
+PANELS, COLUMNS = 8, 3  # splits whose course is drawn, and in a row
+
+
+def report_split(options: EvaluationOptions) -> str:
+    """Return the name of the split whose samples a page shows."""
+    return options.report_split or next(iter(options.splits))
+
+
+def keep_before(
+    folder: Path, found: Evaluation, datasets: Mapping[str, ShardDataset], options: EvaluationOptions
+) -> EmbeddingTable:
+    """Write the embeddings of step 0 to a run's folder, with what later ones must have in common with them; return them."""
+    split = report_split(options)
+    table = found.tables[split].first(KEPT)
+    table.write(folder / BEFORE, {"split": split, **_conditions(datasets, options)})
+    return table
+
+
+def _conditions(datasets: Mapping[str, ShardDataset], options: EvaluationOptions) -> dict[str, Any]:
+    """Return what decides about results beside the model, as JSON has it."""
+    digests = {split: datasets[split].digest for split in options.splits}
+    return {"data": digests, "options": options.model_dump(mode="json", exclude=NO_RESULT)}
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's evaluations.jsonl, each with its `step`; what is null there is NaN."""
+    file = folder / EVALUATIONS
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+
+
+def before_and_after(
+    folder: Path,
+    found: Evaluation,
+    step: int | None,
+    model: ContrastiveModel,
+    datasets: Mapping[str, ShardDataset],
+    options: EvaluationOptions,
+) -> list[str]:
+    """Return sections of a run's page: the course of its results, and what has changed since step 0, if that was evaluated.
+
+    Args:
+        found: the results of now, at `step` if they are no line of evaluations.jsonl yet.
+    """
+    lines = read_evaluations(folder)
+    if step is not None and step not in [line["step"] for line in lines]:
+        lines.append({"step": step, **found.values})
+    sections = [f"<h2>Results by step</h2>{_courses(lines)}"] if len(lines) > 1 else []
+    first = next((line for line in lines if line["step"] == 0), None)
+    if first is None or not (folder / BEFORE / MANIFEST).exists():
+        return sections
+    about, now = json.loads((folder / BEFORE / MANIFEST).read_text()), _conditions(datasets, options)
+    same = [split for split in now["data"] if now["data"][split] == about["data"].get(split)]
+    if not same or now["options"] != about["options"]:
+        return sections  # other data, or other tasks, than those of step 0
+    sections.append(f"<h2>Before and after training</h2>{_differences(first, found, same)}")
+    split = about["split"]
+    if split in same and split in found.tables:
+        before, after = EmbeddingTable.read(folder / BEFORE), found.tables[split].first(KEPT)
+        sections += changes(split, before, after, model, datasets[split])
+    return sections
+
+
+def _courses(lines: list[dict[str, Any]]) -> str:
+    """Draw the main results of each split by step, as one SVG."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
+    names = [name for name in names if CURVES.search(name)] or names[:PANELS]
+    splits = list(dict.fromkeys(name.partition("/")[0] for name in names))[:PANELS]
+    height = math.ceil(len(splits) / COLUMNS)
+    figure = Figure(figsize=(11, 3 * height))
+    axes = figure.subplots(height, COLUMNS, squeeze=False)
+    figure.subplots_adjust(0.06, 0.5 / (3 * height), 0.99, 1 - 0.3 / (3 * height), wspace=0.25, hspace=0.45)
+    for axis, split in zip_longest(axes.flat, splits):
+        if split is None:
+            axis.set_axis_off()
+            continue
+        for name in (name for name in names if name.startswith(f"{split}/")):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name.partition("/")[2])
+        axis.set_title(split, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    return svg(figure)
+
+
+def _differences(first: Mapping[str, float], found: Evaluation, splits: list[str]) -> str:
+    """Return a table of results at step 0, now, and their differences."""
+    _, rows = shown_results(found)
+    shown = [name for name, *_ in rows if not name.startswith("geometry/")]
+    head = "".join(f"<th>{html.escape(split)}: before</th><th>after</th><th>difference</th>" for split in splits)
+    body = []
+    for name in shown:
+        cells = []
+        for split in splits:
+            before, after = first.get(f"{split}/{name}"), found.values.get(f"{split}/{name}")
+            digits = 0 if name.endswith("median_rank") else 3
+            known = before is not None and after is not None
+            cells += [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"] if known else [""] * 3  # type: ignore[operator]
+        body.append(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f"<table><tr><th></th>{head}</tr>{''.join(body)}</table>"
+
+
+def first_hits(query: str, candidate: str, model: ContrastiveModel, table: EmbeddingTable) -> tuple[Tensor, Tensor]:
+    """Return (rows [Q] that have the query's field, [Q, k] rows of their first hits, the best first)."""
+    queries, candidates = table.present[query].nonzero().squeeze(1), candidates_of(model, candidate, table)
+    if not len(queries) or not len(candidates):
+        return queries[:0], torch.zeros(0, HITS, dtype=torch.int64)
+    k = min(HITS, len(candidates))
+    _, hits = nearest(table.fields[query][queries], table.fields[candidate][candidates], k)
+    return queries, candidates[hits]
+
+
+def changes(
+    split: str, before: EmbeddingTable, after: EmbeddingTable, model: ContrastiveModel, dataset: ShardDataset
+) -> list[str]:
+    """Return a section for every pair of fields: how many queries' first hits have become right, and wrong, with some of each,
+    what they found before above what they find now. Nothing if the tables are not of the same samples and fields."""
+    if not torch.equal(before.sample_ids, after.sample_ids) or list(before.fields) != list(after.fields):
+        return []
+    sections = []
+    for query, candidate in galleries(model, after):
+        queries, hits_before = first_hits(query, candidate, model, before)
+        _, hits_after = first_hits(query, candidate, model, after)
+        if not len(queries):
+            continue
+        groups = after.group_ids
+        right_before, right_after = (groups[hits[:, 0]] == groups[queries] for hits in (hits_before, hits_after))
+        gained, lost = (right_after & ~right_before).nonzero().squeeze(1), (right_before & ~right_after).nonzero().squeeze(1)
+        parts = []
+        for title, places in (("right now, wrong before", gained), ("wrong now, right before", lost)):
+            parts += [f"<h3>{title}: {len(places)} of {len(queries)}</h3>"]
+            for place in drawn(places, CHANGED):
+                row = int(queries[place])
+                head = f"{sample_as_html(dataset, query, row, after)}<br><small>before</small>"
+                for heading, hits in ((head, hits_before), ("<small>after</small>", hits_after)):
+                    parts.append(row_of_hits(heading, hits[place].tolist(), row, candidate, dataset, after))
+        title = f"What has changed: {html.escape(query)} → {html.escape(candidate)}, {html.escape(split)}"
+        sections.append(f"<h2>{title}</h2>{''.join(parts)}")
+    return sections
