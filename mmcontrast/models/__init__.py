@@ -1,6 +1,6 @@
 """Models: one adapter for each library; composed of a config's towers, or opened by name. A backbone family is a file here."""
 
-from mmcontrast.models.base import BLOCK, Tower, blocks_of
+from mmcontrast.models.base import BLOCK, Origin, Tower, blocks_of
 from mmcontrast.models.compose import TOWERS, make_modalities, make_model
 from mmcontrast.models.contrastive import ContrastiveModel, Embeddings, assembled, evaluating
 from mmcontrast.models.linear import LinearTower
@@ -20,6 +20,7 @@ __all__ = [
     "ModelOptions",
     "OpenClipTextTower",
     "OpenClipTower",
+    "Origin",
     "TimmTower",
     "Tower",
     "TransformersTower",

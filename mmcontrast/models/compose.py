@@ -8,7 +8,7 @@ import torch
 from mmcontrast.components import build, nearest
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, Modality, TextModality
-from mmcontrast.models.base import Tower
+from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel
 from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.open_clip import OpenClipTextTower, OpenClipTower
@@ -63,7 +63,11 @@ def make_model(
                 raise UserError(f"fields.{field}: {error}") from error
         if isinstance(modality, AudioModality) and isinstance(tower, TransformersTower):
             refuse_short_sounds(field, modality, tower)
-    return ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
+    model = ContrastiveModel(modalities, made, {field: of.tower for field, of in fields.items()}, **options.model_dump())
+    composed = {field: of.model_dump(mode="json") for field, of in fields.items()}
+    config = {"fields": composed, "towers": dict(towers), "model": options.model_dump(mode="json")}
+    model.origin = Origin("mmcontrast", config=config)
+    return model
 
 
 def refuse_short_sounds(field: str, modality: AudioModality, tower: TransformersTower) -> None:
