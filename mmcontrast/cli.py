@@ -8,14 +8,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+import mmcontrast.export.commands as export_commands
 import mmcontrast.search.commands as search_commands
 from mmcontrast import data_commands
 from mmcontrast.errors import EveryRankError, UserError, leave_exit_code
+
+if TYPE_CHECKING:
+    from mmcontrast.config import RunConfig
+    from mmcontrast.training.preemption import Preemption
 
 app = typer.Typer(
     name="mmcontrast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -94,26 +99,90 @@ def train(
 
     with preemptible() as preemption:  # a scheduler's warning is heard from the beginning on
         from mmcontrast.config import load_config
-        from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder
-        from mmcontrast.training.distributed import join_processes
-        from mmcontrast.training.loop import train as run_training
 
-        loaded = load_config(config, overrides or ())
-        state = join_processes()
-        if state.is_main_process:
-            check_folder(loaded, resume, overwrite)
-            console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
-        job = make_job(loaded)
-        if state.is_main_process:
-            lock = lock_folder(loaded)
-            if not resume:
-                prepare_folder(loaded, overwrite, job.config)
-        state.wait_for_everyone()
-        run_training(job, resume, preemption)
+        _run(load_config(config, overrides or ()), resume, overwrite, preemption)
+
+
+def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
+    """Train the run of a config."""
+    from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder
+    from mmcontrast.training.distributed import join_processes
+    from mmcontrast.training.loop import train as run_training
+
+    state = join_processes()
+    if state.is_main_process:
+        check_folder(loaded, resume, overwrite)
+        console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
+    job = make_job(loaded)
+    if state.is_main_process:
+        lock = lock_folder(loaded)
+        if not resume:
+            prepare_folder(loaded, overwrite, job.config)
+    state.wait_for_everyone()
+    run_training(job, resume, preemption)
     if state.is_main_process:
         if (job.folder / "results.json").exists():
             console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)
         lock.close()
+
+
+@command(app, "finetune")
+def finetune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="any model: ViT-B-32/laion2b_s34b_b79k, a run, a name or folder of open_clip's, transformers' or"
+            " timm's; or a file of weights, with --architecture",
+            metavar="MODEL",
+        ),
+    ],
+    data: Annotated[str, typer.Argument(help="your pairs: a CSV or Parquet file, a folder, or shards", metavar="DATA")],
+    overrides: Overrides = None,
+    val: Annotated[
+        str | None, typer.Option(help="pairs to evaluate on; default: a tenth of DATA, which is not trained on")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="of the run: runs/NAME; default: the model's and the data's")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="how often each pair is seen")] = 10,
+    lora: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="learn low-rank updates instead of the weights")
+    ] = None,
+    lock: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="a field whose tower stays as it is: image")] = None,
+    probe_epochs: Annotated[float, typer.Option(min=0, help="at first the new projections learn alone (LP-FT)")] = 0,
+    beside: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="a second half: a text model beside timm's pictures")
+    ] = None,
+    architecture: Annotated[str | None, typer.Option(help="of a file of weights: an architecture of open_clip or timm")] = None,
+    pretrained: Pretrained = None,
+    keys: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by its name or values")
+    ] = None,
+    files: Annotated[str | None, typer.Option(help="the folder that paths in DATA start from; default: DATA's own")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run of this name, then start it")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the config; train nothing")] = False,
+) -> None:
+    """Fine-tune any model on your own pairs: evaluated before and after, with a page that shows what has changed.
+
+    Everything that is chosen for you (learning rate, warm-up, batch, objective, what is held out) is printed, written to
+    runs/NAME/config.yaml, and overridden as in: mmcontrast finetune MODEL DATA train.lr=3e-5. docs/finetuning.md
+    """
+    from mmcontrast.training.preemption import preemptible
+
+    with preemptible() as preemption:
+        from mmcontrast.data import read_keys
+        from mmcontrast.finetune import Request, make_config
+
+        request = Request(
+            model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
+            read_keys(keys or ()), files,
+        )  # fmt: skip
+        config, chosen = make_config(request, overrides or ())
+        if os.environ.get("RANK", "0") == "0":
+            console.print(chosen.table(), highlight=False)
+        if dry_run:
+            print(config.to_yaml(), end="")
+            return
+        _run(config, resume, overwrite, preemption)
 
 
 @command(app, "evaluate")
@@ -210,19 +279,12 @@ def embed(
     """
     import json
 
-    from mmcontrast.data import ShardOptions
+    from mmcontrast.data import ShardOptions, read_keys
     from mmcontrast.evaluation import TableSlice
-    from mmcontrast.options import Keys
     from mmcontrast.tasks import embed_shards
 
-    of_fields: dict[str, Keys] = {}
-    for given in keys or ():
-        field, equals, column = given.partition("=")
-        if not (field and equals and column):
-            raise UserError(f"--keys {given!r} is not of the form FIELD=COLUMN, like text=caption")
-        of_fields.setdefault(field, []).append(column)
     complete = embed_shards(
-        model, ShardOptions(shards=data, keys=of_fields, files=files), out, part=TableSlice.parse(out, part) if part else None,
+        model, ShardOptions(shards=data, keys=read_keys(keys or ()), files=files), out, part=TableSlice.parse(out, part) if part else None,
         checkpoint=checkpoint, pretrained=pretrained,
         device=device, precision=precision, batch_size=batch_size, num_workers=num_workers, slice_rows=slice_rows,
         trust_code=trust_code,
@@ -377,6 +439,7 @@ def plan(
 
 for name in ("index", "search", "serve"):
     command(app, name)(getattr(search_commands, name))
+command(app, "export")(export_commands.export)
 for name in ("build", "index", "inspect", "verify"):
     command(data_app, name)(getattr(data_commands, name))
 

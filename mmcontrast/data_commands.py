@@ -101,16 +101,12 @@ def _reading(keys: Sequence[str], files: str | None) -> "Reading":
     Raises:
         UserError: for keys that are not of the form FIELD=KEY,KEY.
     """
+    from mmcontrast.data import read_keys
     from mmcontrast.data.verify import Reading
     from mmcontrast.modalities import AudioModality, ImageModality, TextModality
 
     known = {"image": ImageModality, "text": TextModality, "audio": AudioModality}
-    given: dict[str, list[str]] = {}
-    for one in keys:
-        field, equals, names = one.partition("=")
-        if not equals or not field or not all(names.split(",")):
-            raise UserError(f"--keys {one}: write FIELD=KEY or FIELD=KEY,KEY, as image=jpg,png or speech=speech_fr")
-        given.setdefault(field, []).extend(names.split(","))
+    given = read_keys(keys)
     modalities = {field: known[field](**({"size": 224} if field == "image" else {})) for field in given if field in known}
     return Reading(modalities, given, files)
 

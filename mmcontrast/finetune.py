@@ -78,7 +78,7 @@ class Request:
     lock: Sequence[str] = ()
     epochs: float = EPOCHS
     probe_epochs: float = 0
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     files: str | None = None
 
 
@@ -177,7 +177,7 @@ def locked(request: Request, model: ContrastiveModel) -> dict[str, int | None]:
     return {f"towers.{model.tower_of[name]}.*": None for name in request.lock}
 
 
-def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> dict[str, list[str]]:
+def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> dict[str, list[Any]]:
     """Return the columns or extensions of fields where these have not the names that a modality looks for.
 
     Raises:
@@ -187,7 +187,7 @@ def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> dict[
     for name in request.keys:
         if name not in fields:
             raise UserError(f"--keys {name}=…: the model has no such field; it has {', '.join(fields)}")
-    keys = {name: [column] for name, column in request.keys.items()}
+    keys = {name: list(columns) for name, columns in request.keys.items()}
     shards = open_shards(request.data, files=request.files)
     there = {extension for shard in shards for extension in shard.extensions}
     open_fields = {n: m for n, m in fields.items() if n not in keys and not there & set(m.extensions)}

@@ -32,10 +32,12 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "tasks": ["embedder"],
     "suites": ["embedder"],
     "search": ["embedder"],
+    "export": ["embedder"],
     "slurm": ["tasks"],
     "doctor": ["runs"],
     "plan": ["runs"],
-    "cli": ["slurm", "data_commands", "suites", "search", "doctor", "plan"],
+    "finetune": ["plan"],
+    "cli": ["slurm", "data_commands", "suites", "search", "export", "doctor", "finetune"],
 }
 
 

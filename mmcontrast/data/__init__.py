@@ -6,7 +6,7 @@ from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import TrainingDataset, TrainingOrder, all_batches, training_batches
 from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
-from mmcontrast.data.opening import ShardOptions, Shards, open_dataset
+from mmcontrast.data.opening import ShardOptions, Shards, open_dataset, read_keys
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.stream import StreamDataset, StreamOrder
@@ -31,6 +31,7 @@ __all__ = [
     "index_shard",
     "open_dataset",
     "open_shards",
+    "read_keys",
     "training_batches",
     "write_corpus",
     "write_shard",

@@ -39,6 +39,21 @@ class ShardOptions(Options):
 Shards = str | list[str] | ShardOptions
 
 
+def read_keys(given: Sequence[str]) -> dict[str, Keys]:
+    """Return the keys of fields that a command line gives: "text=caption", "image=jpg,png".
+
+    Raises:
+        UserError: for one of another form.
+    """
+    keys: dict[str, Keys] = {}
+    for one in given:
+        field, equals, names = one.partition("=")
+        if not (field and equals and all(names.split(","))):
+            raise UserError(f"--keys {one!r} is not of the form FIELD=COLUMN, as text=caption or image=jpg,png")
+        keys.setdefault(field, []).extend(names.split(","))
+    return keys
+
+
 def open_dataset(
     shards: Shards | dict[str, Any],
     modalities: Mapping[str, Modality],

@@ -45,6 +45,7 @@ class ImageModality(Modality):
             weights of open_clip's or timm's.
 
     Attributes:
+        mean, std: the numbers that it normalises by.
         side: pictures are scaled to it, on the device, in training; None: they stay as they are.
     """
 
@@ -86,6 +87,7 @@ class ImageModality(Modality):
         middle, width = (
             torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1) for values in (mean, std)
         )
+        self.mean, self.std = (list(map(float, values or [0.5] * channels)) for values in (mean, std))
         self.register_buffer("factor", 1 / (255 * width), persistent=False)
         self.register_buffer("shift", middle / width, persistent=False)
 

@@ -1,6 +1,6 @@
 """Models: one adapter for each library; composed of a config's towers, or opened by name. A backbone family is a file here."""
 
-from mmcontrast.models.base import Tower
+from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.compose import TOWERS, make_modalities, make_model, open_start
 from mmcontrast.models.contrastive import ContrastiveModel, Embeddings, assembled, evaluating
 from mmcontrast.models.linear import LinearTower
@@ -20,6 +20,7 @@ __all__ = [
     "ModelOptions",
     "OpenClipTextTower",
     "OpenClipTower",
+    "Origin",
     "StartOptions",
     "TimmTower",
     "Tower",

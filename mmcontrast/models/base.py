@@ -1,6 +1,8 @@
 """What a tower is: a network that turns one modality's prepared batch into one feature vector a sample."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +11,29 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities.text import TextIds
 
 BLOCK = re.compile(r".*?(stages\.\d+\.(blocks|layers)\.\d+|layer\d+\.\d+|(stages|blocks|layers|layer|resblocks|h)\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from: what writing it back into its library takes.
+
+    Attributes:
+        library: "open_clip", "transformers", "timm"; or "mmcontrast", composed of the fields and towers of a config.
+        name, pretrained, pooling: by which it was opened.
+        config: what its library makes it of: open_clip's `model_cfg` and `preprocess_cfg`; of a composed model `fields`,
+            `towers` and `model`.
+        rest: tensors of the library's model that no tower has, by their names there: CoCa's decoder, CLAP's second scale.
+    """
+
+    library: str
+    name: str = ""
+    pretrained: str | None = None
+    pooling: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        return self  # nothing of it changes
 
 
 class Tower(nn.Module):

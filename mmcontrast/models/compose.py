@@ -13,7 +13,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, Modality, TextModality
 from mmcontrast.modalities.library import LibraryTexts
-from mmcontrast.models.base import Tower
+from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel
 from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.lora import add_lora
@@ -96,6 +96,10 @@ def make_model(
         ]
     if options.lora:
         adapt(model, options.lora, inherited, is_whole(started), weights)
+    if model.origin is None:
+        composed = {field: of.model_dump(mode="json") for field, of in fields.items()}
+        config = {"fields": composed, "towers": dict(towers), "model": options.model_dump(mode="json")}
+        model.origin = Origin("mmcontrast", config=config)
     return model
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
-from mmcontrast.models.base import Tower
+from mmcontrast.models.base import Origin, Tower
 from mmcontrast.types import Batch
 
 
@@ -49,9 +48,12 @@ class ContrastiveModel(nn.Module):
         logit_scale, logit_bias: initial values; the scale is learnt as its logarithm, a bias of None is not learnt.
         max_logit_scale: `clamp_logit_scale` keeps the scale in [1, this] (CLIP clamps at 100).
         scale_per_pair: each pair of fields learns a scale of its own.
+
+    Attributes:
+        origin: where it came from, set by what made or opened it.
     """
 
-    origin: Any = None
+    origin: Origin | None = None
 
     def __init__(
         self,

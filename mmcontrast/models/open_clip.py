@@ -1,5 +1,6 @@
 """open_clip: a named dual encoder whole, one half of it as a tower, or its text transformer at a size of one's own."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from mmcontrast.libraries import library_errors, opening, part_of_open_clip
 from mmcontrast.modalities import PADDING, TextIds
 from mmcontrast.modalities.image import without_palette_alpha
 from mmcontrast.modalities.library import LibraryImages, LibraryTexts
-from mmcontrast.models.base import Tower
+from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
 from mmcontrast.models.transformers import positions_of
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 class OpenClipTextReader(Tower):
@@ -218,8 +221,27 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True) -> C
         "text": LibraryTexts(partial(_tokens, tokenizer), tokenizer.context_length),
     }
     towers = {"image": OpenClipTower(whole.visual, "image"), "text": OpenClipTower(whole.text, "text")}
-    scale, bias = whole.logit_scale if weights else None, whole.logit_bias
-    return assembled(modalities, towers, scale, bias)
+    model = assembled(modalities, towers, whole.logit_scale if weights else None, whole.logit_bias)
+    config = {"model_cfg": model_config(name), "preprocess_cfg": dict(whole.visual.preprocess_cfg)}
+    rest = {key: value for key, value in whole.state_dict().items() if not key.startswith(("visual.", "text.", "logit_"))}
+    model.origin = Origin("open_clip", name, pretrained, config=config, rest=rest)
+    return model
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """Return the `model_cfg` of an architecture, of "local-dir:FOLDER", or of "hf-hub:org/name"."""
+    import open_clip
+
+    schema, _, place = name.rpartition(":")
+    if not schema:
+        return open_clip.get_model_config(place)
+    if schema == "local-dir":
+        file = Path(place) / OPEN_CLIP_CONFIG
+    else:
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(place, OPEN_CLIP_CONFIG))
+    return json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
 
 
 def _pixels(transform: Callable[[Image.Image], Tensor], picture: Image.Image) -> Tensor:

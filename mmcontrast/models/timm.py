@@ -9,7 +9,7 @@ from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening
 from mmcontrast.modalities.library import LibraryImages
-from mmcontrast.models.base import Tower
+from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
 
 
@@ -94,4 +94,6 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True) -> Contra
     prepare, augmented = (timm.data.create_transform(**data, is_training=train) for train in (False, True))
     mode = {1: "L", 3: "RGB"}[data["input_size"][0]]
     images = LibraryImages(prepare, max(data["input_size"][1:]), mode, augmented)
-    return assembled({"image": images}, {"image": TimmTower(network)})
+    model = assembled({"image": images}, {"image": TimmTower(network)})
+    model.origin = Origin("timm", name, pretrained)
+    return model

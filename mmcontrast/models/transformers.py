@@ -17,7 +17,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening, tell
 from mmcontrast.modalities import PADDING, Modality
 from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
-from mmcontrast.models.base import Tower
+from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
 from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
 
@@ -195,6 +195,7 @@ def open_transformers(name: str, pooling: str | None = None, weights: bool = Tru
     else:
         network, info = opener._from_config(config) if half else opener.from_config(config), {"missing_keys": ()}
     network.float().eval()
+    whole = network.state_dict()
     fields = [field for field in ("image", "audio", "text") if hasattr(network, f"get_{field}_features")]
     scales = [getattr(network, scale) for scale in ("logit_scale", "logit_scale_a") if hasattr(network, scale)]
     dual = len(fields) > 1 and bool(scales)
@@ -211,7 +212,9 @@ def open_transformers(name: str, pooling: str | None = None, weights: bool = Tru
         for field, modality in modalities.items():
             method = f"get_{field}_features"
             towers[field] = PooledTower(_half(network, method, modality), method, "pooler_output", _inputs(modality))
-        return assembled(modalities, towers, scales[0] if weights else None, getattr(network, "logit_bias", None))
+        model = assembled(modalities, towers, scales[0] if weights else None, getattr(network, "logit_bias", None))
+        model.origin = Origin("transformers", name, rest=_rest(whole, towers))
+        return model
     if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
         raise UserError(f"{name}: a {type(network).__name__} is neither a dual encoder nor an encoder of one field")
     field = FIELD_OF[network.main_input_name]
@@ -219,7 +222,15 @@ def open_transformers(name: str, pooling: str | None = None, weights: bool = Tru
     output = f"{field}_embeds" if kind.endswith("WithProjection") else "pooler_output"
     pooled = not plain and PooledTower(network, "__call__", output, _inputs(modality))
     tower = pooled or _plain(name, network, field, pooling)
-    return assembled({field: modality}, {field: tower})
+    model = assembled({field: modality}, {field: tower})
+    model.origin = Origin("transformers", name, pooling=pooling, rest=_rest(whole, {field: tower}))
+    return model
+
+
+def _rest(whole: Mapping[str, Tensor], towers: Mapping[str, Tower]) -> dict[str, Tensor]:
+    """Return what no tower has of a network's tensors: a pooler that is not used, scales and biases as they were."""
+    held = {name for tower in towers.values() for name in tower.network.state_dict()}
+    return {name: tensor.detach().clone() for name, tensor in whole.items() if name not in held}
 
 
 class PooledTower(Tower):

@@ -1,0 +1,1 @@
+"""Export: a model written in the form of another library, reopened there, and compared on real samples."""

@@ -1,0 +1,122 @@
+"""One export: written beside its place, reopened in its library, compared, given a card, and moved into its place."""
+
+import importlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mmcontrast.components import nearest
+from mmcontrast.data import Shards
+from mmcontrast.embedder import load, run_of
+from mmcontrast.errors import UserError
+from mmcontrast.export.card import write_card
+from mmcontrast.export.parity import HALF_TOLERANCE, TOLERANCE, measure
+from mmcontrast.export.parts import chosen_fields, plain_model
+from mmcontrast.export.samples import given_samples, made_samples
+from mmcontrast.strict_json import dumps
+
+PARITY = "parity.json"
+FORMATS = {
+    "open_clip": "open_clip",
+    "huggingface": "huggingface",
+    "sentence-transformers": "sentence_transformers",
+    "onnx": "onnx",
+    "safetensors": "safetensors",
+}
+
+
+def export_model(
+    name: str | Path,
+    out: Path,
+    kind: str,
+    *,
+    fields: Sequence[str] | None = None,
+    data: Shards | None = None,
+    samples: int = 32,
+    checkpoint: str = "last",
+    pretrained: str | None = None,
+    pooling: str | None = None,
+    fp16: bool = False,
+    overwrite: bool = False,
+    trust_code: bool = False,
+) -> dict[str, Any]:
+    """Export a model and return what parity.json says. A failed export leaves nothing behind.
+
+    Args:
+        name, checkpoint, pretrained, pooling, trust_code: as `load`.
+        out: a new folder.
+        kind: one of `FORMATS`.
+        fields: those to be exported; default: all.
+        data, samples: shards to compare on, and so many of their samples; default: a few that are made.
+        fp16: of onnx: weights of half precision.
+        overwrite: replace an earlier export.
+
+    Raises:
+        UserError: for what the format cannot hold; for embeddings that are not those of the model.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind}: no such format; {nearest(kind, FORMATS)}")
+    if fp16 and kind != "onnx":
+        raise UserError("--fp16 is for onnx: the other formats hold the weights as they are")
+    check_place(out, overwrite)
+    writer = format_module(kind)
+    embedder = load(name, checkpoint=checkpoint, pretrained=pretrained, pooling=pooling, device="cpu", trust_code=trust_code)
+    embedder.model = plain_model(embedder.model)
+    embedder.name = Path(name).absolute().name if Path(name).exists() else str(name)  # the card may go anywhere
+    chosen = chosen_fields(embedder.model, embedder.fields, fields)
+    tried = given_samples(embedder, data, samples, chosen) if data else made_samples(embedder.model, chosen)
+    partial = out.absolute().parent / f".{out.name}.partial"
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        notes = writer.write(embedder.model, chosen, partial, **({"fp16": True} if fp16 else {}))
+        reopened = writer.reopen(partial, chosen, embedder.model)
+        parity = {"format": kind, "model": embedder.name}
+        parity |= measure(embedder, chosen, tried, reopened, HALF_TOLERANCE if fp16 else TOLERANCE)
+        (partial / PARITY).write_text(dumps(parity, indent=1), encoding="utf-8")
+        run, which = run_of(name, checkpoint)
+        write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, notes, run if which == "last" else None)
+        replace_folder(partial, out)
+    except OSError as error:
+        raise UserError(f"{out} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return parity
+
+
+def format_module(kind: str) -> ModuleType:
+    """
+    Raises:
+        UserError: if what the format needs is not installed.
+    """
+    try:
+        return importlib.import_module(f"mmcontrast.export.{FORMATS[kind]}")
+    except ImportError as error:
+        raise UserError(f"--format {kind} needs {error.name}: pip install 'mmcontrast[export]'") from error
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: if something is there, unless it is an export and to be replaced.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists: name a new folder, or replace an earlier export with --overwrite")
+    if not (out / PARITY).is_file():
+        raise UserError(f"{out} is no export (it has no {PARITY}), so it is not replaced: name a new folder")
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Move a folder into its place, in which an earlier one may be."""
+    old = new.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.rename(place, old)
+    os.rename(new, place)
+    shutil.rmtree(old, ignore_errors=True)

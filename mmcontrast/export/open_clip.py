@@ -1,0 +1,321 @@
+"""The folder that open_clip opens by "local-dir:FOLDER", or from the hub: config, weights, tokenizer.
+
+Two halves, each a part of `model_cfg` and tensors: as open_clip made them, or composed of timm's networks, open_clip's text
+transformer and linear projections, which open_clip has too. What it has no words for is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmcontrast.errors import UserError
+from mmcontrast.export.parity import Reopened, opened_pictures
+from mmcontrast.export.parts import copied, image_and_text, projection_of, scale_and_bias, tower_options
+from mmcontrast.libraries import library_messages, opening, weights_follow
+from mmcontrast.modalities import ImageModality, Modality, TextModality
+from mmcontrast.modalities.library import LibraryImages, LibraryTexts
+from mmcontrast.modalities.text import OPEN_CLIP
+from mmcontrast.models import ContrastiveModel, OpenClipTextTower, OpenClipTower, TimmTower, Tower, TransformersTower
+from mmcontrast.models.open_clip import OPEN_CLIP_CONFIG, model_config
+
+WEIGHTS = "open_clip_model.safetensors"
+IN_TRAINING = {"drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "pos_drop_rate"}
+USAGE = """\
+import open_clip, torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+model.eval()
+with torch.no_grad():
+    images = model.encode_image(preprocess(Image.open("picture.jpg")).unsqueeze(0), normalize=True)
+    texts = model.encode_text(tokenizer(["a caption"]), normalize=True)
+    bias = 0 if model.logit_bias is None else model.logit_bias
+    logits = model.logit_scale.exp() * images @ texts.T + bias
+"""
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of a model of open_clip's.
+
+    Attributes:
+        config: `vision_cfg` or `text_cfg`.
+        tensors: of `visual` or `text`.
+        quick_gelu: whether it computes with QuickGELU; None: open_clip's flag says nothing of it.
+        notes: what a reader of the folder should know.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    quick_gelu: bool | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
+    """Write a model into an empty folder, and return notes.
+
+    Raises:
+        UserError: for what open_clip cannot express.
+    """
+    image, text = image_and_text(model, names, "open_clip")
+    whole: Mapping[str, Any] = {}
+    if model.origin and model.origin.library == "open_clip":
+        whole = model.origin.config["model_cfg"]
+    visual, textual = image_half(model, image, whole.get("vision_cfg")), text_half(model, text, whole.get("text_cfg"))
+    log_scale, bias = scale_and_bias(model, names)
+    quick = {half.quick_gelu for half in (visual, textual)} - {None}
+    if len(quick) > 1:
+        raise UserError("open_clip has one activation for both towers: here one computes with QuickGELU, the other with GELU")
+    config = {
+        **{key: value for key, value in whole.items() if key not in ("quick_gelu", "custom_text", "init_logit_bias")},
+        "embed_dim": model.embed_dim,
+        "vision_cfg": visual.config,
+        "text_cfg": textual.config,
+    }
+    config |= {"quick_gelu": True} if quick == {True} else {}
+    config |= {} if bias is None else {"init_logit_bias": bias.item()}
+    if not whole or whole.get("custom_text"):
+        config["custom_text"] = True
+    prefix = "text." if config.get("custom_text") or "hf_model_name" in textual.config else ""
+    shape = [1] if config.get("nonscalar_logit_scale") else []
+    tensors = {f"visual.{key}": value for key, value in visual.tensors.items()}
+    tensors |= {f"{prefix}{key}": value for key, value in textual.tensors.items()}
+    tensors |= {"logit_scale": log_scale.reshape(shape)} | ({} if bias is None else {"logit_bias": bias.reshape(shape)})
+    tensors |= dict(model.origin.rest) if whole and model.origin else {}
+    config["text_cfg"], notes = _with_tokenizer(model.modality(text), textual.config, folder)
+    about = {"model_cfg": config, "preprocess_cfg": preprocess_config(model, model.modality(image))}
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    save_file(copied(tensors), folder / WEIGHTS, {"format": "pt"})
+    return [*visual.notes, *textual.notes, *notes]
+
+
+def image_half(model: ContrastiveModel, name: str, config: Mapping[str, Any] | None) -> Half:
+    """
+    Args:
+        config: the `vision_cfg` of a model that open_clip made.
+
+    Raises:
+        UserError: for what open_clip cannot express.
+    """
+    tower, options = model.towers[model.tower_of[name]], tower_options(model, name)
+    projection, where = projection_of(model, name), f"field {name!r}"
+    if isinstance(tower, OpenClipTower) and tower.part == "image":
+        config = dict(config or model_config(str(options["model"]))["vision_cfg"])
+        config.pop("timm_model_pretrained", None)
+        size = getattr(tower.network, "image_size", config.get("image_size"))
+        config["image_size"] = size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
+        tensors = folded(tower.network, projection, where)
+        return Half(config, tensors, None if "timm_model_name" in config else _quick(tower.network))
+    if not isinstance(tower, TimmTower) or not options:
+        raise UserError(f"{where}: open_clip has no tower like its {type(tower).__name__}: give it one of timm or open_clip")
+    return _timm_half(model, name, tower, options, projection)
+
+
+def _timm_half(model: ContrastiveModel, name: str, tower: TimmTower, options: Mapping[str, Any], projection: nn.Module) -> Half:
+    modality, network, where = model.modality(name), tower.network, f"field {name!r}"
+    if not isinstance(modality, ImageModality) or modality.channels != 3:
+        raise UserError(f"{where}: open_clip's pictures have 3 channels, these have {getattr(modality, 'channels', 'none')}")
+    default = getattr(network, "default_cfg", {}).get("input_size")
+    extra = {
+        k: v for k, v in options.items() if k not in {"type", "model", "pretrained", "num_classes", "in_chans"} | IN_TRAINING
+    }
+    if default and extra.get("img_size") in (default[-1], list(default[1:]), tuple(default[1:])):
+        del extra["img_size"]
+    pool = extra.pop("global_pool", "")
+    if extra:
+        raise UserError(
+            f"{where}: open_clip makes a tower of timm's of its name alone, not with {', '.join(sorted(extra))}: choose the"
+            " architecture whose name says so, or export onnx"
+        )
+    config = {"timm_model_name": options["model"], "timm_pool": pool, "timm_proj": "linear", "image_size": modality.size}
+    tensors = {f"trunk.{key}": value for key, value in network.state_dict().items()}
+    if isinstance(projection, nn.Linear):
+        tensors["head.proj.weight"] = projection.weight
+    elif isinstance(
+        projection, nn.Identity
+    ):  # without one, open_clip would take timm's classifier for it, or leave out the pool
+        tensors["head.proj.weight"] = torch.eye(tower.width)
+    else:
+        layers: Any = projection
+        hidden, last = layers[0], layers[-1]
+        if hidden.out_features != 2 * model.embed_dim:
+            raise UserError(
+                f"{where}: the hidden layer of open_clip's mlp projection has twice embed_dim, {2 * model.embed_dim}, here it"
+                f" has {hidden.out_features}: take projection: linear"
+            )
+        config["timm_proj"] = "mlp"
+        tensors |= {"head.mlp.fc1.weight": hidden.weight, "head.mlp.fc1.bias": hidden.bias, "head.mlp.fc2.weight": last.weight}
+    return Half(config, tensors)
+
+
+def text_half(model: ContrastiveModel, name: str, config: Mapping[str, Any] | None) -> Half:
+    """
+    Args:
+        config: the `text_cfg` of a model that open_clip made.
+
+    Raises:
+        UserError: for what open_clip cannot express.
+    """
+    from open_clip import CLIPTextCfg
+
+    tower, options = model.towers[model.tower_of[name]], tower_options(model, name)
+    projection, where = projection_of(model, name), f"field {name!r}"
+    if isinstance(tower, OpenClipTower) and tower.part == "text":
+        config = dict(config or model_config(str(options["model"]))["text_cfg"])
+        config.pop("hf_model_pretrained", None)
+        tensors = folded(tower.network, projection, where)
+        if tower.masks:
+            return Half(config, tensors, notes=[_elsewhere(config["hf_model_name"])])
+    elif isinstance(tower, OpenClipTextTower):
+        known = {one.name for one in fields(CLIPTextCfg)}
+        if unknown := sorted(options.keys() - known - {"type"}):
+            raise UserError(f"{where}: open_clip's config has no words for {', '.join(unknown)} of its text tower")
+        config = {key: value for key, value in options.items() if key != "type"}
+        tensors = dict(tower.network.state_dict())
+        if isinstance(projection, nn.Linear):
+            tensors["text_projection"] = projection.weight.T
+        elif isinstance(projection, nn.Identity):
+            config["proj_type"] = "none"
+        else:
+            raise UserError(f"{where}: the text towers of open_clip have no mlp projection: take projection: linear")
+    elif isinstance(tower, TransformersTower):
+        return _transformers_half(tower, options, projection, where)
+    else:
+        raise UserError(f"{where}: open_clip has no tower like its {type(tower).__name__}")
+    config["vocab_size"], config["context_length"] = tower.network.vocab_size, tower.network.context_length
+    modality = model.modality(name)
+    if isinstance(modality, TextModality) and modality.context_length < tower.network.context_length:
+        config["context_length"] = modality.context_length
+        tensors = _shorter(tower, tensors, modality.context_length, where)
+    return Half(config, tensors, _quick(tower.network))
+
+
+def _shorter(tower: Tower, tensors: dict[str, Tensor], length: int, where: str) -> dict[str, Tensor]:
+    """Return a text tower's tensors for texts cut earlier than its context: open_clip has one length for both. What a causal
+    tower makes of a text is the same with fewer places behind it.
+
+    Raises:
+        UserError: for a tower that reads what follows a text.
+    """
+    network: Any = tower.network
+    if network.attn_mask is None or network.cls_emb is not None or network.pool_type not in ("argmax", "eos", "first"):
+        raise UserError(
+            f"{where}: its texts are cut to {length} tokens, its tower reads {network.context_length}, padding included, and"
+            " open_clip has one number for both: set the modality's context_length to the tower's"
+        )
+    return tensors | {"positional_embedding": tensors["positional_embedding"][:length]}
+
+
+def _transformers_half(tower: TransformersTower, options: Mapping[str, Any], projection: nn.Module, where: str) -> Half:
+    from transformers import CONFIG_MAPPING
+
+    poolers = {"mean": "mean_pooler", "first": "cls_last_hidden_state_pooler"}
+    model = str(options.get("model", ""))
+    if not model or model in CONFIG_MAPPING or options.get("config"):
+        raise UserError(
+            f"{where}: open_clip makes a text tower of transformers of its name on the hub or its folder alone, not of a type"
+            " or with a config of one's own: export onnx or safetensors"
+        )
+    if tower.pooling not in poolers or isinstance(projection, nn.Sequential):
+        raise UserError(
+            f"{where}: open_clip has no text tower of transformers with pooling {tower.pooling} and such a projection"
+        )
+    tensors = {f"transformer.{key}": value for key, value in tower.network.state_dict().items()}
+    tensors |= {"proj.weight": projection.weight} if isinstance(projection, nn.Linear) else {}
+    model = str(Path(model).absolute()) if Path(model).is_dir() else model
+    config = {
+        "hf_model_name": model,
+        "hf_pooler_type": poolers[tower.pooling],
+        "hf_proj_type": "linear" if isinstance(projection, nn.Linear) else None,
+    }
+    return Half(config, tensors, notes=[_elsewhere(model)])
+
+
+def _elsewhere(name: str) -> str:
+    return f"open_clip reads the config of the text tower from {name}, which must be there where the folder is opened"
+
+
+def folded(network: nn.Module, projection: nn.Module, where: str) -> dict[str, Tensor]:
+    """Return the tensors of a half of open_clip's, with a linear projection after it multiplied into its own last layer.
+
+    Raises:
+        UserError: for a projection that is not linear, or a network without such a layer.
+    """
+    tensors = dict(network.state_dict())
+    if isinstance(projection, nn.Identity):
+        return tensors
+    if isinstance(projection, nn.Linear):
+        weight = projection.weight.detach()
+        if (name := next((n for n in ("proj", "text_projection") if isinstance(tensors.get(n), Tensor)), None)) is not None:
+            return tensors | {name: tensors[name] @ weight.T}  # a parameter [width, embed_dim]
+        for layer in ("text_projection", "attnpool.c_proj", "head.proj", "head.mlp.fc2", "proj", "proj.2"):
+            if f"{layer}.weight" in tensors:
+                new = {f"{layer}.weight": weight @ tensors[f"{layer}.weight"]}
+                if f"{layer}.bias" in tensors:
+                    new[f"{layer}.bias"] = weight @ tensors[f"{layer}.bias"]
+                return tensors | new
+    raise UserError(f"{where}: open_clip has no place for the projection that follows its tower: take projection: none")
+
+
+def _quick(network: nn.Module) -> bool:
+    return any(type(module).__name__ == "QuickGELU" for module in network.modules())
+
+
+def preprocess_config(model: ContrastiveModel, modality: Modality) -> dict[str, Any]:
+    """Return open_clip's `preprocess_cfg`: that of the model, or what says the same as our pictures' options."""
+    if isinstance(modality, LibraryImages) and model.origin and "preprocess_cfg" in model.origin.config:
+        known = dict(model.origin.config["preprocess_cfg"])
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items() if key != "size"}
+    assert isinstance(modality, ImageModality)
+    return {"mean": modality.mean, "std": modality.std, "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def _with_tokenizer(modality: Modality, config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Save the tokenizer, unless it is open_clip's own; return the `text_cfg` that names it, and notes."""
+    if isinstance(modality, LibraryTexts):
+        tokenizer = modality.tokenize.args[0]  # open_clip's
+        if not hasattr(tokenizer, "save_pretrained"):
+            return config, []
+        tokenizer.save_pretrained(folder)
+        if "hf_tokenizer_name" not in config:  # open_clip knew it by the architecture's name
+            config = config | {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    else:
+        assert isinstance(modality, TextModality)
+        if modality.name == OPEN_CLIP:
+            return config, []
+        modality.tokenizer.save_pretrained(folder)
+        config = config | {"hf_tokenizer_name": modality.name, "context_length": modality.context_length}
+    return config, ["before this folder goes to the hub, set hf_tokenizer_name in open_clip_config.json to its name there"]
+
+
+def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
+    """
+    Raises:
+        UserError: if open_clip refuses it.
+    """
+    import open_clip
+
+    image, _ = image_and_text(model, names, "open_clip")
+    with opening(folder), library_messages(folder), weights_follow():
+        whole, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    whole.eval()
+
+    def pixels(values: list[bytes]) -> Tensor:
+        return torch.stack([preprocess(picture) for picture in opened_pictures(values)])
+
+    @torch.no_grad()
+    def embed(name: str, values: list[Any]) -> Tensor:
+        if name == image:
+            return whole.encode_image(pixels(values), normalize=True)
+        return whole.encode_text(tokenizer(values), normalize=True)
+
+    bias = None if whole.logit_bias is None else whole.logit_bias.item()
+    return Reopened(embed, whole.logit_scale.exp().item(), bias, pixels)
