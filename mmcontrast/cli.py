@@ -139,22 +139,22 @@ def finetune(
     data: Annotated[str, typer.Argument(help="your pairs: a CSV or Parquet file, a folder, or shards", metavar="DATA")],
     overrides: Overrides = None,
     val: Annotated[
-        str | None, typer.Option(help="pairs to evaluate on; default: a tenth of DATA, which is not trained on")
+        str | None, typer.Option(help="pairs to evaluate on; default: a tenth of DATA, not trained on")
     ] = None,
     name: Annotated[str | None, typer.Option(help="of the run: runs/NAME; default: the model's and the data's")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="how often each pair is seen")] = 10,
     lora: Annotated[
-        int | None, typer.Option(min=1, metavar="RANK", help="learn low-rank updates instead of the weights")
+        int | None, typer.Option(min=1, metavar="RANK", help="learn low-rank updates, not the weights")
     ] = None,
-    lock: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="a field whose tower stays as it is: image")] = None,
+    lock: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="a field whose tower stays as it is")] = None,
     probe_epochs: Annotated[float, typer.Option(min=0, help="at first the new projections learn alone (LP-FT)")] = 0,
     beside: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="a second half: a text model beside timm's pictures")
+        str | None, typer.Option(metavar="MODEL", help="a second half: texts beside timm's pictures")
     ] = None,
     architecture: Annotated[str | None, typer.Option(help="of a file of weights: an architecture of open_clip or timm")] = None,
     pretrained: Pretrained = None,
     keys: Annotated[
-        list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by its name or values")
+        list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by name or values")
     ] = None,
     files: Annotated[str | None, typer.Option(help="the folder that paths in DATA start from; default: DATA's own")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
@@ -284,7 +284,8 @@ def embed(
     from mmcontrast.tasks import embed_shards
 
     complete = embed_shards(
-        model, ShardOptions(shards=data, keys=read_keys(keys or ()), files=files), out, part=TableSlice.parse(out, part) if part else None,
+        model, ShardOptions(shards=data, keys=read_keys(keys or ()), files=files), out,
+        part=TableSlice.parse(out, part) if part else None,
         checkpoint=checkpoint, pretrained=pretrained,
         device=device, precision=precision, batch_size=batch_size, num_workers=num_workers, slice_rows=slice_rows,
         trust_code=trust_code,
