@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models.options import FieldOptions, ModelOptions
 from mmcontrast.options import Component, Options
+from mmcontrast.training.held_out import with_held_out
 from mmcontrast.training.options import DataOptions, TrainOptions
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
@@ -45,6 +46,11 @@ class RunConfig(Options):
     data: DataOptions
     train: TrainOptions
     evaluation: EvaluationOptions = EvaluationOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _splits_that_are_held_out(cls, tree: Any) -> Any:
+        return with_held_out(tree) if isinstance(tree, dict) else tree
 
     @property
     def folder(self) -> Path:
