@@ -14,6 +14,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models.options import FieldOptions, ModelOptions
 from mmcontrast.options import Component, Options
+from mmcontrast.training.held_out import with_held_out
 from mmcontrast.training.options import DataOptions, TrainOptions
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
@@ -58,6 +59,11 @@ class RunConfig(Options):
                 if getattr(of, option) is None:
                     raise ValueError(f"fields.{field}.{option} is missing: only a field of model.start can do without")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _splits_that_are_held_out(cls, tree: Any) -> Any:
+        return with_held_out(tree) if isinstance(tree, dict) else tree
 
     @property
     def folder(self) -> Path:

@@ -139,6 +139,8 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
         sources["data.train"] = train, Reading(modalities, keys, as_training=True)
     for name, split in with_layouts(run.evaluation, "", "").splits.items():
         given = ShardOptions.of(split)
+        if given.held_out and run.data.held_out:
+            continue  # it is read as a part of what is trained on
         reading = Reading(modalities, keys | given.keys, given.files, as_training=True)
         sources[f"evaluation.splits.{name}"] = given.shards, reading
     return sources, shared

@@ -4,7 +4,6 @@ import fcntl
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -12,7 +11,7 @@ import torch
 
 from mmcontrast.components import build, nearest
 from mmcontrast.config import RunConfig, load_config
-from mmcontrast.data import ShardDataset
+from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
 from mmcontrast.evaluation.before import BEFORE, EVALUATIONS
@@ -176,7 +175,12 @@ def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOpt
         UserError: for what could only be refused after training otherwise.
     """
     fields = contrasted_fields(config)
-    return open_splits(config.evaluation, model, partial(make_dataset, fields=fields, model=model))
+
+    def open_split(shards: ShardOptions) -> ShardDataset:
+        of_source = isinstance(config.data.train, dict) and shards.held_out is not None  # it may lack a field
+        return make_dataset(shards, fields, model, partial=of_source)
+
+    return open_splits(config.evaluation, model, open_split)
 
 
 def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mmcontrast.data.dataset import ShardDataset, id_of
+from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.ids import id_of
 from mmcontrast.data.mixture import MixtureDataset
 from mmcontrast.data.order import check_lanes, lanes_of, recent
 from mmcontrast.data.tables import open_table

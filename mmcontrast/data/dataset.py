@@ -1,11 +1,8 @@
 """Samples of shards, decoded and transformed per field, collated into a `Batch`."""
 
 import hashlib
-import json
 import logging
-import math
 import os
-import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +15,13 @@ import torch
 from torch.utils.data import Dataset
 
 from mmcontrast.data.files import identities, is_remote
+from mmcontrast.data.held_out import Part, divide
+from mmcontrast.data.ids import default_id, ids_of, read_json, stable_hash
 from mmcontrast.data.index import open_shards
 from mmcontrast.data.shard import LABELS, NO_EXTENSION, ShardIndex, member_of
 from mmcontrast.data.tables import TableIndex, refuse_repeated_ids
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import DecodeError, Modality, TextModality
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
 from mmcontrast.types import Batch
 
 REPLACEMENTS = 16  # tried for a sample, before its error ends the run
@@ -30,7 +29,6 @@ MAX_MEMBER_BYTES = 256 * 2**20  # a member larger than this is no sample of a co
 READERS = 16  # samples of a batch that are read at a time, where they are remote
 ENTRY = "json:"  # before the name of an entry of a sample's json, which is read like a member
 LOOKED_INTO = 16  # samples whose json is read to see whether it has an entry
-WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as Python prints it: other texts are hashed
 UNREADABLE = (DecodeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, RuntimeError)  # of one sample
 Members = dict[str, bytes] | Exception  # of a sample, by extension; or why they could not be read
 FieldKeys = Sequence[str | Mapping[str, float]]  # tried in turn; of several with weights one is drawn
@@ -119,6 +117,8 @@ class ShardDataset(Samples):
         training: augment, and replace what cannot be decoded.
         partial: leave out fields of which no sample has a member, instead of refusing.
         files: of tables whose columns name files: the folder in which these are; default: the table's own.
+        part: of the samples these alone: held out from training, or trained on. Of those held out, one that cannot be decoded
+            is absent from all fields, and reported with its batch, as it does not end a training either.
     """
 
     def __init__(
@@ -130,12 +130,17 @@ class ShardDataset(Samples):
         training: bool = False,
         partial: bool = False,
         files: str | None = None,
+        part: Part | None = None,
     ) -> None:
+        self.tolerant = bool(part and part.held_out and not training)
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
         self.keys = {field: names_of(choices) for field, choices in self.choices.items()}
         named = {e for field, of in self.keys.items() if not isinstance(modalities[field], TextModality) for e in of}
         self.shards: list[ShardIndex] = open_shards(shards, True, named, files)
+        if part:
+            refuse_repeated_ids(shard for shard in self.shards if isinstance(shard, TableIndex))
+            self.shards = divide(self.shards, part, [*self._columns_of(ImageModality), *self._columns_of(AudioModality)])
         self.remote = any(is_remote(shard.name) for shard in self.shards)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.identities = identities([shard.name for shard in self.shards])
@@ -153,6 +158,12 @@ class ShardDataset(Samples):
                     f"they have {', '.join('.' + e for e in sorted(there))}: set fields.{field}.keys, or drop the field"
                 )
         self._tell_what_is_left_out()
+
+    def _columns_of(self, kind: type[Modality]) -> list[str]:
+        """Return the members that a modality is read from, in turn: those of its fields, and what it is usually read from."""
+        fields = [field for field, modality in self.modalities.items() if isinstance(modality, kind)]
+        named = [key for field in fields for key in self.keys[field] if not key.startswith(ENTRY)]
+        return [*named, *kind.extensions, *(["filepath"] if kind is ImageModality else [])]
 
     def _entries(self, wanted: set[str]) -> set[str]:
         """Of entries of the json, those that one of a few samples has, spread over all of them; all of them under `json:`."""
@@ -290,6 +301,8 @@ class ShardDataset(Samples):
             errors.append(sample.bad)
             other = stable_hash(f"{self.seed} {epoch} {position} {len(errors)}") % len(self)
             sample = replace(self._sample(epoch, other, self.fetch(other)), replaces=tuple(errors))
+        if sample.error and not sample.lost and self.tolerant:
+            sample = replace(sample, values={}, error=None, replaces=(sample.bad,))
         return sample
 
     def _sample(self, epoch: int, position: int, members: Members) -> Sample:
@@ -369,20 +382,6 @@ def member_name(key: str) -> str:
     return "json" if key.startswith(ENTRY) else key
 
 
-def read_json(data: bytes) -> dict[str, Any]:
-    """
-    Raises:
-        DecodeError: if it is not an object. Its NaN, which JSON does not have and others write for what is missing, is null.
-    """
-    try:
-        about = json.loads(data, parse_constant=lambda name: None if name == "NaN" else float(name))
-    except (ValueError, RecursionError) as error:
-        raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error
-    if not isinstance(about, dict):
-        raise DecodeError(f"a JSON {type(about).__name__}, not an object")
-    return about
-
-
 def entry_of(about: Mapping[str, Any], key: str) -> Any:
     """What "json:a.b" names: the entry "a.b", or the entry b of a; None if there is none."""
     name, value = key.removeprefix(ENTRY), cast(Any, about)
@@ -408,45 +407,6 @@ def entries_of(about: Mapping[str, Any], keys: Iterable[str]) -> dict[str, bytes
     return {key: data for key, data in found.items() if data}
 
 
-def ids_of(about: Mapping[str, Any], default: int) -> tuple[int, int]:
-    """(sample id, group id) of what a json member says.
-
-    Raises:
-        DecodeError: if it cannot be so.
-    """
-    sample_id = id_of("sample_id", about.get("sample_id"), default)
-    group_id = id_of("group_id", about.get("group_id"), sample_id)
-    if group_id < 0:
-        raise DecodeError(f"group_id {group_id} is negative")
-    return sample_id, group_id
-
-
-def id_of(name: str, value: Any, default: int) -> int:
-    """An id that is given: a whole number; or a text, of which one that is a number just as it is printed, as "12", is that
-    number, and any other, as "007" or a UUID, is hashed. Nothing, or an empty text: the default.
-
-    Raises:
-        DecodeError: if it is neither, or no number of 64 bits.
-    """
-    if value is None or value == "":
-        return default
-    if isinstance(value, str):
-        number = int(value) if WHOLE_NUMBER.fullmatch(value) else 2**63
-        return number if -(2**63) < number < 2**63 else stable_hash(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value == int(value)):
-        raise DecodeError(f"{name} {value!r:.60} is neither a whole number nor a text")
-    if not -(2**63) < value < 2**63:
-        raise DecodeError(f"{name} {value} is beyond 64 bits: write it as a text")
-    if isinstance(value, float) and abs(value) > 2**53:
-        raise DecodeError(f"{name} {value} has been rounded to a float: write it as a whole number or as a text")
-    return int(value)
-
-
-def default_id(shard: str, name: str) -> int:
-    """The id of a sample that says none, in [0, 2^63). `shard`: of `identities`; `name`: the sample's within it."""
-    return stable_hash(f"{shard}\0{name}")
-
-
 def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch | str:
     """The batch, or the first bad sample's error: workers cannot raise it in one line."""
     for sample in samples:
@@ -466,8 +426,3 @@ def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch 
         [s.metadata for s in samples],
         [dict(bad) for s in samples for bad in s.replaces],
     )
-
-
-def stable_hash(text: str) -> int:
-    """A stable id in [0, 2^63)."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1

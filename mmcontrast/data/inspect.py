@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmcontrast.data.dataset import MAX_MEMBER_BYTES, id_of, read_json
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES
+from mmcontrast.data.ids import id_of, read_json
 from mmcontrast.data.index import open_shards
 from mmcontrast.data.page import media, page, svg
 from mmcontrast.data.shard import ShardIndex

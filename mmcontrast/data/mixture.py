@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmcontrast.data.dataset import Members, Sample, Samples, ShardDataset, stable_hash
+from mmcontrast.data.dataset import Members, Sample, Samples, ShardDataset
 from mmcontrast.data.files import identities
+from mmcontrast.data.ids import stable_hash
 from mmcontrast.data.order import SampleOrder, lanes_of
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality

@@ -1,10 +1,13 @@
 """Shards opened as options name them: patterns, or a mapping with columns and files of its own."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mmcontrast.components import nearest
 from mmcontrast.data.dataset import FieldKeys, ShardDataset, names_of
+from mmcontrast.data.held_out import Part
 from mmcontrast.data.index import open_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
@@ -18,11 +21,13 @@ class ShardOptions(Options):
         shards: tars, also by URL, folders, tables.
         files: of tables whose columns name files, the folder in which these are, absolute paths too; default: the table's own.
         keys: of fields, the extensions or columns of their member, tried in turn: {text: [caption]}.
+        held_out: the part of them alone that a run with `data.held_out` of this share does not train on.
     """
 
     shards: Patterns
     files: str | None = None
     keys: dict[str, Keys] = {}
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @classmethod
     def of(cls, shards: "Shards | dict[str, Any]") -> "ShardOptions":
@@ -33,7 +38,7 @@ class ShardOptions(Options):
 
     def shown(self) -> Any:
         """Return what JSON shows of them: patterns alone where there is nothing else."""
-        return self.model_dump(mode="json", exclude_defaults=True) if self.keys or self.files else self.shards
+        return self.model_dump(mode="json", exclude_defaults=True) if self.keys or self.files or self.held_out else self.shards
 
 
 Shards = str | list[str] | ShardOptions
@@ -62,6 +67,7 @@ def open_dataset(
     seed: int = 0,
     training: bool = False,
     partial: bool = False,
+    without: float | None = None,
 ) -> ShardDataset:
     """Open shards, whose own `keys` go before those of the model. Where a field has neither, other than in training, its
     modality's usual extensions are its keys: a model that was trained on a table's own columns reads other shards too.
@@ -70,6 +76,7 @@ def open_dataset(
         shards: patterns; or a mapping of `shards`, `keys` and `files`.
         keys: the model's, of fields.
         modalities, seed, training, partial: as `ShardDataset`.
+        without: the share that is held out: the others alone.
 
     Raises:
         UserError: for shards that are not there; for keys of no field, or that no sample has.
@@ -81,7 +88,8 @@ def open_dataset(
     asked = {field: list(given.keys.get(field) or keys.get(field) or modalities[field].extensions) for field in modalities}
     if not training and any(keys.get(field) for field in modalities):
         asked = with_fallbacks(asked, modalities, given)
-    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files)
+    part = Part(given.held_out, True) if given.held_out else Part(without, False) if without else None
+    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files, part)
     for field in given.keys:
         if field not in dataset.keys:
             raise UserError(

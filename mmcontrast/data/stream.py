@@ -23,10 +23,10 @@ from mmcontrast.data.dataset import (
     choices_of,
     collate,
     decoded,
-    default_id,
     member_name,
 )
 from mmcontrast.data.files import expand_shards, identities, open_stream
+from mmcontrast.data.ids import default_id
 from mmcontrast.data.shard import LABELS, sample_of
 from mmcontrast.data.tar import MAX_NAME_BYTES
 from mmcontrast.errors import UserError

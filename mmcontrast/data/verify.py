@@ -21,12 +21,11 @@ from mmcontrast.data.dataset import (
     FieldKeys,
     ShardDataset,
     entries_of,
-    ids_of,
     member_name,
     names_of,
-    read_json,
 )
 from mmcontrast.data.files import expand_shards, is_remote
+from mmcontrast.data.ids import ids_of, read_json
 from mmcontrast.data.index import index_shard
 from mmcontrast.data.loading import start_worker
 from mmcontrast.data.page import media_type

@@ -1,6 +1,7 @@
 """Embedding tables: what a model makes of a data set, in memory and on disk."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ from mmcontrast.types import ABSENT, Batch
 
 PART_ROWS, GROUP_ROWS = 100_000, 4096  # rows of a part, and those of it that are read to look up one
 MANIFEST = "manifest.json"
+logger = logging.getLogger("mmcontrast")
 
 
 @dataclass
@@ -180,6 +182,7 @@ def embed_dataset(
     about: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
+    bad: list[dict[str, str]] = []
     for batch in all_batches(dataset, batch_size, num_workers, rows):
         embeddings = model(batch.to(torch.device(device)))
         embedded = EmbeddingTable(
@@ -194,11 +197,14 @@ def embed_dataset(
         about["sample_ids"].append(batch.sample_ids)
         about["group_ids"].append(batch.group_ids)
         about["metadata"].extend(batch.metadata)
+        bad += batch.replaced
         if progress and task is not None:
             progress.advance(task, len(batch))
     if progress and task is not None:
         progress.remove_task(task)
     model.train(was_training)
+    if bad:
+        logger.warning("%s: %d samples cannot be decoded and are left out, as %s", name or label, len(bad), bad[0]["error"])
     return EmbeddingTable(
         {field: torch.cat(parts) for field, parts in fields.items()},
         {field: torch.cat(parts) for field, parts in present.items()},

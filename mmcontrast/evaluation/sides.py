@@ -140,7 +140,9 @@ def embed_captions(
             member = next((members[extension] for extension in dataset.keys[field] if extension in members), None)
             texts = [] if member is None else modality.lines(modality.decode(member))
         except DecodeError as error:
-            raise UserError(f"sample {dataset.key(sample)!r}, {field}: {error}") from error
+            if not dataset.tolerant:
+                raise UserError(f"sample {dataset.key(sample)!r}, {field}: {error}") from error
+            texts = []
         lines += texts
         samples += [sample] * len(texts)
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)

@@ -19,6 +19,7 @@ from mmcontrast.data import (
     open_dataset,
 )
 from mmcontrast.data.dataset import names_of
+from mmcontrast.data.held_out import Part
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, ImageModality, Modality
 from mmcontrast.models import ContrastiveModel
@@ -33,15 +34,21 @@ def make_dataset(
     *,
     seed: int = 0,
     training: bool = False,
+    partial: bool = False,
+    without: float | None = None,
 ) -> ShardDataset:
     """Open shards as `fields` say, or as a mapping of shards says that has `keys` and `files` of its own.
+
+    Args:
+        partial: leave out fields of which no sample has a member.
+        without: the share of the samples that is held out, and left out here.
 
     Raises:
         UserError: for shards that are not there, or lack a field.
     """
     modalities = {field: model.modality(field) for field in fields}
     keys = {field: of.keys for field, of in fields.items() if of.keys}
-    return open_dataset(shards, modalities, keys, seed=seed, training=training)
+    return open_dataset(shards, modalities, keys, seed=seed, training=training, partial=partial, without=without)
 
 
 def make_training_data(
@@ -68,11 +75,12 @@ def make_training_data(
 
     dataset: ShardDataset | MixtureDataset
     if sources:
-        opened = {name: make_source(name, source, fields, model, seed) for name, source in sources.items()}
+        opened = {name: make_source(name, source, fields, model, seed, options.held_out) for name, source in sources.items()}
         every = {field: model.modality(field) for field in fields}
         dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids])
     else:
-        dataset = make_dataset(options.train, fields, model, seed=seed, training=True)  # type: ignore[arg-type]  # no dict
+        assert not isinstance(options.train, dict)
+        dataset = make_dataset(options.train, fields, model, seed=seed, training=True, without=options.held_out)
     if options.clusters:
         clusters, table = clusters_of(dataset, options.clusters)
         return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest, table, clusters)
@@ -98,21 +106,29 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
     weighted = [name for name, source in options.train.items() if source.weight] if isinstance(options.train, dict) else []
     if options.clusters and (weighted or options.batches == "single"):
         raise UserError("data.clusters: an epoch shows each sample once, so there are no weights and no data.batches")
+    if options.sequential and options.held_out:
+        raise UserError("data.held_out: which samples are held out is known of shards that are indexed: no data.sequential")
     if options.sequential and (several or options.clusters or options.bucket_by):
         raise UserError("data.sequential: the order is that of the tars: no several sources, clusters or bucket_by")
 
 
 def make_source(
-    name: str, source: SourceOptions, fields: Mapping[str, FieldOptions], model: ContrastiveModel, seed: int
+    name: str,
+    source: SourceOptions,
+    fields: Mapping[str, FieldOptions],
+    model: ContrastiveModel,
+    seed: int,
+    without: float | None = None,
 ) -> ShardDataset:
-    """One of several sources, with its own keys and transforms.
+    """One of several sources, with its own keys and transforms; without a share that is held out.
 
     Raises:
         UserError: for a field that there is not.
     """
     modalities = source_modalities(name, source, fields, {field: model.modality(field) for field in fields})
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
-    dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files)
+    part = Part(without, False) if without else None
+    dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files, part=part)
     for field in source.keys.keys() - dataset.keys.keys():
         wanted = " or ".join(names_of(source.keys[field]))
         raise UserError(f"data.train.{name}.keys.{field}: no sample has a member {wanted}")

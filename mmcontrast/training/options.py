@@ -33,6 +33,9 @@ class DataOptions(Options):
 
     Attributes:
         train: shards (tars, also by URL, folders, tables); or several sources by name.
+        held_out: this share of the samples is never trained on; it is the split `held_out` of the evaluation (of several
+            sources, one of the name of each), if no splits are named, and else where one is: {val: held_out}. Which samples
+            they are: `mmcontrast.data.held_out`.
         batches: of several sources: "mixed", or "single", a step's samples all of one.
         clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
             cluster, each other's hard negatives.
@@ -49,6 +52,7 @@ class DataOptions(Options):
     """
 
     train: Patterns | dict[str, SourceOptions]
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     batches: Literal["mixed", "single"] = "mixed"
     clusters: str | None = None
     bucket_by: str | None = None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
@@ -119,8 +120,10 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
     for name in sorted(state["order"].keys() | now.keys()):
         before, after = (str(order.get(name)) for order in (state["order"], now))
         if before != after:
+            held_out = (yaml.safe_load(job.config)["data"].get("held_out"), saved_share(path))
+            why = f" (data.held_out was {held_out[1]}, is {held_out[0]})" if held_out[0] != held_out[1] else ""
             raise UserError(
-                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]};"
+                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]}{why};"
                 " give it back, or start another run with train.init_from"
             )
     if state["step"] > job.options.total_steps:
@@ -143,6 +146,11 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
             raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
         load_weights(learner.queue, state["queue"], f"the queue in {path}")
     return state["step"]
+
+
+def saved_share(path: Path) -> Any:
+    """Return the `data.held_out` of a checkpoint's config."""
+    return yaml.safe_load((path / checkpoint.CONFIG).read_text(encoding="utf-8"))["data"].get("held_out")
 
 
 def check_start(model: ContrastiveModel, path: Path) -> None:

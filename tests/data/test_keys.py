@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mmcontrast.data import MixtureDataset, ShardDataset, StreamDataset, all_batches, clusters_of, write_shard
 from mmcontrast.data import verify as verify_module
-from mmcontrast.data.dataset import default_id, id_of, stable_hash
 from mmcontrast.data.files import identities
+from mmcontrast.data.ids import default_id, id_of, stable_hash
 from mmcontrast.data.inspect import inspect_shards
 from mmcontrast.data.verify import Reading, verify_shards, verify_sources
 from mmcontrast.errors import UserError
@@ -195,7 +195,7 @@ def test_a_sample_id_that_repeats_is_found(tmp_path):
 
 def test_two_texts_of_one_hash_are_told(tmp_path, monkeypatch):
     tar(tmp_path / "a.tar", 3, sample_id=lambda k: f"u{k}")
-    monkeypatch.setattr("mmcontrast.data.dataset.stable_hash", lambda text: 77)
+    monkeypatch.setattr("mmcontrast.data.ids.stable_hash", lambda text: 77)
     monkeypatch.setattr(verify_module, "ProcessPoolExecutor", InProcess)
     faults = verify_shards(str(tmp_path / "a.tar"), 1, progress=False)["faults"]
     assert [fault["sample"] for fault in faults] == ["000000001", "000000002"]

@@ -16,6 +16,7 @@ from mmcontrast.data import (
     training_batches,
     write_shard,
 )
+from mmcontrast.data.held_out import Part, divide
 from mmcontrast.data.inspect import inspect_shards
 from mmcontrast.data.range_cache import CHUNK, RangeCache
 from mmcontrast.data.verify import verify_shards
@@ -75,6 +76,13 @@ def test_batches_are_those_of_local_shards(server, tmp_path):
         return [(batch.sample_ids.tolist(), batch.values["text"].tolist()) for batch in running]
 
     assert batches(local, 0) == batches(remote, 2) == batches(remote, 0)
+
+
+def test_what_is_held_out_is_that_of_local_shards(server, corpus):
+    shards, local = open_shards(shards_of(server)), open_shards(str(corpus / "train-*.tar"))
+    server.plan = [*FAULTS, "", ""] * 2
+    both = [[part.rows.tolist() for part in divide(of, Part(0.3, True), [])] for of in (shards, local)]
+    assert both[0] == both[1] and 1 < sum(map(len, both[0])) < 95
 
 
 def run_of_texts(shards):

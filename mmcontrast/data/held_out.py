@@ -1,0 +1,305 @@
+"""A part of any shards that is held out from training: chosen by what samples are about, so that it stays the same whatever the
+order of the files, the number of ranks, or the shards that are added later.
+
+A sample's side is decided by a hash of its group id. One that says none goes by its key; rows of a table go by the picture (or
+else the sound) that they show too, the same path or the same bytes, so that two captions of a picture are never on both sides.
+The held-out part of a smaller share is a part of that of a larger one.
+
+It costs reading every `json` of tars and folders once; of tars what was found is kept beside their index.
+"""
+
+import hashlib
+import math
+import os
+import posixpath
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import track
+
+from mmcontrast.data.files import is_remote
+from mmcontrast.data.ids import id_of, read_json, stable_hash
+from mmcontrast.data.shard import ShardIndex
+from mmcontrast.data.tables import RowKeys, TableIndex
+from mmcontrast.data.tar import TarIndex, index_file
+from mmcontrast.errors import UserError
+from mmcontrast.modalities import DecodeError
+
+LEAST = 2  # samples on each side
+CONNECTIONS = 16  # remote shards that are read at a time
+PROBE = 64  # bytes of the middle and of the end by which pictures in a table are compared, with their length
+VERSION = 1  # of what the cache holds
+Types = pa.types
+_recent: dict[Any, np.ndarray] = {}  # the hashes that were asked for last
+
+
+@dataclass(frozen=True)
+class Part:
+    """One side of a division: the samples that are held out, or those that are trained on.
+
+    Attributes:
+        share: of the samples that are held out, about.
+    """
+
+    share: float
+    held_out: bool
+
+    def __str__(self) -> str:
+        return f"{self.share:g} held out" if self.held_out else f"without {self.share:g} held out"
+
+
+class RowsOf(Sequence[str]):
+    """The keys of some rows."""
+
+    def __init__(self, keys: Sequence[str], rows: np.ndarray) -> None:
+        self.keys, self.rows = keys, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # one at a time
+        return self.keys[int(self.rows[row])]
+
+
+@dataclass(frozen=True)
+class ShardPart(ShardIndex):
+    """Some samples of a shard, in its order.
+
+    Attributes:
+        rows: [n] int64, of the shard.
+    """
+
+    shard: ShardIndex
+    rows: np.ndarray
+
+    def identity(self, sample: int) -> str:
+        return self.shard.identity(int(self.rows[sample]))
+
+    def describe(self, sample: int, extension: str = "") -> str:
+        return self.shard.describe(int(self.rows[sample]), extension)
+
+    def has(self, extension: str) -> np.ndarray:
+        return self.shard.has(extension)[self.rows]
+
+    @cached_property
+    def _sizes(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def sizes_of(self, extension: str) -> np.ndarray:
+        if extension not in self._sizes:  # an order by length asks in every window
+            self._sizes[extension] = self.shard.sizes_of(extension)[self.rows]
+        return self._sizes[extension]
+
+    def size(self, sample: int, extension: str) -> int:
+        return self.shard.size(int(self.rows[sample]), extension)
+
+    def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
+        return self.shard.read(int(self.rows[sample]), extensions)
+
+
+def divide(shards: Sequence[ShardIndex], part: Part, columns: Sequence[str]) -> list[ShardIndex]:
+    """Return the shards with the samples of one side alone.
+
+    Args:
+        columns: of tables, those that may hold the picture that a row shows; the first that a table has counts.
+
+    Raises:
+        UserError: if one of the sides has fewer than two samples.
+    """
+    hashes = hashes_of(shards, columns)
+    held_out = hashes < math.floor(part.share * 2**63)
+    check_sides(shards, hashes, held_out, part.share)
+    chosen = held_out if part.held_out else ~held_out
+    ends = np.cumsum([len(shard) for shard in shards])[:-1]
+    return [_part_of(shard, rows.nonzero()[0], part) for shard, rows in zip(shards, np.split(chosen, ends), strict=True)]
+
+
+def _part_of(shard: ShardIndex, rows: np.ndarray, part: Part) -> ShardPart:
+    chosen = hashlib.blake2b(rows.astype("<i8").data, digest_size=8).hexdigest()
+    digest = f"{shard.digest} {part} {chosen}"
+    return ShardPart(shard.name, RowsOf(shard.keys, rows), shard.extensions, digest, shard, rows, notes=shard.notes)
+
+
+def check_sides(shards: Sequence[ShardIndex], hashes: np.ndarray, held_out: np.ndarray, share: float) -> None:
+    """
+    Raises:
+        UserError: if fewer than two samples are held out, or are left; it names the nearest share that does.
+    """
+    total, number = len(hashes), int(held_out.sum())
+    if LEAST <= number <= total - LEAST:
+        return
+    names = shards[0].name + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
+    units = len(np.unique(hashes))
+    remedy = "name evaluation.splits of other data, or give the samples more group ids"
+    if total >= 2 * LEAST and units > 1:
+        ordered = np.sort(hashes)
+        last = ordered[LEAST - 1] if number < LEAST else ordered[-LEAST]
+        nearest = (math.floor(last / 2**63 * 1000) + (1 if number < LEAST else 0)) / 1000
+        held = int((hashes < math.floor(nearest * 2**63)).sum())
+        if 0 < nearest < 1 and LEAST <= held <= total - LEAST:
+            remedy = f"a share of {nearest:g} holds out {held}; or {remedy}"
+    raise UserError(
+        f"held_out={share:g} of {names}: {number} of {total} samples, of {units} groups, are held out, and each side takes"
+        f" {LEAST} at least: {remedy}"
+    )
+
+
+def hashes_of(shards: Sequence[ShardIndex], columns: Sequence[str]) -> np.ndarray:
+    """Return [N] int64 in [0, 2⁶³): equal for samples that must be on one side. Both sides of a division ask for the same."""
+    asked = tuple((shard.name, shard.digest) for shard in shards), tuple(columns)
+    if asked not in _recent:
+        _recent.clear()
+        _recent[asked] = _hashes_of(shards, columns)
+    return _recent[asked]
+
+
+def _hashes_of(shards: Sequence[ShardIndex], columns: Sequence[str]) -> np.ndarray:
+    remote = any(is_remote(shard.name) for shard in shards)
+    console = Console(stderr=True)
+    with ThreadPoolExecutor(CONNECTIONS if remote else 1) as threads:
+        found = threads.map(partial(_links, columns=columns), shards)
+        links = list(track(found, "looking for what to hold out", len(shards), console=console, transient=True))
+    first, second = (np.concatenate(arrays) for arrays in zip(*links, strict=True))
+    return first if first is second or np.array_equal(first, second) else joined(first, second)
+
+
+def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return one number a sample, equal for those that are linked by equal numbers in either array, over any chain of them: the
+    least of all numbers in `first` that are linked."""
+    _, by_first = np.unique(first, return_inverse=True)
+    _, by_second = np.unique(second, return_inverse=True)
+    least = first.copy()
+    while True:
+        before = least
+        for groups in (by_second, by_first):
+            of_group = np.full(int(groups.max()) + 1, np.iinfo(np.int64).max)
+            np.minimum.at(of_group, groups, least)
+            least = of_group[groups]
+        if np.array_equal(before, least):
+            return least
+
+
+def _links(shard: ShardIndex, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return two numbers a sample: samples that share the first or the second belong together."""
+    if isinstance(shard, TableIndex):
+        return _links_of_table(shard, columns)
+    found = _kept(shard) if isinstance(shard, TarIndex) else None
+    if found is None:
+        groups = _groups_in_json(shard)
+        found = np.array([_hash(groups.get(row), f"key {shard.keys[row]}") for row in range(len(shard))], dtype=np.int64)
+        if isinstance(shard, TarIndex):
+            _keep(shard, found)
+    return found, found
+
+
+def _hash(group: int | None, otherwise: str) -> int:
+    return stable_hash(f"held out: {otherwise if group is None else f'group {group}'}")
+
+
+def _groups_in_json(shard: ShardIndex) -> dict[int, int]:
+    """Return the group ids that samples say in their json, by row; not of json that is damaged."""
+    groups = {}
+    for row in np.flatnonzero(shard.has("json")).tolist() if "json" in shard.extensions else ():
+        try:
+            given = read_json(shard.read(row, ["json"])["json"]).get("group_id")
+            if given is not None and given != "":
+                groups[row] = id_of("group_id", given, 0)
+        except (DecodeError, ValueError, RecursionError):
+            continue  # such a sample is not trained on, and is found by its key
+    return groups
+
+
+def _links_of_table(shard: TableIndex, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    groups: dict[int, int] = {}
+    if "json" in shard.table.column_names:
+        groups = _groups_in_json(shard)
+    elif "group_id" in shard.table.column_names:
+        for row, given in enumerate(shard.table["group_id"].to_pylist()):
+            try:
+                if given is not None and given != "" and given == given:
+                    groups[row] = id_of("group_id", given, 0)
+            except DecodeError:
+                continue
+    named = not isinstance(shard.keys, RowKeys)
+    pictures = next((found for column in columns if (found := _pictures(shard, column))), [None] * len(shard))
+    first = np.empty(len(shard), dtype=np.int64)
+    second = np.empty(len(shard), dtype=np.int64)
+    for row, picture in enumerate(pictures):
+        by_key = f"key {shard.keys[row]}"
+        first[row] = _hash(groups.get(row), by_key if named or picture is None else picture)
+        second[row] = first[row] if row in groups or picture is None else stable_hash(f"held out: {picture}")
+    return first, second
+
+
+def _pictures(shard: TableIndex, column: str) -> list[str | None]:
+    """Return of every row what tells its picture from others, None where it has none; nothing if the column holds no pictures.
+    Pictures in the table are told apart by their length and some of their bytes: two that are taken for one are on one side,
+    which does no harm."""
+    if column not in shard.table.column_names:
+        return []
+    found: list[str | None] = []
+    for chunk in shard._column(column).chunks:
+        read = _reader_of(chunk.type)
+        if read is None:
+            return []
+        found += [read(value) if value.is_valid else None for value in chunk]
+    return found
+
+
+def _reader_of(kind: pa.DataType) -> Callable[[Any], str | None] | None:
+    if Types.is_string(kind) or Types.is_large_string(kind):
+        return lambda value: f"file {posixpath.normpath(value.as_py())}"
+    if Types.is_binary(kind) or Types.is_large_binary(kind):
+        return _probe
+    if Types.is_struct(kind) and {"bytes", "path"} & {inner.name for inner in kind}:
+        names = [name for name in ("bytes", "path") if kind.get_field_index(name) >= 0]
+
+        def read(value: Any) -> str | None:
+            inner = [value[name] for name in names if value[name].is_valid]
+            reader = _reader_of(inner[0].type) if inner else None
+            return reader(inner[0]) if reader else None
+
+        return read
+    return None
+
+
+def _probe(value: Any) -> str:
+    data = value.as_buffer()
+    middle = data.size // 2
+    return f"bytes {data.size} {data[middle : middle + PROBE].to_pybytes().hex()} {data[-PROBE:].to_pybytes().hex()}"
+
+
+def _file_of(shard: TarIndex) -> tuple[Path, str]:
+    return index_file(shard.name).with_suffix(".held-out.npz"), f"{VERSION} {shard.file.fingerprint}"
+
+
+def _kept(shard: TarIndex) -> np.ndarray | None:
+    file, fingerprint = _file_of(shard)
+    try:
+        with np.load(file, allow_pickle=False) as entry:
+            hashes = entry["hashes"] if str(entry["fingerprint"]) == fingerprint else None
+    except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return None  # not there, or not ours
+    return hashes if hashes is not None and len(hashes) == len(shard) else None
+
+
+def _keep(shard: TarIndex, hashes: np.ndarray) -> None:
+    file, fingerprint = _file_of(shard)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.stem}-", suffix=".partial", delete=False) as written:
+            np.savez(written, hashes=hashes, fingerprint=fingerprint)
+        os.replace(written.name, file)
+    except OSError:  # a cache that cannot be written is none
+        for left in file.parent.glob(f"{file.stem}-*.partial"):
+            left.unlink(missing_ok=True)
