@@ -138,19 +138,13 @@ def finetune(
     ],
     data: Annotated[str, typer.Argument(help="your pairs: a CSV or Parquet file, a folder, or shards", metavar="DATA")],
     overrides: Overrides = None,
-    val: Annotated[
-        str | None, typer.Option(help="pairs to evaluate on; default: a tenth of DATA, not trained on")
-    ] = None,
+    val: Annotated[str | None, typer.Option(help="pairs to evaluate on; default: a tenth of DATA, not trained on")] = None,
     name: Annotated[str | None, typer.Option(help="of the run: runs/NAME; default: the model's and the data's")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="how often each pair is seen")] = 10,
-    lora: Annotated[
-        int | None, typer.Option(min=1, metavar="RANK", help="learn low-rank updates, not the weights")
-    ] = None,
+    lora: Annotated[int | None, typer.Option(min=1, metavar="RANK", help="learn low-rank updates, not the weights")] = None,
     lock: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="a field whose tower stays as it is")] = None,
     probe_epochs: Annotated[float, typer.Option(min=0, help="at first the new projections learn alone (LP-FT)")] = 0,
-    beside: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="a second half: texts beside timm's pictures")
-    ] = None,
+    beside: Annotated[str | None, typer.Option(metavar="MODEL", help="a second half: texts beside timm's pictures")] = None,
     architecture: Annotated[str | None, typer.Option(help="of a file of weights: an architecture of open_clip or timm")] = None,
     pretrained: Pretrained = None,
     keys: Annotated[

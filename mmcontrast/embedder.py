@@ -200,8 +200,8 @@ def load(
     """Opens a model: a run's, or another library's, with its weights, tokenizer, preprocessing, logit scale and bias.
 
     Args:
-        name: a run's folder, or that of one of its checkpoints; otherwise folders and names of open_clip, transformers and
-            timm, as `mmcontrast.models.open_model` finds them.
+        name: a run's folder, or that of one of its checkpoints; an export's folder; otherwise folders and names of
+            open_clip, transformers and timm, as `mmcontrast.models.open_model` finds them.
         checkpoint: of a run: "last", "best" or a step's number.
         pretrained: of an architecture of open_clip or timm: a tag, or a checkpoint's file.
         device: default: a GPU if there is one.
@@ -214,8 +214,10 @@ def load(
     """
     folder, checkpoint = run_of(name, checkpoint)
     if folder is None:
-        model = open_model(str(name), None if pretrained is None else str(pretrained), pooling)
-        return Embedder(model, str(name), device, precision=precision)
+        model = open_model(str(name), None if pretrained is None else str(pretrained), pooling, trust_code=trust_code)
+        composed = model.origin.config.get("fields", {}) if model.origin else {}
+        keys = {field: options["keys"] for field, options in composed.items() if options.get("keys")}
+        return Embedder(model, str(name), device, keys=keys, precision=precision)
     if pretrained or pooling:
         raise UserError(f"{name} is a run: it takes neither pretrained nor pooling")
     run = open_run(folder, checkpoint, "cpu", trust_code)

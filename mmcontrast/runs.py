@@ -4,6 +4,7 @@ import fcntl
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -103,7 +104,7 @@ def open_start(start: StartOptions, weights: bool = True, trust_code: bool = Fal
     """
     folder, which = run_of(start.model, start.checkpoint)
     if folder is None:
-        return open_library_start(start, weights)
+        return open_library_start(start, weights, trust_code)
     if start.pretrained or start.pooling:
         raise UserError(f"model.start: {start.model} is a run: it takes neither pretrained nor pooling")
     if not weights:

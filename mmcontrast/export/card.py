@@ -81,10 +81,11 @@ def _shown(samples: Any) -> str:
 
 
 def _from_files(field: str, one: Mapping[str, Any]) -> str:
+    shifted = f", and {one['shifted_crops']} were cropped one pixel beside" if one["shifted_crops"] else ""
     return (
-        f"* {field}: compared on the same pixels. The model was trained on pictures that were scaled in another way, which differ"
-        f" by up to {one['pixel_levels']:.0f} of 255 levels in {one['pixels_apart']:.1%} of the pixels; from the files on,"
-        f" embeddings differ by up to {one['from_files']:.1e}.\n"
+        f"* {field}: compared on the same pixels. The model's own pictures are scaled and rounded in another way, and differ by"
+        f" up to {one['pixel_levels']:.0f} of 255 levels in {one['pixels_apart']:.1%} of the pixels{shifted};"
+        f" from the files on, embeddings differ by up to {one['from_files']:.1e}.\n"
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
 from mmcontrast.export.parity import Reopened, opened_pictures
-from mmcontrast.export.parts import copied, image_and_text, projection_of, scale_and_bias, tower_options
+from mmcontrast.export.parts import copied, image_and_text, projection_of, scale_and_bias, tower_options, unused
 from mmcontrast.libraries import library_messages, opening, weights_follow
 from mmcontrast.modalities import ImageModality, Modality, TextModality
 from mmcontrast.modalities.library import LibraryImages, LibraryTexts
@@ -283,14 +283,14 @@ def _with_tokenizer(modality: Modality, config: dict[str, Any], folder: Path) ->
         tokenizer = modality.tokenize.args[0]  # open_clip's
         if not hasattr(tokenizer, "save_pretrained"):
             return config, []
-        tokenizer.save_pretrained(folder)
+        unused(tokenizer.tokenizer).save_pretrained(folder)
         if "hf_tokenizer_name" not in config:  # open_clip knew it by the architecture's name
             config = config | {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "canonicalize"}}
     else:
         assert isinstance(modality, TextModality)
         if modality.name == OPEN_CLIP:
             return config, []
-        modality.tokenizer.save_pretrained(folder)
+        unused(modality.tokenizer).save_pretrained(folder)
         config = config | {"hf_tokenizer_name": modality.name, "context_length": modality.context_length}
     return config, ["before this folder goes to the hub, set hf_tokenizer_name in open_clip_config.json to its name there"]
 
@@ -318,4 +318,7 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
         return whole.encode_text(tokenizer(values), normalize=True)
 
     bias = None if whole.logit_bias is None else whole.logit_bias.item()
-    return Reopened(embed, whole.logit_scale.exp().item(), bias, pixels)
+    scale = whole.logit_scale.exp().item()
+    if model.origin and model.origin.library == "open_clip":  # pictures of any mode, and no pixel apart
+        return Reopened(embed, scale, bias)
+    return Reopened(embed, scale, bias, pixels, whole.visual.preprocess_cfg["std"])

@@ -1,5 +1,6 @@
 """What every format asks of a model: its plain weights, its fields by kind, the scale and bias of two of them."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,16 @@ def tower_options(model: ContrastiveModel, field: str) -> dict[str, Any]:
     towers: Mapping[str, Any] = model.origin.config.get("towers", {}) if model.origin else {}
     options = towers.get(model.tower_of[field], {})
     return dict(options) if isinstance(options, Mapping) else {"type": options}
+
+
+def unused(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer of transformers as it was before it was called: it keeps the truncation and padding of its
+    last call, which would be saved with it, and a processor would then cut sounds to as many samples."""
+    found = copy.deepcopy(tokenizer)
+    if (backend := getattr(found, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return found
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ PRETRAINED_BACKGROUNDS = {"open_clip": "open_clip", "timm": "drop"}  # others pu
 Opener = Callable[[StartOptions, bool], ContrastiveModel]
 
 
-def open_start(start: StartOptions, weights: bool = True) -> ContrastiveModel:
+def open_start(start: StartOptions, weights: bool = True, trust_code: bool = False) -> ContrastiveModel:
     """Open the model of another library that an option names; `mmcontrast.runs.open_start` opens runs too.
 
     Args:
@@ -45,7 +45,7 @@ def open_start(start: StartOptions, weights: bool = True) -> ContrastiveModel:
     """
     weights = weights and start.pretrained is not False
     with nullcontext() if weights else weights_follow():
-        return open_model(start.model, start.pretrained or None, start.pooling, weights)
+        return open_model(start.model, start.pretrained or None, start.pooling, weights, trust_code)
 
 
 def make_model(

@@ -9,11 +9,13 @@ from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening
 from mmcontrast.models.contrastive import ContrastiveModel
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_CONFIG, BARE_CONFIG = "open_clip_config.json", "mmcontrast_model.json"
 LIBRARIES = ("open_clip", "transformers", "timm")
 
 
-def open_model(name: str, pretrained: str | None = None, pooling: str | None = None, weights: bool = True) -> ContrastiveModel:
+def open_model(
+    name: str, pretrained: str | None = None, pooling: str | None = None, weights: bool = True, trust_code: bool = False
+) -> ContrastiveModel:
     """Open a model on the CPU, in fp32, in evaluation mode.
 
     A name is, in this order: a folder, by the config in it; "open_clip:…", "timm:…", "transformers:…"; "hf-hub:org/name",
@@ -25,12 +27,15 @@ def open_model(name: str, pretrained: str | None = None, pooling: str | None = N
         pretrained: of an architecture: a tag of open_clip's, or a checkpoint's file.
         pooling: of a plain encoder of transformers: "mean", "first" or "last".
         weights: False: random ones, in the architecture alone.
+        trust_code: import what a folder of our own names by import path.
 
     Raises:
         UserError: in one line, for a name that is none, for files that are not there or not as they should be.
     """
     with opening(f"{name}: pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
         library, name = resolved(name)
+        if library == "mmcontrast":
+            return _open_bare(name, pretrained, pooling, trust_code)
         if pooling and library != "transformers":
             raise UserError(f"{name}: pooling={pooling!r} is for encoders of transformers; {library} has its own")
         if library == "open_clip":
@@ -50,6 +55,21 @@ def open_model(name: str, pretrained: str | None = None, pooling: str | None = N
         return open_transformers(name, pooling, weights)
 
 
+def _open_bare(name: str, pretrained: str | None, pooling: str | None, trust_code: bool) -> ContrastiveModel:
+    """Open a folder of our own: a model that it describes, or another library's that lies in it."""
+    from mmcontrast.models.bare import compose_bare, read_bare
+
+    if pretrained or pooling:
+        raise UserError(f"{name} is whole: it takes neither pretrained nor pooling")
+    about = read_bare(Path(name))
+    if "library" not in about:
+        return compose_bare(Path(name), about, trust_code)
+    inner = Path(name) / Path(about["library"]["folder"]).name
+    if library_of(inner) in (None, "mmcontrast"):
+        raise UserError(f"{inner} holds no model of another library")
+    return open_model(str(inner), None, about["library"]["pooling"])
+
+
 def resolved(name: str) -> tuple[str, str]:
     """(the library, the name as it takes it), in the order that `open_model` says.
 
@@ -67,10 +87,11 @@ def resolved(name: str) -> tuple[str, str]:
         if named not in (None, found):
             raise UserError(f"{name} is a folder of {found}, not of {named}")
         refuse_parts_elsewhere(Path(name))
-        return found, name if found == "transformers" else f"local-dir:{name}"
+        return found, name if found in ("transformers", "mmcontrast") else f"local-dir:{name}"
     if Path(name).is_dir() and not is_architecture(name) and not is_timm(name):
         raise UserError(
-            f"{name} holds no model: neither config.yaml (a run), {OPEN_CLIP_CONFIG}, nor config.json (transformers, timm)"
+            f"{name} holds no model: neither config.yaml (a run), {BARE_CONFIG} (an export), {OPEN_CLIP_CONFIG}, nor config.json"
+            " (transformers, timm)"
         )
     if named:
         hub = named != "transformers" and "/" in name and not (named == "open_clip" and is_architecture(name))
@@ -112,6 +133,8 @@ def refuse_parts_elsewhere(folder: Path) -> None:
 
 def library_of(folder: Path) -> str | None:
     """By the config in it; None if there is none."""
+    if (folder / BARE_CONFIG).is_file():
+        return "mmcontrast"
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return "open_clip"
     file = folder / "config.json"
