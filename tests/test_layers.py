@@ -33,10 +33,11 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "suites": ["embedder"],
     "search": ["embedder"],
     "export": ["embedder"],
+    "blend": ["suites", "export"],
     "slurm": ["tasks"],
     "doctor": ["runs"],
     "plan": ["runs"],
-    "cli": ["slurm", "data_commands", "suites", "search", "export", "doctor", "plan"],
+    "cli": ["slurm", "data_commands", "search", "blend", "doctor", "plan"],
 }
 
 
