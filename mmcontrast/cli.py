@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+import mmcontrast.blend.commands as blend_commands
 import mmcontrast.export.commands as export_commands
 import mmcontrast.search.commands as search_commands
 from mmcontrast import data_commands
@@ -435,6 +436,7 @@ def plan(
 for name in ("index", "search", "serve"):
     command(app, name)(getattr(search_commands, name))
 command(app, "export")(export_commands.export)
+command(app, "blend")(blend_commands.blend)
 for name in ("build", "index", "inspect", "verify"):
     command(data_app, name)(getattr(data_commands, name))
 

@@ -1,6 +1,6 @@
 """Suites: what a run's config, a YAML file, or a folder in CLIP_benchmark's layout asks of a model, done and written down."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,11 @@ import torch.distributed as dist
 
 from mmcontrast.config import load_config, load_suite
 from mmcontrast.data import ShardDataset
+<<<<<<< HEAD
 from mmcontrast.embedder import identity, load
+=======
+from mmcontrast.embedder import Embedder, identity, load, run_of
+>>>>>>> export
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, Evaluation, EvaluationOptions, evaluate, open_splits
 from mmcontrast.evaluation.cache import fingerprint, keep, table_folder
@@ -109,15 +113,33 @@ def run_suite(
     except OSError as error:
         raise UserError(f"{suite.out}: no folder for results ({error.strerror})") from error
     weights = fingerprint(embedder.model)
-    with make_progress(state.is_main_process) as progress:
-        embed = partial(embed_split, embedder.model, options, embedder.device, progress, group)
-        if cached:
-            embed = partial(_embed_once, embed, f"{weights} {precision}", group)
-        found = evaluate(embedder.model, datasets, options, embedder.device, progress, group, embed, embedder.autocast)
+    found = evaluate_embedder(embedder, datasets, options, weights if cached else None, group)
     if state.is_main_process:
         about = {"model": identity(model, checkpoint, pretrained) | {"fingerprint": weights, "precision": precision}}
         write_results(suite.out, suite.name or Path(model).name, found, embedder.model, datasets, options, about)
     return found
+
+
+def evaluate_embedder(
+    embedder: Embedder,
+    datasets: Mapping[str, ShardDataset],
+    options: EvaluationOptions,
+    weights: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Evaluation:
+    """Evaluate a model that is open.
+
+    Args:
+        datasets, options: as `open_splits` gives them.
+        weights: its fingerprint: embeddings of the same weights and data are read, and kept for the next time; None: they are
+            not.
+        group: ranks that share the work.
+    """
+    with make_progress(not group or dist.get_rank(group) == 0) as progress:
+        embed = partial(embed_split, embedder.model, options, embedder.device, progress, group)
+        if weights is not None:
+            embed = partial(_embed_once, embed, f"{weights} {embedder.precision}", group)
+        return evaluate(embedder.model, datasets, options, embedder.device, progress, group, embed, embedder.autocast)
 
 
 def _embed_once(embed: Embed, model: str, group: dist.ProcessGroup | None, split: str, dataset: ShardDataset) -> EmbeddingTable:

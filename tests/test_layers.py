@@ -33,11 +33,16 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "suites": ["embedder"],
     "search": ["embedder"],
     "export": ["embedder"],
+    "blend": ["suites", "export"],
     "slurm": ["tasks"],
     "doctor": ["runs"],
     "plan": ["runs"],
+<<<<<<< HEAD
     "finetune": ["plan"],
     "cli": ["slurm", "data_commands", "suites", "search", "export", "doctor", "finetune"],
+=======
+    "cli": ["slurm", "data_commands", "search", "blend", "doctor", "plan"],
+>>>>>>> export
 }
 
 

@@ -21,7 +21,7 @@ from mmcontrast.data.range_cache import cache_root
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.models import ContrastiveModel
 
-NO_PART = {"cache", "tokenizer_cache", "training", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks"}
+NO_PART = {"origin", "cache", "tokenizer_cache", "training", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks"}
 
 
 def fingerprint(model: ContrastiveModel) -> str:

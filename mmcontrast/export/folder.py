@@ -10,12 +10,12 @@ from typing import Any
 
 from mmcontrast.components import nearest
 from mmcontrast.data import Shards
-from mmcontrast.embedder import load, run_of
+from mmcontrast.embedder import Embedder, load, run_of
 from mmcontrast.errors import UserError
 from mmcontrast.export.card import write_card
 from mmcontrast.export.parity import HALF_TOLERANCE, TOLERANCE, measure
 from mmcontrast.export.parts import chosen_fields, plain_model
-from mmcontrast.export.samples import given_samples, made_samples
+from mmcontrast.export.samples import Samples, given_samples, made_samples
 from mmcontrast.strict_json import dumps
 
 PARITY = "parity.json"
@@ -57,29 +57,58 @@ def export_model(
     Raises:
         UserError: for what the format cannot hold; for embeddings that are not those of the model.
     """
-    if kind not in FORMATS:
-        raise UserError(f"--format {kind}: no such format; {nearest(kind, FORMATS)}")
+    writer = format_module(kind)
     if fp16 and kind != "onnx":
         raise UserError("--fp16 is for onnx: the other formats hold the weights as they are")
     check_place(out, overwrite)
-    writer = format_module(kind)
     embedder = load(name, checkpoint=checkpoint, pretrained=pretrained, pooling=pooling, device="cpu", trust_code=trust_code)
     embedder.model = plain_model(embedder.model)
     embedder.name = Path(name).absolute().name if Path(name).exists() else str(name)  # the card may go anywhere
     chosen = chosen_fields(embedder.model, embedder.fields, fields)
     tried = given_samples(embedder, data, samples, chosen) if data else made_samples(embedder.model, chosen)
+    options = {"fp16": True} if fp16 else {}
+    run, which = run_of(name, checkpoint)
+    return write_export(embedder, out, kind, writer, chosen, tried, options, run=run if which == "last" else None)
+
+
+def write_export(
+    embedder: Embedder,
+    out: Path,
+    kind: str,
+    writer: ModuleType,
+    chosen: list[str],
+    tried: Samples,
+    options: dict[str, Any] | None = None,
+    *,
+    run: Path | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write an open model as one of the formats, and return what parity.json says.
+
+    Args:
+        writer: the format's module.
+        chosen: fields.
+        tried: samples to compare on.
+        options: of the format.
+        run: whose results are those of this model.
+        notes: lines of the card.
+
+    Raises:
+        UserError: as `export_model`.
+    """
+    options = options or {}
     partial = out.absolute().parent / f".{out.name}.partial"
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        notes = writer.write(embedder.model, chosen, partial, **({"fp16": True} if fp16 else {}))
+        said = writer.write(embedder.model, chosen, partial, **options)
         reopened = writer.reopen(partial, chosen, embedder.model)
         parity = {"format": kind, "model": embedder.name}
-        parity |= measure(embedder, chosen, tried, reopened, HALF_TOLERANCE if fp16 else TOLERANCE)
+        tolerance = HALF_TOLERANCE if options.get("fp16") else TOLERANCE
+        parity |= measure(embedder, chosen, tried, reopened, tolerance)
         (partial / PARITY).write_text(dumps(parity, indent=1), encoding="utf-8")
-        run, which = run_of(name, checkpoint)
-        write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, notes, run if which == "last" else None)
+        write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, [*notes, *said], run)
         replace_folder(partial, out)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error}") from error
@@ -91,8 +120,10 @@ def export_model(
 def format_module(kind: str) -> ModuleType:
     """
     Raises:
-        UserError: if what the format needs is not installed.
+        UserError: for no format; if what it needs is not installed.
     """
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind}: no such format; {nearest(kind, FORMATS)}")
     try:
         return importlib.import_module(f"mmcontrast.export.{FORMATS[kind]}")
     except ImportError as error:

@@ -90,7 +90,7 @@ def resolved(name: str) -> tuple[str, str]:
         return found, name if found in ("transformers", "mmcontrast") else f"local-dir:{name}"
     if Path(name).is_dir() and not is_architecture(name) and not is_timm(name):
         raise UserError(
-            f"{name} holds no model: neither config.yaml (a run), {BARE_CONFIG} (an export), {OPEN_CLIP_CONFIG}, nor config.json"
+            f"{name} holds no model: neither config.yaml (a run), {BARE_CONFIG}, {OPEN_CLIP_CONFIG}, nor config.json"
             " (transformers, timm)"
         )
     if named:

@@ -1,0 +1,84 @@
+"""The command `blend`: models averaged in weight space, evaluated, and written as a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mmcontrast.errors import UserError
+
+console = Console(stderr=True, soft_wrap=True)
+SOUPS = ("uniform", "greedy")
+
+
+def blend(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="two models or more of one architecture, as evaluate takes them; with --alpha or --soup, OUT comes"
+            " last: a new folder",
+            metavar="MODEL… [OUT]",
+        ),
+    ],
+    alpha: Annotated[float | None, typer.Option(min=0, max=1, help="write (1 − α) · first + α · second to OUT")] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="evaluate α = 0, 0.1, … 1 of two models, and draw it")] = False,
+    soup: Annotated[str | None, typer.Option(help="write an average to OUT: uniform, or greedy by --metric")] = None,
+    suite: Annotated[str | None, typer.Option(help="a YAML file, as in eval/; default: the last run's own evaluation")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="of --curve: what is drawn, '*/top1', may be repeated; of greedy: one result's name"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="of --curve: a folder for curve.json and curve.svg; default: blends/…")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one")] = None,
+    precision: Annotated[str, typer.Option(help="of the towers: fp32, bf16 or fp16")] = "fp32",
+    cache: Annotated[bool, typer.Option(help="keep embeddings, and read those of the same weights and data")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier OUT")] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code/--no-trust-code", help="of a run from elsewhere: run the code that its config names")
+    ] = False,
+) -> None:
+    """Average models in weight space: WiSE-FT between a model and its fine-tuned self, or a soup of several. docs/export.md
+
+    mmcontrast blend ViT-B-32/laion2b_s34b_b79k runs/shoes --suite eval/both.yaml --curve, then
+    mmcontrast blend ViT-B-32/laion2b_s34b_b79k runs/shoes --alpha 0.5 out/blend
+    """  # fmt: skip
+    from mmcontrast.blend.run import blend_models
+
+    chosen = [name for name, asked in (("--alpha", alpha is not None), ("--curve", curve), ("--soup", soup)) if asked]
+    if len(chosen) != 1:
+        raise UserError(f"blend takes one of --alpha, --curve and --soup, {' and '.join(chosen) or 'none'} given")
+    if soup is not None and soup not in SOUPS:
+        raise UserError(f"--soup {soup}: it is uniform or greedy")
+    if soup == "greedy" and len(metric or ()) != 1:
+        raise UserError("--soup greedy needs --metric with one result's name, as val/retrieval/image_to_text/recall_at_1")
+    names, place = (models, out) if curve else (models[:-1], Path(models[-1]))
+    if len(names) < 2 or (soup is None and len(names) > 2):
+        wanted = "two models" if soup is None else "two models or more"
+        raise UserError(f"{chosen[0]} blends {wanted}{'' if curve else ', and OUT comes last'}: {len(names)} named")
+    about = blend_models(
+        names, place, alpha=alpha, soup=soup, suite=suite, metrics=metric or (), device=device, precision=precision,
+        cached=cache, overwrite=overwrite, trust_code=trust_code,
+    )  # fmt: skip
+    _show(names, about)
+
+
+def _show(names: Sequence[str], about: dict[str, Any]) -> None:
+    if "curve" in about:
+        curve, metrics = about["curve"], about["metrics"]
+        table = Table("α", *metrics, box=None)
+        for number, alpha in enumerate(curve.alphas):
+            table.add_row(f"{alpha:g}", *(f"{curve.results[name][number]['value']:.3f}" for name in metrics))
+        console.print(table, highlight=False)
+    if about.get("alone") is not None:
+        for number, (name, value) in enumerate(zip(names, about["alone"], strict=True)):
+            console.print(
+                f"{value:.4f} {name}{'' if number in about['members'] else ' (left out)'}", highlight=False, markup=False
+            )
+        console.print(f"{about['value']:.4f} the soup of {len(about['members'])}", highlight=False)
+    for file in about["files"]:
+        console.print(f"written: {file}", highlight=False)
