@@ -161,6 +161,15 @@ def call_on_ranks(function: str, ranks: int, *arguments: Any, timeout: float = 9
     assert not any(call.returncode for call in calls), "".join(call.output()[1] for call in calls)[-5000:]
 
 
+def run_script(
+    script: str, *arguments: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 900
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, where the libraries are imported already, and return its exit code and output."""
+    process = Process("tests.fork_server:run_script", [script, *map(str, arguments)], cwd, _environment(env))
+    output = process.communicate(timeout)
+    return subprocess.CompletedProcess(script, process.wait(), *output)
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started, torchrun's ranks and workers of a loader among them."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

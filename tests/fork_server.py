@@ -108,6 +108,12 @@ def _run(request: Mapping[str, Any], files: list[int]) -> None:
     target() if module == "mmcontrast.cli" else target(*request["arguments"])
 
 
+def run_script(script: str, *arguments: str) -> None:
+    """Run the text of a program in this process."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+
+
 def main() -> None:
     path, owner = sys.argv[1], int(sys.argv[2])
     for name in PRELOADED:

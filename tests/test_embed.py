@@ -28,7 +28,7 @@ from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from tests.command import children, start
 from tests.command import mmcontrast as command
-from tests.models.test_transformers import clip, saved
+from tests.models.transformers_models import clip, saved
 
 ROOT = Path(__file__).parent.parent
 STOPS = """

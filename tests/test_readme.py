@@ -1,8 +1,6 @@
 """The README's Python example runs as it stands, in a folder that has what it names."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
+from tests.command import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,9 +27,8 @@ def test_the_five_lines(config_file, tmp_path):
         picture = Image.new("L", (64, 64), 255)
         ImageDraw.Draw(picture).text((20, 20), text.encode("ascii", "replace").decode(), fill=0)
         picture.save(tmp_path / f"{name}.png")
-    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     script = f"{example}\nassert images.shape == (2, 16)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = run_script(script, cwd=tmp_path, env={"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
     scores = torch.tensor([float(number) for number in re.findall(r"-?\d\.\d+", done.stdout)])
     assert scores.shape == (2,) and scores.abs().max() <= 1

@@ -27,7 +27,7 @@ from mmcontrast.data.verify import Reading, verify_shards
 from mmcontrast.data_commands import _reading
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality, VectorModality
-from tests.data.test_shards import png
+from tests.data.samples import png
 
 CLAP = Path(__file__).parent.parent.parent / "configs" / "clap.yaml"
 ODD = ["007", "1e5", "true", "NA", "null", "NaN", "None", "1.0", "0x1F", "-0", "2020-01-01", "12:30", "1,5", "inf", " padded ",

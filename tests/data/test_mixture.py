@@ -10,7 +10,7 @@ from mmcontrast.data import order as order_module
 from mmcontrast.data.mixture import SLOTS
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality, VectorModality
-from tests.data.test_shards import png
+from tests.data.samples import png
 
 SIZES, WEIGHTS = ((100, 37), (64, 5, 200), (41,)), (0.5, 0.3, 0.2)
 

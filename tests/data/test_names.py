@@ -16,7 +16,7 @@ from mmcontrast.data.shard import KNOWN
 from mmcontrast.data.verify import Reading, verify_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
-from tests.data.test_shards import png
+from tests.data.samples import png
 
 TEXT = {"text": TextModality(context_length=8)}
 FIELDS = {"image": ImageModality(8), **TEXT}

@@ -149,7 +149,7 @@ def hammer(number, folder):
     """Read ranges all over four files from a cache that holds about one of them; all must be right."""
     cache, chooser = RangeCache(Path(folder), 12 * CHUNK), random.Random(number)
     size = 10 * CHUNK + 100
-    for _ in range(30):
+    for _ in range(15):
         name = f"file {chooser.randrange(4)}"
         start = chooser.randrange(size)
         stop = min(size, start + chooser.randrange(1, 2 * CHUNK))

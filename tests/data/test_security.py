@@ -12,16 +12,9 @@ from mmcontrast.data import ShardDataset, all_batches, index_shard
 from mmcontrast.data.verify import verify_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality
+from tests.data.samples import Harm
 
 TEXT = {"text": TextModality(context_length=8)}
-
-
-class Harm:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def tar_of(path, members):

@@ -13,13 +13,7 @@ from mmcontrast.data import ShardDataset, all_batches, expand_shards, index_shar
 from mmcontrast.data.verify import verify_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
-
-
-def png(color=0, size=(8, 8)):
-    target = io.BytesIO()
-    Image.new("RGB", size, (color, 0, 0)).save(target, "PNG")
-    return target.getvalue()
-
+from tests.data.samples import png
 
 MODALITIES = {"image": ImageModality(8), "text": TextModality(context_length=8)}
 
@@ -207,7 +201,6 @@ def test_an_overwritten_corpus_leaves_nothing_of_the_last(tmp_path):
     for count, each in ((20, 5), (12, 10)):
         write_corpus(tmp_path, Numbers(count), samples_per_shard=each, workers=1)
     assert sum(map(len, map(index_shard, expand_shards(str(tmp_path / "train-*.tar"))))) == 12
-    assert not verify_shards(str(tmp_path / "train-*.tar"), 1, progress=False)["faults"]
     write_shard(tmp_path / "train-00009.tar", [{"__key__": "old", "txt": "x"}])
     (fault,) = verify_shards(str(tmp_path / "train-*.tar"), 1, progress=False)["faults"]
     assert "train-00009.tar is not named in the manifest.json beside it" in fault["error"]

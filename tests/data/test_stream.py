@@ -13,8 +13,7 @@ import pytest
 from mmcontrast.data import StreamDataset, StreamOrder, files, stream, training_batches, write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
-from tests.data.test_security import Harm
-from tests.data.test_shards import png
+from tests.data.samples import Harm, png
 from tests.data.web_server import serving
 
 MODALITIES = {"image": ImageModality(8), "text": TextModality(context_length=8)}

@@ -1,4 +1,4 @@
-"""Two gloo processes, of `torchrun` and of `accelerate launch`: the losses and weights of one, from the same global batches."""
+"""Two gloo processes, also of `torchrun` and `accelerate launch`: losses and weights of one, from the same global batches."""
 
 import json
 import os
@@ -32,9 +32,15 @@ class Margin(Objective):
 
 
 @pytest.mark.parametrize(
-    "case", ["my own objective, a queue, and caching on two ranks", pytest.param("plain", marks=pytest.mark.slow)]
+    ("launcher", "case"),
+    [
+        (None, "my own objective, a queue, and caching on two ranks"),
+        pytest.param(ACCELERATE, "my own objective, a queue, and caching on two ranks", marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, "plain", marks=pytest.mark.slow),
+    ],
+    ids=["forks", "accelerate", "torchrun"],
 )
-def test_two_ranks_train_as_one(config_file, tmp_path, case):
+def test_two_ranks_train_as_one(config_file, tmp_path, launcher, case):
     """Batch norm sees each rank's own part, so the towers have none here; the loss sees all of the batch. An objective that
     is written outside the package and named by import path gets tiles, ranks and caching like any other."""
     (tmp_path / "my_lab.py").write_text(MARGIN)
@@ -42,16 +48,16 @@ def test_two_ranks_train_as_one(config_file, tmp_path, case):
     convnext = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})
     options = ["train.steps=4", "data.lanes=4", "train.lr=1e-4", f"towers.image={convnext}", f"towers.audio={convnext}"]
     options += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
-    for name, launcher in (("one", []), ("two", TORCHRUN if case == "plain" else ACCELERATE)):
+    for name, ranks in (("one", 1), ("two", 2)):
         command = ["train", str(config_file), *options, f"run.name={name}"]
         if case != "plain":
             command += ["objective={type: my_lab:Margin, margin: 0.2}", "train.queue_size=21"]
             command += ["train.micro_batch_size=3"] if name == "two" else []
-        if launcher:
+        if launcher and ranks > 1:
             command = [sys.executable, *launcher, "-m", "mmcontrast", *command]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | environment)
         else:
-            done = mmcontrast(*command, env=environment)
+            done = mmcontrast(*command, ranks=ranks, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     logs = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]

@@ -6,6 +6,7 @@ import itertools
 import pickle
 import traceback
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,19 @@ from tests.score.problems import REDUCTIONS, finite_sum, problem
 RANKS, FIELDS = 4, ("a", "b", "c")
 SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
 DRIVERS = ["ring", "gather"]
-LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False, True]))
+LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [True]))
+LOSSES += list(itertools.product([(5, 0, 6), (2, 5, 1, 4)], DRIVERS, ["infonce", "siglip"], [False]))
 LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip", "global"}), [True]))
-PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [False, True]))
+PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [True]))
+PRODUCTS += list(itertools.product([(5, 0, 6)], DRIVERS, ["n", "n_squared"], [False]))
 STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch"], [False, True]))
-STATISTICS += itertools.product([(5, 0, 6)], DRIVERS, ["triton"], [False, True])
-MORE_STATISTICS = list(itertools.product([s for s in SIZES if s != (5, 0, 6)], DRIVERS, ["triton"], [False, True]))  # slow
-MEMORIES = list(itertools.product([(5, 0, 6), (5, 1)], DRIVERS, ["learnable", "individual"]))
+STATISTICS += [((5, 0, 6), "ring", "triton", True), ((5, 0, 6), "gather", "triton", False)]
+MEMORIES = list(itertools.product([(5, 0, 6)], DRIVERS, ["learnable", "individual"]))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
+SLOW_LOSSES = [case for case in itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False]) if case not in LOSSES]
+SLOW_PRODUCTS = list(itertools.product([(1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [False]))
+SLOW_STATISTICS = [case for case in itertools.product(SIZES, DRIVERS, ["triton"], [False, True]) if case not in STATISTICS]
+SLOW_MEMORIES = list(itertools.product([(5, 1)], DRIVERS, ["learnable", "individual"]))
 
 
 def a_batch(n):
@@ -65,6 +71,13 @@ def loss_and_grads(fields, ids, extra, objective, negatives, **options):
     return torch.stack([loss.detach(), *signals.values()]), [leaf.grad for leaf in leaves.values()], unused
 
 
+@cache
+def loss_of_one_process(n, objective, negatives, with_ids):
+    """Return the dense loss and gradients; other sizes and drivers of as many samples compare with the same."""
+    fields, ids, extra = a_batch(n)
+    return loss_and_grads(fields, ids if with_ids else None, extra, objective, negatives, backend="dense")
+
+
 def check_products(group, rank, sizes, driver, negatives, with_ids):
     check_loss(group, rank, sizes, driver, "hard_negative", with_ids, negatives)
 
@@ -74,7 +87,7 @@ def check_loss(group, rank, sizes, driver, objective, with_ids, negatives=None):
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     ids = ids if with_ids else None
     extras = extra.tensor_split(len(sizes))
-    want, want_rows, (want_extra, *want_scalars) = loss_and_grads(fields, ids, extra, objective, negatives, backend="dense")
+    want, want_rows, (want_extra, *want_scalars) = loss_of_one_process(sum(sizes), objective, negatives, with_ids)
     got, got_rows, (got_extra, *got_scalars) = loss_and_grads(
         {f: v[rows] for f, v in fields.items()},
         None if ids is None else {f: v[rows] for f, v in ids.items()},
@@ -167,13 +180,13 @@ def worker(rank, port, folder, slow):
     )
     first = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
     apart = dist.new_group([0, 2])
-    cases = [(check_loss, case, first[len(case[0])]) for case in LOSSES]
-    cases += [(check_products, case, first[len(case[0])]) for case in PRODUCTS]
-    cases += [(check_memory, case, first[len(case[0])]) for case in MEMORIES]
-    cases += [(check_statistics, case, first[len(case[0])]) for case in STATISTICS]
-    cases += [(check_loss, OTHER_GROUP, apart)]
+    checks = (check_loss, check_products, check_memory, check_statistics)
+    cases_of_each = (LOSSES, PRODUCTS, MEMORIES, STATISTICS)
     if slow:
-        cases = [(check_statistics, case, first[len(case[0])]) for case in MORE_STATISTICS]
+        cases_of_each = (SLOW_LOSSES, SLOW_PRODUCTS, SLOW_MEMORIES, SLOW_STATISTICS)
+    cases = [(check, case, first[len(case[0])]) for check, each in zip(checks, cases_of_each, strict=True) for case in each]
+    if not slow:
+        cases.append((check_loss, OTHER_GROUP, apart))
     for check, case, group in cases:
         if dist.get_rank(group) >= 0:
             try:
@@ -185,6 +198,7 @@ def worker(rank, port, folder, slow):
     dist.destroy_process_group()
 
 
+@cache
 def found_by_ranks(slow):
     """Return {(check, case): what went wrong}, of all cases; run once, whichever of pytest's workers asks first."""
     folder = session_folder() / f"ranks-{slow}"
@@ -197,45 +211,37 @@ def found_by_ranks(slow):
     return {(check, case): f"rank {rank}: {text}" for check, case, rank, text in reversed(answers)}
 
 
-@pytest.fixture(scope="module")
-def failures():
-    return found_by_ranks(slow=False)
+def assert_right(check, case, slow=False):
+    failures = found_by_ranks(slow)
+    assert (check, case) not in failures, failures[check, case]
 
 
-@pytest.fixture(scope="module")
-def slow_failures():
-    return found_by_ranks(slow=True)
+def fast_and_slow(cases, slow_cases):
+    """Parametrize by `case` and `slow`."""
+    values = [pytest.param(case, False, id="-".join(map(str, case))) for case in cases]
+    values += [pytest.param(case, True, id="-".join(map(str, case)), marks=pytest.mark.slow) for case in slow_cases]
+    return pytest.mark.parametrize(("case", "slow"), values)
 
 
-def name(case):
-    return "-".join(map(str, case))
+@fast_and_slow(LOSSES, SLOW_LOSSES)
+def test_the_loss_of_all_ranks_is_that_of_one_process(case, slow):
+    assert_right("check_loss", case, slow)
 
 
-@pytest.mark.parametrize("case", LOSSES, ids=name)
-def test_the_loss_of_all_ranks_is_that_of_one_process(case, failures):
-    assert ("check_loss", case) not in failures, failures["check_loss", case]
+@fast_and_slow(PRODUCTS, SLOW_PRODUCTS)
+def test_products_of_all_ranks_are_those_of_one_process(case, slow):
+    assert_right("check_products", case, slow)
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=name)
-def test_products_of_all_ranks_are_those_of_one_process(case, failures):
-    assert ("check_products", case) not in failures, failures["check_products", case]
+@fast_and_slow(MEMORIES, SLOW_MEMORIES)
+def test_the_memory_of_all_ranks_is_that_of_one_process(case, slow):
+    assert_right("check_memory", case, slow)
 
 
-@pytest.mark.parametrize("case", MEMORIES, ids=name)
-def test_the_memory_of_all_ranks_is_that_of_one_process(case, failures):
-    assert ("check_memory", case) not in failures, failures["check_memory", case]
+@fast_and_slow(STATISTICS, SLOW_STATISTICS)
+def test_the_statistics_of_all_ranks_are_those_of_one_process(case, slow):
+    assert_right("check_statistics", case, slow)
 
 
-@pytest.mark.parametrize("case", STATISTICS, ids=name)
-def test_the_statistics_of_all_ranks_are_those_of_one_process(case, failures):
-    assert ("check_statistics", case) not in failures, failures["check_statistics", case]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MORE_STATISTICS, ids=name)
-def test_the_kernels_statistics_on_all_ranks_are_those_of_one_process(case, slow_failures):
-    assert ("check_statistics", case) not in slow_failures, slow_failures["check_statistics", case]
-
-
-def test_a_group_other_than_the_world(failures):
-    assert ("check_loss", OTHER_GROUP) not in failures, failures["check_loss", OTHER_GROUP]
+def test_a_group_other_than_the_world():
+    assert_right("check_loss", OTHER_GROUP)

@@ -52,12 +52,13 @@ def test_shards_train_as_whole_copies_do(config_file, tmp_path, case):
     if options is None:
         options = ["train.recompute=[image, text]", "train.queue_size=24", "train.accumulation_steps=2"]
         options += ["train.reshard_after_forward=false", "train.freeze={towers.text.network.embeddings.*: 3}"]
-    train(config_file, 1, *options, "run.name=one")
-    train(config_file, 2, *options, DDP, "run.name=ddp")
-    train(config_file, 2, *options, FSDP, "run.name=fsdp")
     runs = tmp_path / "runs"
-    assert_equal_ends(runs / "ddp", runs / "one")
-    assert_equal_ends(runs / "fsdp", runs / "ddp")
+    train(config_file, 1, *options, "run.name=one")
+    train(config_file, 2, *options, FSDP, "run.name=fsdp")
+    assert_equal_ends(runs / "fsdp", runs / "one")
+    if case != "caching":  # tests/distributed/test_data_parallel.py compares one process and whole copies that cache
+        train(config_file, 2, *options, DDP, "run.name=ddp")
+        assert_equal_ends(runs / "ddp", runs / "one")
     shards = runs / "fsdp" / "checkpoints" / "step-00000005" / "optimizer"
     assert {file.name for file in shards.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
 

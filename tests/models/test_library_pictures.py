@@ -19,7 +19,6 @@ from mmcontrast.models.open_clip import _pixels as open_clips
 from mmcontrast.models.options import FieldOptions, ModelOptions
 from mmcontrast.models.transformers import _pixels as transformers_pixels
 from tests.modalities.picture_files import files
-from tests.models.test_open_clip import architecture  # noqa: F401 - a fixture
 
 FILES = files()
 PROCESSORS = {
@@ -58,7 +57,7 @@ def test_transformers_converts_in_its_own_way(kind):
         assert torch.equal(mine, theirs), name
 
 
-def test_a_run_that_starts_from_weights_sees_what_the_library_saw(architecture, tmp_path):  # noqa: F811
+def test_a_run_that_starts_from_weights_sees_what_the_library_saw(architecture, tmp_path):
     preprocess = PreprocessCfg(size=32)
     picture = {"type": "image", "size": 32, "mean": preprocess.mean, "std": preprocess.std}
     tower = {"type": "open_clip", "model": "tiny-clip", "part": "image", "pretrained": str(tmp_path / "epoch_1.pt")}

@@ -14,21 +14,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 import mmcontrast
 from mmcontrast import contrastive_loss
 from mmcontrast.objectives import AllPairs, Anchor, InfoNCE
-
-
-def unit(*shape, seed, dtype=torch.float64):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
-
-
-def value_and_grads(function, *leaves):
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
-
-
-def assert_all_close(got, want, **tolerance):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
+from tests.objectives.textbook import IDS, OBJECTIVES, assert_all_close, textbook_anchor_loss, unit, value_and_grads
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 256])
@@ -50,47 +36,10 @@ def test_siglip_is_open_clips(n):
     assert_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-OBJECTIVES = [
-    "infonce",
-    "dcl",
-    "siglip",
-    {"type": "hard_negative", "beta": 0.5, "alpha": 0.3},
-    {"type": "hard_negative", "beta": 0.1, "alpha": 0.0, "detach_weights": True},
-    {"type": "debiased", "tau_plus": 0.2},
-    {"type": "debiased", "tau_plus": 0.05, "beta": 0.4},
-    "multi_positive",
-]
-
-
 def test_every_objective_is_here():  # but the one with a memory, which has its own tests
     assert {name if isinstance(name, str) else name["type"] for name in OBJECTIVES} == set(mmcontrast.objectives.OBJECTIVES) - {
         "global"
     }
-
-
-def textbook_anchor_loss(objective, z, i, same, scale):
-    """One anchor i of scores z [m] in which `same` [m] marks its group: straight from the papers."""
-    name, options = (objective, {}) if isinstance(objective, str) else (objective["type"], objective)
-    negatives, n = z[~same], int((~same).sum())
-    if name == "siglip":
-        return -F.logsigmoid(z[i]) - F.logsigmoid(-negatives).sum()
-    if n == 0:
-        return 0.0 * z.sum()
-    if name == "infonce":
-        return -z[i] + torch.logsumexp(torch.cat([z[i : i + 1], negatives]), 0)
-    if name == "dcl":
-        return -z[i] + torch.logsumexp(negatives, 0)
-    if name == "multi_positive":
-        return -(z[same] - torch.logsumexp(z, 0)).mean()
-    weights = n * torch.softmax(options.get("beta", 0.0) * negatives, 0)
-    if options.get("detach_weights"):
-        weights = weights.detach()
-    positive, hard = z[i].exp(), (weights * negatives.exp()).sum()
-    if name == "hard_negative":
-        return -(positive / (options["alpha"] * positive + hard)).log()
-    tau = options["tau_plus"]
-    estimate = torch.maximum((hard / n - tau * positive) / (1 - tau), (-scale).exp())
-    return -(positive / (positive + n * estimate)).log()
 
 
 def directions_of(objective, z):
@@ -115,16 +64,6 @@ def textbook_loss(objective, fields, ids, pairs, scale, bias):
             / len(directions)
         )
     return sum(losses) / len(losses)
-
-
-IDS = {
-    "all different": [[0, 1, 2, 3, 4, 5, 6]] * 3,
-    "shared": [[0, 0, 1, 2, 1, 1, 3]] * 3,
-    "absent": [[0, 1, -1, 3, 3, 5, 6], [0, -1, 2, 3, 3, -1, 6], [-1, 1, 2, 3, 3, -1, -1]],
-    "one field wholly absent": [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 3, 5, 6], [-1] * 7],
-    "a single one": [[9, -1, -1, -1, -1, -1, -1]] * 3,
-    "no negatives": [[4] * 7] * 3,
-}
 
 
 @pytest.mark.parametrize("backend", ["dense", "torch"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmcontrast import contrastive_loss
 from mmcontrast.objectives import GlobalContrastive
 from mmcontrast.objectives.sample_table import SampleTable
-from tests.objectives.test_contrastive_loss import assert_all_close, unit
+from tests.objectives.textbook import assert_all_close, unit
 
 EPSILON, RHO, GAMMA = 1e-3, 1.5, 0.3
 

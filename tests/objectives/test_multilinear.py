@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmcontrast import contrastive_loss
-from tests.objectives.test_contrastive_loss import (
+from tests.objectives.textbook import (
     IDS,
     OBJECTIVES,
     assert_all_close,
@@ -156,7 +156,7 @@ def test_mistakes_are_named(change, message):
         contrastive_loss({f: fields[f] for f in "ab"}, pairing="multilinear", logit_scale=10.0)
 
 
-def xor_accuracy(pairing, objective, seed, steps=250, n=256, bits=4, width=16):
+def xor_accuracy(pairing, objective, seed, steps=80, n=128, bits=4, width=16):
     """c = a XOR b, bit by bit, of fair random bits: which of the 2^bits values c has, told from a and b."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor(list(itertools.product((0.0, 1.0), repeat=bits)))
@@ -192,4 +192,4 @@ def test_xor_is_learnt_by_all_three_fields_together_and_by_no_pair(seed):
     """Symile's published toy (arXiv:2411.01053, section 4): any two of a, b and a XOR b are independent."""
     assert xor_accuracy("multilinear", "infonce", seed) >= 0.98
     for objective in ("infonce", "siglip", "hard_negative"):
-        assert abs(xor_accuracy("all_pairs", objective, seed) - 0.5) <= 0.05
+        assert abs(xor_accuracy("all_pairs", objective, seed) - 0.5) <= 0.1  # of 256 pairs of values

@@ -1,8 +1,6 @@
 """Indexes of every kind against an exact search written out here, on fresh random tables of several parts."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +12,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed
 from mmcontrast.search import SearchIndex, build_index
 from mmcontrast.search.kinds import FLAT_ROWS, GIB, plan_index
+from tests.command import run_script
 
 DIM = 32
 
@@ -220,5 +219,6 @@ def test_without_faiss_the_extra_is_named(table, tmp_path):
     table(10)
     script = "import sys; sys.modules['faiss'] = None\nfrom mmcontrast.search import build_index; from pathlib import Path\n"
     script += "try: build_index(Path(sys.argv[1]))\nexcept ValueError as error: print(error)"
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "table"], capture_output=True, text=True, check=True)
+    done = run_script(script, tmp_path / "table")
+    assert done.returncode == 0, done.stderr
     assert "pip install 'mmcontrast[cpu]'" in done.stdout

@@ -10,41 +10,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmcontrast import contrastive_loss
 from mmcontrast.modalities import VectorModality
-from mmcontrast.models import ContrastiveModel, Embeddings, TimmTower, Tower
+from mmcontrast.models import ContrastiveModel, Embeddings, TimmTower
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
 from mmcontrast.training.grad_cache import batch_norms, cached_backward
 from mmcontrast.training.parallel import batches_counted, same_statistics
-from mmcontrast.types import Batch
 from tests.command import call_on_ranks, free_port
+from tests.training.samples import FIELDS, make_batch, make_model
 
-FIELDS = "abc"
 CASES = [(objective, pairing) for objective in sorted(OBJECTIVES) for pairing in ("all_pairs", "multilinear")]
 CASES.remove(("multi_positive", "multilinear"))
-
-
-class DropoutTower(Tower):
-    def __init__(self, norm=nn.LayerNorm):
-        super().__init__()
-        self.width = 8
-        self.network = nn.Sequential(nn.Linear(6, 32), norm(32), nn.GELU(), nn.Dropout(0.3), nn.Linear(32, 8), nn.Dropout(0.1))
-
-
-def make_model(norm=nn.LayerNorm, **options):
-    torch.manual_seed(1)
-    towers = {"shared": DropoutTower(norm), "own": DropoutTower(norm)}
-    modalities = {f: VectorModality(6) for f in FIELDS}
-    tower_of = {"a": "shared", "b": "own", "c": "shared"}
-    return ContrastiveModel(modalities, towers, tower_of, 5, logit_bias=-1.0, **options).double()
-
-
-def make_batch(n, seed=0):
-    """Samples that lack fields; nobody of the third micro-batch of 4 has `c`."""
-    generator = torch.Generator().manual_seed(seed)
-    present = {f: torch.rand(n, generator=generator) < 0.8 for f in FIELDS}
-    present["c"][8:12] = False
-    rows = {f: torch.randn(int(here.sum()), 6, generator=generator).double() for f, here in present.items()}
-    groups = torch.randint(n, (n,), generator=generator)
-    return Batch(rows, present, torch.arange(n) + 100 * seed, groups, [{}] * n)
 
 
 def loss_of(batch, objective, pairing, group=None):

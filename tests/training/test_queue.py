@@ -9,7 +9,7 @@ from mmcontrast.objectives.pairing import AllPairs
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.step import Learner
-from tests.training.test_grad_cache import make_batch, make_model
+from tests.training.samples import make_batch, make_model
 
 CPU = torch.device("cpu")
 
