@@ -10,11 +10,7 @@ import torch.distributed as dist
 
 from mmcontrast.config import load_config, load_suite
 from mmcontrast.data import ShardDataset
-<<<<<<< HEAD
-from mmcontrast.embedder import identity, load
-=======
-from mmcontrast.embedder import Embedder, identity, load, run_of
->>>>>>> export
+from mmcontrast.embedder import Embedder, identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, Evaluation, EvaluationOptions, evaluate, open_splits
 from mmcontrast.evaluation.cache import fingerprint, keep, table_folder

@@ -37,12 +37,8 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "slurm": ["tasks"],
     "doctor": ["runs"],
     "plan": ["runs"],
-<<<<<<< HEAD
     "finetune": ["plan"],
-    "cli": ["slurm", "data_commands", "suites", "search", "export", "doctor", "finetune"],
-=======
-    "cli": ["slurm", "data_commands", "search", "blend", "doctor", "plan"],
->>>>>>> export
+    "cli": ["slurm", "data_commands", "search", "blend", "doctor", "finetune"],
 }
 
 

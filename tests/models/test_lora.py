@@ -14,7 +14,7 @@ from mmcontrast.models.lora import LowRank, adaptable, add_lora, merge_lora
 from mmcontrast.runs import model_of
 from mmcontrast.training import checkpoint
 from tests.command import train
-from tests.models.test_start import KINDS, embedded, start_of, write_pairs, write_run
+from tests.models.starts import KINDS, embedded, start_of, write_pairs, write_run
 
 EXPECTED = {  # linear layers of the blocks and the attention pool: image or audio, text
     "clip": (2 * 4, 2 * 4),

@@ -13,44 +13,8 @@ from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.runs import completed, make_job, modalities_of, model_of
 from tests.command import train
-from tests.models.samples import TEXTS, pictures, sounds, tokenizer
-from tests.models.test_open_clip import save
-from tests.models.test_transformers import clap, clip, saved, siglip
-
-HF = {"hf clip": clip, "hf siglip": siglip, "hf clap": clap}
-KINDS = ["clip", "siglip", *HF]
-
-
-def start_of(kind, folder):
-    return saved(HF[kind](), folder) if kind in HF else save(folder, kind)
-
-
-def write_pairs(kind, folder):
-    """A CSV of 24 pairs with the files that it names, and the files."""
-    files = sounds(folder, 8000, (0.5, 0.3, 0.9, 0.7, 0.4, 0.6)) if kind == "hf clap" else pictures(folder)
-    column = "audio" if kind == "hf clap" else "image"
-    lines = [f"{files[k % 6]},{TEXTS[k % 4].replace(',', ' ')} {k},{k}" for k in range(24)]
-    (folder / "pairs.csv").write_text("\n".join([f"{column},text,sample_id", *lines]))
-    return files
-
-
-def write_run(folder, start, **sections):
-    """Write a config that begins with a start, and return its path."""
-    tree = {
-        "run": {"name": "tuned", "dir": str(folder / "runs")},
-        "model": {"start": start},
-        "data": {"train": str(folder / "pairs.csv"), "num_workers": 0},
-        "train": {"steps": 2, "batch_size": 8, "log_every": 1, "threads": 1, "trackers": {}},
-    }
-    for section, options in sections.items():
-        tree[section] = tree.get(section, {}) | options if isinstance(options, dict) else options
-    (folder / "tuned.yaml").write_text(yaml.safe_dump(tree))
-    return folder / "tuned.yaml"
-
-
-def embedded(model, files):
-    kind = {"audio": files} if "audio" in model.fields else {"images": files}
-    return torch.cat([model.embed(**kind), model.embed(texts=TEXTS)])
+from tests.models.samples import tokenizer
+from tests.models.starts import KINDS, embedded, start_of, write_pairs, write_run
 
 
 @pytest.mark.parametrize("kind", KINDS)
