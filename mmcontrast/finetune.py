@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mmcontrast.config import RunConfig, config_of
 from mmcontrast.data import ShardDataset, ShardOptions, open_dataset, open_shards
-from mmcontrast.data.shard import ShardIndex
+from mmcontrast.data.shard import LABELS, ShardIndex
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality
 from mmcontrast.modalities.parts import JPEG_START, PNG_START
@@ -122,6 +122,8 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
     workers = max(0, min(4, (os.cpu_count() or 1) - 1))
     draft["data"]["num_workers"] = workers
     frozen = locked(request, model)
+    if request.probe_epochs and not request.beside:
+        raise UserError("--probe-epochs: the model has no new projection that could learn alone: leave it out")
     if request.probe_epochs:
         frozen |= {"towers.*": max(1, round(request.probe_epochs * (learnt // batch)))}
         chosen.add("train.freeze", frozen, "the projections learn alone until then")
@@ -195,7 +197,7 @@ def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> dict[
         return keys
     used = {column for columns in keys.values() for column in columns}
     used |= {e for n, m in fields.items() if n not in open_fields for e in m.extensions}
-    kinds = {column: kind_of(shards[0], column) for column in shards[0].extensions if column not in used}
+    kinds = {column: kind_of(shards[0], column) for column in shards[0].extensions if column not in {*used, *LABELS}}
     for name, modality in open_fields.items():
         fitting = [column for column, kind in kinds.items() if kind and isinstance(modality, kind)]
         if len(fitting) != 1:

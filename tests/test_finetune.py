@@ -1,0 +1,134 @@
+"""`mmcontrast finetune`: a model and a table in; a run that is evaluated before and after, and a config that repeats it."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from transformers import BertConfig, BertModel
+
+import mmcontrast
+from mmcontrast.errors import UserError
+from mmcontrast.finetune import Request, make_config
+from tests.command import mmcontrast as command
+from tests.command import train
+from tests.models.open_clip_models import save
+from tests.models.samples import TEXTS, pictures, tokenizer
+
+
+@pytest.fixture
+def start(tmp_path) -> str:
+    return str(save(tmp_path / "start", "clip"))
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """48 pairs, in the columns that open_clip's own training reads, and one that no field is."""
+    return write_pairs(tmp_path, "filepath", "title")
+
+
+def write_pairs(folder, image, text, more=()):
+    drawn = pictures(folder)
+    files = [Path(shutil.copy(drawn[k % 6], folder / f"{k}{drawn[k % 6].suffix}")) for k in range(48)]
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([image, text, "price", *more])
+        for k in range(48):
+            writer.writerow([files[k].name, f"{TEXTS[k % 4]} number {k}", 3 * k, *more])
+    return folder / "pairs.csv"
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
+    """Columns are found by what they hold; a part is held out; results at step 0 are those of the model as it was."""
+    done = command("finetune", start, pairs, "--epochs", 2, "--name", "shoes", f"run.dir={tmp_path}/runs", "train.threads=1")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    for words in ("fields.text.keys", "title", "train.lr", "1e-05", "data.held_out", "infonce", "the model has no logit bias"):
+        assert words in said
+    run = tmp_path / "runs" / "shoes"
+    evaluations = lines_of(run / "evaluations.jsonl")
+    steps = [line["step"] for line in lines_of(run / "metrics.jsonl")]
+    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == steps[-1] and len(evaluations) == 3
+    assert "before" in (run / "report.html").read_text().lower()
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["start"] == start and config["fields"]["text"]["keys"] == ["title"]
+    again = train(run / "config.yaml", "run.name=again")
+    assert again.returncode == 0, again.stderr
+    folders = [tmp_path / "runs" / name / "checkpoints" / f"step-{steps[-1]:08d}" for name in ("shoes", "again")]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_low_rank_updates_of_a_file_of_weights(pairs, tmp_path):
+    whole = open_clip.create_model("ViT-S-32-alt")
+    torch.save(whole.state_dict(), tmp_path / "small.pt")
+    arguments = ["--architecture", "ViT-S-32-alt", "--lora", 4, "--val", pairs, "--epochs", 1]
+    done = command("finetune", tmp_path / "small.pt", pairs, *arguments, f"run.dir={tmp_path}/runs", "train.threads=1")
+    assert done.returncode == 0, done.stderr
+    (run,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    assert run.name == "ViT-S-32-alt-pairs"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["lora"]["rank"] == 4 and config["train"]["lr"] == 2e-4 and config["data"]["held_out"] is None
+    tuned = mmcontrast.load(run).model
+    assert torch.equal(tuned.towers["image"].network.conv1.weight, whole.visual.conv1.weight)
+    assert torch.equal(tuned.log_logit_scale[0], whole.logit_scale)
+    blocks = tuned.towers["text"].network.transformer.resblocks, whole.transformer.resblocks
+    assert not torch.equal(*(layers[0].mlp.c_fc.weight for layers in blocks))
+
+
+def test_what_is_asked_for_goes_before_what_is_chosen(tmp_path):
+    siglip, pairs = str(save(tmp_path / "siglip", "siglip")), str(write_pairs(tmp_path, "image", "caption"))
+    config, chosen = make_config(Request(siglip, pairs, lock=["image"], epochs=4), ["train.lr=3e-5", "objective=infonce"])
+    assert config.train.lr == 3e-5 and config.objective == "infonce" and config.train.freeze == {"towers.image.*": None}
+    assert ("objective", "siglip", "the model has a logit bias") in chosen.rows
+    assert config.train.epochs == 4 and config.data.held_out == 0.1 and config.train.batch_size == 8
+
+
+def test_two_halves_learn_their_projections_first(tmp_path):
+    save_for_hf(timm.create_model("test_vit", num_classes=5), tmp_path / "vit", safe_serialization=True)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 90}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer(model_max_length=16).save_pretrained(tmp_path / "bert")
+    pairs = str(write_pairs(tmp_path, "image", "caption"))
+    request = Request(str(tmp_path / "vit"), pairs, beside=str(tmp_path / "bert"), epochs=3, probe_epochs=1)
+    config, _ = make_config(request)
+    assert config.train.freeze == {"towers.*": 5} and len(config.model.start) == 2
+
+
+@pytest.mark.parametrize(
+    ("request_of", "message"),
+    [
+        ({"model": "small.pt"}, "is a file of weights: name their architecture"),
+        ({"architecture": "ViT-B-32"}, "must be the file of its weights"),
+        ({"lock": ["imagee"]}, "--lock imagee: the model has no such field; it has image, text"),
+        ({"lock": ["image", "text"]}, "leaves nothing to learn"),
+        ({"keys": {"sound": ["title"]}}, "--keys sound=…: the model has no such field"),
+        ({"data": "nowhere.csv"}, "no shard at 'nowhere.csv'"),
+        ({"probe_epochs": 1}, "--probe-epochs"),
+    ],
+)
+def test_mistakes_are_one_line(request_of, message, start, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small.pt").touch()
+    with pytest.raises(UserError, match=message):
+        make_config(Request(**{"model": start, "data": str(pairs)} | request_of))
+
+
+def test_columns_that_cannot_be_told_apart_are_asked_for(start, tmp_path):
+    pairs = str(write_pairs(tmp_path, "photo", "title", more=["a long note"]))
+    with pytest.raises(UserError, match="'text' could be any of title, a long note: say which, as --keys text=COLUMN"):
+        make_config(Request(start, pairs))
+    config, _ = make_config(Request(start, pairs, keys={"text": ["title"]}))
+    assert config.fields["image"].keys == ["photo"]
