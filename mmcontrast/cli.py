@@ -94,9 +94,10 @@ def train(
 
     with preemptible() as preemption:  # a scheduler's warning is heard from the beginning on
         from mmcontrast.config import load_config
-        from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder
+        from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder, remove_failed_start
         from mmcontrast.training.distributed import join_processes
         from mmcontrast.training.loop import train as run_training
+        from mmcontrast.training.state import check_start
 
         loaded = load_config(config, overrides or ())
         state = join_processes()
@@ -104,12 +105,19 @@ def train(
             check_folder(loaded, resume, overwrite)
             console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
         job = make_job(loaded)
+        if job.options.init_from and not resume:
+            check_start(job.model, job.options.init_from)
         if state.is_main_process:
             lock = lock_folder(loaded)
             if not resume:
                 prepare_folder(loaded, overwrite)
         state.wait_for_everyone()
-        run_training(job, resume, preemption)
+        try:
+            run_training(job, resume, preemption)
+        except UserError:
+            if state.is_main_process and not resume:
+                remove_failed_start(job.folder)
+            raise
     if state.is_main_process:
         if (job.folder / "results.json").exists():
             console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)

@@ -2,7 +2,7 @@
 
 import fcntl
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -28,8 +28,8 @@ from mmcontrast.training.job import Job
 from mmcontrast.training.state import load_weights
 from mmcontrast.trust import import_paths
 
-CONFIG = "config.yaml"
-LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, "stopped.json", "tensorboard"}
+CONFIG, STOPPED = "config.yaml", "stopped.json"
+LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
 LEFT_BY_A_START |= {"profile", "stalled"}
 
 
@@ -154,6 +154,23 @@ def never_began(folder: Path) -> bool:
     )
 
 
+def remove_failed_start(folder: Path) -> None:
+    """Remove the folder of a run that has failed before its first step, unless it tells what was wrong with its samples."""
+    if not folder.exists() or not never_began(folder):
+        return
+    told = [folder / name for name in (BAD_SAMPLES, STOPPED, "stalled", "profile")]
+    if any(path.exists() and path.stat().st_size for path in told):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        _lock_file(folder).unlink()
+        folder.parent.rmdir()  # if nothing else is there
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
 def lock_folder(config: RunConfig) -> IO[str]:
     """Keeps others from training the same run, as long as this process lives and the file that is returned is open.
 
@@ -161,7 +178,7 @@ def lock_folder(config: RunConfig) -> IO[str]:
         UserError: if another process trains it.
     """
     config.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = (config.folder.parent / f".{config.folder.name}.lock").open("a")
+    lock = _lock_file(config.folder).open("a")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no data worker inherits it
     except OSError as error:

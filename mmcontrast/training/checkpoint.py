@@ -10,8 +10,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -285,12 +286,28 @@ def load_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
     Raises:
         UserError: if there is no such file, or it is damaged.
     """
+    with _weights_file(path, averaged) as file:
+        return load_file(file)
+
+
+def shapes_of(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of a checkpoint's weights, or of a .safetensors file's, by name.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    with _weights_file(path) as file, safe_open(file, "pt") as opened:
+        return {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  # no mapping
+
+
+@contextmanager
+def _weights_file(path: Path, averaged: bool = False) -> Iterator[Path]:
     file = path / (AVERAGED if averaged and (path / AVERAGED).exists() else WEIGHTS) if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no weights at {file}")
     try:
-        return load_file(file)
-    except SafetensorError as error:
+        yield file
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no .safetensors file, or damaged: {error}") from error
 
 

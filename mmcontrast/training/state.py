@@ -154,13 +154,30 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     Raises:
         UserError: if names or shapes differ; it names the first.
     """
+    check_shapes(model, {name: list(tensor.shape) for name, tensor in weights.items()}, source)
+    model.load_state_dict(all_like(weights, model.state_dict()))
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, list[int]], source: str) -> None:
+    """
+    Raises:
+        UserError: if names or shapes are not those of the model; it names the first.
+    """
     own = model.state_dict()
-    for name in sorted(own.keys() ^ weights.keys()):
+    for name in sorted(own.keys() ^ shapes.keys()):
         raise UserError(f"{source}: {name} is {'missing in it' if name in own else 'not in the model'}: another architecture")
     for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
-    model.load_state_dict(all_like(weights, own))
+        if list(tensor.shape) != shapes[name]:
+            raise UserError(f"{source}: {name} is {shapes[name]}, the model's {list(tensor.shape)}")
+
+
+def check_start(model: nn.Module, source: str) -> None:
+    """Look at the weights that a run is to start from, without loading them.
+
+    Raises:
+        UserError: if they are not there, are damaged, or are not those of the model.
+    """
+    check_shapes(model, checkpoint.shapes_of(weights_path(source)), source)
 
 
 def weights_path(source: str) -> Path:
