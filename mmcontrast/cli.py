@@ -106,7 +106,7 @@ def train(
 
 def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
     """Train the run of a config."""
-    from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder
+    from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder, remove_failed_start
     from mmcontrast.training.distributed import join_processes
     from mmcontrast.training.loop import train as run_training
 
@@ -114,13 +114,18 @@ def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
     if state.is_main_process:
         check_folder(loaded, resume, overwrite)
         console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
-    job = make_job(loaded)
+    job = make_job(loaded, resume)
     if state.is_main_process:
         lock = lock_folder(loaded)
         if not resume:
             prepare_folder(loaded, overwrite, job.config)
     state.wait_for_everyone()
-    run_training(job, resume, preemption)
+    try:
+        run_training(job, resume, preemption)
+    except UserError:
+        if state.is_main_process and not resume:
+            remove_failed_start(job.folder)
+        raise
     if state.is_main_process:
         if (job.folder / "results.json").exists():
             console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)

@@ -2,13 +2,15 @@
 
 import fcntl
 import shutil
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 import torch
+from torch import Tensor
 
 from mmcontrast.components import build, nearest
 from mmcontrast.config import RunConfig, load_config
@@ -27,16 +29,19 @@ from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.epochs import in_steps
 from mmcontrast.training.job import Job
-from mmcontrast.training.state import check_start, load_weights
+from mmcontrast.training.state import check_start, load_weights, weights_path
 from mmcontrast.trust import import_paths
 
-CONFIG = "config.yaml"
-LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, "stopped.json", "tensorboard"}
+CONFIG, STOPPED = "config.yaml", "stopped.json"
+LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
 LEFT_BY_A_START |= {"profile", "stalled"}
 
 
-def make_job(config: RunConfig) -> Job:
-    """Everything that training needs, checked against each other; nothing is written.
+def make_job(config: RunConfig, resume: bool = False) -> Job:
+    """Make everything that training needs, checked against each other; nothing is written.
+
+    Args:
+        resume: the run goes on from a checkpoint of its own: `train.init_from` is not asked.
 
     Raises:
         UserError: for anything that does not fit, by its place in the config.
@@ -45,6 +50,8 @@ def make_job(config: RunConfig) -> Job:
         check_components(config)  # before anything large is made
     with weights_follow() if config.train.init_from else nullcontext():
         model = model_of(config)
+    if config.train.init_from and not resume:
+        begin_from(model, config.train.init_from)
     config = completed(config, model)
     objective, pairing = check_components(config)
     for option in ("patience", "evaluate_first"):
@@ -82,6 +89,29 @@ def model_of(config: RunConfig, *, tokenizers: bool = True, weights: bool = True
     """
     opener = partial(open_start, trust_code=trust_code)
     return make_model(config.fields, config.towers, config.model, config.train.seed, tokenizers, weights, opener)
+
+
+def begin_from(model: ContrastiveModel, source: str) -> None:
+    """Give a model the weights of another of its architecture: of a run or a checkpoint, of a .safetensors file, or of any model
+    that `open_start` opens.
+
+    Raises:
+        UserError: if there is no such model; if names or shapes of weights differ.
+    """
+    path = Path(source)
+    if (
+        path.suffix == ".safetensors"
+        or path.is_file()
+        or (path / "checkpoints").is_dir()
+        or (path / checkpoint.MANIFEST).exists()
+    ):
+        weights: Mapping[str, Tensor] = checkpoint.load_weights(weights_path(source))
+    else:
+        weights = open_start(StartOptions(model=source)).state_dict()
+    try:
+        load_weights(model, weights, source)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}: to begin with it as it is, name it in model.start") from error
 
 
 def modalities_of(config: RunConfig) -> dict[str, Modality]:
@@ -215,6 +245,23 @@ def never_began(folder: Path) -> bool:
     )
 
 
+def remove_failed_start(folder: Path) -> None:
+    """Remove the folder of a run that has failed before its first step, unless it tells what was wrong with its samples."""
+    if not folder.exists() or not never_began(folder):
+        return
+    told = [folder / name for name in (BAD_SAMPLES, STOPPED, "stalled", "profile")]
+    if any(path.exists() and path.stat().st_size for path in told):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        _lock_file(folder).unlink()
+        folder.parent.rmdir()  # if nothing else is there
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
 def lock_folder(config: RunConfig) -> IO[str]:
     """Keeps others from training the same run, as long as this process lives and the file that is returned is open.
 
@@ -222,7 +269,7 @@ def lock_folder(config: RunConfig) -> IO[str]:
         UserError: if another process trains it.
     """
     config.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = (config.folder.parent / f".{config.folder.name}.lock").open("a")
+    lock = _lock_file(config.folder).open("a")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no data worker inherits it
     except OSError as error:

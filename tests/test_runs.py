@@ -1,6 +1,8 @@
 """Run folders: what a failed start leaves does not block the corrected command, and nothing else is taken for that."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mmcontrast.cli import app
@@ -11,17 +13,25 @@ from mmcontrast.slurm import check_run
 
 
 def test_a_start_that_failed_does_not_block_the_corrected_command(config_file, tmp_path):
-    folder = tmp_path / "runs" / "small"
+    folder, other = tmp_path / "runs" / "small", tmp_path / "other" / "model.safetensors"
+    other.parent.mkdir()
+    save_file({"weight": torch.ones(2)}, other)
     for wrong, message in (
         ("data.train=/none.tar", "none.tar"),
-        ("train.init_from=/none.safetensors", "no weights at /none.safetensors"),  # after the folder was made
-        ("train.freeze={towers.none.*: null}", "towers.none"),
+        ("train.init_from=/none.safetensors", "no weights at /none.safetensors"),
+        (f"train.init_from={tmp_path}", "holds no model"),
+        (f"train.init_from={config_file}", "is no .safetensors file, or damaged"),
+        (f"train.init_from={other}", "model.safetensors: log_logit_scale is missing in it: another architecture"),
+        ("train.freeze={towers.none.*: null}", "towers.none"),  # after the folder was made
+        ("train.trackers={none: {}}", "train.trackers: no 'none'"),
     ):
         done = CliRunner().invoke(app, ["train", str(config_file), wrong])
         assert done.exit_code == 2 and message in " ".join(done.stderr.split()), done.output
+        assert not (tmp_path / "runs").exists()
         corrected = load_config(config_file, ["train.steps=3"])
         check_folder(corrected, resume=False, overwrite=False)
         check_run(corrected, resume=False)
+    prepare_folder(corrected, overwrite=False)
     (folder / "stopped.json").write_text("{}")
     prepare_folder(corrected, overwrite=False)
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]

@@ -130,9 +130,12 @@ def _differences(first: Mapping[str, float], found: Evaluation, splits: list[str
         cells = []
         for split in splits:
             before, after = first.get(f"{split}/{name}"), found.values.get(f"{split}/{name}")
-            digits = 0 if name.endswith("median_rank") else 3
-            known = before is not None and after is not None
-            cells += [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"] if known else [""] * 3  # type: ignore[operator]
+            if before is None or after is None:
+                cells += [""] * 3
+                continue
+            digits = 1 if name.endswith("median_rank") else 3
+            difference = round(after - before, digits) + 0.0  # no −0
+            cells += [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{difference:+.{digits}f}"]
         body.append(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return f"<table><tr><th></th>{head}</tr>{''.join(body)}</table>"
 
@@ -152,7 +155,8 @@ def changes(
 ) -> list[str]:
     """Return a section for every pair of fields: how many queries' first hits have become right, and wrong, with some of each,
     what they found before above what they find now. Nothing if the tables are not of the same samples and fields."""
-    if not torch.equal(before.sample_ids, after.sample_ids) or list(before.fields) != list(after.fields):
+    same = torch.equal(before.sample_ids, after.sample_ids) and list(before.fields) == list(after.fields)
+    if not same or any(not torch.equal(here, after.present[field]) for field, here in before.present.items()):
         return []
     sections = []
     for query, candidate in galleries(model, after):

@@ -69,6 +69,11 @@ def warnings(job: Job) -> Iterator[str]:
             " take their statistics from micro-batches, so the result is not that of the undivided batch; layer or group"
             " norms have no such trouble"
         )
+    if options.warmup_steps >= options.total_steps and options.warmup_steps:
+        yield (
+            f"train.warmup_steps={options.warmup_steps}: the run has {options.total_steps} steps, so the learning rate rises to"
+            " its end; set it to a tenth of them or so"
+        )
     if job.data.sequential:
         yield (
             "data.sequential: shards are drawn with replacement; no epoch shows each sample once, batches depend on the numbers"

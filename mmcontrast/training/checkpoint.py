@@ -292,7 +292,7 @@ def load_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
     file = weights_file(path, averaged)
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no .safetensors file, or damaged: {error}") from error
 
 

@@ -28,14 +28,14 @@ from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, 
 from mmcontrast.training.evaluations import Evaluations
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLog, make_progress
-from mmcontrast.training.optim import follow, freeze, make_optimizer
+from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import is_sharded, place
 from mmcontrast.training.preemption import Preemption, preemptible
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.spikes import Spikes
 from mmcontrast.training.stages import check_stages
-from mmcontrast.training.state import load_weights, restore, state_of, weights_path
+from mmcontrast.training.state import restore, state_of
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
@@ -78,12 +78,6 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
         start = restore(checkpoint.find(checkpoints, "last"), job, learner)
         if accelerator.is_main_process:  # nothing refused it
             replace_text(job.folder / checkpoint.CONFIG, job.config)
-    elif options.init_from:
-        load_weights(job.model, checkpoint.load_weights(weights_path(options.init_from)), options.init_from)
-        if queue:
-            queue.follow(job.model, momentum=0.0)
-        if averaged:
-            follow(averaged, job.model, momentum=0.0)
     log = StepLog(job.folder / LOG, start, accelerator.num_processes, most) if accelerator.is_main_process else None
     saver = make_saver(checkpoints, options, accelerator)
     evaluations = Evaluations(job, start, learner, saver)

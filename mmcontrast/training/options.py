@@ -120,7 +120,8 @@ class TrainOptions(Options):
         compile: towers whose blocks are compiled by torch.compile.
         channels_last: memory format of convolutions.
         threads: of torch in each process; null: torch's default.
-        init_from: a run's folder or a .safetensors file to start from; weights of other names or shapes are refused.
+        init_from: the weights to start from: of a run, a .safetensors file, or any model that `mmcontrast.load` opens; other
+            names or shapes are refused.
         log_every, evaluate_every, checkpoint_every: steps; of the last two 0: at the end only; null: at the end of each epoch,
             the default of a run with `epochs`.
         evaluate_first: evaluate before the first step too, as step 0: the page shows what the training changed.

@@ -94,6 +94,18 @@ def test_two_halves_and_a_further_field(tmp_path):
     assert list(completed(options, model).fields) == ["image", "text", "audio"]
 
 
+def test_init_from_takes_what_load_takes(tmp_path):
+    """The weights of another model of the same architecture, in the place of the start's."""
+    folder, other = start_of("clip", tmp_path / "start"), start_of("clip", tmp_path / "other")
+    write_pairs("clip", tmp_path)
+    config = load_config(write_run(tmp_path, str(folder), train={"init_from": str(other)}))
+    wanted, found = mmcontrast.load(other).model.state_dict(), make_job(config).model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    siglip = start_of("siglip", tmp_path / "siglip")
+    with pytest.raises(UserError, match=r"train.init_from: .*siglip: .* another architecture.*: .* name it in model.start"):
+        make_job(load_config(write_run(tmp_path, str(folder), train={"init_from": str(siglip)})))
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -150,10 +150,10 @@ def test_patience_counts_evaluations_since_the_best(values, stale, best):
 
 
 def test_a_run_whose_results_do_not_improve_ends_early_and_the_page_says_what_changed(config_file, tmp_path):
-    """The number of queries never improves."""
+    """The number of queries never improves. Two ranks begin, one goes on."""
     options = ["train.epochs=9", "train.evaluate_every=2", "train.patience=2", "train.evaluate_first=true"]
     options += ["evaluation.geometry=false", "train.schedule=constant", f"evaluation.best={COUNT}"]
-    done = train(config_file, *options)
+    done = train(config_file, *options, ranks=2)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
 
