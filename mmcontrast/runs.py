@@ -92,8 +92,8 @@ def model_of(config: RunConfig, *, tokenizers: bool = True, weights: bool = True
 
 
 def begin_from(model: ContrastiveModel, source: str) -> None:
-    """Give a model the weights of another of its architecture: of a run or a checkpoint, of a .safetensors file, or of any model
-    that `open_start` opens.
+    """Give a model the weights of another of its architecture: a run or a checkpoint, a .safetensors file, or any model that
+    `open_start` opens.
 
     Raises:
         UserError: if there is no such model; if names or shapes of weights differ.
