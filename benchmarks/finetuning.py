@@ -3,9 +3,9 @@
     python benchmarks/finetuning.py                      # transformers' CLIP ViT-B/32 with random weights, 32 pairs, CPU, fp32
     python benchmarks/finetuning.py --batch 64 --rank 4 --rounds 5
 
-Every way is a process of its own that takes turns with the others: forward, loss, backward and AdamW on the same pairs, from the
-same weights. Printed are medians over the rounds, the ratio to full fine-tuning, and bytes above the model as it was loaded.
-"peft" adapts the same layers of the same model: the linear ones of its blocks (`pip install peft`; left out if it is not there).
+Every way is a process of its own that takes turns with the others: forward, loss, backward and AdamW on the same pairs, from
+the same weights. Printed are medians over the rounds, the ratio to full fine-tuning, and bytes above the model as it was
+loaded. "peft" adapts the same layers of the same model, the linear ones of its blocks (`pip install peft`; else left out).
 """
 
 import argparse
@@ -64,7 +64,6 @@ class Model(nn.Module):
 
 def work(way: str, batch: int, rank: int, pipe: Connection) -> None:
     """Train a step whenever asked: answers with its seconds; at the end with (learning weights, peak bytes)."""
-    torch.set_num_threads(torch.get_num_threads())
     model = Model(way, rank).train()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5)

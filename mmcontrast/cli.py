@@ -170,15 +170,18 @@ def finetune(
 
     with preemptible() as preemption:
         from mmcontrast.data import read_keys
-        from mmcontrast.finetune import Request, make_config
+        from mmcontrast.finetune import Request, made_once, resumed
 
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
             read_keys(keys or ()), files,
         )  # fmt: skip
-        config, chosen = make_config(request, overrides or ())
-        if os.environ.get("RANK", "0") == "0":
-            console.print(chosen.table(), highlight=False)
+        if resume:
+            config = resumed(request, overrides or ())
+        else:
+            config, chosen = made_once(request, overrides or ())
+            if os.environ.get("RANK", "0") == "0":
+                console.print(chosen.table(), highlight=False)
         if dry_run:
             print(config.to_yaml(), end="")
             return

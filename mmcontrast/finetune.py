@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
-from mmcontrast.config import RunConfig, config_of
+from mmcontrast.config import RunConfig, config_of, load_config
 from mmcontrast.data import ShardDataset, ShardOptions, open_dataset, open_shards
 from mmcontrast.data.shard import LABELS, ShardIndex
 from mmcontrast.errors import UserError
@@ -23,7 +24,8 @@ from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextMo
 from mmcontrast.modalities.parts import JPEG_START, PNG_START
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.plan import plan_run
-from mmcontrast.runs import model_of
+from mmcontrast.runs import CONFIG, model_of
+from mmcontrast.training.distributed import join_processes
 
 FULL_LR, LORA_LR = 1e-5, 2e-4  # as WiSE-FT (arXiv:2109.01903) and FLYP (2212.00638) do; as CLIP-LoRA does (2405.18541)
 MOST_WARMUP, WARMUP_SHARE = 500, 0.1
@@ -139,6 +141,40 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
         chosen.add("train.micro_batch_size", found.largest, "what fits into memory: the same loss, a second forward")
         config = config_of(draft, overrides)
     return config, chosen
+
+
+def made_once(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
+    """Make the config on the first rank, for all: what fits into memory may differ between them.
+
+    Raises:
+        UserError: as `make_config`.
+    """
+    state = join_processes()
+    made: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            made = [make_config(request, overrides)]
+        except UserError as error:
+            made = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(made)
+    if isinstance(made[0], UserError):
+        raise made[0]
+    return made[0]
+
+
+def resumed(request: Request, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config that a run was started with.
+
+    Raises:
+        UserError: if there is no such run.
+    """
+    draft = {"run": {"name": request.name or name_of(request)}, "model": {"start": start_of(request)}}
+    draft |= {"data": {"train": request.data}, "train": {"epochs": request.epochs, "batch_size": 1}}
+    folder = config_of(draft, [override for override in overrides if override.startswith("run.")]).folder
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"no run at {folder} to resume: start it without --resume, or name it as --name")
+    return load_config(folder / CONFIG, overrides)
 
 
 def start_of(request: Request) -> Any:

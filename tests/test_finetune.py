@@ -64,6 +64,8 @@ def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["start"] == start and config["fields"]["text"]["keys"] == ["title"]
+    complete = command("finetune", start, pairs, "--name", "shoes", "--resume", f"run.dir={tmp_path}/runs")
+    assert complete.returncode == 0 and "chosen" not in complete.stderr, complete.stderr
     again = train(run / "config.yaml", "run.name=again")
     assert again.returncode == 0, again.stderr
     folders = [tmp_path / "runs" / name / "checkpoints" / f"step-{steps[-1]:08d}" for name in ("shoes", "again")]
