@@ -55,7 +55,7 @@ def test_two_ranks_train_as_one(config_file, tmp_path, launcher, case):
             command += ["train.micro_batch_size=3"] if name == "two" else []
         if launcher and ranks > 1:
             command = [sys.executable, *launcher, "-m", "mmcontrast", *command]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ | environment)
         else:
             done = mmcontrast(*command, ranks=ranks, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]

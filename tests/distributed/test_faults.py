@@ -66,7 +66,7 @@ class Endless(TextModality):
 def two_ranks(config_file, tmp_path, *options, real=False):
     (tmp_path / "my_lab.py").write_text(MY_LAB)
     env = {"PYTHONPATH": str(tmp_path), "MMCONTRAST_EXIT_CODE_FILE": str(tmp_path / "code")}
-    return train(config_file, "data.lanes=2", "train.checkpoint_every=1", *options, ranks=2, real=real, env=env, timeout=200)
+    return train(config_file, "data.lanes=2", "train.checkpoint_every=1", *options, ranks=2, real=real, env=env, timeout=600)
 
 
 CASES = {
@@ -86,7 +86,8 @@ def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, faul
     """Of ranks as Slurm starts them, and of torchrun's (`real`), which prints the code of the first that failed."""
     message, code = CASES[fault]
     faulty = f"objective={{type: my_lab:Faulty, fault: {fault}}}"
-    done = two_ranks(config_file, tmp_path, faulty, "train.stall_seconds=6", real=real)
+    options = ["train.stall_seconds=6"] if fault == "stall" else []
+    done = two_ranks(config_file, tmp_path, faulty, *options, real=real)
     text = " ".join(done.stderr.split())
     if real:
         assert done.returncode and re.search(rf"exitcode ?: {code}\b", text), done.stderr[-3000:]
@@ -127,7 +128,7 @@ def start_training(config_file, tmp_path, *options, **how):
 
 
 def wait_for(path, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
@@ -144,7 +145,7 @@ def test_a_warned_run_saves_and_continues_as_if_it_had_never_stopped(config_file
     wait_for(run / "checkpoints" / "step-00000002", process)
     for pid in [*children(process.pid), process.pid]:
         os.kill(pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     assert f"{number.name}: finishing the step" in errors and "is saved: continue with --resume" in " ".join(errors.split())
     saved = checkpoint.find(run / "checkpoints", "last")
@@ -160,13 +161,13 @@ def test_a_second_warning_ends_at_once(config_file, tmp_path):
     process = start_training(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: wait}", "train.steps=400")
     wait_for(tmp_path / "waiting", process)
     process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while "SIGTERM: finishing the step" not in process.output()[1]:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     time.sleep(1.05 * preemption.SAME)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 75
     assert checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last").name == "step-00000002"
 
@@ -178,7 +179,7 @@ def test_the_same_warning_by_two_ways_is_one(config_file, tmp_path):
     for number in (signal.SIGTERM, signal.SIGUSR1):
         process.send_signal(number)
     (tmp_path / "go").touch()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 75
     assert checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last").name == "step-00000003"
 
@@ -191,7 +192,7 @@ def test_one_warned_rank_is_enough(config_file, tmp_path):
     wait_for(run / "checkpoints" / "step-00000002", process)
     (second,) = [pid for pid in children(process.pid) if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()]
     os.kill(second, signal.SIGUSR1)
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=300)
     text = " ".join(errors.split())
     assert process.returncode and "exitcode : 75" in text and text.count("is saved: continue with --resume") == 1, errors[
         -3000:

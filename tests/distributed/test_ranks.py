@@ -176,7 +176,7 @@ def worker(rank, port, folder, slow):
     answers = []
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=600)
     )
     first = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
     apart = dist.new_group([0, 2])

@@ -38,14 +38,14 @@ class Server:
     def stop(self, by: signal.Signals = signal.SIGINT) -> tuple[int, str]:
         """(exit code, what it said)."""
         self.process.send_signal(by)
-        said = self.process.communicate(timeout=30)[1]
+        said = self.process.communicate(timeout=300)[1]
         return self.process.returncode, said
 
 
 def serve(index: Path) -> Server:
     port = free_port()
     process = start("serve", index, "--port", port, "--device", "cpu")
-    server, deadline = Server(port, process), time.monotonic() + 120
+    server, deadline = Server(port, process), time.monotonic() + 300
     while True:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "the server did not start"

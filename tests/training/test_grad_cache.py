@@ -198,7 +198,7 @@ def worker(rank, port):
     try:
         torch.set_num_threads(1)
         method = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2, timeout=timedelta(seconds=600))
         batch = make_batch((13, 7)[rank], seed=rank)
         batch.group_ids += 50 * rank
         for objective, pairing in CASES:

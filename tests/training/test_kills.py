@@ -33,14 +33,14 @@ def start(config_file, ranks, *options):
 
 
 def finish(process):
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
 
 
 def kill(process, run, moment, chooser):
     """At a step, or while a checkpoint is being written, from `moment` on."""
     writing = chooser.random() < 0.5
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     try:
         while True:
             assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()[-3000:]

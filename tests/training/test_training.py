@@ -84,7 +84,7 @@ def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
     process = start("train", config_file, *change, "run.name=killed")
     killed = tmp_path / "runs" / "killed"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (killed / "checkpoints" / "step-00000004").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)

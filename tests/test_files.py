@@ -1,0 +1,125 @@
+"""Every file of the package has its tests: `data/order.py` in `tests/data/test_order.py` and so on, or as said here.
+
+And no file of tests imports another one: what several need is in a plain module.
+"""
+
+import ast
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "mmcontrast"
+TESTED_IN = {  # file: its file of tests, and a word by which that one calls it: a name, a command, an option
+    "cli.py": ("test_config.py", "mmcontrast.cli"),
+    "components.py": ("test_trust.py", "mmcontrast.components"),
+    "data/build.py": ("test_glyphs.py", "mmcontrast.data.build"),
+    "data/dataset.py": ("data/test_keys.py", "mmcontrast.data.dataset"),
+    "data/files.py": ("data/test_stream.py", "StreamOrder, files"),
+    "data/folder.py": ("data/test_keys.py", "folders"),
+    "data/index.py": ("data/test_shards.py", "index_shard"),
+    "data/inspect.py": ("data/test_verify.py", "inspect"),
+    "data/loading.py": ("data/test_tables.py", "all_batches"),
+    "data/opening.py": ("evaluation/test_splits.py", "ShardOptions"),
+    "data/page.py": ("evaluation/test_compare.py", "html"),
+    "data/range_cache.py": ("data/test_remote.py", "RangeCache"),
+    "data/shard.py": ("data/test_names.py", "mmcontrast.data.shard"),
+    "data/tar.py": ("data/test_names.py", "tars_of_gnu_tar"),
+    "data/writer.py": ("data/test_shards.py", "write_corpus"),
+    "data_commands.py": ("data/test_verify.py", "mmcontrast.data_commands"),
+    "doctor/check.py": ("test_doctor.py", "Check"),
+    "doctor/collective.py": ("test_doctor.py", "all-reduce, gloo"),
+    "doctor/devices.py": ("test_doctor.py", "devices"),
+    "doctor/host.py": ("test_doctor.py", "host"),
+    "doctor/packages.py": ("test_doctor.py", "packages"),
+    "doctor/run.py": ("test_doctor.py", "run_checks"),
+    "embedder.py": ("test_embedder_values.py", "mmcontrast.embedder"),
+    "errors.py": ("test_config.py", "UserError"),
+    "evaluation/cache.py": ("evaluation/test_suites.py", "fingerprint"),
+    "evaluation/classification_tasks.py": ("evaluation/test_suites.py", "zero_shot"),
+    "evaluation/compare_figure.py": ("evaluation/test_compare.py", "svg"),
+    "evaluation/consistency.py": ("evaluation/test_scoring.py", "evaluation.consistency"),
+    "evaluation/embed.py": ("test_embed.py", "embed"),
+    "evaluation/evaluate.py": ("evaluation/test_splits.py", "evaluate"),
+    "evaluation/layouts.py": ("evaluation/test_suites.py", "layout"),
+    "evaluation/options.py": ("evaluation/test_suites.py", "EvaluationOptions"),
+    "evaluation/prompts.py": ("evaluation/test_labels.py", "prompts"),
+    "evaluation/report.py": ("training/test_training.py", "report.html"),
+    "evaluation/results.py": ("evaluation/test_labels.py", "evaluation.results"),
+    "evaluation/retrieval.py": ("evaluation/test_rankings.py", "evaluation.retrieval"),
+    "evaluation/retrieval_tasks.py": ("evaluation/test_suites.py", "retrieval.graded"),
+    "evaluation/sides.py": ("evaluation/test_suites.py", "captions"),
+    "evaluation/whitening.py": ("evaluation/test_scoring.py", "whitening"),
+    "modalities/base.py": ("modalities/test_modalities.py", "Modality"),
+    "modalities/image.py": ("modalities/test_pictures.py", "ImageModality"),
+    "modalities/image_transforms.py": ("modalities/test_modalities.py", "random_crops_are_torchvisions"),
+    "modalities/library.py": ("models/test_library_pictures.py", "modalities.library"),
+    "modalities/parts.py": ("modalities/test_pictures.py", "modalities.parts"),
+    "models/base.py": ("test_model.py", "Tower"),
+    "models/compose.py": ("models/test_towers.py", "make_model"),
+    "models/contrastive.py": ("test_model.py", "ContrastiveModel"),
+    "models/linear.py": ("test_model.py", "LinearTower"),
+    "models/options.py": ("models/test_towers.py", "FieldOptions"),
+    "objectives/base.py": ("distributed/test_data_parallel.py", "Objective"),
+    "objectives/contrastive.py": ("objectives/test_contrastive_loss.py", "contrastive_loss"),
+    **{
+        f"objectives/{name}.py": ("objectives/test_contrastive_loss.py", "OBJECTIVES")  # all that names.py knows
+        for name in ("dcl", "debiased", "hard_negative", "infonce", "multi_positive", "names", "siglip")
+    },
+    "objectives/inputs.py": ("objectives/test_contrastive_loss.py", "mistakes_are_named"),
+    "objectives/pairing.py": ("objectives/test_contrastive_loss.py", "AllPairs"),
+    "objectives/sample_table.py": ("objectives/test_global_contrastive.py", "SampleTable"),
+    "objectives/signals.py": ("objectives/test_contrastive_loss.py", "signals"),
+    "options.py": ("test_config.py", "did you mean"),
+    "score/backends/base.py": ("score/test_statistics.py", "SameGroup"),
+    "score/backends/dense.py": ("score/test_statistics.py", '"dense"'),
+    "score/backends/tiles.py": ("score/test_statistics.py", "tile_size"),
+    "score/backends/torch_tiled.py": ("score/test_statistics.py", '"torch"'),
+    "score/backends/triton_kernels.py": ("score/test_kernels_compile.py", "compile_kernels.py"),
+    "score/backends/triton_tiled.py": ("score/test_statistics.py", '"triton"'),
+    "score/exact.py": ("score/test_statistics.py", "assert_exact"),
+    "score/ranks.py": ("distributed/test_ranks.py", "gather"),
+    "score/reductions.py": ("score/test_statistics.py", "LogSumExp"),
+    "search/commands.py": ("search/test_serve.py", "serve"),
+    "search/guard.py": ("search/test_serve.py", "Sec-Fetch-Site"),
+    "search/kinds.py": ("search/test_index.py", "search.kinds"),
+    "search/query.py": ("search/test_index.py", "SearchIndex"),
+    "search/searcher.py": ("search/test_search.py", "Searcher"),
+    "search/table.py": ("search/test_changes.py", "search.table"),
+    "strict_json.py": ("evaluation/test_finite.py", "strict_json"),
+    "suites.py": ("evaluation/test_suites.py", "mmcontrast.suites"),
+    "tasks.py": ("test_embed.py", "mmcontrast.tasks"),
+    "text_files.py": ("evaluation/test_suites.py", "byte order mark"),
+    "training/audit.py": ("training/test_sources.py", "training.audit"),
+    "training/checkpoint.py": ("training/test_training.py", "checkpoint"),
+    "training/cost.py": ("test_plan.py", "training.cost"),
+    "training/data.py": ("training/test_sources.py", "what_does_not_go_together_is_refused"),
+    "training/distributed.py": ("distributed/test_data_parallel.py", "torch.distributed.run"),
+    "training/job.py": ("training/test_training.py", "make_job"),
+    "training/log.py": ("training/test_training.py", "training.log"),
+    "training/loop.py": ("training/test_training.py", "train("),
+    "training/options.py": ("training/test_blocks.py", "training.options"),
+    "training/parallel.py": ("distributed/test_sharded.py", "train.parallel"),
+    "training/preemption.py": ("distributed/test_faults.py", "preemption"),
+    "training/state.py": ("training/test_optim.py", "training.state"),
+    "training/step.py": ("training/test_queue.py", "training.step"),
+    "training/trace.py": ("training/test_stages.py", "traceEvents"),
+    "training/watchdog.py": ("distributed/test_faults.py", "stall_seconds"),
+}
+
+
+def test_every_file_of_the_package_has_its_tests():
+    files = {str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("*.py") if not file.name.startswith("__")}
+    named = {name for name, file in files.items() if (TESTS / name).with_name(f"test_{file.name}").exists()}
+    assert not files.keys() - named - TESTED_IN.keys(), "no tests: write test_NAME.py, or say in TESTED_IN where"
+    assert not TESTED_IN.keys() - files.keys(), "TESTED_IN names a file that is gone"
+    assert not TESTED_IN.keys() & named, "TESTED_IN names a file with tests under its own name"
+    for name, (tests, word) in TESTED_IN.items():
+        assert word in (TESTS / tests).read_text(), f"{tests} has no {word!r}, by which it would test {name}"
+
+
+def test_no_file_of_tests_imports_another():
+    for file in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            imported = [f"{module}{name}" for name in names if f"{module}{name}".startswith("tests.")]
+            assert not any(".test_" in name for name in imported), f"{file.relative_to(TESTS)} imports {', '.join(imported)}"
