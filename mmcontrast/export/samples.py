@@ -15,6 +15,7 @@ from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.export.parts import kind_of
 from mmcontrast.modalities import AudioModality, TextModality, VectorModality
+from mmcontrast.modalities.library import LibraryAudio
 from mmcontrast.models import ContrastiveModel
 
 SIZES = ((67, 45), (31, 50), (40, 41), (96, 96), (640, 427), (120, 200))  # of pictures that are made
@@ -93,7 +94,11 @@ def made_samples(model: ContrastiveModel, fields: Sequence[str]) -> Samples:
         elif isinstance(modality, TextModality):
             values[field] = list(TEXTS)
         elif isinstance(modality, AudioModality):
-            seconds = [share * min(modality.length / modality.sample_rate, 10.0) for share in (0.3, 0.8, 1.0)]
+            most = modality.length / modality.sample_rate
+            if isinstance(modality, LibraryAudio):  # CLAP's extractor cuts longer ones at random
+                extractor: Any = modality.extract
+                most = getattr(extractor.args[0], "nb_max_samples", modality.length) / modality.sample_rate
+            seconds = [share * min(most, 10.0) for share in (0.3, 0.8, 1.0)]
             values[field] = [_sound(random, length, modality.sample_rate) for length in seconds]
         elif isinstance(modality, VectorModality):
             values[field] = [_array(random.normal(size=modality.width)) for _ in range(4)]

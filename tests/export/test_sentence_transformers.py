@@ -1,0 +1,59 @@
+"""Folders of sentence-transformers: unit embeddings, as the model's, by its own encode."""
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+import mmcontrast
+from mmcontrast.errors import UserError
+from mmcontrast.export.folder import export_model
+from tests.export.models import TIMM, perturbed, run
+from tests.export.test_open_clip import changed
+from tests.models.samples import TEXTS, pictures, sounds, tokenizer
+from tests.models.test_transformers import DUAL, WORDS, saved
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "clap"])
+def test_dual_encoders_are_normalised(kind, tmp_path):
+    made = DUAL[kind]()
+    perturbed(made[0], 0.02)
+    source, out = saved(made, tmp_path / "source"), tmp_path / "out"
+    export_model(source, out, "sentence-transformers")
+    theirs, model = SentenceTransformer(str(out), device="cpu"), mmcontrast.load(source)
+    texts = theirs.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(texts, model.embed(texts=TEXTS), atol=1e-5, rtol=0)
+    if kind == "clap":
+        files = sounds(tmp_path, 8000, (0.4, 0.7))
+        given = [{"array": model.model.modality("audio").decode(f.read_bytes()).numpy(), "sampling_rate": 8000} for f in files]
+        torch.testing.assert_close(theirs.encode(given, convert_to_tensor=True), model.embed(audio=files), atol=1e-5, rtol=0)
+    else:
+        files = pictures(tmp_path)
+        rows = theirs.encode([Image.open(file) for file in files], convert_to_tensor=True)
+        torch.testing.assert_close(rows, model.embed(images=files), atol=1e-5, rtol=0)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(len(TEXTS)), atol=1e-5, rtol=0)
+
+
+def test_text_encoders_with_their_pooling_and_projection(tmp_path):
+    network = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", **WORDS))
+    perturbed(network)
+    network.save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    long = [*TEXTS, " ".join(TEXTS)]
+    for pooling in ("mean", "first", "last"):
+        export_model(tmp_path / "bert", tmp_path / pooling, "sentence-transformers", pooling=pooling)
+        theirs = SentenceTransformer(str(tmp_path / pooling), device="cpu")
+        expected = mmcontrast.load(tmp_path / "bert", pooling=pooling).embed(texts=long)
+        torch.testing.assert_close(theirs.encode(long, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
+    text = {"type": "text", "tokenizer": str(tmp_path / "bert"), "context_length": 12}
+    tower = {"type": "transformers", "model": str(tmp_path / "bert"), "pretrained": True}
+    source = run(tmp_path / "run", changed(towers__text=tower, fields__text__modality=text))
+    export_model(source, tmp_path / "out", "sentence-transformers", fields=["text"])
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    expected = mmcontrast.load(source).embed(texts=long)
+    torch.testing.assert_close(theirs.encode(long, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="VisionTextDualEncoderModel"):
+        export_model(source, tmp_path / "whole", "sentence-transformers")
+    with pytest.raises(UserError, match="takes text encoders of transformers"):
+        export_model(run(tmp_path / "timm", TIMM), tmp_path / "whole", "sentence-transformers", fields=["image"])
