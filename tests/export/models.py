@@ -1,5 +1,6 @@
 """Models to be exported: composed by configs, with weights at random, as the folders of runs."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ TIMM = {
     "towers": {"image": {"type": "timm", "model": "test_vit"}, "text": TEXT_TOWER},
     "model": {"embed_dim": 20, "logit_bias": -10.0, "logit_scale": 10.0},
 }
+
+
+def changed(**options):
+    """The composed model with other options, named by their path with two underscores."""
+    config = copy.deepcopy(TIMM)
+    for path, value in options.items():
+        *parents, last = path.split("__")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return config
 
 
 def run(folder: Path, config: dict[str, Any], perturb: float = 0.05) -> Path:

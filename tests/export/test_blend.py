@@ -17,10 +17,9 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from tests.export.blends import runs
-from tests.export.models import TIMM, run
-from tests.export.test_open_clip import changed
+from tests.export.models import TIMM, changed, run
+from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS
-from tests.models.test_open_clip import save
 
 METRIC = "new/retrieval/image_to_text/recall_at_1"
 

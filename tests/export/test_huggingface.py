@@ -16,11 +16,10 @@ import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import export_model
 from mmcontrast.export.huggingface import clip_tokenizer
-from tests.export.models import TIMM, perturbed, run
-from tests.export.test_open_clip import changed
+from tests.export.models import TIMM, changed, perturbed, run
+from tests.models.open_clip_models import MODELS, save
 from tests.models.samples import TEXTS, pictures, sounds, tokenizer
-from tests.models.test_open_clip import MODELS, save
-from tests.models.test_transformers import DUAL, WORDS, clip, opened, saved
+from tests.models.transformers_models import DUAL, WORDS, clip, opened, saved
 
 
 def outputs(folder, kind, options, files):

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import export_model
-from tests.export.models import run
-from tests.export.test_open_clip import changed
+from tests.export.models import changed, run
+from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS, pictures, sounds
-from tests.models.test_open_clip import save
-from tests.models.test_transformers import DUAL, saved
+from tests.models.transformers_models import DUAL, saved
 
 SCRIPT = """
 import json, sys

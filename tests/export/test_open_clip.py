@@ -1,6 +1,5 @@
 """Folders of open_clip's: what open_clip makes of them is what the model made, from the files on."""
 
-import copy
 import json
 
 import open_clip
@@ -12,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import PARITY, export_model
-from tests.export.models import TIMM, run
+from tests.export.models import TIMM, changed, run
+from tests.models.open_clip_models import MODELS, save
 from tests.models.samples import TEXTS, pictures
-from tests.models.test_open_clip import MODELS, save
 
 
 def outputs(folder, files):
@@ -47,18 +46,6 @@ def test_a_model_of_open_clips_goes_back_unchanged(kind, tmp_path):
     again, first = mmcontrast.load(out), mmcontrast.load(source)
     assert torch.equal(again.embed(images=files), first.embed(images=files))
     assert torch.equal(again.embed(texts=TEXTS), first.embed(texts=TEXTS))
-
-
-def changed(**options):
-    """The composed model with other options, named by their path with two underscores."""
-    config = copy.deepcopy(TIMM)
-    for path, value in options.items():
-        *parents, last = path.split("__")
-        place = config
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    return config
 
 
 COMPOSED = {

@@ -13,11 +13,10 @@ import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import export_model
 from mmcontrast.models import OpenClipTower, TransformersTower
-from tests.export.models import TIMM, perturbed, run
-from tests.export.test_open_clip import changed
+from tests.export.models import TIMM, changed, perturbed, run
+from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS, pictures, tokenizer
-from tests.models.test_open_clip import save
-from tests.models.test_transformers import WORDS
+from tests.models.transformers_models import WORDS
 
 
 class TrustedTower(TransformersTower):

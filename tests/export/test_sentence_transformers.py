@@ -9,10 +9,9 @@ from sentence_transformers import SentenceTransformer
 import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import export_model
-from tests.export.models import TIMM, perturbed, run
-from tests.export.test_open_clip import changed
+from tests.export.models import TIMM, changed, perturbed, run
 from tests.models.samples import TEXTS, pictures, sounds, tokenizer
-from tests.models.test_transformers import DUAL, WORDS, saved
+from tests.models.transformers_models import DUAL, WORDS, saved
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "clap"])

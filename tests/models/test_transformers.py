@@ -22,13 +22,9 @@ from tests.models.transformers_models import (
     WORDS,
     clap,
     clip,
+    opened,
     saved,
 )
-
-
-def opened(files, processor):
-    """As the processor takes them: in any mode where it converts to RGB itself, in its own way of treating transparency."""
-    return [Image.open(file) if processor.do_convert_rgb else Image.open(file).convert("RGB") for file in files]
 
 
 @pytest.mark.parametrize("kind", DUAL)

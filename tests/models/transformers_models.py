@@ -2,6 +2,7 @@
 
 import torch
 import transformers as hf
+from PIL import Image
 
 from tests.models.samples import tokenizer
 
@@ -78,3 +79,8 @@ def saved(made, folder):
     network.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def opened(files, processor):
+    """As the processor takes them: in any mode where it converts to RGB itself, in its own way of treating transparency."""
+    return [Image.open(file) if processor.do_convert_rgb else Image.open(file).convert("RGB") for file in files]

@@ -1,0 +1,38 @@
+"""A fine-tuned model goes back into the library that it came from: unchanged if it learnt nothing, with its updates if it did."""
+
+import pytest
+import torch
+
+import mmcontrast
+from mmcontrast.export.folder import export_model
+from tests.command import train
+from tests.models.starts import KINDS, embedded, start_of, write_pairs, write_run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_learnt_nothing_is_its_start_again(kind, tmp_path):
+    """In the library itself: parity is measured there, and what is opened again is what the start was."""
+    folder, files = start_of(kind, tmp_path / "start"), write_pairs(kind, tmp_path)
+    done = train(write_run(tmp_path, str(folder), train={"lr": 0.0, "steps": 1}))
+    assert done.returncode == 0, done.stderr
+    parity = export_model(tmp_path / "runs" / "tuned", tmp_path / "out", "huggingface" if "hf" in kind else "open_clip")
+    assert max(one["largest_difference"] for one in parity["fields"].values()) < 1e-5
+    before, after = mmcontrast.load(folder), mmcontrast.load(tmp_path / "out")
+    torch.testing.assert_close(embedded(after, files), embedded(before, files), rtol=0, atol=1e-5)
+    torch.testing.assert_close(after.model.log_logit_scale, before.model.log_logit_scale, rtol=0, atol=1e-6)
+    biases = [one.model.logit_bias for one in (before, after)]
+    assert biases == [None, None] or torch.allclose(*biases, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "hf clip"])
+def test_low_rank_updates_are_in_the_weights(kind, tmp_path):
+    """Exported, opened, and fine-tuned again."""
+    folder, files = start_of(kind, tmp_path / "start"), write_pairs(kind, tmp_path)
+    done = train(write_run(tmp_path, str(folder), model={"lora": {"rank": 2}}, train={"lr": 0.02}))
+    assert done.returncode == 0, done.stderr
+    export_model(tmp_path / "runs" / "tuned", tmp_path / "out", "huggingface" if "hf" in kind else "open_clip")
+    tuned, after = mmcontrast.load(tmp_path / "runs" / "tuned"), mmcontrast.load(tmp_path / "out")
+    torch.testing.assert_close(embedded(after, files), embedded(tuned, files), rtol=0, atol=1e-5)
+    assert not torch.allclose(embedded(after, files), embedded(mmcontrast.load(folder), files), atol=1e-3)
+    again = train(write_run(tmp_path, str(tmp_path / "out"), run={"name": "again", "dir": str(tmp_path / "runs")}))
+    assert again.returncode == 0, again.stderr
