@@ -9,12 +9,17 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "mmcontrast"
 TESTED_IN = {  # file: its file of tests, and a word by which that one calls it: a name, a command, an option
+    "blend/commands.py": ("export/test_blend.py", "--soup"),
+    "blend/curve.py": ("export/test_blend.py", "mmcontrast.blend.curve"),
+    "blend/run.py": ("export/test_blend.py", "mmcontrast.blend.run"),
+    "blend/weights.py": ("export/test_blend.py", "mmcontrast.blend.weights"),
     "cli.py": ("test_config.py", "mmcontrast.cli"),
     "components.py": ("test_trust.py", "mmcontrast.components"),
     "data/build.py": ("test_glyphs.py", "mmcontrast.data.build"),
-    "data/dataset.py": ("data/test_keys.py", "mmcontrast.data.dataset"),
+    "data/dataset.py": ("data/test_keys.py", "ShardDataset"),
     "data/files.py": ("data/test_stream.py", "StreamOrder, files"),
     "data/folder.py": ("data/test_keys.py", "folders"),
+    "data/ids.py": ("data/test_keys.py", "id_of"),
     "data/index.py": ("data/test_shards.py", "index_shard"),
     "data/inspect.py": ("data/test_verify.py", "inspect"),
     "data/loading.py": ("data/test_tables.py", "all_batches"),
@@ -39,6 +44,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "evaluation/consistency.py": ("evaluation/test_scoring.py", "evaluation.consistency"),
     "evaluation/embed.py": ("test_embed.py", "embed"),
     "evaluation/evaluate.py": ("evaluation/test_splits.py", "evaluate"),
+    "evaluation/gallery.py": ("evaluation/test_before.py", "page"),
     "evaluation/layouts.py": ("evaluation/test_suites.py", "layout"),
     "evaluation/options.py": ("evaluation/test_suites.py", "EvaluationOptions"),
     "evaluation/prompts.py": ("evaluation/test_labels.py", "prompts"),
@@ -48,11 +54,17 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "evaluation/retrieval_tasks.py": ("evaluation/test_suites.py", "retrieval.graded"),
     "evaluation/sides.py": ("evaluation/test_suites.py", "captions"),
     "evaluation/whitening.py": ("evaluation/test_scoring.py", "whitening"),
+    **{
+        f"export/{name}.py": ("export/test_open_clip.py", "export_model")  # every export goes through them
+        for name in ("card", "commands", "folder", "parity", "parts", "samples")
+    },
+    "export/onnx_embed.py": ("export/test_onnx.py", "embed.py"),
     "modalities/base.py": ("modalities/test_modalities.py", "Modality"),
     "modalities/image.py": ("modalities/test_pictures.py", "ImageModality"),
     "modalities/image_transforms.py": ("modalities/test_modalities.py", "random_crops_are_torchvisions"),
     "modalities/library.py": ("models/test_library_pictures.py", "modalities.library"),
     "modalities/parts.py": ("modalities/test_pictures.py", "modalities.parts"),
+    "models/bare.py": ("export/test_safetensors.py", "mmcontrast_model.json"),
     "models/base.py": ("test_model.py", "Tower"),
     "models/compose.py": ("models/test_towers.py", "make_model"),
     "models/contrastive.py": ("test_model.py", "ContrastiveModel"),
@@ -93,6 +105,8 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "training/cost.py": ("test_plan.py", "training.cost"),
     "training/data.py": ("training/test_sources.py", "what_does_not_go_together_is_refused"),
     "training/distributed.py": ("distributed/test_data_parallel.py", "torch.distributed.run"),
+    "training/evaluations.py": ("training/test_epochs.py", "train.patience"),
+    "training/held_out.py": ("data/test_held_out.py", "held_out"),
     "training/job.py": ("training/test_training.py", "make_job"),
     "training/log.py": ("training/test_training.py", "training.log"),
     "training/loop.py": ("training/test_training.py", "train("),
