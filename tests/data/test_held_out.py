@@ -280,6 +280,9 @@ def test_splits_name_what_is_held_out(config_file, corpus, tmp_path):
         ([*share, both, "evaluation.splits={val: held_out}"], "of which source. There is held_out:a, held_out:b"),
         ([*share, "evaluation.splits={val: held_out:c}"], "of which source. There is held_out$"),
         ([f"evaluation.splits={{val: {{shards: '{train_shards}', held_out: 0.1}}}}"], "would be trained on"),
+        ([f"evaluation.splits={{val: {{shards: ['{train_shards}'], held_out: '0.4'}}}}", *share], "would be trained on"),
+        ([*share, "evaluation.splits={val: {shards: x.tar, held_out: much}}"], "held_out: .*valid number"),
+        (["data.held_out=much"], "data.held_out: .*valid number"),
         (["data.held_out=1.5"], "data.held_out: .*less than 1"),
         (["data.held_out=0"], "data.held_out: .*greater than 0"),
     ):
