@@ -204,7 +204,8 @@ def embed_dataset(
         progress.remove_task(task)
     model.train(was_training)
     if bad:
-        logger.warning("%s: %d samples cannot be decoded and are left out, as %s", name or label, len(bad), bad[0]["error"])
+        number = f"{len(bad)} of {len(positions)} samples"
+        logger.warning("%s: %s cannot be decoded and are left out, as %s", name or label, number, bad[0]["error"])
     return EmbeddingTable(
         {field: torch.cat(parts) for field, parts in fields.items()},
         {field: torch.cat(parts) for field, parts in present.items()},

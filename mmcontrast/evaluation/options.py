@@ -141,7 +141,8 @@ class EvaluationOptions(Options):
 
     Attributes:
         splits: by the split's name: shards; or a mapping of `shards`, `keys` and `files`, as a source of `data.train`; or a
-            folder in CLIP_benchmark's layout, which says itself what it is for.
+            folder in CLIP_benchmark's layout, which says itself what it is for; of a config also `held_out`, what
+            `data.held_out` holds out.
         pairs: retrieve every field by every other.
         retrieval: further tasks by name.
         languages: tasks of consistency over languages by name.
@@ -154,7 +155,8 @@ class EvaluationOptions(Options):
         scoring: retrieval: what scores are made of cosines, against hubs: csls, inverted_softmax, margin.
         geometry: alignment, uniformity, modality gap, hubness, effective rank.
         resamples: of the bootstrap behind each interval; 0: no intervals.
-        best: the result by which the best checkpoint is chosen.
+        best: the result by which the best checkpoint is chosen, and `train.patience` counts; default: the mean recall at the
+            first k of the first split.
         report_split: whose samples the page shows; default: the first.
         batch_size, num_workers: of embedding.
     """

@@ -1,5 +1,6 @@
 """The evaluation of what `data.held_out` holds out: splits that name it, or one for each source if no split is named."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,5 +67,18 @@ def _sources(train: Any, fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 
 
 def _trained_on(shards: Mapping[str, Any], sources: Mapping[str, Any], share: Any) -> bool:
-    same = any(shards.get("shards") == source.get("shards") for source in sources.values())
-    return same and (not isinstance(share, float) or share < shards[HELD_OUT])
+    """Return whether samples of a split that is held out of what is trained on are trained on."""
+    same = any(_patterns(shards.get("shards")) == _patterns(source.get("shards")) for source in sources.values())
+    return same and (share is None or _number(share) < _number(shards[HELD_OUT]))
+
+
+def _patterns(shards: Any) -> Any:
+    return [shards] if isinstance(shards, str) else shards
+
+
+def _number(value: Any) -> float:
+    """Return a number as it stands in a file, NaN if it is none, which is refused later."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

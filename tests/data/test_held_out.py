@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import tempfile
 from collections import defaultdict
 
 import datasets
@@ -13,17 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mmcontrast.config import load_config
 from mmcontrast.data import ShardDataset, ShardOptions, all_batches, open_dataset
-from mmcontrast.data.held_out import Part, divide, joined
+from mmcontrast.data.held_out import Part, divide, hashes_of, joined
 from mmcontrast.data.index import open_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
 from mmcontrast.runs import make_job
+from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training.data import make_training_data
 from tests.command import train
 from tests.results import results_of
@@ -163,6 +165,36 @@ def test_chains_are_joined_as_a_search_joins_them(links):
     assert joined(first, second).tolist() == [least(a) for a, _ in links]
 
 
+@given(st.data())
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_that_belong_together_have_one_hash_over_several_tables(data):
+    """Rows of one group; of those without one, rows of one key or one picture; tables in any order, with any types."""
+    small = st.integers(0, 6)
+    row = st.tuples(st.none() | small, small, st.none() | small)
+    tables = data.draw(st.lists(st.lists(row, min_size=1, max_size=12), min_size=1, max_size=3))
+    with tempfile.TemporaryDirectory() as folder:
+        for number, rows in enumerate(tables):
+            groups, keys, pictures = zip(*rows, strict=True)
+            group_type = data.draw(st.sampled_from([pa.int64(), pa.float64(), pa.string()]))
+            columns = {
+                "group_id": pa.array(groups, pa.int64()).cast(group_type),
+                "key": pa.array([f"k{k}" for k in keys]),
+                "image": pa.array([None if p is None else f"{p}.png" for p in pictures], pa.string()),
+            }
+            pq.write_table(pa.table(columns), f"{folder}/{number}.parquet")
+        order = data.draw(st.permutations(range(len(tables))))
+        found = hashes_of(open_shards([f"{folder}/{number}.parquet" for number in order]), ["image"])
+        rows = [row for number in order for row in tables[number]]
+        for (group, key, picture), one in zip(rows, found, strict=True):
+            for (other_group, other_key, other_picture), other in zip(rows, found, strict=True):
+                if group is not None or other_group is not None:
+                    together = group == other_group
+                else:
+                    together = key == other_key or (picture is not None and picture == other_picture)
+                assert one == other or not together
+        assert len(set(found.tolist())) >= len({group for group, _, _ in rows if group is not None})
+
+
 def test_without_ids_the_key_decides_whatever_the_shards_are(tmp_path):
     samples = [{"__key__": f"k{k}", "txt": f"c{k}", "png": png(k)} for k in range(NUMBER)]
     one, other = (
@@ -248,6 +280,9 @@ def test_splits_name_what_is_held_out(config_file, corpus, tmp_path):
         ([*share, both, "evaluation.splits={val: held_out}"], "of which source. There is held_out:a, held_out:b"),
         ([*share, "evaluation.splits={val: held_out:c}"], "of which source. There is held_out$"),
         ([f"evaluation.splits={{val: {{shards: '{train_shards}', held_out: 0.1}}}}"], "would be trained on"),
+        ([f"evaluation.splits={{val: {{shards: ['{train_shards}'], held_out: '0.4'}}}}", *share], "would be trained on"),
+        ([*share, "evaluation.splits={val: {shards: x.tar, held_out: much}}"], "held_out: .*valid number"),
+        (["data.held_out=much"], "data.held_out: .*valid number"),
         (["data.held_out=1.5"], "data.held_out: .*less than 1"),
         (["data.held_out=0"], "data.held_out: .*greater than 0"),
     ):
@@ -279,7 +314,7 @@ def test_several_sources_have_a_split_each(config_file, corpus):
 
 def test_a_run_is_evaluated_on_what_it_was_not_trained_on(config_file, tmp_path):
     options = ["data.held_out=0.3", "evaluation.splits={}", "evaluation.geometry=false", "data.record_samples=true"]
-    done = train(config_file, *options, "train.steps=10")
+    done = train(config_file, *options, "train.steps=5")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
     config = load_config(run / "config.yaml")
@@ -287,7 +322,11 @@ def test_a_run_is_evaluated_on_what_it_was_not_trained_on(config_file, tmp_path)
     held_out = {job.eval_datasets["held_out"].sample_id(k) for k in range(len(job.eval_datasets["held_out"]))}
     seen = {number for line in (run / "samples.jsonl").read_text().splitlines() for number in json.loads(line)["ids"]}
     assert held_out and not held_out & seen and len(held_out) + len(job.dataset) == 96
-    assert results_of(run)["held_out/retrieval/image_to_text/num_queries"] == len(held_out)
-    refused = train(config_file, *options, "data.held_out=0.4", "--resume", "train.steps=12")
+    results = results_of(run)
+    assert results["held_out/retrieval/image_to_text/num_queries"] == len(held_out)
+    again = run_suite(str(run), open_suite(str(run), None, ["resamples=0"], tmp_path / "again")).values  # by another command
+    assert again.keys() == results.keys()
+    assert all(again[name] == pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in results.items())
+    refused = train(config_file, *options, "data.held_out=0.4", "--resume", "train.steps=7")
     message = " ".join(refused.stderr.split())
     assert refused.returncode == 2 and "cannot resume" in message and "(data.held_out was 0.3, is 0.4)" in message
