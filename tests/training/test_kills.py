@@ -2,10 +2,7 @@
 
 import json
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +10,12 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 from mmcontrast.training import checkpoint
+from tests import command
 
-ROOT = Path(__file__).parent.parent.parent
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
 CONVNEXT = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})  # without batch norms, which see ranks apart
+STEPS = 75
 SETTINGS = [
-    "train.steps=150", "train.checkpoint_every=3", "train.warmup_steps=20", "train.lr=1e-3", "data.num_workers=1",
+    f"train.steps={STEPS}", "train.checkpoint_every=3", "train.warmup_steps=20", "train.lr=1e-3", "data.num_workers=1",
     "data.lanes=4", "data.record_samples=true", "evaluation.splits={}", "evaluation.zero_shot={}",
     f"towers.image={CONVNEXT}", f"towers.audio={CONVNEXT}",
     "fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200",
@@ -26,24 +23,25 @@ SETTINGS = [
 DROPOUT = "towers.text.config.hidden_dropout_prob=0.1"
 
 
-def start(config_file, ranks, *options):
-    launcher = TORCHRUN if ranks == 2 else ()
-    command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(config_file), *SETTINGS, *options]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def start(config_file, ranks, *options, real=False):
+    """Return the processes: forks, one for each rank; or in `real` a new interpreter, which is torchrun if there are two."""
+    words = ("train", config_file, *SETTINGS, *options)
+    return [command.start(*words, ranks=ranks, real=True)] if real else command.start_ranks(*words, ranks=ranks)
 
 
-def finish(process):
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
+def finish(processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-3000:]
 
 
-def kill(process, run, moment, chooser):
+def kill(processes, run, moment, chooser):
     """At a step, or while a checkpoint is being written, from `moment` on."""
     writing = chooser.random() < 0.5
     deadline = time.monotonic() + 600
     try:
         while True:
-            assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()[-3000:]
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
             last = checkpoint.complete(run / "checkpoints")[-1:]
             step = int(last[0].name[-8:]) if last else 0
             partial = writing and step < moment + 12 and not list((run / "checkpoints").glob(".*.partial"))
@@ -53,12 +51,14 @@ def kill(process, run, moment, chooser):
         if not writing:
             time.sleep(chooser.random() * 0.1)
     finally:
-        process.kill()  # torchrun alone, if it is there: its ranks go with it
-        process.communicate()
+        for process in processes:
+            process.kill()  # torchrun alone, if it is there: its ranks go with it
+        for process in processes:
+            process.communicate()
 
 
 def end_of(run):
-    last = run / "checkpoints" / "step-00000150"
+    last = run / "checkpoints" / f"step-{STEPS:08d}"
     weights = {
         f"{file.name}/{name}": tensor for file in sorted(last.glob("*.safetensors")) for name, tensor in load_file(file).items()
     }
@@ -77,15 +77,16 @@ def test_ten_kills(config_file, tmp_path, ranks):
     finish(start(config_file, ranks, *options, "run.name=whole"))
     chooser = random.Random(ranks)
     run = tmp_path / "runs" / "killed"
-    moments = sorted([3, 4, *(chooser.randrange(5, 110) for _ in range(8))])
+    moments = sorted([3, 4, *(chooser.randrange(5, 50) for _ in range(8))])
     for number, moment in enumerate(moments):
-        process = start(config_file, ranks, *options, "run.name=killed", *(["--resume"] if number else []))
-        kill(process, run, moment, chooser)
+        resume = ["--resume"] if number else []
+        processes = start(config_file, ranks, *options, "run.name=killed", *resume, real=number in (0, 5))
+        kill(processes, run, moment, chooser)
     finish(start(config_file, ranks, *options, "run.name=killed", "--resume"))
     (whole, seen), (killed, seen_again) = end_of(tmp_path / "runs" / "whole"), end_of(run)
-    assert seen == seen_again and len(seen.splitlines()) == 150
+    assert seen == seen_again and len(seen.splitlines()) == STEPS
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, STEPS + 1))
     assert len(whole) == len(killed) and (ranks == 2 or any(name.startswith("objective/") for name in whole))
     for name, tensor in whole.items():
         if ranks == 1:
@@ -100,7 +101,7 @@ def test_other_numbers_of_ranks(config_file, tmp_path):
     finish(start(config_file, 2, "train.lr=1e-4", "run.name=whole"))
     chooser = random.Random(0)
     run = tmp_path / "runs" / "killed"
-    for ranks, moment, resume in ((2, 40, []), (1, 90, ["--resume"])):
+    for ranks, moment, resume in ((2, 20, []), (1, 45, ["--resume"])):
         kill(start(config_file, ranks, "train.lr=1e-4", "run.name=killed", *resume), run, moment, chooser)
     finish(start(config_file, 2, "train.lr=1e-4", "run.name=killed", "--resume"))
     (whole, seen), (killed, seen_again) = end_of(tmp_path / "runs" / "whole"), end_of(run)
