@@ -84,9 +84,13 @@ def _write_its_own(model: ContrastiveModel, names: list[str], folder: Path) -> l
             raise UserError(
                 f"field {name!r}: a {type(network).__name__} has no place for the projection that follows its tower"
             )
-    dual = sum(hasattr(network, f"get_{kind}_features") for kind in ("image", "audio", "text")) > 1
-    if dual and len(names) < len(model.towers):
-        raise UserError(f"a {type(network).__name__} is exported whole: leave out --fields")
+    its_own = {kind for kind in ("image", "audio", "text") if hasattr(network, f"get_{kind}_features")}
+    dual = len(its_own) > 1
+    if dual and (sorted(its_own) != sorted(kind_of(model, name) for name in names)):
+        fields = ",".join(name for name in model.modalities if kind_of(model, name) in its_own)
+        raise UserError(f"a {type(network).__name__} is exported whole, and alone: --fields {fields}")
+    if any(type(one) is not type(network) for one in networks):
+        raise UserError(f"{', '.join(names)}: towers of different models of transformers are no one model: export onnx")
     if dual:
         network = type(network)(network.config)
         tensors |= _scores(model, names, model.origin.rest, network.state_dict())

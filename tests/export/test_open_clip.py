@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import mmcontrast
+from mmcontrast.cli import app
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import PARITY, export_model
+from mmcontrast.suites import open_suite, run_suite
+from tests.export.blends import runs
 from tests.export.models import TIMM, run
 from tests.models.samples import TEXTS, pictures
 from tests.models.test_open_clip import MODELS, save
@@ -68,8 +72,8 @@ COMPOSED = {
     "shorter texts": {"fields__text__modality__context_length": 12},
     "batch norm": {"towers__image__model": "test_efficientnet", "model__scale_per_pair": True},
     "folded": {
-        "towers__image": {"type": "open_clip", "model": "ViT-S-32-alt", "part": "image"},
-        "fields__image__modality__size": 224,
+        "towers__image": {"type": "open_clip", "model": "tiny-clip", "part": "image"},
+        "fields__image__modality__size": 32,
     },
 }
 
@@ -108,8 +112,8 @@ def test_what_open_clip_cannot_express_is_refused_and_leaves_nothing(tmp_path):
             "fields__text__modality__context_length": 12,
         },
         "QuickGELU": {
-            "towers__image": {"type": "open_clip", "model": "ViT-S-32-alt", "part": "image", "force_quick_gelu": True},
-            "fields__image__modality__size": 224,
+            "towers__image": {"type": "open_clip", "model": "tiny-clip", "part": "image", "force_quick_gelu": True},
+            "fields__image__modality__size": 32,
         },
     }
     for number, (reason, options) in enumerate(refused.items()):
@@ -192,3 +196,20 @@ def test_low_rank_updates_are_merged(tmp_path):
     torch.testing.assert_close(attention.in_proj_weight.detach(), expected)
     assert not any("parametrizations" in name for name in merged.state_dict())
     torch.testing.assert_close(mmcontrast.Embedder(merged, "run", "cpu").embed(texts=TEXTS), embeddings)
+
+
+def test_the_command_and_its_card(config_file, corpus, tmp_path):
+    """A run that was evaluated: its results and their intervals are in the card, and the fields that do not fit are named."""
+    source = runs(config_file, corpus, 1)[0]
+    run_suite(str(source), open_suite(str(source), None, (), None), device="cpu", cached=False)
+    out, invoke = tmp_path / "out", CliRunner().invoke
+    done = invoke(app, ["export", str(source), str(out), "--format", "open_clip"])
+    assert done.exit_code == 2 and "these have 1" in done.output and not out.exists()
+    data = str(corpus / "val-*.tar")
+    done = invoke(app, ["export", str(source), str(out), "--format", "safetensors", "--data", data, "--samples", "5"])
+    assert done.exit_code == 0, done.output
+    card, results = (out / "README.md").read_text(), json.loads((source / "results.json").read_text())["results"]
+    name = "new/retrieval/image_to_text/recall_at_1"
+    assert f"| {name} | {results[name]['value']:.3f} | {results[name]['low']:.3f} – {results[name]['high']:.3f} |" in card
+    parity = json.loads((out / PARITY).read_text())
+    assert parity["samples"] == data and parity["fields"]["image"] == {"samples": 5, "largest_difference": 0.0}
