@@ -6,6 +6,7 @@ import json
 import open_clip
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -16,9 +17,10 @@ from mmcontrast.errors import UserError
 from mmcontrast.export.folder import PARITY, export_model
 from mmcontrast.suites import open_suite, run_suite
 from tests.export.blends import runs
-from tests.export.models import TIMM, run
-from tests.models.samples import TEXTS, pictures
+from tests.export.models import TIMM, perturbed, run
+from tests.models.samples import TEXTS, pictures, tokenizer
 from tests.models.test_open_clip import MODELS, save
+from tests.models.test_transformers import WORDS
 
 
 def outputs(folder, files):
@@ -213,3 +215,40 @@ def test_the_command_and_its_card(config_file, corpus, tmp_path):
     assert f"| {name} | {results[name]['value']:.3f} | {results[name]['low']:.3f} – {results[name]['high']:.3f} |" in card
     parity = json.loads((out / PARITY).read_text())
     assert parity["samples"] == data and parity["fields"]["image"] == {"samples": 5, "largest_difference": 0.0}
+
+
+def test_a_text_tower_of_transformers_by_its_folder(tmp_path):
+    network = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", **WORDS))
+    perturbed(network)
+    network.save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    text = {"type": "text", "tokenizer": str(tmp_path / "bert"), "context_length": 16}
+    for pooling, projection in (("mean", "linear"), ("first", "none")):
+        tower = {"type": "transformers", "model": str(tmp_path / "bert"), "pretrained": True, "pooling": pooling}
+        options = {"towers__text": tower, "fields__text__modality": text}
+        options |= {"model__projection": {"text": projection}, "model__embed_dim": 32}
+        source = run(tmp_path / f"run-{pooling}", changed(**options))
+        export_model(source, tmp_path / pooling, "open_clip")
+        _, texts, _, _ = outputs(tmp_path / pooling, pictures_of(tmp_path))
+        torch.testing.assert_close(texts, mmcontrast.load(source).embed(texts=TEXTS), atol=1e-5, rtol=0)
+    assert "must be there where the folder is opened" in (tmp_path / "mean" / "README.md").read_text()
+    last = changed(towers__text=tower | {"pooling": "last"}, fields__text__modality=text)
+    with pytest.raises(UserError, match="pooling last"):
+        export_model(run(tmp_path / "last", last), tmp_path / "out", "open_clip")
+
+
+def pictures_of(folder):
+    return sorted((folder / "pictures").iterdir())[:1] if (folder / "pictures").exists() else pictures(folder)[:1]
+
+
+def test_an_architecture_with_a_checkpoint_of_its_own(tmp_path):
+    torch.manual_seed(3)
+    whole = open_clip.create_model("tiny-clip").eval()
+    perturbed(whole, 0.02)
+    torch.save(whole.state_dict(), tmp_path / "epoch.pt")
+    export_model("tiny-clip", tmp_path / "out", "open_clip", pretrained=str(tmp_path / "epoch.pt"))
+    tensors = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    for name, value in whole.state_dict().items():  # by the architecture's own names: it opens as its checkpoint too
+        torch.testing.assert_close(tensors[name], value)
+    again = mmcontrast.load("tiny-clip", pretrained=tmp_path / "out" / "open_clip_model.safetensors")
+    assert torch.equal(again.embed(texts=TEXTS), mmcontrast.load(tmp_path / "out").embed(texts=TEXTS))
