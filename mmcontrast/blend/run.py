@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmcontrast.blend.curve import (
@@ -71,7 +72,7 @@ def blend_models(
         return _curve(names, states, evaluate_state, out, metrics)
     made = _made(states, alpha, soup, metrics, evaluate_state)
     load_state(embedder.model, made.state)
-    embedder.model, embedder.device = embedder.model.to("cpu"), embedder.device.__class__("cpu")
+    embedder.model, embedder.device = embedder.model.to("cpu"), torch.device("cpu")
     shown = [Path(name).absolute().name if Path(name).exists() else name for name in names]
     recipe = f"a soup ({soup}) of {', '.join(shown[number] for number in made.members)}"
     if alpha is not None:

@@ -16,6 +16,7 @@ from mmcontrast.export.card import write_card
 from mmcontrast.export.parity import HALF_TOLERANCE, TOLERANCE, measure
 from mmcontrast.export.parts import chosen_fields, plain_model
 from mmcontrast.export.samples import Samples, given_samples, made_samples
+from mmcontrast.libraries import library_errors
 from mmcontrast.strict_json import dumps
 
 PARITY = "parity.json"
@@ -102,11 +103,11 @@ def write_export(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        said = writer.write(embedder.model, chosen, partial, **options)
-        reopened = writer.reopen(partial, chosen, embedder.model)
-        parity = {"format": kind, "model": embedder.name}
         tolerance = HALF_TOLERANCE if options.get("fp16") else TOLERANCE
-        parity |= measure(embedder, chosen, tried, reopened, tolerance)
+        parity = {"format": kind, "model": embedder.name}
+        with library_errors(f"{embedder.name} as {kind}"):
+            said = writer.write(embedder.model, chosen, partial, **options)
+            parity |= measure(embedder, chosen, tried, writer.reopen(partial, chosen, embedder.model), tolerance)
         (partial / PARITY).write_text(dumps(parity, indent=1), encoding="utf-8")
         write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, [*notes, *said], run)
         replace_folder(partial, out)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from mmcontrast.errors import UserError
 from mmcontrast.export.open_clip import Half, image_half, preprocess_config, text_half
 from mmcontrast.export.parity import Reopened, opened_pictures, unit
-from mmcontrast.export.parts import image_and_text, kind_of, scale_and_bias, unused
+from mmcontrast.export.parts import image_and_text, kind_of, origin_of, scale_and_bias, unused
 from mmcontrast.libraries import opening
 from mmcontrast.modalities import AudioModality, TextModality
 from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.modalities.text import OPEN_CLIP, open_clip_tokenizer
-from mmcontrast.models import ContrastiveModel, OpenClipTextTower, OpenClipTower, TransformersTower
+from mmcontrast.models import ContrastiveModel, OpenClipTextTower, OpenClipTower, Origin, TransformersTower
 from mmcontrast.models.transformers import FULL_LENGTH, UNBOUNDED, positions_of
 
 USAGE = """\
@@ -57,8 +57,9 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     Raises:
         UserError: for what transformers has no model of.
     """
-    if model.origin and model.origin.library == "transformers":
-        return _write_its_own(model, names, folder)
+    origin = origin_of(model, names)
+    if origin and origin.library == "transformers":
+        return _write_its_own(model, names, folder, origin)
     towers = [type(model.towers[model.tower_of[name]]) for name in names]
     if all(issubclass(tower, OpenClipTower | OpenClipTextTower) for tower in towers):
         return _write_clip(model, names, folder)
@@ -71,12 +72,11 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     raise UserError(f"transformers has no model of a {shown}: export open_clip, onnx or safetensors")
 
 
-def _write_its_own(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
+def _write_its_own(model: ContrastiveModel, names: list[str], folder: Path, origin: Origin) -> list[str]:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    assert model.origin
     networks: list[Any] = [model.towers[model.tower_of[name]].network for name in names]
-    network, tensors = networks[0], dict(model.origin.rest)
+    network, tensors = networks[0], dict(origin.rest)
     for one in networks:
         tensors |= one.state_dict()
     for name in names:
@@ -84,12 +84,16 @@ def _write_its_own(model: ContrastiveModel, names: list[str], folder: Path) -> l
             raise UserError(
                 f"field {name!r}: a {type(network).__name__} has no place for the projection that follows its tower"
             )
-    dual = sum(hasattr(network, f"get_{kind}_features") for kind in ("image", "audio", "text")) > 1
-    if dual and len(names) < len(model.towers):
-        raise UserError(f"a {type(network).__name__} is exported whole: leave out --fields")
+    its_own = {kind for kind in ("image", "audio", "text") if hasattr(network, f"get_{kind}_features")}
+    dual = len(its_own) > 1
+    if dual and (sorted(its_own) != sorted(kind_of(model, name) for name in names)):
+        fields = ",".join(name for name in model.modalities if kind_of(model, name) in its_own)
+        raise UserError(f"a {type(network).__name__} is exported whole, and alone: --fields {fields}")
+    if any(type(one) is not type(network) for one in networks):
+        raise UserError(f"{', '.join(names)}: towers of different models of transformers are no one model: export onnx")
     if dual:
         network = type(network)(network.config)
-        tensors |= _scores(model, names, model.origin.rest, network.state_dict())
+        tensors |= _scores(model, names, origin.rest, network.state_dict())
         network.load_state_dict(tensors)
         tensors = network.state_dict()
     network.eval().save_pretrained(folder, state_dict=tensors)
@@ -137,7 +141,8 @@ def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     image, text = image_and_text(model, names, "a CLIPModel")
-    config = model.origin.config.get("model_cfg", {}) if model.origin else {}
+    origin = origin_of(model, names)
+    config = origin.config.get("model_cfg", {}) if origin else {}
     visual = image_half(model, image, config.get("vision_cfg"))
     textual = text_half(model, text, config.get("text_cfg"))
     log_scale, bias = scale_and_bias(model, names)
@@ -174,7 +179,7 @@ def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list
     tensors["text_projection.weight"] = textual.tensors["text_projection"].T
     network.load_state_dict(tensors | {"logit_scale": log_scale})
     network.save_pretrained(folder)
-    prepare = preprocess_config(model, model.modality(image))
+    prepare = preprocess_config(origin, model.modality(image))
     whole = {"height": size, "width": size}
     shortest = prepare["resize_mode"] == "shortest"
     pictures = CLIPImageProcessor(
@@ -332,7 +337,8 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
     log_scale = state.get("logit_scale", state.get("logit_scale_a")) if len(names) > 1 else None
     bias = state.get("logit_bias")
     scores = (None if log_scale is None else log_scale.exp().item(), None if bias is None else bias.item())
-    if model.origin and model.origin.library == "transformers":
+    origin = origin_of(model, names)
+    if origin and origin.library == "transformers":
         return Reopened(embed, *scores)
     image = image_and_text(model, names, "a CLIPModel")[0]
     return Reopened(embed, *scores, lambda values: prepared(image, values)[0]["pixel_values"], images.image_std)

@@ -21,7 +21,7 @@ from mmcontrast.export import onnx_embed
 from mmcontrast.export.huggingface import clip_tokenizer
 from mmcontrast.export.open_clip import preprocess_config
 from mmcontrast.export.parity import Reopened
-from mmcontrast.export.parts import kind_of, scale_and_bias, unused
+from mmcontrast.export.parts import kind_of, origin_of, scale_and_bias, unused
 from mmcontrast.modalities import PADDING, AudioModality, ImageModality, TextModality, VectorModality
 from mmcontrast.modalities.image import LIBRARIES
 from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
@@ -150,7 +150,8 @@ def _pictures(model: ContrastiveModel, name: str, modality: ImageModality) -> di
     Raises:
         UserError: for a way that has no words here.
     """
-    library = model.origin.library if model.origin else ""
+    origin = origin_of(model, [name])
+    library = origin.library if origin else ""
     if not isinstance(modality, LibraryImages):
         background = None if modality.background in LIBRARIES else list(modality.colour)
         found: dict[str, Any] = {"resize": modality.size, "crop": [modality.size] * 2, "interpolation": "bicubic"}
@@ -158,7 +159,7 @@ def _pictures(model: ContrastiveModel, name: str, modality: ImageModality) -> di
     common: dict[str, Any] = {"channels": 3, "background": None}
     prepare: Any = modality.prepare
     if library == "open_clip":
-        config = preprocess_config(model, modality)
+        config = preprocess_config(origin, modality)
         side = modality(modality.collate([modality.blank()])).shape[-2:]
         if config["resize_mode"] in ("shortest", "squash") and (config["resize_mode"] == "squash" or side[0] == side[1]):
             found = (

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
 from mmcontrast.export.parity import Reopened, opened_pictures
-from mmcontrast.export.parts import copied, image_and_text, projection_of, scale_and_bias, tower_options, unused
+from mmcontrast.export.parts import copied, image_and_text, origin_of, projection_of, scale_and_bias, tower_options, unused
 from mmcontrast.libraries import library_messages, opening, weights_follow
 from mmcontrast.modalities import ImageModality, Modality, TextModality
 from mmcontrast.modalities.library import LibraryImages, LibraryTexts
 from mmcontrast.modalities.text import OPEN_CLIP
-from mmcontrast.models import ContrastiveModel, OpenClipTextTower, OpenClipTower, TimmTower, Tower, TransformersTower
+from mmcontrast.models import ContrastiveModel, OpenClipTextTower, OpenClipTower, Origin, TimmTower, Tower, TransformersTower
 from mmcontrast.models.open_clip import OPEN_CLIP_CONFIG, model_config
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -66,8 +66,9 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     """
     image, text = image_and_text(model, names, "open_clip")
     whole: Mapping[str, Any] = {}
-    if model.origin and model.origin.library == "open_clip":
-        whole = model.origin.config["model_cfg"]
+    origin = origin_of(model, names)
+    if origin and origin.library == "open_clip":
+        whole = origin.config["model_cfg"]
     visual, textual = image_half(model, image, whole.get("vision_cfg")), text_half(model, text, whole.get("text_cfg"))
     log_scale, bias = scale_and_bias(model, names)
     quick = {half.quick_gelu for half in (visual, textual)} - {None}
@@ -88,9 +89,9 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     tensors = {f"visual.{key}": value for key, value in visual.tensors.items()}
     tensors |= {f"{prefix}{key}": value for key, value in textual.tensors.items()}
     tensors |= {"logit_scale": log_scale.reshape(shape)} | ({} if bias is None else {"logit_bias": bias.reshape(shape)})
-    tensors |= dict(model.origin.rest) if whole and model.origin else {}
+    tensors |= dict(origin.rest) if whole and origin else {}
     config["text_cfg"], notes = _with_tokenizer(model.modality(text), textual.config, folder)
-    about = {"model_cfg": config, "preprocess_cfg": preprocess_config(model, model.modality(image))}
+    about = {"model_cfg": config, "preprocess_cfg": preprocess_config(origin, model.modality(image))}
     (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(about, indent=2), encoding="utf-8")
     save_file(copied(tensors), folder / WEIGHTS, {"format": "pt"})
     return [*visual.notes, *textual.notes, *notes]
@@ -107,7 +108,7 @@ def image_half(model: ContrastiveModel, name: str, config: Mapping[str, Any] | N
     tower, options = model.towers[model.tower_of[name]], tower_options(model, name)
     projection, where = projection_of(model, name), f"field {name!r}"
     if isinstance(tower, OpenClipTower) and tower.part == "image":
-        config = dict(config or model_config(str(options["model"]))["vision_cfg"])
+        config = dict(config or _config_of(model, name, options)["vision_cfg"])
         config.pop("timm_model_pretrained", None)
         size = getattr(tower.network, "image_size", config.get("image_size"))
         config["image_size"] = size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
@@ -116,6 +117,14 @@ def image_half(model: ContrastiveModel, name: str, config: Mapping[str, Any] | N
     if not isinstance(tower, TimmTower) or not options:
         raise UserError(f"{where}: open_clip has no tower like its {type(tower).__name__}: give it one of timm or open_clip")
     return _timm_half(model, name, tower, options, projection)
+
+
+def _config_of(model: ContrastiveModel, name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `model_cfg` of the model that a tower is a half of: of a start, or of the name in its options."""
+    origin = origin_of(model, [name])
+    if origin and origin.library == "open_clip":
+        return origin.config["model_cfg"]
+    return model_config(str(options["model"]))
 
 
 def _timm_half(model: ContrastiveModel, name: str, tower: TimmTower, options: Mapping[str, Any], projection: nn.Module) -> Half:
@@ -168,7 +177,7 @@ def text_half(model: ContrastiveModel, name: str, config: Mapping[str, Any] | No
     tower, options = model.towers[model.tower_of[name]], tower_options(model, name)
     projection, where = projection_of(model, name), f"field {name!r}"
     if isinstance(tower, OpenClipTower) and tower.part == "text":
-        config = dict(config or model_config(str(options["model"]))["text_cfg"])
+        config = dict(config or _config_of(model, name, options)["text_cfg"])
         config.pop("hf_model_pretrained", None)
         tensors = folded(tower.network, projection, where)
         if tower.masks:
@@ -268,10 +277,10 @@ def _quick(network: nn.Module) -> bool:
     return any(type(module).__name__ == "QuickGELU" for module in network.modules())
 
 
-def preprocess_config(model: ContrastiveModel, modality: Modality) -> dict[str, Any]:
+def preprocess_config(origin: Origin | None, modality: Modality) -> dict[str, Any]:
     """Return open_clip's `preprocess_cfg`: that of the model, or what says the same as our pictures' options."""
-    if isinstance(modality, LibraryImages) and model.origin and "preprocess_cfg" in model.origin.config:
-        known = dict(model.origin.config["preprocess_cfg"])
+    if isinstance(modality, LibraryImages) and origin and "preprocess_cfg" in origin.config:
+        known = dict(origin.config["preprocess_cfg"])
         return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items() if key != "size"}
     assert isinstance(modality, ImageModality)
     return {"mean": modality.mean, "std": modality.std, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -319,6 +328,7 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
 
     bias = None if whole.logit_bias is None else whole.logit_bias.item()
     scale = whole.logit_scale.exp().item()
-    if model.origin and model.origin.library == "open_clip":  # pictures of any mode, and no pixel apart
+    origin = origin_of(model, names)
+    if origin and origin.library == "open_clip":  # pictures of any mode, and no pixel apart
         return Reopened(embed, scale, bias)
     return Reopened(embed, scale, bias, pixels, whole.visual.preprocess_cfg["std"])

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
-from mmcontrast.models import ContrastiveModel
+from mmcontrast.models import ContrastiveModel, Origin
 
 KINDS: dict[type[Modality], str] = {
     ImageModality: "image",
@@ -90,6 +90,13 @@ def embed_prepared(model: ContrastiveModel, field: str, prepared: Tensor) -> Ten
 
 def projection_of(model: ContrastiveModel, field: str) -> nn.Module:
     return model.projections[model.tower_of[field]]
+
+
+def origin_of(model: ContrastiveModel, names: Sequence[str]) -> Origin | None:
+    """Return where some fields came from: where the model did, or the one model that it began with, if all of them are its."""
+    origin = model.origin
+    starts = [origin.starts.get(model.tower_of[name]) for name in names] if origin else []
+    return starts[0] if starts and starts[0] and all(one is starts[0] for one in starts) else origin
 
 
 def tower_options(model: ContrastiveModel, field: str) -> dict[str, Any]:

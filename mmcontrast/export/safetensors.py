@@ -11,10 +11,10 @@ from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.export import huggingface, open_clip
 from mmcontrast.export.parity import Reopened
-from mmcontrast.export.parts import copied, kind_of, scale_and_bias, unused
+from mmcontrast.export.parts import copied, kind_of, origin_of, scale_and_bias, unused
 from mmcontrast.modalities import ImageModality, TextModality
 from mmcontrast.modalities.text import OPEN_CLIP
-from mmcontrast.models import ContrastiveModel, Tower, TransformersTower, open_model
+from mmcontrast.models import ContrastiveModel, Origin, Tower, TransformersTower, open_model
 from mmcontrast.models.bare import BARE_CONFIG, BARE_WEIGHTS, FORMAT, LIBRARY
 from mmcontrast.models.open_clip import model_config, quick_gelu
 from mmcontrast.options import Component
@@ -40,7 +40,13 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     if model.origin is None:
         raise UserError("nothing says how this model was made: open it by mmcontrast.load, or compose it of a config")
     about: dict[str, Any] = {"format": FORMAT}
-    if model.origin.library == "mmcontrast":
+    origin = origin_of(model, names)
+    assert origin
+    if any(model.origin.starts.get(model.tower_of[name]) for name in names) and origin is model.origin:
+        whole = [name for name in names if model.tower_of[name] in model.origin.starts]
+        one = f", or --fields {','.join(whole)}" if len(whole) < len(names) else ""
+        raise UserError(f"this format holds a model that is composed, or one that it began with, not both: export onnx{one}")
+    if origin.library == "mmcontrast":
         parts, notes = _composed(model, names, folder)
         about |= parts
         used = {model.tower_of[name] for name in names}
@@ -51,19 +57,18 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
             tensors["log_logit_scale"] = log_scale.reshape(-1)
         save_file(copied(tensors), folder / BARE_WEIGHTS, {"format": "pt"})
     else:
-        about["library"] = {"folder": LIBRARY, "pooling": model.origin.pooling}
+        about["library"] = {"folder": LIBRARY, "pooling": origin.pooling}
         (folder / LIBRARY).mkdir()
-        notes = write_library(model, names, folder / LIBRARY)
+        notes = write_library(model, names, folder / LIBRARY, origin)
     (folder / BARE_CONFIG).write_text(dumps(about, indent=1), encoding="utf-8")
     return notes
 
 
-def write_library(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
+def write_library(model: ContrastiveModel, names: list[str], folder: Path, origin: Origin) -> list[str]:
     """Write a model of another library as that library's own folder."""
-    assert model.origin
-    if model.origin.library == "open_clip":
+    if origin.library == "open_clip":
         return open_clip.write(model, names, folder)
-    if model.origin.library == "transformers":
+    if origin.library == "transformers":
         return huggingface.write(model, names, folder)
     from timm.models import save_for_hf
 

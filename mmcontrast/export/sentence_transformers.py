@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
 from mmcontrast.export import huggingface
 from mmcontrast.export.parity import Reopened, opened_pictures, unit
-from mmcontrast.export.parts import kind_of, projection_of, unused
+from mmcontrast.export.parts import kind_of, origin_of, projection_of, unused
 from mmcontrast.libraries import opening
 from mmcontrast.modalities import TextModality
 from mmcontrast.modalities.library import LibraryTexts
@@ -72,9 +71,8 @@ def _text_encoder(model: ContrastiveModel, name: str, tower: TransformersTower, 
     assert isinstance(modality, TextModality)
     if isinstance(projection, nn.Sequential):
         raise UserError(f"field {name!r}: its mlp projection is exported as onnx or safetensors; projection: linear fits here")
-    tensors = network.state_dict() | (
-        dict(model.origin.rest) if model.origin and model.origin.library == "transformers" else {}
-    )
+    origin = origin_of(model, [name])
+    tensors = network.state_dict() | (dict(origin.rest) if origin and origin.library == "transformers" else {})
     network.save_pretrained(folder, state_dict=tensors)
     if isinstance(modality, LibraryTexts):
         tokenizer = unused(modality.tokenize.tokenizer)
@@ -123,7 +121,8 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
     log_scale, bias = state.get("logit_scale", state.get("logit_scale_a")), state.get("logit_bias")
     assert log_scale is not None
     scores = log_scale.exp().item(), None if bias is None else bias.item()
-    if model.origin and model.origin.library == "transformers":
+    origin = origin_of(model, names)
+    if origin and origin.library == "transformers":
         return Reopened(embed, *scores)
 
     processor: Any = opened[0].processor

@@ -23,6 +23,7 @@ class Origin:
         config: what its library makes it of: open_clip's `model_cfg` and `preprocess_cfg`; of a composed model `fields`,
             `towers` and `model`.
         rest: tensors of the library's model that no tower has, by their names there: CoCa's decoder, CLAP's second scale.
+        starts: of a composed model that began with others, where each tower of theirs came from, by the tower's name.
     """
 
     library: str
@@ -31,6 +32,7 @@ class Origin:
     pooling: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     rest: Mapping[str, Tensor] = field(default_factory=dict)
+    starts: Mapping[str, "Origin"] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         return self  # nothing of it changes

@@ -131,9 +131,9 @@ def test_models_of_libraries_are_blended_and_open_again(tmp_path):
 
 def test_what_is_no_pair_is_refused(config_file, corpus, tmp_path):
     base = run(tmp_path / "base", TIMM)
-    quick = {"type": "open_clip", "model": "ViT-S-32-alt", "part": "image"}
-    clip = changed(towers__image=quick, fields__image__modality__size=224)
-    other = changed(towers__image=quick | {"force_quick_gelu": True}, fields__image__modality__size=224)
+    quick = {"type": "open_clip", "model": "tiny-clip", "part": "image"}
+    clip = changed(towers__image=quick, fields__image__modality__size=32)
+    other = changed(towers__image=quick | {"force_quick_gelu": True}, fields__image__modality__size=32)
     cases = {
         "another architecture": (base, run(tmp_path / "depth", changed(towers__text__layers=1))),
         r"is \[20, 64\] in the former": (run(tmp_path / "wide", changed(model__embed_dim=24)), base),

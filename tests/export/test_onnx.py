@@ -75,10 +75,16 @@ def test_a_composed_model_of_three_fields_without_us(tmp_path):
     assert soundfile.info(asked["audio"][2]).frames > 0.8 * 16000  # one that is cut
 
 
+@pytest.mark.slow  # another case of the one above
 def test_siglip_of_open_clips_and_clip_of_transformers(tmp_path):
-    source = save(tmp_path / "siglip", "siglip")
+    source = save(tmp_path / "siglip", "clip")  # with what makes a SigLIP one: a bias, cleaned texts, a tokenizer of its own
+    config = json.loads((source / "open_clip_config.json").read_text())
+    config["model_cfg"] |= {"init_logit_bias": -10.0}
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "its own", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    config["preprocess_cfg"] |= {"resize_mode": "squash", "mean": [0.5] * 3, "std": [0.5] * 3}
+    (source / "open_clip_config.json").write_text(json.dumps(config))
     tensors = {n: v + 0.03 * torch.rand_like(v) for n, v in load_file(source / "open_clip_model.safetensors").items()}
-    save_file(tensors, source / "open_clip_model.safetensors")
+    save_file(tensors | {"logit_bias": torch.tensor(-9.0)}, source / "open_clip_model.safetensors")
     export_model(source, tmp_path / "siglip-out", "onnx")
     files = [file for file in pictures(tmp_path) if file.name not in ("d.png", "e.png")]  # transparency, a palette
     rows, _, bias = embedded(tmp_path / "siglip-out", {"image": files, "text": TEXTS})

@@ -5,15 +5,21 @@ import json
 import open_clip
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import mmcontrast
+from mmcontrast.cli import app
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import PARITY, export_model
-from tests.export.models import TIMM, changed, run
+from mmcontrast.suites import open_suite, run_suite
+from tests.export.blends import runs
+from tests.export.models import TIMM, changed, perturbed, run
 from tests.models.open_clip_models import MODELS, save
-from tests.models.samples import TEXTS, pictures
+from tests.models.samples import TEXTS, pictures, tokenizer
+from tests.models.transformers_models import WORDS
 
 
 def outputs(folder, files):
@@ -55,8 +61,8 @@ COMPOSED = {
     "shorter texts": {"fields__text__modality__context_length": 12},
     "batch norm": {"towers__image__model": "test_efficientnet", "model__scale_per_pair": True},
     "folded": {
-        "towers__image": {"type": "open_clip", "model": "ViT-S-32-alt", "part": "image"},
-        "fields__image__modality__size": 224,
+        "towers__image": {"type": "open_clip", "model": "tiny-clip", "part": "image"},
+        "fields__image__modality__size": 32,
     },
 }
 
@@ -95,8 +101,8 @@ def test_what_open_clip_cannot_express_is_refused_and_leaves_nothing(tmp_path):
             "fields__text__modality__context_length": 12,
         },
         "QuickGELU": {
-            "towers__image": {"type": "open_clip", "model": "ViT-S-32-alt", "part": "image", "force_quick_gelu": True},
-            "fields__image__modality__size": 224,
+            "towers__image": {"type": "open_clip", "model": "tiny-clip", "part": "image", "force_quick_gelu": True},
+            "fields__image__modality__size": 32,
         },
     }
     for number, (reason, options) in enumerate(refused.items()):
@@ -179,3 +185,57 @@ def test_low_rank_updates_are_merged(tmp_path):
     torch.testing.assert_close(attention.in_proj_weight.detach(), expected)
     assert not any("parametrizations" in name for name in merged.state_dict())
     torch.testing.assert_close(mmcontrast.Embedder(merged, "run", "cpu").embed(texts=TEXTS), embeddings)
+
+
+def test_the_command_and_its_card(config_file, corpus, tmp_path):
+    """A run that was evaluated: its results and their intervals are in the card, and the fields that do not fit are named."""
+    source = runs(config_file, corpus, 1)[0]
+    run_suite(str(source), open_suite(str(source), None, (), None), device="cpu", cached=False)
+    out, invoke = tmp_path / "out", CliRunner().invoke
+    done = invoke(app, ["export", str(source), str(out), "--format", "open_clip"])
+    assert done.exit_code == 2 and "these have 1" in done.output and not out.exists()
+    data = str(corpus / "val-*.tar")
+    done = invoke(app, ["export", str(source), str(out), "--format", "safetensors", "--data", data, "--samples", "5"])
+    assert done.exit_code == 0, done.output
+    card, results = (out / "README.md").read_text(), json.loads((source / "results.json").read_text())["results"]
+    name = "new/retrieval/image_to_text/recall_at_1"
+    assert f"| {name} | {results[name]['value']:.3f} | {results[name]['low']:.3f} – {results[name]['high']:.3f} |" in card
+    parity = json.loads((out / PARITY).read_text())
+    assert parity["samples"] == data and parity["fields"]["image"] == {"samples": 5, "largest_difference": 0.0}
+
+
+def test_a_text_tower_of_transformers_by_its_folder(tmp_path):
+    network = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", **WORDS))
+    perturbed(network)
+    network.save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    text = {"type": "text", "tokenizer": str(tmp_path / "bert"), "context_length": 16}
+    for pooling, projection in (("mean", "linear"), ("first", "none")):
+        tower = {"type": "transformers", "model": str(tmp_path / "bert"), "pretrained": True, "pooling": pooling}
+        options = {"towers__text": tower, "fields__text__modality": text}
+        options |= {"model__projection": {"text": projection}, "model__embed_dim": 32}
+        source = run(tmp_path / f"run-{pooling}", changed(**options))
+        export_model(source, tmp_path / pooling, "open_clip")
+        _, texts, _, _ = outputs(tmp_path / pooling, pictures_of(tmp_path))
+        torch.testing.assert_close(texts, mmcontrast.load(source).embed(texts=TEXTS), atol=1e-5, rtol=0)
+    assert "must be there where the folder is opened" in (tmp_path / "mean" / "README.md").read_text()
+    last = changed(towers__text=tower | {"pooling": "last"}, fields__text__modality=text)
+    with pytest.raises(UserError, match="pooling last"):
+        export_model(run(tmp_path / "last", last), tmp_path / "out", "open_clip")
+
+
+def pictures_of(folder):
+    return sorted((folder / "pictures").iterdir())[:1] if (folder / "pictures").exists() else pictures(folder)[:1]
+
+
+def test_an_architecture_with_a_checkpoint_of_its_own(tmp_path):
+    torch.manual_seed(3)
+    whole = open_clip.create_model("tiny-clip").eval()
+    perturbed(whole, 0.02)
+    torch.save(whole.state_dict(), tmp_path / "epoch.pt")
+    export_model("tiny-clip", tmp_path / "out", "open_clip", pretrained=str(tmp_path / "epoch.pt"))
+    tensors = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    for name, value in whole.state_dict().items():  # by the architecture's own names: it opens as its checkpoint too
+        torch.testing.assert_close(tensors[name], value)
+    again = mmcontrast.load("tiny-clip", pretrained=tmp_path / "out" / "open_clip_model.safetensors")
+    assert torch.equal(again.embed(texts=TEXTS), mmcontrast.load(tmp_path / "out").embed(texts=TEXTS))
