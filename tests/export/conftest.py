@@ -5,7 +5,7 @@ import json
 import open_clip
 import pytest
 
-from tests.models.test_open_clip import MODELS
+from tests.models.open_clip_models import MODELS
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""A fine-tuned model goes back into the library that it came from: unchanged if it learnt nothing, with its updates if it did."""
+"""A fine-tuned model goes back into its library: unchanged if it learnt nothing, with its low-rank updates if it did."""
 
 import pytest
 import torch

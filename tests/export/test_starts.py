@@ -11,9 +11,9 @@ from mmcontrast.export.folder import write_export
 from mmcontrast.export.samples import made_samples
 from mmcontrast.modalities import VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, Origin
+from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS, pictures
-from tests.models.test_open_clip import save
-from tests.models.test_transformers import DUAL, saved
+from tests.models.transformers_models import DUAL, saved
 
 
 def extended(whole):
