@@ -99,7 +99,8 @@ def make_model(
     if model.origin is None:
         composed = {field: of.model_dump(mode="json") for field, of in fields.items()}
         config = {"fields": composed, "towers": dict(towers), "model": options.model_dump(mode="json")}
-        model.origin = Origin("mmcontrast", config=config)
+        origins = {tower: one.origin for one, tower in mine.values() if one.origin}
+        model.origin = Origin("mmcontrast", config=config, starts=origins)
     return model
 
 
