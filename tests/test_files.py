@@ -114,7 +114,6 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "training/parallel.py": ("distributed/test_sharded.py", "train.parallel"),
     "training/preemption.py": ("distributed/test_faults.py", "preemption"),
     "training/state.py": ("training/test_optim.py", "training.state"),
-    "training/step.py": ("training/test_queue.py", "training.step"),
     "training/trace.py": ("training/test_stages.py", "traceEvents"),
     "training/watchdog.py": ("distributed/test_faults.py", "stall_seconds"),
 }

@@ -123,6 +123,15 @@ def test_large_groups_are_compared_tile_by_tile_and_small_ones_listed():
     assert many.row_counts.tolist() == [400] * 400 and few.column_counts.tolist() == [1] * 400
 
 
+@pytest.mark.parametrize("per_anchor", [False, True], ids=["scalar", "per_anchor"])
+def test_large_groups_match_the_textbook(per_anchor):
+    leaves, ids = problem(40, 5, 0, 2, 10.0, per_anchor)
+    assert isinstance(SameGroup(ids, ids).tile(slice(0, 20), slice(0, 20)), torch.Tensor)
+    for over in ("negatives", "positives", "all"):
+        reductions = [reduction for reduction in REDUCTIONS if reduction.over == over]
+        assert_exact(ours(reductions, ids, backend="torch", tile_size=20), expected(reductions, ids), leaves)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rectangle_of_rows_alone(backend):
     dtype, device = (torch.float32, DEVICE) if backend == "triton" else (torch.float64, "cpu")
