@@ -23,7 +23,7 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "modalities": ["libraries", "components", "types"],
     "models": ["modalities", "options"],
     "data": ["modalities", "options", "yaml_files", "strict_json"],
-    "data_commands": ["config"],
+    "data_commands": ["runs"],
     "evaluation": ["models", "data", "score", "text_files"],
     "training": ["objectives", "evaluation"],
     "config": ["training"],

@@ -137,7 +137,7 @@ def check_fields(
     for tower in options.projection if isinstance(options.projection, dict) else ():
         if tower not in towers and tower not in inherited:
             raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, [*towers, *inherited])}")
-    if len(fields) < 2:
+    if mine and len(fields) < 2:
         raise UserError(f"fields: a model needs two or more to contrast, there is {', '.join(fields) or 'none'}")
     return tower_of
 

@@ -274,6 +274,6 @@ def test_what_training_would_suffer_is_found_of_a_config(config_file, tmp_path, 
 
 def test_keys_that_are_wrong_are_refused(tmp_path):
     for wrong in ("image", "=x", "image=", "image=a,,b"):
-        with pytest.raises(UserError, match="--keys .*: write FIELD=KEY"):
+        with pytest.raises(UserError, match="--keys .* is not of the form FIELD=COLUMN"):
             _reading([wrong], None)
     assert _reading(["speech=a,b", "speech=c"], None).keys == {"speech": ["a", "b", "c"]}

@@ -120,7 +120,7 @@ def test_the_command_takes_columns_and_files(run, tables, tmp_path, monkeypatch,
             main()
         assert ended.value.code == code
     assert list(EmbeddingTable.read(tmp_path / "table").fields) == ["image", "text"]
-    assert "--keys 'image' is not of the form FIELD=COLUMN, like text=caption" in " ".join(capsys.readouterr().err.split())
+    assert "--keys 'image' is not of the form FIELD=COLUMN, as text=caption" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

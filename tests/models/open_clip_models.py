@@ -48,6 +48,8 @@ def save(folder, kind):
     whole, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", load_weights=False)
     with torch.no_grad():
         whole.logit_scale.fill_(torch.rand(()) * 4)
+        if kind == "coca":
+            whole.text_decoder.text_projection.normal_(std=0.02)  # open_clip leaves it as the memory was
     saver = open_clip.get_tokenizer(f"local-dir:{folder}")
     saver.save_pretrained = lambda _: None  # the others have none to save, and these are there
     save_for_hf(whole, saver, config, folder, safe_serialization=True)
