@@ -31,6 +31,7 @@ FULL_LR, LORA_LR = 1e-5, 2e-4  # as WiSE-FT (arXiv:2109.01903) and FLYP (2212.00
 MOST_WARMUP, WARMUP_SHARE = 500, 0.1
 LARGEST_BATCH, PARTS = 512, 4  # a step takes at most so many samples, and a quarter of the data
 EPOCHS, HELD_OUT = 10, 0.1
+LEAST = 2  # fields are contrasted
 SAMPLED = 16  # rows whose columns are looked into
 PICTURES = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 MAGIC: dict[tuple[bytes, ...], type[Modality]] = {
@@ -48,6 +49,11 @@ class Choices:
 
     def add(self, option: str, value: Any, why: str) -> None:
         self.rows.append((option, f"{value:g}" if isinstance(value, float) else str(value), why))
+
+    def but(self, overrides: Sequence[str]) -> "Choices":
+        """Return them with what a user has asked for in the place of what was chosen."""
+        asked = {option: value for option, _, value in (override.partition("=") for override in overrides)}
+        return Choices([(o, asked[o], "as asked") if o in asked else (o, value, why) for o, value, why in self.rows])
 
     def table(self) -> Table:
         table = Table("option", "value", "why", title="chosen; override any of them as OPTION=VALUE", title_justify="left")
@@ -96,9 +102,13 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
     draft: dict[str, Any] = {"run": {"name": name}, "model": {"start": start}, "data": {"train": request.data}}
     draft |= {"train": {"epochs": request.epochs, "batch_size": 2}}
     model = model_of(config_of(draft), tokenizers=False, weights=False)
-    keys = keys_of(request, model, chosen)
+    keys, absent = keys_of(request, model, chosen)
     data: dict[str, Any] = {"shards": request.data, "keys": keys, "files": request.files}
     samples = len(open_split(data, model))
+    if absent:
+        taken = [name for name in model.modalities if name not in absent]
+        draft["model"]["start"] = {**({"model": start} if isinstance(start, str) else start), "fields": taken}
+        chosen.add("model.start.fields", ", ".join(taken), f"the data has no {', '.join(absent)}")
     draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if request.files else request.data}
     draft["fields"] = {of: {"keys": names} for of, names in keys.items()}
     held = 0.0 if request.val else HELD_OUT
@@ -110,7 +120,10 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
     learnt = samples * (1 - held)
     batch = min(LARGEST_BATCH, 2 ** int(math.log2(max(2.0, learnt / PARTS))))
     chosen.add("train.batch_size", batch, f"of {learnt:.0f} samples, at most a quarter, and {LARGEST_BATCH}")
-    steps = request.epochs * (learnt // batch)
+    draft["train"]["batch_size"] = batch
+    asked = config_of(draft, overrides).train
+    an_epoch = max(1, int(learnt // asked.batch_size))
+    steps = asked.steps or (asked.epochs or request.epochs) * an_epoch
     chosen.add("train.epochs", request.epochs, f"about {steps:.0f} steps")
     lr = LORA_LR if request.lora else FULL_LR
     chosen.add("train.lr", lr, "low-rank updates learn" if request.lora else "the weights themselves learn")
@@ -127,9 +140,9 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
     if request.probe_epochs and not request.beside:
         raise UserError("--probe-epochs: the model has no new projection that could learn alone: leave it out")
     if request.probe_epochs:
-        frozen |= {"towers.*": max(1, round(request.probe_epochs * (learnt // batch)))}
+        frozen |= {"towers.*": max(1, round(request.probe_epochs * an_epoch))}
         chosen.add("train.freeze", frozen, "the projections learn alone until then")
-    draft["train"] |= {"batch_size": batch, "lr": lr, "warmup_steps": warmup, "precision": precision, "freeze": frozen}
+    draft["train"] |= {"lr": lr, "warmup_steps": warmup, "precision": precision, "freeze": frozen}
     draft["train"] |= {"evaluate_first": True, "weight_decay": 0.1}
     if request.lora:
         draft["model"]["lora"] = {"rank": request.lora}
@@ -140,7 +153,7 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
         draft["train"]["micro_batch_size"] = found.largest
         chosen.add("train.micro_batch_size", found.largest, "what fits into memory: the same loss, a second forward")
         config = config_of(draft, overrides)
-    return config, chosen
+    return config, chosen.but(overrides)
 
 
 def made_once(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
@@ -215,8 +228,9 @@ def locked(request: Request, model: ContrastiveModel) -> dict[str, int | None]:
     return {f"towers.{model.tower_of[name]}.*": None for name in request.lock}
 
 
-def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> dict[str, list[Any]]:
-    """Return the columns or extensions of fields where these have not the names that a modality looks for.
+def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return the columns or extensions of fields where these have not the names that a modality looks for; and the fields that
+    the data has not, of a model that has two others.
 
     Raises:
         UserError: where the one that is meant cannot be told.
@@ -229,19 +243,21 @@ def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> dict[
     shards = open_shards(request.data, files=request.files)
     there = {extension for shard in shards for extension in shard.extensions}
     open_fields = {n: m for n, m in fields.items() if n not in keys and not there & set(m.extensions)}
-    if not open_fields:
-        return keys
     used = {column for columns in keys.values() for column in columns}
     used |= {e for n, m in fields.items() if n not in open_fields for e in m.extensions}
     kinds = {column: kind_of(shards[0], column) for column in shards[0].extensions if column not in {*used, *LABELS}}
+    absent: list[str] = []
     for name, modality in open_fields.items():
         fitting = [column for column, kind in kinds.items() if kind and isinstance(modality, kind)]
+        if not fitting and len(fields) - len(absent) > LEAST and name not in request.lock:
+            absent.append(name)
+            continue
         if len(fitting) != 1:
             said = f"any of {', '.join(fitting)}" if fitting else f"none of {', '.join(sorted(there))}"
             raise UserError(f"{request.data}: the field {name!r} could be {said}: say which, as --keys {name}=COLUMN")
         keys[name] = fitting
         chosen.add(f"fields.{name}.keys", fitting[0], "the only column that looks like it")
-    return keys
+    return keys, absent
 
 
 def kind_of(shard: ShardIndex, column: str) -> type[Modality] | None:
@@ -266,10 +282,10 @@ def kind_of(shard: ShardIndex, column: str) -> type[Modality] | None:
 def open_split(data: Mapping[str, Any], model: ContrastiveModel) -> ShardDataset:
     """
     Raises:
-        UserError: for data that cannot be opened, or lacks a field.
+        UserError: for data that cannot be opened.
     """
     modalities = {name: model.modality(name) for name in model.modalities}
-    return open_dataset(ShardOptions.of({k: v for k, v in data.items() if v}), modalities, {}, training=True)
+    return open_dataset(ShardOptions.of({k: v for k, v in data.items() if v}), modalities, {}, training=True, partial=True)
 
 
 def memory() -> int | None:

@@ -1,11 +1,11 @@
 """`mmcontrast finetune`: a model and a table in; a run that is evaluated before and after, and a config that repeats it."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
 
 import open_clip
+import pandas
 import pytest
 import timm
 import torch
@@ -15,12 +15,17 @@ from timm.models import save_for_hf
 from transformers import BertConfig, BertModel
 
 import mmcontrast
+from mmcontrast.config import config_of
 from mmcontrast.errors import UserError
 from mmcontrast.finetune import Request, make_config
+from mmcontrast.runs import model_of
+from mmcontrast.training.optim import freeze
+from tests.command import NO_EVALUATION, train
 from tests.command import mmcontrast as command
-from tests.command import train
 from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS, pictures, tokenizer
+
+DRAFT = {"run": {"name": "x"}, "data": {"train": "none.csv"}, "train": {"steps": 1, "batch_size": 2}}
 
 
 @pytest.fixture
@@ -35,13 +40,12 @@ def pairs(tmp_path) -> Path:
 
 
 def write_pairs(folder, image, text, more=()):
+    """Write a table with pandas, as users do, beside the pictures that it names."""
     drawn = pictures(folder)
     files = [Path(shutil.copy(drawn[k % 6], folder / f"{k}{drawn[k % 6].suffix}")) for k in range(48)]
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([image, text, "price", *more])
-        for k in range(48):
-            writer.writerow([files[k].name, f"{TEXTS[k % 4]} number {k}", 3 * k, *more])
+    columns = {image: [file.name for file in files], text: [f"{TEXTS[k % 4]} number {k}" for k in range(48)]}
+    table = pandas.DataFrame(columns | {"price": range(0, 144, 3)} | {name: f"{name} of all" for name in more})
+    table.to_csv(folder / "pairs.csv", index=False)
     return folder / "pairs.csv"
 
 
@@ -94,7 +98,7 @@ def test_what_is_asked_for_goes_before_what_is_chosen(tmp_path):
     siglip, pairs = str(save(tmp_path / "siglip", "siglip")), str(write_pairs(tmp_path, "image", "caption"))
     config, chosen = make_config(Request(siglip, pairs, lock=["image"], epochs=4), ["train.lr=3e-5", "objective=infonce"])
     assert config.train.lr == 3e-5 and config.objective == "infonce" and config.train.freeze == {"towers.image.*": None}
-    assert ("objective", "siglip", "the model has a logit bias") in chosen.rows
+    assert ("objective", "infonce", "as asked") in chosen.rows and ("train.lr", "3e-5", "as asked") in chosen.rows
     assert config.train.epochs == 4 and config.data.held_out == 0.1 and config.train.batch_size == 8
 
 
@@ -134,3 +138,30 @@ def test_columns_that_cannot_be_told_apart_are_asked_for(start, tmp_path):
         make_config(Request(start, pairs))
     config, _ = make_config(Request(start, pairs, keys={"text": ["title"]}))
     assert config.fields["image"].keys == ["photo"]
+
+
+def test_a_field_that_the_data_lacks_is_not_taken(config_file, tmp_path):
+    """A run of pictures, texts and sounds, on a table of pictures and texts; with a scale for each pair too."""
+    assert train(config_file, *NO_EVALUATION, "train.steps=2", "model.scale_per_pair=true").returncode == 0
+    start, pairs = tmp_path / "runs" / "small", write_pairs(tmp_path, "image", "caption")
+    options = [f"run.dir={tmp_path}/runs", "train.lr=0.0"]
+    done = command("finetune", start, pairs, "--name", "tuned", "--epochs", 1, *options)
+    assert done.returncode == 0 and "the data has no audio" in " ".join(done.stderr.split()), done.stderr
+    before, after = (mmcontrast.load(tmp_path / "runs" / name).model for name in ("small", "tuned"))
+    assert list(after.modalities) == ["image", "text"] and list(after.towers) == ["image", "text"]
+    weights = before.state_dict()
+    assert torch.equal(after.log_logit_scale[0], before.log_logit_scale[before.pairs.index(("image", "text"))])
+    same = {name: torch.equal(tensor, weights[name]) for name, tensor in after.state_dict().items() if "scale" not in name}
+    assert all(same.values())
+    with pytest.raises(UserError, match="model.start.fields: no field 'sound'"):
+        model_of(config_of({**DRAFT, "model": {"start": {"model": str(start), "fields": ["image", "sound"]}}}))
+
+
+def test_what_lies_under_low_rank_updates_never_learns(tmp_path):
+    """Neither when a pattern that locks it for a while has ended."""
+    start, pairs = str(save(tmp_path / "start", "clip")), str(write_pairs(tmp_path, "image", "caption"))
+    config, _ = make_config(Request(start, pairs, lora=2), ["train.freeze={towers.*: 2}"])
+    model = model_of(config)
+    until = freeze(model, config.train.freeze)
+    assert until and all(".parametrizations." in name and "original" not in name for name in until)
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == until.keys()

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcontrast.components import build, nearest
@@ -69,7 +69,7 @@ def make_model(
             cannot be opened, or does not go with the rest.
     """
     torch.manual_seed(seed)
-    started = [opener(start, weights) for start in options.starts]
+    started = [taken(opener(start, weights), start.fields) for start in options.starts]
     mine = {field: (one, one.tower_of[field]) for one in started for field in one.modalities}
     if sum(len(one.modalities) for one in started) > len(mine):
         raise UserError("model.start: two of them have the same fields: name halves, one of each kind")
@@ -101,6 +101,29 @@ def make_model(
         config = {"fields": composed, "towers": dict(towers), "model": options.model_dump(mode="json")}
         origins = {tower: one.origin for one, tower in mine.values() if one.origin}
         model.origin = Origin("mmcontrast", config=config, starts=origins)
+    return model
+
+
+def taken(model: ContrastiveModel, fields: Sequence[str]) -> ContrastiveModel:
+    """Return a model with some of its fields alone, and with what encodes them; with all if none is named.
+
+    Raises:
+        UserError: for a field that it has not.
+    """
+    for field in fields:
+        if field not in model.modalities:
+            raise UserError(f"model.start.fields: no field {field!r}; {nearest(field, model.modalities)}")
+    left = [field for field in model.modalities if fields and field not in fields]
+    if not left:
+        return model
+    for field in left:
+        del model.modalities[field], model.tower_of[field]
+    for tower in model.towers.keys() - set(model.tower_of.values()):
+        del model.towers[tower], model.projections[tower]
+    if model.pairs:
+        kept = [k for k, pair in enumerate(model.pairs) if not set(pair) & set(left)]
+        model.pairs = [model.pairs[k] for k in kept]
+        model.log_logit_scale = nn.Parameter(model.log_logit_scale.detach()[kept or [0]])
     return model
 
 
@@ -162,8 +185,7 @@ def joined(
         if options.embed_dim not in (None, whole.embed_dim):
             raise UserError(f"model.embed_dim={options.embed_dim}: that of model.start is {whole.embed_dim}: leave it out")
         given = {"max_logit_scale": whole.max_logit_scale} | given | {"embed_dim": whole.embed_dim}
-        if options.scale_per_pair and options.logit_scale is None:
-            given["logit_scale"] = whole.log_logit_scale[0].exp().item()
+        given["scale_per_pair"] = options.scale_per_pair or bool(whole.pairs)
     else:
         halves = {name: cast(Tower, tower) for one in started for name, tower in one.towers.items()}
         given = {"embed_dim": 512} | given
@@ -171,12 +193,22 @@ def joined(
     if whole:
         model.towers = nn.ModuleDict({**whole.towers, **model.towers})
         model.projections = nn.ModuleDict({**whole.projections, **model.projections})
-        if options.logit_scale is None and whole.log_logit_scale.shape == model.log_logit_scale.shape:
-            model.log_logit_scale = whole.log_logit_scale  # to the last digit
+        if options.logit_scale is None:
+            model.log_logit_scale = nn.Parameter(scales_of(model, whole))
         if options.logit_bias is None:
             model.logit_bias = whole.logit_bias
         model.origin = None if made else whole.origin
     return model
+
+
+def scales_of(model: ContrastiveModel, whole: ContrastiveModel) -> Tensor:
+    """Return the logarithms of a start's logit scales as a model has them: one, or one for each pair of fields, that of a pair
+    which the start has not being the mean of its own."""
+    logs = whole.log_logit_scale.detach()
+    if not model.pairs:
+        return logs
+    known = {frozenset(pair): one for pair, one in zip(whole.pairs, logs, strict=False)}
+    return torch.stack([known.get(frozenset(pair), logs.mean()) for pair in model.pairs])
 
 
 def is_whole(started: Sequence[ContrastiveModel]) -> bool:

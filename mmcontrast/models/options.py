@@ -35,12 +35,14 @@ class StartOptions(Options):
             weights.
         checkpoint: of a run: last, best, or a step's number.
         pooling: of a plain encoder of transformers: mean, first or last.
+        fields: those of its fields that are taken; default: all.
     """
 
     model: str
     pretrained: str | Literal[False] | None = None
     checkpoint: str = "last"
     pooling: Literal["mean", "first", "last"] | None = None
+    fields: list[str] = []
 
 
 class LoraOptions(Options):

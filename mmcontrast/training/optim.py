@@ -90,8 +90,9 @@ def heights_of(tower: Tower) -> dict[str, int]:
 
 
 def freeze(model: ContrastiveModel, patterns: Mapping[str, int | None]) -> dict[str, int]:
-    """Locks the weights whose names match a pattern: for good, or until a step. Modules that are locked for good are in
-    evaluation mode always: no dropout, batch norms as they are (LiT, arXiv:2111.07991).
+    """Lock the weights whose names match a pattern: for good, or until a step. Modules that are locked for good are in
+    evaluation mode always: no dropout, batch norms as they are (LiT, arXiv:2111.07991). What a model has locked itself, as the
+    weights under low-rank updates, never learns.
 
     Returns:
         the step until which weights are locked, by their names.
@@ -100,14 +101,16 @@ def freeze(model: ContrastiveModel, patterns: Mapping[str, int | None]) -> dict[
         UserError: for a pattern that matches nothing.
     """
     parameters = dict(model.named_parameters())
+    learning = {name for name, parameter in parameters.items() if parameter.requires_grad}
     until: dict[str, int] = {}
     for pattern, step in patterns.items():
         matching = [name for name in parameters if fnmatchcase(name, pattern)]
         if not matching:
             raise UserError(f"train.freeze: no weights match {pattern!r}; {nearest(pattern, parameters)}")
-        for name in matching:
+        for name in learning.intersection(matching):
             parameters[name].requires_grad_(step is not None)
-        until |= {name: step for name in matching if step is not None}
+            if step is not None:
+                until[name] = step
     model.locked = [module for module in model.modules() if module is not model and _is_locked(module)]
     model.train(model.training)
     return until
