@@ -25,7 +25,7 @@ FORM = re.compile(
 
 
 class RunOptions(Options):
-    """Where a run is kept: the folder `dir`/`name`.
+    """The folder of a run, `dir`/`name`.
 
     Attributes:
         name: default: the config file's name.

@@ -100,6 +100,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "suites.py": ("evaluation/test_suites.py", "mmcontrast.suites"),
     "tasks.py": ("test_embed.py", "mmcontrast.tasks"),
     "text_files.py": ("evaluation/test_suites.py", "byte order mark"),
+    "train_commands.py": ("test_finetune.py", "finetune"),
     "training/audit.py": ("training/test_sources.py", "training.audit"),
     "training/checkpoint.py": ("training/test_training.py", "checkpoint"),
     "training/cost.py": ("test_plan.py", "training.cost"),

@@ -38,7 +38,8 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "doctor": ["runs"],
     "plan": ["runs"],
     "finetune": ["plan"],
-    "cli": ["slurm", "data_commands", "search", "blend", "doctor", "finetune"],
+    "train_commands": ["finetune"],
+    "cli": ["slurm", "data_commands", "search", "blend", "doctor", "train_commands"],
 }
 
 

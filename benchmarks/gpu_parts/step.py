@@ -132,7 +132,7 @@ def open_clip(run: Run) -> None:
 
 
 class Loader:
-    """What `train_one_epoch` asks of a loader."""
+    """Batches with the two numbers that `train_one_epoch` asks of a loader."""
 
     def __init__(self, batches: Iterator[Any], num_batches: int, num_samples: int) -> None:
         self.batches, self.num_batches, self.num_samples = batches, num_batches, num_samples

@@ -1,4 +1,4 @@
-"""What the command `blend` does: models opened and compared, their blends evaluated or written."""
+"""Blend models: open and compare them, then evaluate their averages or write one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -52,7 +52,7 @@ class ClusterOrder:
         return len(self.clusters) // self.batch_size
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must have in common with this one."""
+        """Return what a resumed run must have in common with this one."""
         return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:

@@ -56,7 +56,7 @@ class Sample:
 
     @property
     def bad(self) -> dict[str, str]:
-        """What is written down of it, if it cannot be used."""
+        """Return what is written down of a sample that cannot be used."""
         given = self.metadata.get("sample_id") or self.sample_id
         return {"error": str(self.error), "key": self.metadata["key"], "sample_id": str(given)}
 
@@ -166,7 +166,7 @@ class ShardDataset(Samples):
         return [*named, *kind.extensions, *(["filepath"] if kind is ImageModality else [])]
 
     def _entries(self, wanted: set[str]) -> set[str]:
-        """Of entries of the json, those that one of a few samples has, spread over all of them; all of them under `json:`."""
+        """Return the wanted entries that the json of one of a few samples has, spread over all; and all entries there."""
         found: set[str] = set()
         positions = np.unique(np.linspace(0, len(self) - 1, LOOKED_INTO).astype(np.int64)) if wanted else ()
         for position in positions:
@@ -205,15 +205,15 @@ class ShardDataset(Samples):
 
     @property
     def digest(self) -> str:
-        """Of the shards: equal for equal samples in the same places, wherever the files are; with their names where the
-        samples' ids are made of them."""
+        """Return the shards' digest: equal for equal samples in the same places, wherever the files are; with their names where
+        the samples' ids are made of them."""
         names = [] if self._have_ids else self.identities
         whole = "\0".join(["".join(shard.digest for shard in self.shards), *names])
         return hashlib.blake2b(whole.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
     @cached_property
     def _have_ids(self) -> bool:
-        """Whether samples say their ids, as far as the first of the first shard with a json tells."""
+        """Return whether samples say their ids, as far as the first of the first shard with a json tells."""
         for number, shard in enumerate(self.shards):
             rows = np.flatnonzero(shard.has("json")) if "json" in shard.extensions else np.empty(0, dtype=np.int64)
             if len(rows):

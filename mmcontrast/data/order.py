@@ -64,7 +64,7 @@ class SampleOrder:
         return max(self.share, self.window // self.share * self.share) if self.bucket_by else self.window
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must have in common with this one."""
+        """Return what a resumed run must have in common with this one."""
         return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
 
     @property

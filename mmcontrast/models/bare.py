@@ -38,12 +38,13 @@ def read_bare(folder: Path) -> Mapping[str, Any]:
     return about
 
 
-def compose_bare(folder: Path, about: Mapping[str, Any], trust_code: bool) -> ContrastiveModel:
+def compose_bare(folder: Path, about: Mapping[str, Any], trust_code: bool, weights: bool = True) -> ContrastiveModel:
     """Return the composed model of a folder, with its weights, in evaluation mode.
 
     Args:
         about: as `read_bare` gives it.
         trust_code: import what it names by import path.
+        weights: False: random ones.
 
     Raises:
         UserError: for code that is not trusted.
@@ -52,7 +53,8 @@ def compose_bare(folder: Path, about: Mapping[str, Any], trust_code: bool) -> Co
     fields = {name: FieldOptions.model_validate(_beside(folder, options)) for name, options in about["fields"].items()}
     with import_paths(folder, trust_code), weights_follow():
         model = make_model(fields, about["towers"], ModelOptions.model_validate(about["model"]), seed=0)
-    model.load_state_dict(load_file(folder / BARE_WEIGHTS))
+    if weights:
+        model.load_state_dict(load_file(folder / BARE_WEIGHTS))
     return model.eval()
 
 

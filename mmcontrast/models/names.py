@@ -35,7 +35,7 @@ def open_model(
     with opening(f"{name}: pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
         library, name = resolved(name)
         if library == "mmcontrast":
-            return _open_bare(name, pretrained, pooling, trust_code)
+            return _open_bare(name, pretrained, pooling, weights, trust_code)
         if pooling and library != "transformers":
             raise UserError(f"{name}: pooling={pooling!r} is for encoders of transformers; {library} has its own")
         if library == "open_clip":
@@ -55,7 +55,7 @@ def open_model(
         return open_transformers(name, pooling, weights)
 
 
-def _open_bare(name: str, pretrained: str | None, pooling: str | None, trust_code: bool) -> ContrastiveModel:
+def _open_bare(name: str, pretrained: str | None, pooling: str | None, weights: bool, trust_code: bool) -> ContrastiveModel:
     """Open a folder of our own: a model that it describes, or another library's that lies in it."""
     from mmcontrast.models.bare import compose_bare, read_bare
 
@@ -63,11 +63,11 @@ def _open_bare(name: str, pretrained: str | None, pooling: str | None, trust_cod
         raise UserError(f"{name} is whole: it takes neither pretrained nor pooling")
     about = read_bare(Path(name))
     if "library" not in about:
-        return compose_bare(Path(name), about, trust_code)
+        return compose_bare(Path(name), about, trust_code, weights)
     inner = Path(name) / Path(about["library"]["folder"]).name
     if library_of(inner) in (None, "mmcontrast"):
         raise UserError(f"{inner} holds no model of another library")
-    return open_model(str(inner), None, about["library"]["pooling"])
+    return open_model(str(inner), None, about["library"]["pooling"], weights)
 
 
 def resolved(name: str) -> tuple[str, str]:

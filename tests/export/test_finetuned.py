@@ -5,7 +5,10 @@ import torch
 
 import mmcontrast
 from mmcontrast.export.folder import export_model
+from mmcontrast.finetune import Request, make_config
+from mmcontrast.runs import make_job
 from tests.command import train
+from tests.export.models import TIMM, run
 from tests.models.starts import KINDS, embedded, start_of, write_pairs, write_run
 
 
@@ -36,3 +39,15 @@ def test_low_rank_updates_are_in_the_weights(kind, tmp_path):
     assert not torch.allclose(embedded(after, files), embedded(mmcontrast.load(folder), files), atol=1e-3)
     again = train(write_run(tmp_path, str(tmp_path / "out"), run={"name": "again", "dir": str(tmp_path / "runs")}))
     assert again.returncode == 0, again.stderr
+
+
+def test_a_folder_of_our_own_is_fine_tuned_again(tmp_path):
+    """A library's model, and one that a config composed: `finetune` plans them without their weights, and begins with them."""
+    folder, composed = start_of("clip", tmp_path / "start"), run(tmp_path / "composed", TIMM)
+    write_pairs("clip", tmp_path)
+    for source in (folder, composed):
+        out = tmp_path / f"out-{source.name}"
+        export_model(source, out, "safetensors")
+        config, _ = make_config(Request(str(out), str(tmp_path / "pairs.csv"), val=str(tmp_path / "pairs.csv")))
+        weights, model = mmcontrast.load(source).model.state_dict(), make_job(config).model
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -128,6 +128,17 @@ def test_what_does_not_go_with_a_start_is_refused(sections, message, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("kind", ["clip", "hf clip"])
+def test_texts_of_another_tokenizer_are_looked_at(kind, tmp_path):
+    """A longer context than the tower has; and ids that it has not, which transformers' tiny vocabulary shows."""
+    folder = start_of(kind, tmp_path / "start")
+    write_pairs(kind, tmp_path)
+    words, message = ({"context_length": 16}, "vocab_size=90") if kind == "hf clip" else ({}, "context_length=77 for a tower")
+    fields = {"text": {"modality": {"type": "text", "tokenizer": "open_clip"} | words}}
+    with pytest.raises(UserError, match=f"fields.text: .*{message}"):
+        make_job(load_config(write_run(tmp_path, str(folder), fields=fields)))
+
+
 def test_reading_how_a_start_reads_takes_no_weights(tmp_path):
     folder = start_of("hf siglip", tmp_path / "start")
     write_pairs("hf siglip", tmp_path)

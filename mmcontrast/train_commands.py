@@ -1,0 +1,121 @@
+"""The commands `train` and `finetune`: a run of a config, and of one that is made for a model and data."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from mmcontrast.errors import UserError
+
+if TYPE_CHECKING:
+    from mmcontrast.config import RunConfig
+    from mmcontrast.training.preemption import Preemption
+
+console = Console(stderr=True, soft_wrap=True)
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: train.steps=50 objective=siglip")]
+ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/", metavar="CONFIG")]
+Pretrained = Annotated[str | None, typer.Option(help="of an architecture's name: open_clip's tag, or a checkpoint's file")]
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run of this name, then start it")] = False,
+) -> None:
+    """Train a model, evaluate it, and write its page.
+
+    The run's folder is run.dir/run.name; it holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/, results.json
+    and report.html. On several GPUs: torchrun --nproc-per-node 8 -m mmcontrast train CONFIG
+    """
+    from mmcontrast.training.preemption import preemptible
+
+    with preemptible() as preemption:  # a scheduler's warning is heard from the beginning on
+        from mmcontrast.config import load_config
+
+        _run(load_config(config, overrides or ()), resume, overwrite, preemption)
+
+
+def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
+    """Train the run of a config."""
+    from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder, remove_failed_start
+    from mmcontrast.training.distributed import join_processes
+    from mmcontrast.training.loop import train as run_training
+
+    state = join_processes()
+    if state.is_main_process:
+        check_folder(loaded, resume, overwrite)
+        console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
+    job = make_job(loaded, resume)
+    if state.is_main_process:
+        lock = lock_folder(loaded)
+        if not resume:
+            prepare_folder(loaded, overwrite, job.config)
+    state.wait_for_everyone()
+    try:
+        run_training(job, resume, preemption)
+    except UserError:
+        if state.is_main_process and not resume:
+            remove_failed_start(job.folder)
+        raise
+    if state.is_main_process:
+        if (job.folder / "results.json").exists():
+            console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)
+        lock.close()
+
+
+def finetune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="any model: ViT-B-32/laion2b_s34b_b79k, a run, a name or folder of open_clip's, transformers' or"
+            " timm's; or a file of weights, with --architecture",
+            metavar="MODEL",
+        ),
+    ],
+    data: Annotated[str, typer.Argument(help="your pairs: a CSV or Parquet file, a folder, or shards", metavar="DATA")],
+    overrides: Overrides = None,
+    val: Annotated[str | None, typer.Option(help="pairs to evaluate on; default: a tenth of DATA, not trained on")] = None,
+    name: Annotated[str | None, typer.Option(help="of the run: runs/NAME; default: the model's and the data's")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="how often each pair is seen")] = 10,
+    lora: Annotated[int | None, typer.Option(min=1, metavar="RANK", help="learn low-rank updates, not the weights")] = None,
+    lock: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="a field whose tower stays as it is")] = None,
+    probe_epochs: Annotated[float, typer.Option(min=0, help="at first the new projections learn alone (LP-FT)")] = 0,
+    beside: Annotated[str | None, typer.Option(metavar="MODEL", help="a second half: texts beside timm's pictures")] = None,
+    architecture: Annotated[str | None, typer.Option(help="of a file of weights: an architecture of open_clip or timm")] = None,
+    pretrained: Pretrained = None,
+    keys: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by name or values")
+    ] = None,
+    files: Annotated[str | None, typer.Option(help="the folder that paths in DATA start from; default: DATA's own")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run of this name, then start it")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the config; train nothing")] = False,
+) -> None:
+    """Fine-tune any model on your own pairs: evaluated before and after, with a page that shows what has changed.
+
+    Everything that is chosen for you (learning rate, warm-up, batch, objective, what is held out) is printed, written to
+    runs/NAME/config.yaml, and overridden as in: mmcontrast finetune MODEL DATA train.lr=3e-5. docs/finetuning.md
+    """
+    from mmcontrast.training.preemption import preemptible
+
+    with preemptible() as preemption:
+        from mmcontrast.data import read_keys
+        from mmcontrast.finetune import Request, made_once, resumed
+
+        request = Request(
+            model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
+            read_keys(keys or ()), files,
+        )  # fmt: skip
+        if resume:
+            config = resumed(request, overrides or ())
+        else:
+            config, chosen = made_once(request, overrides or ())
+            if os.environ.get("RANK", "0") == "0":
+                console.print(chosen.table(), highlight=False)
+        if dry_run:
+            print(config.to_yaml(), end="")
+            return
+        _run(config, resume, overwrite, preemption)
