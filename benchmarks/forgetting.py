@@ -2,10 +2,10 @@
 
     mmcontrast data build data_pipelines/glyphs/glyphs.yaml
     mmcontrast data build data_pipelines/stamps/stamps.yaml              # its README says how to get the pictures
-    python benchmarks/forgetting.py --plot docs/forgetting.png           # 1 hour on 2 cores; interrupted, it goes on where it was
+    python benchmarks/forgetting.py --plot docs/forgetting.png           # an hour; interrupted, it goes on where it was
 
-A model of characters (configs/vit-glyphs.yaml) is fine-tuned on 632 pictures of Tux Paint with `mmcontrast finetune`, blended with
-`mmcontrast blend`, and evaluated with `mmcontrast evaluate` on both (eval/stamps/forgetting.yaml).
+A model of characters (configs/vit-glyphs.yaml) is fine-tuned on 632 pictures of Tux Paint with `mmcontrast finetune`,
+blended with `mmcontrast blend`, and evaluated with `mmcontrast evaluate` on both (eval/stamps/forgetting.yaml).
 """
 
 import argparse
@@ -77,9 +77,7 @@ def run(seed: int, folder: Path) -> Found:
         found[arm] = results_of(runs[arm], place / "results" / runs[arm].name)
     mmcontrast("blend", *(str(runs[arm]) for arm in SOUP), str(place / "soup"), "--soup", "uniform", "--overwrite")
     found["soup of three rates"] = results_of(place / "soup", place / "results" / "soup")
-    mmcontrast(
-        "blend", str(start), str(runs["full"]), "--suite", SUITE, "--curve", "--out", str(place / "curve"), "--no-cache"
-    )
+    mmcontrast("blend", str(start), str(runs["full"]), "--suite", SUITE, "--curve", "--out", str(place / "curve"), "--no-cache")
     curve: dict[str, Any] = json.loads((place / "curve" / "curve.json").read_text())
     for number, alpha in enumerate(curve["alphas"]):
         found[f"WiSE-FT, α = {alpha:g}"] = summary({name: row[number]["value"] for name, row in curve["results"].items()})

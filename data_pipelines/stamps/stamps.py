@@ -1,4 +1,4 @@
-"""Pictures, captions in many languages and sounds of Tux Paint's stamps: `mmcontrast data build data_pipelines/stamps/stamps.yaml`."""
+"""Pictures, captions in many languages and sounds of Tux Paint: `mmcontrast data build data_pipelines/stamps/stamps.yaml`."""
 
 import io
 import zlib
@@ -22,7 +22,7 @@ class Stamps:
     longest, in pixels; `seed`: of the shards' order. `val_mirrored` holds the pictures of `train`, mirrored.
     """
 
-    def __init__(self, folder: str, languages: Sequence[str] = ("fr", "es", "ru", "ca"), side: int = 256, seed: int = 0) -> None:
+    def __init__(self, folder: str, languages: Sequence[str] = ("fr", "es", "ru"), side: int = 256, seed: int = 0) -> None:
         self.folder, self.languages, self.side, self.seed = Path(folder), tuple(languages), side, seed
 
     def splits(self) -> dict[str, Sequence[Path]]:
