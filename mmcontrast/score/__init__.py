@@ -1,15 +1,22 @@
 """Pure tensors: reductions of scores, computed by interchangeable backends, over a ring of ranks."""
 
-from mmcontrast.score.reductions import LogSumExp, Maximum, Reduction, SoftplusSum, Sum, log1pexp
+from mmcontrast.score.links import Link, Lorentz
+from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction, SoftplusSum, Sum, log1pexp
 from mmcontrast.score.statistics import Direction, score_statistics
+from mmcontrast.score.teachers import Limits, Teacher
 
 __all__ = [
+    "CrossSum",
     "Direction",
+    "Limits",
+    "Link",
     "LogSumExp",
+    "Lorentz",
     "Maximum",
     "Reduction",
     "SoftplusSum",
     "Sum",
+    "Teacher",
     "log1pexp",
     "score_statistics",
 ]

@@ -15,9 +15,11 @@ class Reduction:
 
     Attributes:
         over: "negatives" (candidates of another group), "positives" (of its own group) or "all" of them.
+        below: leave out candidates whose score is above the anchor's limit; see `Limits`.
     """
 
     over: Over = field(default="negatives", kw_only=True)
+    below: bool = field(default=False, kw_only=True, repr=False)
 
     @property
     def identity(self) -> float:
@@ -63,6 +65,14 @@ class Maximum(Reduction):
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.maximum(a, b)
+
+
+@dataclass(frozen=True)
+class CrossSum(Reduction):
+    """Σ P z over all candidates, P the softmax of a teacher's scores of the same anchor (the mean of several teachers'):
+    the cross-entropy between P and the softmax of z is LogSumExp(over="all") − CrossSum()."""
+
+    over: Over = field(default="all", kw_only=True)
 
 
 def log1pexp(x: Tensor) -> Tensor:

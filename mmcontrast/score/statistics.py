@@ -1,7 +1,8 @@
 """The primitive: streaming reductions of a score matrix that is never stored, with exact gradients, over any ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from mmcontrast.score.backends import Backend, Block, SameGroup, Statistics, choose
 from mmcontrast.score.exact import outside_autocast, scalar, without_autocast
+from mmcontrast.score.links import Link
 from mmcontrast.score.ranks import Communication, Driver, Merge, driver, exchange
-from mmcontrast.score.reductions import Maximum, Reduction
+from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction
+from mmcontrast.score.teachers import Limits, Teacher
 
 CHUNK = 8192  # rows whose copies in the accumulators' dtype exist at a time
 
@@ -67,12 +70,17 @@ def score_statistics(
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
     communication: Communication = "ring",
+    link: Link | None = None,
+    limits: Limits | None = None,
+    teachers: Sequence[Teacher] = (),
 ) -> tuple[Direction, Direction | None]:
     """Reductions of the scores z_ij = scale · x_i·y_j + bias along every row and, with `columns`, every column.
 
     Row i's candidates are the columns of all ranks of `group`; its positive is y_i. O((N + M)·D) memory; differentiable
-    once by x, y, scale, column_scale and bias. Autocast does not reach it: the inputs' dtype says how it is computed. With a
-    group, every rank must call this and its backward, and gradients are those of the sum of what the ranks derive from it.
+    once by x, y, scale, column_scale, bias and the link's parameter. Products for a side that needs no gradient are left
+    out. Autocast does not reach it: the inputs' dtype says how it is computed. With a group, every rank must call this and
+    its backward, the same sides must need gradients on all ranks, and gradients are those of the sum of what they derive
+    from it.
 
     Args:
         x, y: [N, D] and [M, D], this rank's rows and columns, of one dtype.
@@ -89,6 +97,9 @@ def score_statistics(
         group: a torch.distributed group; None: this process alone.
         communication: "ring" (two column blocks on a rank at a time, overlapped with the work) or "gather" (all columns on
             every rank at once, in a few large collectives). Same on all ranks.
+        link: φ in z = scale · φ(x_i·y_j) + bias, as `Lorentz`; default: none.
+        limits: of the candidates that reductions with `below` take: row limits [N], column limits [M] with `columns`.
+        teachers: whose softmaxes `CrossSum` takes, averaged; rows [N, E], columns [M, E].
 
     Returns:
         The rows' direction, and the columns' (positives shared; None without `columns`).
@@ -104,7 +115,9 @@ def score_statistics(
         raise ValueError(f"{len(x)} rows and {len(y)} columns: with paired or columns they must be matched pairs")
     if not x.is_floating_point():
         raise ValueError(f"x and y are {x.dtype}: embeddings are floating point")
-    chosen = choose(backend, x, reductions)
+    if link is not None:
+        x, y = link.rows(x, columns=False), link.rows(y, columns=True)
+    chosen = choose(backend, x, reductions, link)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.as_tensor(scale, dtype=dtype, device=x.device)
     per_anchor = scale.dim() == 1
@@ -118,33 +131,70 @@ def score_statistics(
         ids = torch.arange(len(x), device=x.device) + sum(rows for rows, _ in everyone[:rank])
     if column_ids is None:
         column_ids = ids if paired else torch.full((len(y),), -2, device=x.device)
-    plan = _Plan(
-        tuple(reductions),
-        columns,
-        chosen,
-        (tile_size, tile_size) if isinstance(tile_size, int) else tile_size,
-        driver(group, [m for _, m in everyone], communication),
-        ids,
-        column_ids,
-        per_anchor,
-        paired,
-    )
+    _check(x, y, reductions, columns, limits, teachers)
+    if any(isinstance(r, CrossSum) for r in reductions):
+        all_of = partial(
+            score_statistics, reductions=[LogSumExp(over="all")], ids=ids, column_ids=column_ids, paired=paired,
+            columns=columns, tile_size=tile_size, group=group, communication=communication,
+        )  # fmt: skip
+        teachers = [_with_log_sums(teacher, all_of) for teacher in teachers]
+    size = (tile_size, tile_size) if isinstance(tile_size, int) else tile_size
     bias = None if bias is None else scalar(bias, dtype, x.device)
     if per_anchor and columns:
         assert column_scale is not None
         column_scale = column_scale.to(dtype)
     else:
         column_scale = scale.new_zeros(len(y)) if per_anchor else None
-    positives, row_negatives, column_negatives, *values = _Scores.apply(x, y, scale, column_scale, bias, plan)
+    plan = _Plan(
+        tuple(reductions), columns, chosen, size, driver(group, [m for _, m in everyone], communication), ids, column_ids,
+        per_anchor, paired, link, limits, tuple(teachers),
+    )  # fmt: skip
+    parameter = None if link is None else link.parameter
+    dots, row_negatives, column_negatives, *values = _Scores.apply(x, y, scale, column_scale, bias, parameter, plan)
+    matched = dots if link is None else link.value(dots)
     offset = 0.0 if bias is None else bias
     k = len(plan.reductions)
-    rows = Direction(positives * scale + offset, row_negatives, scale, dict(zip(plan.reductions, values[:k], strict=True)))
+    rows = Direction(matched * scale + offset, row_negatives, scale, dict(zip(plan.reductions, values[:k], strict=True)))
     if not columns:
         return rows, None
     scale = scale if column_scale is None else column_scale
     return rows, Direction(
-        positives * scale + offset, column_negatives, scale, dict(zip(plan.reductions, values[k:], strict=True))
+        matched * scale + offset, column_negatives, scale, dict(zip(plan.reductions, values[k:], strict=True))
     )
+
+
+def _check(
+    x: Tensor, y: Tensor, reductions: Sequence[Reduction], columns: bool, limits: Limits | None, teachers: Sequence[Teacher]
+) -> None:
+    """
+    Raises:
+        ValueError: for limits or teachers that are missing or do not fit.
+    """
+    guide = None if limits is None else limits.guide
+    for teacher in (*teachers, *(() if guide is None else (guide,))):
+        fits = teacher.rows.dim() == teacher.columns.dim() == 2 and teacher.rows.shape[1] == teacher.columns.shape[1]
+        if not fits or len(teacher.rows) != len(x) or len(teacher.columns) != len(y):
+            raise ValueError(
+                f"a teacher's rows and columns must be [{len(x)}, E] and [{len(y)}, E], not {tuple(teacher.rows.shape)} and"
+                f" {tuple(teacher.columns.shape)}"
+            )
+    if any(isinstance(r, CrossSum) for r in reductions) and not teachers:
+        raise ValueError("CrossSum needs teachers")
+    if any(r.below for r in reductions) and limits is None:
+        raise ValueError("reductions with below need limits")
+    if limits is not None and (
+        limits.rows.shape != x.shape[:1] or (columns and getattr(limits.columns, "shape", 0) != y.shape[:1])
+    ):
+        raise ValueError(f"limits must be [{len(x)}] of rows and, with columns, [{len(y)}] of columns")
+
+
+@torch.no_grad()
+def _with_log_sums(teacher: Teacher, all_of: Callable[..., tuple[Direction, Direction | None]]) -> Teacher:
+    """A teacher with log Σ e^t over all candidates of each anchor."""
+    rows, columns = teacher.rows.detach(), teacher.columns.detach().to(teacher.rows.dtype)
+    there, back = all_of(rows, columns, scale=teacher.scale)
+    every = LogSumExp(over="all")
+    return Teacher(rows, columns, teacher.scale, there[every], None if back is None else back[every])
 
 
 @dataclass(frozen=True)
@@ -160,11 +210,47 @@ class _Plan:
     column_ids: Tensor
     per_anchor: bool
     paired: bool
+    link: Link | None
+    limits: Limits | None
+    teachers: tuple[Teacher, ...]
 
-    def block(
-        self, x: Tensor, y: Tensor, ids: Tensor, scale: Tensor, column_scale: Tensor | None, bias: Tensor | None
-    ) -> Block:
-        return Block(x, y, scale, column_scale, bias, SameGroup(self.ids, ids), self.reductions, self.both, self.tile_size)
+    @property
+    def guide(self) -> Teacher | None:
+        return None if self.limits is None else self.limits.guide
+
+    def visits(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        column_scale: Tensor | None,
+        bias: Tensor | None,
+        final: Sequence[Tensor] = (),
+        needs: tuple[bool, bool] = (True, True),
+    ) -> Iterator[tuple[int, Block, list[Tensor]]]:
+        """(step, block, what of `final` came with its columns), until the rows here have seen the columns of all ranks."""
+        travelling: dict[Any, Tensor | None] = {"y": y, "ids": self.column_ids, "scale": column_scale}
+        travelling |= dict(enumerate(final))
+        travelling["limits"] = self.limits.columns if self.limits is not None and self.both else None
+        for number, teacher in enumerate((*self.teachers, self.guide)):
+            if teacher is not None:
+                travelling |= {("teacher", number): teacher.columns, ("sums", number): teacher.column_log_sums}
+        sent = {name: tensor for name, tensor in travelling.items() if tensor is not None}
+        for step, tensors in self.driver.visits(list(sent.values())):
+            here = dict(zip(sent, tensors, strict=True))
+
+            def at_hand(teacher: Teacher, number: int, here: dict[Any, Tensor] = here) -> Teacher:
+                return replace(teacher, columns=here["teacher", number], column_log_sums=here.get(("sums", number)))
+
+            limits = self.limits
+            if limits is not None:
+                guide = None if self.guide is None else at_hand(self.guide, len(self.teachers))
+                limits = Limits(limits.rows, here.get("limits"), guide)
+            block = Block(
+                x, here["y"], scale, here.get("scale"), bias, SameGroup(self.ids, here["ids"]), self.reductions, self.both,
+                self.tile_size, self.link, limits, tuple(at_hand(t, k) for k, t in enumerate(self.teachers)), *needs,
+            )  # fmt: skip
+            yield step, block, [here[number] for number in range(len(final))]
 
 
 def _add(a: Tensor, b: Tensor) -> Tensor:
@@ -176,17 +262,15 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        x, y, scale, column_scale, bias, plan = inputs
+        x, y, scale, column_scale, bias, _, plan = inputs
         backend, dtype = plan.backend, scale.dtype
         rows = [x.new_full((len(x),), r.identity, dtype=dtype) for r in plan.reductions]
         row_negatives = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         home = plan.driver.accumulator()
         merge: list[Merge] = [_add, *(r.merge for r in plan.reductions if plan.both)]
-        travelling = [y, plan.column_ids] + ([column_scale] if plan.per_anchor else [])
-        for step, (y_block, ids, *more) in plan.driver.visits(travelling):
-            block = plan.block(x, y_block, ids, scale, more[0] if more else None, bias)
+        for step, block, _ in plan.visits(x, y, scale, column_scale, bias):
             part = backend.forward(block)
-            row_negatives += len(y_block) - block.same.row_counts
+            row_negatives += len(block.y) - block.same.row_counts
             rows = [r.merge(a, b) for r, a, b in zip(plan.reductions, rows, part.rows, strict=True)]
             if plan.both:
                 home.add(step, merge, [len(x) - block.same.column_counts, *part.columns])
@@ -212,29 +296,32 @@ class _Scores(torch.autograd.Function):
         backend, k = plan.backend, len(plan.reductions)
         row_values, column_values = values[:k], values[k:]
         row_grads, column_grads = list(grads[:k]), list(grads[k:])
-        dtype, mixed = scale.dtype, plan.per_anchor
-        dx = torch.zeros(x.shape, dtype=dtype, device=x.device)
-        d_scale, d_bias = torch.zeros_like(scale), scale.new_zeros(())
+        folded, dtype = plan.per_anchor or plan.link is not None, scale.dtype
+        x_needs, y_needs, scale_needs = ctx.needs_input_grad[:3]
+        x_needs |= scale_needs and not (y_needs or folded)  # the scale's gradient is made of one of theirs
+        dx = torch.zeros(x.shape, dtype=dtype, device=x.device) if x_needs else None
+        d_scale, d_bias, d_parameter = torch.zeros_like(scale), scale.new_zeros(()), scale.new_zeros(())
         home = plan.driver.accumulator()
-        travelling = [y, plan.column_ids, *column_values, *column_grads] + ([column_scale] if mixed else [])
-        for step, (y_block, ids, *more) in plan.driver.visits(travelling):
-            final = Statistics(row_values, more[: len(column_values)])
-            grad = Statistics(row_grads, more[len(column_values) : 2 * len(column_values)])
-            block = plan.block(x, y_block, ids, scale, more[-1] if mixed else None, bias)
-            part = backend.backward(block, final, grad, dx)
-            if part.row_scale is not None:
-                d_scale += part.row_scale
-            if part.bias is not None:
-                d_bias += part.bias
-            parts = [part.dy] if part.column_scale is None else [part.dy, part.column_scale]
+        final, needs = [*column_values, *column_grads], (x_needs, y_needs)
+        for step, block, here in plan.visits(x, y, scale, column_scale, bias, final, needs):
+            values_here, grads_here = here[: len(column_values)], here[len(column_values) :]
+            part = backend.backward(block, Statistics(row_values, values_here), Statistics(row_grads, grads_here), dx)
+            for total, share in ((d_scale, part.row_scale), (d_bias, part.bias), (d_parameter, part.parameter)):
+                if share is not None:
+                    total += share
+            parts = [one for one in (part.dy, part.column_scale) if one is not None]
             home.add(step, [_add] * len(parts), parts)
-        dy, *d_column_scale = home.home()
-        if not mixed:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
-            d_scale = _row_dots(x, dx, dtype).sum()
-        factor, d_dots = None if mixed else scale, d_dots if plan.paired else None
-        dx = _finished(dx, factor, d_dots, y, x.dtype)  # its accumulator is free before the next is read
-        dy = _finished(dy, factor, d_dots, x, y.dtype)
-        return dx, dy, d_scale, d_column_scale[0] if d_column_scale else None, None if bias is None else d_bias, None
+        owned = home.home()
+        dy = owned.pop(0) if y_needs else None
+        if not folded:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
+            d_scale = (
+                _row_dots(x, dx, dtype).sum() if dx is not None else scale if dy is None else _row_dots(y, dy, dtype).sum()
+            )
+        factor, d_dots = None if folded else scale, d_dots if plan.paired else None
+        dx = None if dx is None else _finished(dx, factor, d_dots, y, x.dtype)  # free before the next is read
+        dy = None if dy is None else _finished(dy, factor, d_dots, x, y.dtype)
+        d_bias = None if bias is None else d_bias
+        return dx, dy, d_scale, owned[0] if owned else None, d_bias, None if plan.link is None else d_parameter, None
 
 
 def _row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmcontrast.score.reductions import LogSumExp, Maximum, Reduction, SoftplusSum, Sum
+from mmcontrast.score.links import Link
+from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction, SoftplusSum, Sum
+from mmcontrast.score.teachers import Limits, Teacher
 
 SPARSE_PAIRS = 8  # same-group pairs a row and column up to which they are listed rather than compared tile by tile
 
@@ -69,15 +71,16 @@ class SameGroup:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of scores z_ij = scale · x_i·y_j + bias.
+    """A rectangle of scores z_ij = scale · φ(x_i·y_j) + bias, where φ is the link, if there is one.
 
     Attributes:
-        x, y: [n, D] and [m, D].
+        x, y: [n, D] and [m, D]; x_needs_grad, y_needs_grad: whether their gradients are wanted.
         row_scale: [] for both directions, or [n] for the row direction with column_scale [m] for the columns'.
         bias: [], or None.
         same: who is of whose group.
         reductions: of every row and, if `both`, of every column.
         tile_size: rows and columns of a tile; None: the backend's own.
+        link: see `Link`. limits: of the reductions with `below`. teachers: of `CrossSum`.
     """
 
     x: Tensor
@@ -89,6 +92,16 @@ class Block:
     reductions: tuple[Reduction, ...]
     both: bool
     tile_size: tuple[int, int] | None
+    link: Link | None = None
+    limits: Limits | None = None
+    teachers: tuple[Teacher, ...] = ()
+    x_needs_grad: bool = True
+    y_needs_grad: bool = True
+
+    @property
+    def folded(self) -> bool:
+        """Whether the weights W already carry the scale: where it is not one number of linear scores."""
+        return self.row_scale.dim() > 0 or self.link is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,38 +119,40 @@ class Statistics:
 
 @dataclass
 class Gradients:
-    """A block's share of the gradients. A scalar scale stays out of `dx` and `dy`: whoever adds the blocks up multiplies
-    by it once, and has its own gradient as Σ_i x_i · dx_i.
+    """A block's share of the gradients. A scalar scale of linear scores stays out of `dx` and `dy`: whoever adds the blocks
+    up multiplies by it once, and has its own gradient as Σ_i x_i · dx_i.
 
     Attributes:
-        dy: [m, D], Σ_i w_ij x_i with w = ∂loss/∂z (times the scales, where there is one an anchor).
-        row_scale, column_scale: [n] and [m] where scales are per anchor, else None.
+        dy: [m, D], Σ_i w_ij x_i with w = ∂loss/∂(x·y), without the scale unless `Block.folded`; None if it is not wanted.
+        row_scale, column_scale: [n] and [m] where scales are per anchor; [] and None of a scalar under a link; else None.
         bias: [], or None without a bias.
+        parameter: [], the link's; None without a link.
     """
 
-    dy: Tensor
-    row_scale: Tensor | None
-    column_scale: Tensor | None
-    bias: Tensor | None
+    dy: Tensor | None
+    row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
+    bias: Tensor | None = None
+    parameter: Tensor | None = None
 
 
 class Backend(Protocol):
     """Two functions on one block. `final` are the statistics over all blocks, `grads` the loss's gradients by them; `dx`
-    [n, D] is added to in place."""
+    [n, D] is added to in place, if it is wanted."""
 
-    def lacks(self, x: Tensor, reductions: Sequence[Reduction]) -> str | None:
+    def lacks(self, x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
         """What this backend has not of what is asked for, in words."""
 
     def forward(self, block: Block) -> Statistics: ...
 
-    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients: ...
+    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor | None) -> Gradients: ...
 
 
-def lacks_in_torch(x: Tensor, reductions: Sequence[Reduction]) -> str | None:
+def lacks_in_torch(x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
     """What backends of plain torch operations lack."""
     if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"statistics of {x.dtype}"
-    known = (LogSumExp, SoftplusSum, Sum, Maximum)
+    known = (LogSumExp, SoftplusSum, Sum, Maximum, CrossSum)
     return next((f"reduction {r}" for r in reductions if type(r) not in known), None)
 
 

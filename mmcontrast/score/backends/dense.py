@@ -1,18 +1,26 @@
 """The oracle: all scores of a block at once, reduced by plain operations whose gradients are autograd's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.score.backends.base import Block, Gradients, Statistics, finite, lacks_in_torch
-from mmcontrast.score.reductions import LogSumExp, Maximum, Reduction, SoftplusSum, Sum
+from mmcontrast.score.links import Link
+from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction, SoftplusSum, Sum
+from mmcontrast.score.teachers import Teacher
 
 
-def _reduce(reduction: Reduction, scores: Tensor, same: Tensor) -> Tensor:
-    """[n] from scores [n, m]."""
+def reduce_rows(reduction: Reduction, scores: Tensor, same: Tensor, above: Tensor | None, targets: Tensor | None) -> Tensor:
+    """[n] from scores [n, m], of the candidates that the reduction takes.
+
+    Args:
+        same: bool [n, m], of the anchor's group. above: likewise, beyond its limit. targets: teachers' softmaxes.
+    """
     dropped = {"negatives": same, "positives": ~same, "all": torch.zeros_like(same)}[reduction.over]
+    if reduction.below and above is not None:
+        dropped = dropped | above
     match reduction:
         case LogSumExp(exponent=exponent):
             return (exponent * scores).masked_fill(dropped, -torch.inf).logsumexp(1)
@@ -23,52 +31,97 @@ def _reduce(reduction: Reduction, scores: Tensor, same: Tensor) -> Tensor:
         case Maximum():
             masked = scores.detach().masked_fill(dropped, -torch.inf)
             return torch.cat([masked, masked.new_full((len(masked), 1), -torch.inf)], 1).amax(1)
+        case CrossSum() if targets is not None:
+            return (targets * scores).masked_fill(dropped, 0.0).sum(1)
     raise TypeError(f"the dense backend has no {reduction}")
 
 
-def _scores(block: Block) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """x·y [n, m], and for each direction, anchors first: its scores, who is of whose group, its scale [] or [anchors, 1]."""
+class _Side:
+    """One direction of a block: its anchors, one a row.
+
+    Attributes:
+        turn: [n, m] → [anchors, candidates]. same, above, targets: as `reduce_rows` takes them. scale: [] or [anchors, 1].
+    """
+
+    def __init__(self, block: Block, rows: bool) -> None:
+        scale = block.row_scale if rows or block.column_scale is None else block.column_scale
+        self.turn: Callable[[Tensor], Tensor] = (lambda t: t) if rows else torch.t
+        self.scale, self.bias = scale.view(-1, 1) if scale.dim() else scale, 0.0 if block.bias is None else block.bias
+        self.same = self.turn(block.same.row_ids[:, None] == block.same.column_ids)
+        self.limit = None if block.limits is None else (block.limits.rows if rows else block.limits.columns)
+        self.guide = None
+        if block.limits is not None and block.limits.guide is not None:
+            self.guide = self.turn(_teacher_scores(block, block.limits.guide))
+        sums = [teacher.row_log_sums if rows else teacher.column_log_sums for teacher in block.teachers]
+        parts = [
+            (self.turn(_teacher_scores(block, teacher)) - one[:, None]).exp()
+            for teacher, one in zip(block.teachers, sums, strict=True)
+            if one is not None
+        ]
+        self.targets = torch.stack(parts).mean(0) if parts else None
+
+    def scores(self, linked: Tensor) -> Tensor:
+        return self.turn(linked) * self.scale + self.bias
+
+    def reduce(self, reduction: Reduction, z: Tensor) -> Tensor:
+        compared = z.detach() if self.guide is None else self.guide
+        above = None if self.limit is None else compared > self.limit[:, None]
+        return reduce_rows(reduction, z, self.same, above, self.targets)
+
+
+def _teacher_scores(block: Block, teacher: Teacher) -> Tensor:
+    return teacher.scale * (teacher.rows.to(block.dtype) @ teacher.columns.to(block.dtype).T)
+
+
+def _products(block: Block) -> tuple[Tensor, Tensor]:
+    """x·y [n, m], and its link's value."""
     dots = block.x.to(block.dtype) @ block.y.to(block.dtype).T
-    same = block.same.row_ids[:, None] == block.same.column_ids
-    scales = [block.row_scale, block.row_scale if block.column_scale is None else block.column_scale]
-    views = [(dots, same), (dots.T, same.T)][: 1 + block.both]
-    bias = 0.0 if block.bias is None else block.bias
-    return dots, [(view * s + bias, mask, s) for (view, mask), s in zip(views, (t.view(-1, 1) for t in scales), strict=False)]
+    return dots, dots if block.link is None else block.link.value(dots)
 
 
 class Dense:
     """Memory and time O(n·m), several times over."""
 
-    def lacks(self, x: Tensor, reductions: Sequence[Reduction]) -> str | None:
-        return lacks_in_torch(x, reductions)
+    def lacks(self, x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
+        return lacks_in_torch(x, reductions, link)
 
     def forward(self, block: Block) -> Statistics:
-        values = [[_reduce(r, z, same) for r in block.reductions] for z, same, _ in _scores(block)[1]]
+        linked = _products(block)[1]
+        sides = [_Side(block, rows) for rows in (True, False)[: 1 + block.both]]
+        values = [[side.reduce(r, side.scores(linked)) for r in block.reductions] for side in sides]
         return Statistics(values[0], values[1] if block.both else [])
 
-    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients:
-        dots, sides = _scores(block)
-        per_anchor = block.row_scale.dim() > 0
+    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor | None) -> Gradients:
+        dots, linked = _products(block)
         w, d_bias, d_scales = torch.zeros_like(dots), dots.new_zeros(()), []
-        for (z, same, scale), values, upstream, turn in zip(
-            sides, (final.rows, final.columns), (grads.rows, grads.columns), (lambda t: t, torch.t), strict=False
-        ):
+        sides = [_Side(block, rows) for rows in (True, False)[: 1 + block.both]]
+        for side, values, upstream in zip(sides, (final.rows, final.columns), (grads.rows, grads.columns), strict=False):
             totals, upstream = finite(values, upstream)
+            z = side.scores(linked).detach()
             with torch.enable_grad():
                 z.requires_grad_()
                 objective = 0.0 * z.sum()
                 for reduction, total, grad in zip(block.reductions, totals, upstream, strict=True):
-                    part = _reduce(reduction, z, same)
+                    part = side.reduce(reduction, z)
                     if isinstance(reduction, LogSumExp):  # this block's share of the whole: ∂ total / ∂ part
                         grad = grad * (part.detach() - total).exp()
                     if part.requires_grad:
                         objective = objective + (torch.where(grad == 0, 0.0, part) * grad).sum()
                 (own,) = torch.autograd.grad(objective, z)
             d_bias += own.sum()
-            if per_anchor:
-                d_scales.append((own * turn(dots)).sum(1))
-                own = own * scale
-            w += turn(own)
-        dx += w @ block.y.to(block.dtype)
+            if block.folded:
+                by_scale = own * side.turn(linked)
+                d_scales.append(by_scale.sum(1) if block.row_scale.dim() else by_scale.sum())
+                own = own * side.scale
+            w += side.turn(own)
+        d_parameter = None
+        if block.link is not None:
+            slope, by_parameter = block.link.slopes(dots)
+            d_parameter, w = (w * by_parameter).sum(), w * slope
+            if block.row_scale.dim() == 0:
+                d_scales = [torch.stack(d_scales).sum()]
+        if dx is not None:
+            dx += w @ block.y.to(block.dtype)
+        dy = w.T @ block.x.to(block.dtype) if block.y_needs_grad else None
         row_scale, column_scale = (*d_scales, None, None)[:2]
-        return Gradients(w.T @ block.x.to(block.dtype), row_scale, column_scale, None if block.bias is None else d_bias)
+        return Gradients(dy, row_scale, column_scale, None if block.bias is None else d_bias, d_parameter)

@@ -15,18 +15,20 @@ from mmcontrast.score.backends.base import Block, Gradients, Statistics
 
 @dataclass
 class Weights:
-    """Of one tile: w_RC = ∂loss/∂z (times the scales where they are per anchor), and what else the tile adds up.
+    """Of one tile: w_RC = ∂loss/∂(x·y), without the scale unless `Block.folded`, and what else the tile adds up.
 
     Attributes:
         w: [R, C].
         bias: [], Σ ∂loss/∂z, if the block has a bias.
-        row_scale, column_scale: [R] and [C], if scales are per anchor.
+        row_scale, column_scale: [R] and [C], if scales are per anchor; [] and None of a scalar under a link.
+        parameter: [], of the link.
     """
 
     w: Tensor
     bias: Tensor | None = None
     row_scale: Tensor | None = None
     column_scale: Tensor | None = None
+    parameter: Tensor | None = None
 
 
 def cut(length: int, size: int) -> list[slice]:
@@ -50,11 +52,11 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def gradients_by_tiles(
     block: Block,
     grads: Statistics,
-    dx: Tensor,
+    dx: Tensor | None,
     tile: tuple[int, int],
     weights: Callable[[slice, slice, Statistics], Weights],
 ) -> Gradients:
-    """The backward pass: for each tile its weights W, then dx += W Y and dy += Wᵀ X.
+    """The backward pass: for each tile its weights W, then dx += W Y and dy += Wᵀ X, of those that are wanted.
 
     Weights in fp16 would underflow (a gradient of 1/N times a probability), so there they are those of the gradients
     divided by the largest of them.
@@ -63,7 +65,7 @@ def gradients_by_tiles(
     largest = None
     if low == torch.float16:
         given = [grad.abs().amax() for grad in (*grads.rows, *grads.columns) if grad.numel()]
-        largest = torch.stack([*given, dx.new_tensor(torch.finfo(dtype).tiny)]).amax()
+        largest = torch.stack([*given, block.row_scale.new_tensor(torch.finfo(dtype).tiny)]).amax()
         grads = Statistics([g / largest for g in grads.rows], [g / largest for g in grads.columns])
 
     def add(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -74,18 +76,22 @@ def gradients_by_tiles(
         else:
             total.addcmul_(product(a, b, dtype), largest)
 
-    dy = torch.zeros(block.y.shape, dtype=dtype, device=block.y.device)
-    scales = block.row_scale if block.row_scale.dim() else None, block.column_scale
-    sums = [None if like is None else torch.zeros_like(like) for like in (*scales, block.bias)]
+    dy = torch.zeros(block.y.shape, dtype=dtype, device=block.y.device) if block.y_needs_grad else None
+    row_scale = block.row_scale if block.folded else None
+    like = (row_scale, block.column_scale, block.bias, None if block.link is None else block.row_scale.new_zeros(()))
+    sums = [None if one is None else torch.zeros_like(one) for one in like]
     for rows in cut(len(block.x), tile[0]):
-        x = block.x[rows].to(low)
+        x = block.x[rows].to(low) if dy is not None else None
         for columns in cut(len(block.y), tile[1]):
             part = weights(rows, columns, grads)
             w = part.w.to(low)
-            add(dx[rows], w, block.y[columns].to(low))
-            add(dy[columns], w.T, x)
-            found: list[Any] = [(rows, part.row_scale), (columns, part.column_scale), (..., part.bias)]
-            for total, (place, value) in zip(sums, found, strict=True):
+            if dx is not None:
+                add(dx[rows], w, block.y[columns].to(low))
+            if dy is not None and x is not None:
+                add(dy[columns], w.T, x)
+            places: list[Any] = [rows if row_scale is not None and row_scale.dim() else ..., columns, ..., ...]
+            values = (part.row_scale, part.column_scale, part.bias, part.parameter)
+            for total, place, value in zip(sums, places, values, strict=True):
                 if total is not None and value is not None:
                     total[place] += value
     for total in sums:

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from mmcontrast.score.backends.base import Block, Gradients, Statistics, finite, lacks_in_torch
 from mmcontrast.score.backends.tiles import Weights, cut, gradients_by_tiles, product, product_dtype
-from mmcontrast.score.reductions import LogSumExp, Maximum, Over, Reduction, SoftplusSum, Sum
+from mmcontrast.score.links import Link
+from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction, SoftplusSum, Sum
+from mmcontrast.score.teachers import Teacher
 
 CPU_TILE = (2048, 1024)  # of (512 … 4096) × (256 … 2048) the fastest or near it at D = 256, 512 and 1,024
 SAFE_RANGE = 60.0  # natural logarithm: within it of a common shift, fp32 exponentials neither overflow nor lose digits
 LINEAR = 40.0  # above it log(1 + exp(z)) = z to the last digit of float64
 
-Same = tuple[Tensor, Tensor] | Tensor | None
 Sides = list[tuple[int, Tensor, Tensor]]  # (the tensor dimension that is reduced, values, upstream gradients)
 
 
 class TorchTiled:
     """See `Backend`."""
 
-    def lacks(self, x: Tensor, reductions: Sequence[Reduction]) -> str | None:
-        return lacks_in_torch(x, reductions)
+    def lacks(self, x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
+        return lacks_in_torch(x, reductions, link)
 
     def forward(self, block: Block) -> Statistics:
         n, m = len(block.x), len(block.y)
@@ -33,53 +34,65 @@ class TorchTiled:
             [block.x.new_full((n,), r.identity, dtype=block.dtype) for r in block.reductions],
             [block.x.new_full((m,), r.identity, dtype=block.dtype) for r in block.reductions if block.both],
         )
-        tile, scores = tile_size(block), _Scores(block)
-        for rows in cut(n, tile[0]):
-            for columns in cut(m, tile[1]):
-                same, dots = block.same.tile(rows, columns), scores.dots(rows, columns)
+        size, scores = tile_size(block), _Scores(block)
+        for rows in cut(n, size[0]):
+            for columns in cut(m, size[1]):
+                tile = scores.tile(rows, columns)
                 for dims in scores.views():
-                    z_RC = scores.scaled(dots, rows, columns, dims)
+                    tile.see(dims)
                     for k, reduction in enumerate(block.reductions):
-                        parts = _reduce(reduction, z_RC, same, dims, scores.work(0, z_RC))
-                        for dim, part in zip(dims, parts, strict=True):
+                        for dim, part in zip(dims, _reduce(reduction, tile, dims, scores.work(0, tile.z)), strict=True):
                             total = out.rows[k][rows] if dim == 1 else out.columns[k][columns]
                             total.copy_(reduction.merge(total, part))
         return out
 
-    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients:
+    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor | None) -> Gradients:
         row_values, row_grads = finite(final.rows, grads.rows)
         column_values, column_grads = finite(final.columns, grads.columns)
-        scores, per_anchor = _Scores(block), block.row_scale.dim() > 0
+        scores = _Scores(block)
+
+        def derivative(tile: _Tile, dims: tuple[int, ...], grads: Statistics) -> Tensor:
+            """∂loss/∂z [R, C] by what the dims reduce."""
+            total = None
+            for k, reduction in enumerate(block.reductions):
+                if isinstance(reduction, Maximum):
+                    continue
+                sides: Sides = [
+                    (1, row_values[k][tile.rows, None], grads.rows[k][tile.rows, None])
+                    if dim == 1
+                    else (0, column_values[k][tile.columns], grads.columns[k][tile.columns])
+                    for dim in dims
+                ]
+                part = _derivative(reduction, tile, sides, scores.work(1 if total is None else 2, tile.z))
+                total = part if total is None else total.add_(part)
+            return scores.work(1, tile.z).zero_() if total is None else total  # nothing but maxima
 
         def weights(rows: slice, columns: slice, grads: Statistics) -> Weights:
-            same, dots = block.same.tile(rows, columns), scores.dots(rows, columns)
-            out = Weights(scores.work(0, dots).zero_() if per_anchor else dots)
+            tile = scores.tile(rows, columns)
+            plain = len(scores.views()) == 1 and not block.folded
+            out = Weights(tile.product if plain else torch.zeros_like(tile.product))
             for dims in scores.views():
-                z_RC = scores.scaled(dots, rows, columns, dims)
-                own_RC = None
-                for k, reduction in enumerate(block.reductions):
-                    if isinstance(reduction, Maximum):
-                        continue
-                    sides: Sides = [
-                        (1, row_values[k][rows, None], grads.rows[k][rows, None])
-                        if dim == 1
-                        else (0, column_values[k][columns], grads.columns[k][columns])
-                        for dim in dims
-                    ]
-                    part = _derivative(reduction, z_RC, same, sides, scores.work(1 if own_RC is None else 2, z_RC), scores)
-                    own_RC = part if own_RC is None else own_RC.add_(part)
-                if own_RC is None:  # nothing but maxima
-                    own_RC = scores.work(1, z_RC).zero_()
+                tile.see(dims)
+                own = derivative(tile, dims, grads)
                 if block.bias is not None:
-                    out.bias = own_RC.sum() if out.bias is None else out.bias + own_RC.sum()
-                if not per_anchor:
-                    out.w = own_RC
-                elif dims == (1,):
-                    out.row_scale = torch.mul(own_RC, dots, out=scores.work(2, dots)).sum(1)
-                    out.w.addcmul_(own_RC, block.row_scale[rows, None])
-                elif block.column_scale is not None:
-                    out.column_scale = torch.mul(own_RC, dots, out=scores.work(2, dots)).sum(0)
-                    out.w.addcmul_(own_RC, block.column_scale[columns])
+                    out.bias = own.sum() if out.bias is None else out.bias + own.sum()
+                if plain:
+                    out.w = own
+                elif not block.folded:
+                    out.w += own
+                else:
+                    scale, by_scale = tile.scale(dims), own * tile.linked
+                    if block.row_scale.dim() == 0:
+                        out.row_scale = by_scale.sum() if out.row_scale is None else out.row_scale + by_scale.sum()
+                    elif dims == (1,):
+                        out.row_scale = by_scale.sum(1)
+                    elif block.column_scale is not None:
+                        out.column_scale = by_scale.sum(0)
+                    out.w.addcmul_(own, scale)
+            if block.link is not None:
+                slope, by_parameter = block.link.slopes(tile.product)
+                out.parameter = (out.w * by_parameter).sum()
+                out.w *= slope
             return out
 
         return gradients_by_tiles(block, Statistics(row_grads, column_grads), dx, tile_size(block), weights)
@@ -110,67 +123,112 @@ class _Scores:
         return self.buffers[number][: like.numel()].view(like.shape)
 
     def views(self) -> list[tuple[int, ...]]:
-        """The dimensions to reduce, together where both directions have the same scores."""
-        if self.block.row_scale.dim() == 0:
-            return [(1, 0) if self.block.both else (1,)]
-        return [(1,), (0,)] if self.block.both else [(1,)]
+        """The dimensions to reduce, together where both directions have the same scores and candidates."""
+        if not self.block.both:
+            return [(1,)]
+        return [(1, 0)] if self.block.row_scale.dim() == 0 and self.block.limits is None else [(1,), (0,)]
 
-    def dots(self, rows: slice, columns: slice) -> Tensor:
-        """x·y [R, C], in a buffer of its own."""
-        dtype = product_dtype(self.block)
-        x, y = self.block.x[rows].to(dtype), self.block.y[columns].to(dtype)
+    def tile(self, rows: slice, columns: slice) -> "_Tile":
+        block, dtype = self.block, product_dtype(self.block)
+        x, y = block.x[rows].to(dtype), block.y[columns].to(dtype)
         if -1 not in self.buffers:
-            self.buffers[-1] = torch.empty(self.size, dtype=self.block.dtype, device=x.device)
+            self.buffers[-1] = torch.empty(self.size, dtype=block.dtype, device=x.device)
         out = self.buffers[-1][: len(x) * len(y)].view(len(x), len(y))
-        return torch.mm(x, y.T, out=out) if dtype == out.dtype else out.copy_(product(x, y.T, out.dtype))
+        found = torch.mm(x, y.T, out=out) if dtype == out.dtype else out.copy_(product(x, y.T, out.dtype))
+        return _Tile(self, rows, columns, found)
 
-    def scaled(self, dots: Tensor, rows: slice, columns: slice, dims: tuple[int, ...]) -> Tensor:
-        """z of one view: in place of `dots` where it serves both directions."""
+
+class _Tile:
+    """One tile, as one direction or both see it.
+
+    Attributes:
+        product: x·y [R, C]. linked: φ of it. z: the scores of the dimensions that are seen.
+    """
+
+    def __init__(self, scores: _Scores, rows: slice, columns: slice, product: Tensor) -> None:
+        self.scores, self.block, self.rows, self.columns, self.product = scores, scores.block, rows, columns, product
+        self.same = self.block.same.tile(rows, columns)
+        self.linked = product if self.block.link is None else self.block.link.value(product)
+        self.z, self.above = product, None
+
+    def scale(self, dims: tuple[int, ...]) -> Tensor:
+        """[], or of each anchor, to be multiplied with [R, C]."""
         block = self.block
         if block.row_scale.dim() == 0:
-            z = dots.mul_(block.row_scale)
-        else:
-            scale = block.row_scale[rows, None] if dims == (1,) or block.column_scale is None else block.column_scale[columns]
-            z = torch.mul(dots, scale, out=self.work(3, dots))
-        return z if block.bias is None else z.add_(block.bias)
+            return block.row_scale
+        by_row = dims == (1,) or block.column_scale is None
+        return block.row_scale[self.rows, None] if by_row else block.column_scale[self.columns]  # type: ignore[index]
+
+    def see(self, dims: tuple[int, ...]) -> None:
+        """Turn to a view: z in place of the product where nothing else needs that, `above` of its limits."""
+        block = self.block
+        alone = len(self.scores.views()) == 1 and not block.folded
+        self.z = torch.mul(self.linked, self.scale(dims), out=self.product if alone else self.scores.work(3, self.product))
+        if block.bias is not None:
+            self.z.add_(block.bias)
+        if block.limits is not None:
+            limits, guide = block.limits, block.limits.guide
+            compared = self.z if guide is None else self.scores_of(guide)
+            at = limits.rows[self.rows, None] if dims == (1,) or limits.columns is None else limits.columns[self.columns]
+            self.above = compared > at
+
+    def scores_of(self, teacher: Teacher) -> Tensor:
+        u, v = teacher.rows[self.rows].to(self.block.dtype), teacher.columns[self.columns].to(self.block.dtype)
+        return torch.mm(u, v.T).mul_(teacher.scale)
+
+    def targets(self, dim: int) -> Tensor:
+        """[R, C]: the mean of the teachers' softmaxes along one dimension, over all candidates of all tiles."""
+        total = None
+        for teacher in self.block.teachers:
+            sums = teacher.row_log_sums if dim == 1 else teacher.column_log_sums
+            assert sums is not None
+            part = self.scores_of(teacher).sub_(sums[self.rows, None] if dim == 1 else sums[self.columns]).exp_()
+            total = part if total is None else total.add_(part)
+        assert total is not None, "CrossSum has a teacher"
+        return total.div_(len(self.block.teachers))
+
+    def drop(self, values: Tensor, reduction: Reduction, value: float) -> Tensor:
+        """`value`, in place, at the candidates that a reduction leaves out."""
+        same = self.same
+        if reduction.over == "negatives" and same is not None:
+            if isinstance(same, Tensor):
+                values.masked_fill_(same, value)
+            else:
+                values[same] = value
+        elif reduction.over == "positives":
+            if isinstance(same, Tensor):
+                values.masked_fill_(~same, value)
+            else:
+                kept = None if same is None else values[same]
+                values.fill_(value)
+                if same is not None and kept is not None:
+                    values[same] = kept
+        return values.masked_fill_(self.above, value) if reduction.below and self.above is not None else values
 
 
-def _drop(values: Tensor, same: Same, over: Over, value: float) -> Tensor:
-    """`value`, in place, at the candidates that `over` leaves out."""
-    if over == "negatives" and same is not None:
-        if isinstance(same, Tensor):
-            return values.masked_fill_(same, value)
-        values[same] = value
-    elif over == "positives":
-        if isinstance(same, Tensor):
-            return values.masked_fill_(~same, value)
-        kept = None if same is None else values[same]
-        values.fill_(value)
-        if same is not None and kept is not None:
-            values[same] = kept
-    return values
-
-
-def _reduce(reduction: Reduction, z: Tensor, same: Same, dims: tuple[int, ...], work: Tensor) -> list[Tensor]:
+def _reduce(reduction: Reduction, tile: _Tile, dims: tuple[int, ...], work: Tensor) -> list[Tensor]:
     """The reduction of z [R, C] along each of dims. z stays as it is."""
+    z = tile.z
     match reduction:
         case LogSumExp(exponent=exponent):
             both = None
             if len(dims) == 2 and z.device.type == "cpu":  # elsewhere the range check would wait for the device
-                both = _shared_log_sum_exps(_drop(torch.mul(z, exponent, out=work), same, reduction.over, -torch.inf))
+                both = _shared_log_sum_exps(tile.drop(torch.mul(z, exponent, out=work), reduction, -torch.inf))
             return both or [
-                _log_sum_exp(_drop(torch.mul(z, exponent, out=work), same, reduction.over, -torch.inf), dim) for dim in dims
+                _log_sum_exp(tile.drop(torch.mul(z, exponent, out=work), reduction, -torch.inf), dim) for dim in dims
             ]
         case SoftplusSum():
             torch.ops.aten.softplus.out(z, 1, LINEAR, out=work)
-            _drop(work, same, reduction.over, 0.0)
+            tile.drop(work, reduction, 0.0)
             return [work.sum(dim) for dim in dims]
         case Sum():
-            _drop(work.copy_(z), same, reduction.over, 0.0)
+            tile.drop(work.copy_(z), reduction, 0.0)
             return [work.sum(dim) for dim in dims]
         case Maximum():
-            _drop(work.copy_(z), same, reduction.over, -torch.inf)
+            tile.drop(work.copy_(z), reduction, -torch.inf)
             return [work.amax(dim) for dim in dims]
+        case CrossSum():
+            return [tile.drop(tile.targets(dim).mul_(z), reduction, 0.0).sum(dim) for dim in dims]
     raise TypeError(f"the torch backend has no {reduction}")
 
 
@@ -194,24 +252,30 @@ def _shared_log_sum_exps(z: Tensor) -> list[Tensor] | None:
     return [rows.log_().add_(shift), columns.log_().add_(shift)]
 
 
-def _derivative(reduction: Reduction, z: Tensor, same: Same, sides: Sides, work: Tensor, scores: _Scores) -> Tensor:
+def _derivative(reduction: Reduction, tile: _Tile, sides: Sides, work: Tensor) -> Tensor:
     """Σ over the sides of grad · ∂ reduction / ∂ z, [R, C], in `work`. z stays as it is."""
+    z, scores = tile.z, tile.scores
     match reduction:
         case LogSumExp(exponent=exponent):
             shared = _shared_shift(sides) if len(sides) == 2 and z.device.type == "cpu" else None
             if shared is not None:  # e^{z−m} · (g_i e^{m−R_i} + h_j e^{m−C_j})
                 _minus(z, exponent, shared, work).exp_()
                 sides = [(dim, value, exponent * grad * (shared - value).exp_()) for dim, value, grad in sides]
-                return _drop(work, same, reduction.over, 0.0).mul_(_outer(sides, scores, z))
+                return tile.drop(work, reduction, 0.0).mul_(_outer(sides, scores, z))
             for number, (_, value, grad) in enumerate(sides):
                 out = scores.work(4, z) if number else work
                 _minus(z, exponent, value, out).exp_()
-                _drop(out, same, reduction.over, 0.0).mul_(exponent * grad)
+                tile.drop(out, reduction, 0.0).mul_(exponent * grad)
             return work.add_(scores.work(4, z)) if len(sides) == 2 else work
         case SoftplusSum():
-            return _drop(torch.sigmoid(z, out=work), same, reduction.over, 0.0).mul_(_outer(sides, scores, z))
+            return tile.drop(torch.sigmoid(z, out=work), reduction, 0.0).mul_(_outer(sides, scores, z))
         case Sum():
-            return _drop(work.copy_(_outer(sides, scores, z).expand_as(z)), same, reduction.over, 0.0)
+            return tile.drop(work.copy_(_outer(sides, scores, z).expand_as(z)), reduction, 0.0)
+        case CrossSum():
+            work.zero_()
+            for dim, _, grad in sides:
+                work.addcmul_(tile.targets(dim), grad)
+            return tile.drop(work, reduction, 0.0)
     raise TypeError(f"the torch backend has no {reduction}")
 
 

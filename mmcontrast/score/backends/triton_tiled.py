@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmcontrast.score.backends.base import Block, Gradients, Statistics, finite
 from mmcontrast.score.backends.tiles import Weights, cut, gradients_by_tiles, product_dtype
+from mmcontrast.score.links import Link
 from mmcontrast.score.reductions import LogSumExp, Maximum, Reduction, SoftplusSum, Sum
 
 FORWARD_BLOCK = 16_384  # rows and columns whose tiles one launch reduces: 2·K·16,384²/128 partial results
@@ -47,13 +48,17 @@ LAUNCHES = {  # by the product; for sm_90 infonce and siglip spill no registers;
 class TritonTiled:
     """See `Backend`. fp32 products are tf32 where torch.set_float32_matmul_precision allows it ("high", "medium")."""
 
-    def lacks(self, x: Tensor, reductions: Sequence[Reduction]) -> str | None:
+    def lacks(self, x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "kernels without the package triton"
         if not (interpreted() if not x.is_cuda else torch.cuda.get_device_capability(x.device) >= (8, 0)):
             return f"kernels for {x.device.type} (it has them for NVIDIA GPUs from compute capability 8.0)"
         if x.dtype not in (torch.float32, torch.float16) + (() if interpreted() else (torch.bfloat16,)):
             return f"kernels for {x.dtype}"
+        if link is not None:
+            return f"link {type(link).__name__}"
+        if any(r.below for r in reductions):
+            return "limits of anchors"
         return next((f"reduction {r}" for r in reductions if type(r) not in KINDS), None)
 
     def forward(self, block: Block) -> Statistics:
@@ -75,7 +80,7 @@ class TritonTiled:
                         columns[k][to] = reduction.merge(columns[k][to], merged(reduction, column_parts[k]))
         return Statistics(rows, columns)
 
-    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor) -> Gradients:
+    def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor | None) -> Gradients:
         from mmcontrast.score.backends import triton_kernels
 
         row_values, row_grads = finite(final.rows, grads.rows)
@@ -92,9 +97,9 @@ class TritonTiled:
             R, C = at.stop - at.start, to.stop - to.start
             tiles_n, tiles_m = -(-R // launch.BM), -(-C // launch.BN)
             w = scratch[: R * C].view(R, C)
-            bias = dx.new_empty((tiles_n, tiles_m)) if block.bias is not None else None
-            row_scale = dx.new_empty((tiles_m, R)) if per_anchor else None
-            column_scale = dx.new_empty((tiles_n, C)) if block.column_scale is not None else None
+            bias = block.row_scale.new_empty((tiles_n, tiles_m)) if block.bias is not None else None
+            row_scale = block.row_scale.new_empty((tiles_m, R)) if per_anchor else None
+            column_scale = block.row_scale.new_empty((tiles_n, C)) if block.column_scale is not None else None
             start(
                 triton_kernels.weigh_tiles, block, at, to, launch,
                 stacked(row_values, binary, at), stacked(column_values, binary, to),
