@@ -74,10 +74,9 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "objectives/contrastive.py": ("objectives/test_contrastive_loss.py", "contrastive_loss"),
     **{
         f"objectives/{name}.py": ("objectives/test_contrastive_loss.py", "OBJECTIVES")  # all that names.py knows
-        for name in ("dcl", "debiased", "hard_negative", "infonce", "multi_positive", "names", "siglip")
+        for name in ("dcl", "debiased", "hard_negative", "hybrid", "infonce", "multi_positive", "names", "siglip")
     },
     "objectives/inputs.py": ("objectives/test_contrastive_loss.py", "mistakes_are_named"),
-    "objectives/pairing.py": ("objectives/test_contrastive_loss.py", "AllPairs"),
     "objectives/sample_table.py": ("objectives/test_global_contrastive.py", "SampleTable"),
     "objectives/signals.py": ("objectives/test_contrastive_loss.py", "signals"),
     "options.py": ("test_config.py", "did you mean"),

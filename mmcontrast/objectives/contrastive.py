@@ -1,17 +1,33 @@
 """Pairing × objective → one loss: the public function that drops into any training script."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.components import build
 from mmcontrast.objectives.base import Objective
-from mmcontrast.objectives.inputs import Scalars, all_present, extras_by_field, ids_by_field, of_term
-from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS
+from mmcontrast.objectives.hyperbolic import Hyperbolic
+from mmcontrast.objectives.inputs import (
+    Given,
+    Scalars,
+    Teachers,
+    all_present,
+    check_together,
+    extras_by_field,
+    ids_by_field,
+    of_term,
+    own_by_field,
+    teachers_by_field,
+    total_weights,
+    weights_of,
+    widths_of,
+)
+from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS, SCORES
 from mmcontrast.objectives.pairing import Pairing, Scoring, term_name
 from mmcontrast.objectives.signals import WATCHED, signals_of
 from mmcontrast.score import score_statistics
@@ -30,6 +46,12 @@ def contrastive_loss(
     ids: Tensor | Mapping[str, Tensor] | None = None,
     sample_ids: Tensor | None = None,
     extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
+    own_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
+    sample_weights: Tensor | None = None,
+    teacher: Teachers | None = None,
+    teacher_scale: float | Sequence[float] = 100.0,
+    matryoshka: Sequence[int] | Mapping[int, float] | None = None,
+    score: str | Mapping[str, Any] | Hyperbolic | None = None,
     backend: str = "auto",
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -52,6 +74,16 @@ def contrastive_loss(
         sample_ids: int64 [N], unique and stable, for objectives that keep state per sample.
         extra_negatives: per field, more candidates for the anchors of every field it is paired with: [K, D], or with
             group ids ([K, D], [K]).
+        own_negatives: per field, candidates of each anchor alone, for the anchors of the fields it is paired with:
+            [N, K, D], or with a mask of those that are there ([N, K, D], bool [N, K]).
+        sample_weights: [N] ≥ 0, of anchors in the mean, without gradient; the loss is Σ wℓ / Σ w. Default: all alike.
+        teacher: for objectives that learn from another model: its unit rows of the same samples per field, [N, E] of any
+            width, without gradient; or several such mappings.
+        teacher_scale: its logit scale, or one for each.
+        matryoshka: widths of prefixes of the embeddings, (64, 128, 256), or {width: weight}: the loss is the weighted sum of
+            the losses of each prefix, made unit rows again (arXiv:2205.13147). Name the whole width too.
+        score: {"type": "lorentz", "curvature": c}: hyperbolic distances in the place of cosines; embeddings are then any
+            vectors. See `mmcontrast.objectives.Hyperbolic`.
         backend, tile_size, communication: see `score_statistics`.
         group: a torch.distributed group; None: this process alone. Every rank must call this, and its backward.
         signals: filled, if given, with numbers to watch, [] each: of every pair "image-text/loss" and "/alignment" (the
@@ -66,74 +98,116 @@ def contrastive_loss(
     Raises:
         ValueError: for shapes, names, ids or options that do not fit; it names the field.
     """
+    first = next(iter(embeddings.values()))
     scorer: Objective = build(objective, OBJECTIVES, "objective", Objective)
     if scorer.stateful and scorer is not objective:
         raise ValueError(f"objective {objective!r} remembers earlier calls: make a {type(scorer).__name__} once, and pass that")
     pairs: Pairing = build(pairing, PAIRINGS, "pairing", Pairing)
     pairs.check(scorer)
-    ids_of = ids_by_field(embeddings, ids)
-    extras = extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None)
-    first = next(iter(embeddings.values()))
+    given = Given(
+        ids=ids_by_field(embeddings, ids),
+        sample_ids=sample_ids,
+        weights=weights_of(sample_weights, first),
+        extras=extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None),
+        own=own_by_field(embeddings, own_negatives or {}),
+        teachers=teachers_by_field(embeddings, teacher, teacher_scale),
+    )
     if sample_ids is not None and len(sample_ids) != len(first):
         raise ValueError(f"sample_ids has {len(sample_ids)} entries for {len(first)} samples")
+    link: Hyperbolic | None = build(score, SCORES, "score", Hyperbolic)
+    check_together(scorer, pairs, given, link)
+    options = {"backend": backend, "tile_size": tile_size, "group": group, "communication": communication}
+    loss_of = partial(
+        _loss, scorer=scorer, pairs=pairs, link=link, logit_scale=logit_scale, logit_bias=logit_bias, options=options
+    )
+    if matryoshka is None:
+        return loss_of(embeddings, given, signals=signals)
+    if scorer.stateful or link is not None:
+        raise ValueError("matryoshka: prefixes need an objective without memory, and cosines")
+    losses = []
+    for width, weight in widths_of(matryoshka, first).items():
+        part, whole = given.prefix(width), width == first.shape[1]
+        prefixes = {field: F.normalize(rows[:, :width], dim=1) for field, rows in embeddings.items()}
+        losses.append(weight * loss_of(prefixes, part, signals=signals if whole else None))
+    return torch.stack(losses).sum()
 
+
+def _loss(
+    embeddings: Mapping[str, Tensor],
+    given: Given,
+    *,
+    scorer: Objective,
+    pairs: Pairing,
+    link: Hyperbolic | None,
+    logit_scale: Scalars,
+    logit_bias: Scalars | None,
+    options: dict[str, Any],
+    signals: dict[str, Tensor] | None,
+) -> Tensor:
+    first, group = next(iter(embeddings.values())), options["group"]
     weights = pairs.weighted_terms(list(embeddings))
     terms = [term for term, weight in weights.items() if weight]
-    kept = [all_present(ids_of, term) for term in terms]
+    kept = [all_present(given.ids, term) for term in terms]
     local = [len(first) if keep is None else int(keep.sum()) for keep in kept]
     own_draw = int(torch.randint(2**62, ())) if pairs.draws else 0
     everyone = exchange([*local, own_draw], group, first.device)  # who has what, and the first one's draw
+    totals = total_weights(given.weights, kept, group)
     reductions = tuple(dict.fromkeys((*scorer.reductions, *(WATCHED if signals is not None else ()))))
+    dtype = torch.promote_types(first.dtype, torch.float32)
 
     loss, total_weight = torch.zeros((), device=first.device), 0.0
     for number, (term, keep) in enumerate(zip(terms, kept, strict=True)):
         sizes = [counts[number] for counts in everyone]
-        if sum(sizes) == 0:
+        if sum(sizes) == 0 or (totals is not None and totals[number] == 0):
             continue
         rows = {f: embeddings[f] if keep is None else embeddings[f][keep] for f in term}
-        group_ids, samples = (None if ids_of is None else ids_of[term[0]]), sample_ids
-        if keep is not None:
-            group_ids, samples = (t if t is None else t[keep] for t in (group_ids, samples))
-        dtype = torch.promote_types(first.dtype, torch.float32)
+        here = given.of(term, keep)
         scale, bias = (of_term(v, term, n) for v, n in ((logit_scale, "logit_scale"), (logit_bias, "logit_bias")))
         assert scale is not None
         scale, bias = scalar(scale, dtype, first.device), None if bias is None else scalar(bias, dtype, first.device)
         scoring = Scoring(
             rows=rows,
-            ids=group_ids,
-            sample_ids=samples,
-            extras={f: extra for f, extra in extras.items() if f in term},
+            ids=None if here.ids is None else here.ids[term[0]],
+            sample_ids=here.sample_ids,
+            extras=here.extras,
+            own=here.own,
+            teachers=here.teachers,
             sizes=sizes,
             draw=everyone[0][-1],
             group=group,
-            scale=partial(scorer.anchor_scale, scale=scale, sample_ids=samples),
+            scale=partial(scorer.anchor_scale, scale=scale, sample_ids=here.sample_ids),
             bias=0.0 if bias is None else bias,
             reductions=reductions,
             both=scorer.both_directions or signals is not None,
-            statistics=partial(
-                score_statistics,
-                reductions=reductions,
-                bias=bias,
-                backend=backend,
-                tile_size=tile_size,
-                group=group,
-                communication=communication,
-            ),
+            link=link,
+            margin=scorer.margin,
+            guided=scorer.guided,
+            statistics=partial(score_statistics, reductions=reductions, bias=bias, link=link, **options),
         )
         share = len(sizes) / sum(sizes)  # of an anchor in the mean over all ranks
+        weigh = partial(_weighted_sum, weights=here.weights, share=share if totals is None else len(sizes) / totals[number])
         losses: list[Tensor] = []
         for place, direction in enumerate(pairs.directions(scoring)):
-            if scorer.both_directions or len(term) > 2 or place == 0:
-                losses.append(scorer(direction).sum() * share)
+            if scorer.both_directions or len(term) > 2 or not direction.name.startswith(f"{term[1]}_to_"):
+                losses.append(weigh(scorer(direction)))
             if signals is not None:
                 if len(term) == 2 and place == 0:
-                    cosines = (direction.positives.detach() - scoring.bias) / direction.scale
-                    signals[f"{term_name(term)}/alignment"] = (2.0 - 2.0 * cosines).sum().detach() * share
+                    similar = (direction.positives.detach() - scoring.bias) / direction.scale
+                    distance = 2.0 - 2.0 * similar if link is None else similar.square()
+                    signals[f"{term_name(term)}/alignment"] = distance.sum().detach() * share
                 signals |= {f"{direction.name}/{name}": number for name, number in signals_of(direction, share).items()}
         value = torch.stack(losses).mean()
+        penalty = None if link is None else link.penalty(rows)
+        if penalty is not None:
+            value = value + weigh(penalty)
         if signals is not None:
             signals[f"{term_name(term)}/loss"] = value.detach()
         loss, total_weight = loss + weights[term] * value, total_weight + weights[term]
     if total_weight < sum(weights.values()) or len(terms) < len(weights):  # all take part, as data parallelism expects
         loss = loss + sum(e.sum(dtype=torch.promote_types(e.dtype, torch.float32)) for e in embeddings.values()) * 0.0
     return loss / (total_weight or 1.0)
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor | None, share: float) -> Tensor:
+    """Of the anchors here, so that the mean over the ranks is the mean over all anchors."""
+    return (losses if weights is None else losses * weights).sum() * share

@@ -1,16 +1,95 @@
-"""What `contrastive_loss` is given, checked: fields, ids, extra negatives, scales."""
+"""What `contrastive_loss` is given, checked: fields, ids, scales, weights, teachers, extra and own negatives."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmcontrast.objectives.base import Objective
+from mmcontrast.objectives.pairing import Pairing
+from mmcontrast.score import CrossSum
 from mmcontrast.types import ABSENT
 
+Teachers = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 NO_GROUP = -2  # the id of extra negatives of nobody's group
 Scalars = Tensor | float | Mapping[Any, Tensor | float]  # by tuples of fields
+
+
+@dataclass(frozen=True)
+class Given:
+    """What `contrastive_loss` is given of the samples beside their embeddings, checked.
+
+    Attributes:
+        ids: group ids [N] of every field; None: all different. sample_ids: int64 [N]. weights: [N] of anchors.
+        extras: per field, ([K, D], group ids [K]). own: per field, ([N, K, D], which are there [N, K]).
+        teachers: (per field, [N, E]; its scale) of each.
+    """
+
+    ids: Mapping[str, Tensor] | None
+    sample_ids: Tensor | None
+    weights: Tensor | None
+    extras: Mapping[str, tuple[Tensor, Tensor]]
+    own: Mapping[str, tuple[Tensor, Tensor]]
+    teachers: Sequence[tuple[Mapping[str, Tensor], float]]
+
+    def of(self, term: Sequence[str], keep: Tensor | None) -> "Given":
+        """What concerns some fields, of the samples to be kept.
+
+        Raises:
+            ValueError: where a teacher lacks a field.
+        """
+
+        def kept(rows: Tensor) -> Tensor:
+            return rows if keep is None else rows[keep]
+
+        for rows, _ in self.teachers:
+            if lacking := [field for field in term if field not in rows]:
+                raise ValueError(f"teacher lacks the field {lacking[0]!r}, which is scored with {', '.join(term)}")
+        return Given(
+            ids=None if self.ids is None else {field: kept(self.ids[field]) for field in term},
+            sample_ids=None if self.sample_ids is None else kept(self.sample_ids),
+            weights=None if self.weights is None else kept(self.weights),
+            extras={field: self.extras[field] for field in term if field in self.extras},
+            own={f: (kept(self.own[f][0]), kept(self.own[f][1])) for f in term if f in self.own},
+            teachers=[({field: kept(rows[field]) for field in term}, scale) for rows, scale in self.teachers],
+        )
+
+    def prefix(self, width: int) -> "Given":
+        """The same with the first `width` numbers of all candidates, made unit rows."""
+
+        def cut(sets: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+            return {field: (F.normalize(rows[..., :width], dim=-1), which) for field, (rows, which) in sets.items()}
+
+        return replace(self, extras=cut(self.extras), own=cut(self.own))
+
+
+def check_together(objective: Objective, pairing: Pairing, given: Given, link: Any) -> None:
+    """
+    Raises:
+        ValueError: for what does not go together; it says why.
+    """
+    name = type(objective).__name__
+    distills = any(isinstance(r, CrossSum) for r in objective.reductions)
+    if objective.teachers and not given.teachers:
+        raise ValueError(f"{name} learns from a teacher: pass its embeddings as teacher")
+    if given.teachers and not objective.teachers:
+        raise ValueError(f"{name} takes no teacher: leave it out, or use objective distillation")
+    if distills and (given.extras or given.own or pairing.same_field):
+        raise ValueError(
+            f"{name}: the teacher's softmax is over the candidates that it has embeddings of: extra_negatives, own_negatives"
+            " and same_field are not among them"
+        )
+    if objective.guided and (given.extras or given.own):
+        raise ValueError(f"{name}: the guide has no embeddings of extra_negatives and own_negatives: leave them or guide out")
+    pairwise = {"teacher": given.teachers, "own_negatives": given.own, "score": link, "false_negative_margin": objective.margin}
+    for option, value in pairwise.items():
+        if not pairing.takes_extra_negatives and value not in (None, [], {}):
+            raise ValueError(f"{option} concerns scores of two fields: pairing multilinear takes none")
 
 
 def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -97,3 +176,92 @@ def extras_by_field(
             raise ValueError(f"extra_negatives of field {field!r} have ids, the samples have none: pass ids")
         extras[field] = (rows, ids)
     return extras
+
+
+def widths_of(matryoshka: Sequence[int] | Mapping[int, float], embeddings: Tensor) -> dict[int, float]:
+    """The weight of each width.
+
+    Raises:
+        ValueError: for a width that the embeddings have not.
+    """
+    widths = dict(matryoshka) if isinstance(matryoshka, Mapping) else dict.fromkeys(matryoshka, 1.0)
+    for width in widths:
+        if not 1 <= width <= embeddings.shape[1]:
+            raise ValueError(f"matryoshka: width {width} of embeddings of width {embeddings.shape[1]}")
+    if not widths:
+        raise ValueError("matryoshka: no width is named")
+    return widths
+
+
+def total_weights(weights: Tensor | None, kept: Sequence[Tensor | None], group: dist.ProcessGroup | None) -> list[float] | None:
+    """The sum over all ranks of the weights of each term's samples; None of none."""
+    if weights is None:
+        return None
+    sums = torch.stack([(weights if keep is None else weights[keep]).sum(dtype=torch.float64) for keep in kept])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return sums.tolist()
+
+
+def weights_of(sample_weights: Tensor | None, embeddings: Tensor) -> Tensor | None:
+    """Weights [N] in the loss's dtype.
+
+    Raises:
+        ValueError: for weights that are not [N] and at least 0.
+    """
+    if sample_weights is None:
+        return None
+    weights = sample_weights.detach().to(embeddings.device, torch.promote_types(embeddings.dtype, torch.float32))
+    if weights.shape != embeddings.shape[:1]:
+        raise ValueError(f"sample_weights is {tuple(weights.shape)}, it must be [{len(embeddings)}], one a sample")
+    if not ((weights >= 0) & weights.isfinite()).all():
+        raise ValueError("sample_weights: a weight is a finite number, at least 0")
+    return weights
+
+
+def teachers_by_field(
+    embeddings: Mapping[str, Tensor], teacher: Teachers | None, teacher_scale: float | Sequence[float]
+) -> list[tuple[Mapping[str, Tensor], float]]:
+    """Each teacher's embeddings per field, [N, E], with its scale.
+
+    Raises:
+        ValueError: for fields, rows or scales that do not fit.
+    """
+    given = [] if teacher is None else [teacher] if isinstance(teacher, Mapping) else list(teacher)
+    scales = list(teacher_scale) if isinstance(teacher_scale, Sequence) else [float(teacher_scale)] * len(given)
+    if given and len(scales) != len(given):
+        raise ValueError(f"teacher_scale has {len(scales)} entries for {len(given)} teachers")
+    for one in given:
+        for field, rows in one.items():
+            if field not in embeddings:
+                raise ValueError(f"teacher names a field {field!r} that embeddings lack; they have {', '.join(embeddings)}")
+            if rows.dim() != 2 or len(rows) != len(embeddings[field]) or not rows.is_floating_point():
+                raise ValueError(
+                    f"teacher's field {field!r} is {tuple(rows.shape)} {rows.dtype}, it must be [{len(embeddings[field])}, E]"
+                )
+    return list(zip(given, scales, strict=False))
+
+
+def own_by_field(
+    embeddings: Mapping[str, Tensor], own_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per field, (candidates of each anchor alone [N, K, D], which of them are there [N, K]).
+
+    Raises:
+        ValueError: for candidates that do not fit; it names the field.
+    """
+    own = {}
+    for field, given in own_negatives.items():
+        rows, there = given if isinstance(given, Sequence) else (given, None)
+        if field not in embeddings:
+            raise ValueError(f"own_negatives names a field {field!r} that embeddings lack")
+        (n, d), dtype = embeddings[field].shape, embeddings[field].dtype
+        if rows.dim() != 3 or (rows.shape[0], rows.shape[2]) != (n, d) or rows.dtype != dtype:
+            raise ValueError(
+                f"own_negatives of field {field!r} are {tuple(rows.shape)} {rows.dtype}, they must be [{n}, K, {d}] {dtype}"
+            )
+        there = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device) if there is None else there
+        if there.shape != rows.shape[:2] or there.dtype != torch.bool:
+            raise ValueError(f"own_negatives of field {field!r}: which are there must be bool {tuple(rows.shape[:2])}")
+        own[field] = rows, there
+    return own

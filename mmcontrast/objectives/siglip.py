@@ -1,19 +1,29 @@
 """SigLIP: every pair a binary classification of its own."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from mmcontrast.objectives.base import Objective
-from mmcontrast.score import Direction, SoftplusSum, log1pexp
+from mmcontrast.score import Direction, SoftplusSum, Sum, log1pexp
+
+POSITIVES, THEIR_SUM = SoftplusSum(over="positives"), Sum(over="positives")
 
 
 class SigLIP(Objective):
     """log(1 + exp(−p)) + Σ over the negatives of log(1 + exp(z)) (arXiv:2303.15343, equation 1); scores p and z include
-    the bias, −10 at the start of training; each pair is counted once."""
+    the bias, −10 at the start of training; each pair is counted once.
 
-    reductions = (SoftplusSum(),)
-    both_directions: ClassVar[bool] = False
+    Args:
+        group_positives: all candidates of the anchor's group are positives, with log(1 + exp(−z)) each (as in FLAIR,
+            arXiv:2412.03561, where several captions fit a picture); otherwise they are left out.
+    """
+
+    both_directions = False
+
+    def __init__(self, group_positives: bool = False) -> None:
+        super().__init__()
+        self.group_positives = group_positives
+        self.reductions = (SoftplusSum(), *((POSITIVES, THEIR_SUM) if group_positives else ()))
 
     def forward(self, d: Direction) -> Tensor:
-        return log1pexp(-d.positives) + d[SoftplusSum()]
+        positives = d[POSITIVES] - d[THEIR_SUM] if self.group_positives else log1pexp(-d.positives)
+        return positives + d[SoftplusSum()]

@@ -1,8 +1,9 @@
 """Pure tensors: reductions of scores, computed by interchangeable backends, over a ring of ranks."""
 
 from mmcontrast.score.links import Link, Lorentz
+from mmcontrast.score.own import own_statistics
 from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction, SoftplusSum, Sum, log1pexp
-from mmcontrast.score.statistics import Direction, score_statistics
+from mmcontrast.score.statistics import Direction, row_dots, score_statistics
 from mmcontrast.score.teachers import Limits, Teacher
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "Sum",
     "Teacher",
     "log1pexp",
+    "own_statistics",
+    "row_dots",
     "score_statistics",
 ]

@@ -275,7 +275,7 @@ class _Scores(torch.autograd.Function):
             if plan.both:
                 home.add(step, merge, [len(x) - block.same.column_counts, *part.columns])
         column_negatives, *columns = home.home() if plan.both else [row_negatives]
-        dots = _row_dots(x, y, dtype) if plan.paired else x.new_zeros(len(x), dtype=dtype)
+        dots = row_dots(x, y, dtype) if plan.paired else x.new_zeros(len(x), dtype=dtype)
         ctx.plan = plan
         ctx.save_for_backward(x, y, scale, column_scale, bias, *rows, *columns)
         maxima = [v for r, v in zip(plan.reductions * 2, rows + columns, strict=False) if isinstance(r, Maximum)]
@@ -314,9 +314,7 @@ class _Scores(torch.autograd.Function):
         owned = home.home()
         dy = owned.pop(0) if y_needs else None
         if not folded:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
-            d_scale = (
-                _row_dots(x, dx, dtype).sum() if dx is not None else scale if dy is None else _row_dots(y, dy, dtype).sum()
-            )
+            d_scale = row_dots(x, dx, dtype).sum() if dx is not None else scale if dy is None else row_dots(y, dy, dtype).sum()
         factor, d_dots = None if folded else scale, d_dots if plan.paired else None
         dx = None if dx is None else _finished(dx, factor, d_dots, y, x.dtype)  # free before the next is read
         dy = None if dy is None else _finished(dy, factor, d_dots, x, y.dtype)
@@ -324,7 +322,7 @@ class _Scores(torch.autograd.Function):
         return dx, dy, d_scale, owned[0] if owned else None, d_bias, None if plan.link is None else d_parameter, None
 
 
-def _row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a_i · b_i [N] in dtype, without a copy of either in that dtype."""
     parts = [torch.linalg.vecdot(p.to(dtype), q.to(dtype)) for p, q in zip(a.split(CHUNK), b.split(CHUNK), strict=True)]
     return torch.cat(parts)

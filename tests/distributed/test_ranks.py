@@ -24,12 +24,28 @@ SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
 DRIVERS = ["ring", "gather"]
 LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [True]))
 LOSSES += list(itertools.product([(5, 0, 6), (2, 5, 1, 4)], DRIVERS, ["infonce", "siglip"], [False]))
-LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip", "global"}), [True]))
+LOSSES += list(
+    itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip", "global", "distillation"}), [True])
+)
 PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [True]))
 PRODUCTS += list(itertools.product([(5, 0, 6)], DRIVERS, ["n", "n_squared"], [False]))
 STATISTICS = list(itertools.product(SIZES, DRIVERS, ["dense", "torch"], [False, True]))
 STATISTICS += [((5, 0, 6), "ring", "triton", True), ((5, 0, 6), "gather", "triton", False)]
 MEMORIES = list(itertools.product([(5, 0, 6)], DRIVERS, ["learnable", "individual"]))
+GIVEN = {
+    "distillation": {"objective": {"type": "distillation", "alpha": 0.7}},
+    "margin": {"objective": {"type": "infonce", "false_negative_margin": 0.2, "label_smoothing": 0.1}},
+    "guide": {"objective": {"type": "infonce", "false_negative_margin": 0.1, "guide": True}},
+    "own fields": {"pairing": {"type": "all_pairs", "same_field": True}},
+    "one denominator": {
+        "pairing": {"type": "all_pairs", "same_field": True, "joint": "pair"},
+        "objective": {"type": "infonce", "false_negative_margin": 0.1},
+    },
+    "hyperbolic": {"score": {"type": "lorentz", "curvature": 0.7, "general": "a"}},
+    "matryoshka": {"matryoshka": {2: 0.5, 5: 1.0}},
+    "locked": {"locked": ("a", "c")},
+}
+FURTHER = list(itertools.product([(5, 1, 6)], ["ring"], GIVEN)) + list(itertools.product([(5, 0, 6)], ["gather"], GIVEN))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
 SLOW_LOSSES = [case for case in itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False]) if case not in LOSSES]
 SLOW_PRODUCTS = list(itertools.product([(1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [False]))
@@ -107,6 +123,49 @@ def check_loss(group, rank, sizes, driver, objective, with_ids, negatives=None):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def given_loss(n, rows, case, **options):
+    """The loss and its gradients of some rows of a batch: by fields, by negatives of their own, by the scale."""
+    fields, ids, _ = a_batch(n)
+    generator = torch.Generator().manual_seed(4)
+    teachers = [{f: torch.randn(n, 3, generator=generator, dtype=torch.float64) for f in FIELDS} for _ in range(2)]
+    weights, own = torch.rand(n, generator=generator).double(), torch.randn(n, 2, 5, generator=generator, dtype=torch.float64)
+    given = {name: value for name, value in GIVEN[case].items() if name != "locked"}
+    takes_teachers, takes_own = case in ("distillation", "guide"), case not in ("distillation", "guide")
+    leaves = [fields[f][rows].requires_grad_(f not in GIVEN[case].get("locked", ())) for f in FIELDS]
+    leaves += [own[rows].requires_grad_(), torch.tensor(7.0, dtype=torch.float64, requires_grad=True)]
+    loss = contrastive_loss(
+        dict(zip(FIELDS, leaves, strict=False)),
+        ids={f: v[rows] for f, v in ids.items()},
+        teacher=[{f: v[rows] for f, v in teacher.items()} for teacher in teachers] if takes_teachers else None,
+        teacher_scale=(1.5, 2.0),
+        sample_weights=weights[rows],
+        own_negatives={"b": leaves[3]} if takes_own else None,
+        logit_scale=leaves[4],
+        logit_bias=-1.0,
+        tile_size=3,
+        **given,
+        **options,
+    )
+    loss.backward()
+    return [loss.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+
+
+@cache
+def given_loss_of_one_process(n, case):
+    return given_loss(n, slice(None), case, backend="dense")
+
+
+def check_given(group, rank, sizes, driver, case):
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    want_loss, *want_rows, want_scale = given_loss_of_one_process(sum(sizes), case)
+    loss, *found, scale = given_loss(sum(sizes), rows, case, group=group, communication=driver)
+    mean = torch.stack([loss, scale])
+    dist.all_reduce(mean, group=group)
+    found = [*(mean / len(sizes)), *(grad / len(sizes) for grad in found)]
+    for a, b in zip(found, [want_loss, want_scale, *(grad[rows] for grad in want_rows)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def check_memory(group, rank, sizes, driver, temperature):
     """Three steps of `global`, in which samples come again, on other ranks: the same memory everywhere, and one process's."""
     n = sum(sizes)
@@ -180,10 +239,10 @@ def worker(rank, port, folder, slow):
     )
     first = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
     apart = dist.new_group([0, 2])
-    checks = (check_loss, check_products, check_memory, check_statistics)
-    cases_of_each = (LOSSES, PRODUCTS, MEMORIES, STATISTICS)
+    checks = (check_loss, check_products, check_memory, check_statistics, check_given)
+    cases_of_each = (LOSSES, PRODUCTS, MEMORIES, STATISTICS, FURTHER)
     if slow:
-        cases_of_each = (SLOW_LOSSES, SLOW_PRODUCTS, SLOW_MEMORIES, SLOW_STATISTICS)
+        cases_of_each = (SLOW_LOSSES, SLOW_PRODUCTS, SLOW_MEMORIES, SLOW_STATISTICS, [])
     cases = [(check, case, first[len(case[0])]) for check, each in zip(checks, cases_of_each, strict=True) for case in each]
     if not slow:
         cases.append((check_loss, OTHER_GROUP, apart))
@@ -236,6 +295,11 @@ def test_products_of_all_ranks_are_those_of_one_process(case, slow):
 @fast_and_slow(MEMORIES, SLOW_MEMORIES)
 def test_the_memory_of_all_ranks_is_that_of_one_process(case, slow):
     assert_right("check_memory", case, slow)
+
+
+@fast_and_slow(FURTHER, [])
+def test_teachers_weights_limits_and_own_candidates_of_all_ranks_are_those_of_one_process(case, slow):
+    assert_right("check_given", case, slow)
 
 
 @fast_and_slow(STATISTICS, SLOW_STATISTICS)

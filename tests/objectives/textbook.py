@@ -28,7 +28,20 @@ OBJECTIVES = [
     {"type": "debiased", "tau_plus": 0.2},
     {"type": "debiased", "tau_plus": 0.05, "beta": 0.4},
     "multi_positive",
+    {"type": "infonce", "label_smoothing": 0.2},
+    {"type": "siglip", "group_positives": True},
+    {"type": "hybrid", "positives_weight": 0.3, "alpha": 0.4, "beta": 0.2},
 ]
+OF_ONE_DIRECTION = ("siglip",)
+
+
+def name_of(objective):
+    return objective if isinstance(objective, str) else objective["type"]
+
+
+def averages_over_positives(objective):
+    """Which the random products of the multilinear pairing have none of."""
+    return name_of(objective) in ("multi_positive", "hybrid") or "group_positives" in objective
 
 
 def textbook_anchor_loss(objective, z, i, same, scale):
@@ -36,11 +49,13 @@ def textbook_anchor_loss(objective, z, i, same, scale):
     name, options = (objective, {}) if isinstance(objective, str) else (objective["type"], objective)
     negatives, n = z[~same], int((~same).sum())
     if name == "siglip":
-        return -F.logsigmoid(z[i]) - F.logsigmoid(-negatives).sum()
+        positives = z[same] if options.get("group_positives") else z[i : i + 1]
+        return -F.logsigmoid(positives).sum() - F.logsigmoid(-negatives).sum()
     if n == 0:
         return 0.0 * z.sum()
     if name == "infonce":
-        return -z[i] + torch.logsumexp(torch.cat([z[i : i + 1], negatives]), 0)
+        candidates, smoothing = torch.cat([z[i : i + 1], negatives]), options.get("label_smoothing", 0.0)
+        return F.cross_entropy(candidates[None], torch.tensor([0]), label_smoothing=smoothing)
     if name == "dcl":
         return -z[i] + torch.logsumexp(negatives, 0)
     if name == "multi_positive":
@@ -51,6 +66,10 @@ def textbook_anchor_loss(objective, z, i, same, scale):
     positive, hard = z[i].exp(), (weights * negatives.exp()).sum()
     if name == "hard_negative":
         return -(positive / (options["alpha"] * positive + hard)).log()
+    if name == "hybrid":
+        share = options["positives_weight"]
+        positive = (1 - share) * positive + share * z[same].exp().sum()
+        return (options["alpha"] + hard / positive).log()
     tau = options["tau_plus"]
     estimate = torch.maximum((hard / n - tau * positive) / (1 - tau), (-scale).exp())
     return -(positive / (positive + n * estimate)).log()
