@@ -87,6 +87,19 @@ def test_low_precision_is_no_worse_than_dense(dtype, scale, reduction):
         assert_no_worse(ours([reduction], ids, backend="torch", tile_size=16), expected([reduction], ids), leaves)
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_is_multiplied_where_the_cpu_has_instructions_for_it(native, monkeypatch):
+    """Elsewhere in fp32; fp16 and fp32 always so. Both are no worse than the dense form in the same dtype."""
+    monkeypatch.setattr("mmcontrast.score.backends.tiles.cpu_multiplies_bf16", lambda: native)
+    multiplied, mm = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **out: multiplied.add(a.dtype) or mm(a, b, **out))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        multiplied.clear()
+        leaves, ids = problem(40, 33, 0, 20, 10.0, bias=0.0, dtype=dtype)
+        assert_no_worse(ours([LogSumExp()], ids, backend="torch", tile_size=16), expected([LogSumExp()], ids), leaves)
+        assert multiplied == {torch.bfloat16 if dtype == torch.bfloat16 and native else torch.float32}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("margin", [-100.0, 100.0])
 @pytest.mark.parametrize("reduction", [LogSumExp(), LogSumExp(0.5), SoftplusSum()], ids=str)

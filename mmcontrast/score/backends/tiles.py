@@ -3,8 +3,10 @@
 Shapes: R, C rows and columns of a tile.
 """
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,12 +37,24 @@ def cut(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 (AMX, AVX512-BF16, Arm's): without them, torch's are several
+    times slower than products in fp32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def product_dtype(block: Block) -> torch.dtype:
     """Of the products' operands: the inputs' own where the machine is faster with it, else that of the statistics.
 
-    On a CPU bf16 products round each score and each tile's share of a gradient to bf16; on a GPU they accumulate and
-    give fp32, so that only the weights are rounded."""
-    native = (torch.bfloat16,) if block.x.device.type == "cpu" else (torch.bfloat16, torch.float16)
+    On a CPU with the instructions, bf16 products round each score and each tile's share of a gradient to bf16; on a GPU they
+    accumulate and give fp32, so that only the weights are rounded."""
+    if block.x.device.type == "cpu":
+        native: tuple[torch.dtype, ...] = (torch.bfloat16,) if cpu_multiplies_bf16() else ()
+    else:
+        native = (torch.bfloat16, torch.float16)
     return block.x.dtype if block.x.dtype in native else block.dtype
 
 
