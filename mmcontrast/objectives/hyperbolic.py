@@ -27,7 +27,7 @@ class Hyperbolic(Lorentz):
 
     def penalty(self, rows: Mapping[str, Tensor]) -> Tensor | None:
         """Return entailment · max(0, angle − aperture) [n] of a term's two fields; None where neither is the general one."""
-        if self.general not in rows:
+        if self.general is None or self.general not in rows:
             return None
         given = {field: v.to(torch.promote_types(v.dtype, torch.float32)) for field, v in rows.items()}
         general = given.pop(self.general)

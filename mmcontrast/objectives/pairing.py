@@ -219,8 +219,9 @@ class Pairing:
             given = {"ids": ids, "column_ids": more_ids, "limits": None if limits is None else Limits(limits)}
             further.append(s.statistics(rows, more, scale=direction.scale, paired=False, columns=False, **given)[0])
         if other in s.own:
-            own, given = s.own[other], {"scale": direction.scale, "bias": s.bias, "link": s.link, "limits": limits}
-            further.append(own_statistics(rows, *own, s.reductions, **given))
+            candidates, there = s.own[other]
+            own = partial(own_statistics, scale=direction.scale, bias=s.bias, link=s.link, limits=limits)
+            further.append(own(rows, candidates, there, s.reductions))
         return further
 
 

@@ -149,7 +149,8 @@ class _Tile:
         self.scores, self.block, self.rows, self.columns, self.product = scores, scores.block, rows, columns, product
         self.same = self.block.same.tile(rows, columns)
         self.linked = product if self.block.link is None else self.block.link.value(product)
-        self.z, self.above = product, None
+        self.z = product
+        self.above: Tensor | None = None
 
     def scale(self, dims: tuple[int, ...]) -> Tensor:
         """[], or of each anchor, to be multiplied with [R, C]."""
