@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmcontrast.components import nearest
 from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
-from mmcontrast.models import ContrastiveModel
+from mmcontrast.models import ContrastiveModel, TransformersTower
 from mmcontrast.options import Component
 from mmcontrast.runs import check_components, completed, contrasted_fields, model_of
 from mmcontrast.training.cost import Bytes, Flops, count_bytes, count_flops, fakes, make_values
@@ -120,6 +120,9 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
         check_components(bare)  # before anything large is made
     with fakes():
         model = model_of(bare, tokenizers=False, weights=False)
+        for tower in model.towers.values():
+            if isinstance(tower, TransformersTower):
+                tower.length_chunks = 1  # the lengths of made texts say nothing
         config = completed(config, model)
         objective, pairing = check_components(completed(bare, model))
         check_placement(model, options)
@@ -189,7 +192,7 @@ def without_downloads(config: RunConfig) -> RunConfig:
 def _random(tower: Component) -> Component:
     if isinstance(tower, str):
         return tower
-    return {option: value for option, value in tower.items() if option not in ("pretrained", "length_chunks")}
+    return {option: value for option, value in tower.items() if option != "pretrained"}
 
 
 def flops_of(model: ContrastiveModel) -> Flops:

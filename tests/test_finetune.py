@@ -141,8 +141,10 @@ def test_columns_that_cannot_be_told_apart_are_asked_for(start, tmp_path):
 
 
 def test_a_field_that_the_data_lacks_is_not_taken(config_file, tmp_path):
-    """A run of pictures, texts and sounds, on a table of pictures and texts; with a scale for each pair too."""
-    assert train(config_file, *NO_EVALUATION, "train.steps=2", "model.scale_per_pair=true").returncode == 0
+    """A run of pictures, texts and sounds, on a table of pictures and texts; with a scale for each pair, and texts in chunks by
+    their length, of which a plan knows nothing."""
+    options = ["train.steps=2", "model.scale_per_pair=true", "towers.text.length_chunks=2"]
+    assert train(config_file, *NO_EVALUATION, *options).returncode == 0
     start, pairs = tmp_path / "runs" / "small", write_pairs(tmp_path, "image", "caption")
     options = [f"run.dir={tmp_path}/runs", "train.lr=0.0"]
     done = command("finetune", start, pairs, "--name", "tuned", "--epochs", 1, *options)
