@@ -72,6 +72,7 @@ class Request:
         beside: a second half, as a text tower beside timm's pictures.
         lora: the rank of low-rank updates.
         lock: fields whose towers do not learn.
+        image_size, context_length: of `model.start`, where they are to be others than its own.
         probe_epochs: in which the projections learn alone, before the towers do (LP-FT, arXiv:2202.10054).
     """
 
@@ -88,6 +89,8 @@ class Request:
     probe_epochs: float = 0
     keys: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     files: str | None = None
+    image_size: int | None = None
+    context_length: int | None = None
 
 
 def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
@@ -206,6 +209,9 @@ def start_of(request: Request) -> Any:
         here = Path(request.model).exists()
         first = str(Path(request.model).absolute()) if here else request.model
         first = {"model": first, "pretrained": request.pretrained} if request.pretrained else first
+    sizes = {"image_size": request.image_size, "context_length": request.context_length}
+    if given := {option: value for option, value in sizes.items() if value}:
+        first = ({"model": first} if isinstance(first, str) else first) | given
     return [first, request.beside] if request.beside else first
 
 

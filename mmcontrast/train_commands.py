@@ -86,6 +86,8 @@ def finetune(
     beside: Annotated[str | None, typer.Option(metavar="MODEL", help="a second half: texts beside timm's pictures")] = None,
     architecture: Annotated[str | None, typer.Option(help="of a file of weights: an architecture of open_clip or timm")] = None,
     pretrained: Pretrained = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="pixels of a side, other than MODEL's own")] = None,
+    context_length: Annotated[int | None, typer.Option(min=1, help="tokens of a text, other than MODEL's own")] = None,
     keys: Annotated[
         list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by name or values")
     ] = None,
@@ -107,7 +109,7 @@ def finetune(
 
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
-            read_keys(keys or ()), files,
+            read_keys(keys or ()), files, image_size, context_length,
         )  # fmt: skip
         if resume:
             config = resumed(request, overrides or ())

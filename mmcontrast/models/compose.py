@@ -45,7 +45,7 @@ def open_start(start: StartOptions, weights: bool = True, trust_code: bool = Fal
     """
     weights = weights and start.pretrained is not False
     with nullcontext() if weights else weights_follow():
-        return open_model(start.model, start.pretrained or None, start.pooling, weights, trust_code)
+        return open_model(start.model, start.pretrained or None, start.pooling, weights, trust_code, start.sizes)
 
 
 def make_model(

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mmcontrast.models.sizes import Sizes
 from mmcontrast.options import Component, Keys, Options, Positive
 
 Projection = Literal["linear", "mlp", "none"]
@@ -36,6 +37,10 @@ class StartOptions(Options):
         checkpoint: of a run: last, best, or a step's number.
         pooling: of a plain encoder of transformers: mean, first or last.
         fields: those of its fields that are taken; default: all.
+        image_size: the side of its square pictures in pixels; default: its own. Position embeddings are resized as its library
+            does it (open_clip's force_image_size, timm's img_size, transformers' interpolate_pos_encoding).
+        context_length: tokens of its texts; default: its own. open_clip resizes position embeddings (force_context_length);
+            transformers can only cut texts earlier.
     """
 
     model: str
@@ -43,6 +48,12 @@ class StartOptions(Options):
     checkpoint: str = "last"
     pooling: Literal["mean", "first", "last"] | None = None
     fields: list[str] = []
+    image_size: Positive | None = None
+    context_length: Positive | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.image_size, self.context_length)
 
 
 class LoraOptions(Options):
