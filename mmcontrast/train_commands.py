@@ -91,6 +91,13 @@ def finetune(
     keys: Annotated[
         list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by name or values")
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="names of classes in the place of texts; folder: a folder's, of class folders"),
+    ] = None,
+    templates: Annotated[
+        list[str] | None, typer.Option(help='of --classes, as "a photo of a {}."; or openai_imagenet, simple_imagenet')
+    ] = None,
     files: Annotated[str | None, typer.Option(help="the folder that paths in DATA start from; default: DATA's own")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run of this name, then start it")] = False,
@@ -109,7 +116,7 @@ def finetune(
 
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
-            read_keys(keys or ()), files, image_size, context_length,
+            read_keys(keys or ()), files, image_size, context_length, classes, tuple(templates or ()),
         )  # fmt: skip
         if resume:
             config = resumed(request, overrides or ())
