@@ -243,7 +243,7 @@ def adapt(model: ContrastiveModel, lora: LoraOptions, inherited: Mapping[str, An
     before = {id(tensor) for module in kept for tensor in (*module.parameters(), *module.buffers())}
     for name in lora.towers or inherited:
         try:
-            add_lora(cast(Tower, model.towers[name]), lora.rank, lora.alpha, lora.targets)
+            add_lora(cast(Tower, model.towers[name]), lora.rank, lora.alpha, lora.targets, lora.dropout)
         except UserError as error:
             raise UserError(f"model.lora: towers.{name}: {error}") from error
     if weights:

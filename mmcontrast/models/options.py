@@ -62,12 +62,14 @@ class LoraOptions(Options):
     Attributes:
         rank: of each update.
         alpha: its scale is alpha / rank; default: rank, a scale of 1.
+        dropout: of the updates' inputs in training, as peft has it; weights of fused attention learn without.
         targets: the weights of "all" linear layers of blocks and attention pools, or of "attention" alone.
         towers: those that are adapted, the others of the start are locked; default: all of the start.
     """
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all", "attention"] = "all"
     towers: list[str] = []
 
