@@ -79,7 +79,7 @@ class Request:
         lock: fields whose towers do not learn.
         classes: the column or extension that names classes, in the place of texts; "folder": the folder that it lies in.
         templates: what prompts are made of them: texts with {}, or the name of a list of open_clip's.
-        image_size, context_length: of `model.start`, where they are to be others than its own.
+        image_size, context_length, new_tokens: of `model.start`, where they are to be others than its own.
         probe_epochs: in which the projections learn alone, before the towers do (LP-FT, arXiv:2202.10054).
     """
 
@@ -100,6 +100,7 @@ class Request:
     context_length: int | None = None
     classes: str | None = None
     templates: Sequence[str] = ()
+    new_tokens: Sequence[str] = ()
 
 
 def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
@@ -226,7 +227,8 @@ def start_of(request: Request) -> Any:
         here = Path(request.model).exists()
         first = str(Path(request.model).absolute()) if here else request.model
         first = {"model": first, "pretrained": request.pretrained} if request.pretrained else first
-    sizes = {"image_size": request.image_size, "context_length": request.context_length}
+    sizes: dict[str, Any] = {"image_size": request.image_size, "context_length": request.context_length}
+    sizes["new_tokens"] = list(request.new_tokens)
     if given := {option: value for option, value in sizes.items() if value}:
         first = ({"model": first} if isinstance(first, str) else first) | given
     return [first, request.beside] if request.beside else first

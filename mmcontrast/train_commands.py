@@ -88,6 +88,9 @@ def finetune(
     pretrained: Pretrained = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="pixels of a side, other than MODEL's own")] = None,
     context_length: Annotated[int | None, typer.Option(min=1, help="tokens of a text, other than MODEL's own")] = None,
+    new_tokens: Annotated[
+        list[str] | None, typer.Option(metavar="WORD", help="a word that the tokenizer shall not cut into pieces")
+    ] = None,
     keys: Annotated[
         list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by name or values")
     ] = None,
@@ -116,7 +119,7 @@ def finetune(
 
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
-            read_keys(keys or ()), files, image_size, context_length, classes, tuple(templates or ()),
+            read_keys(keys or ()), files, image_size, context_length, classes, tuple(templates or ()), tuple(new_tokens or ()),
         )  # fmt: skip
         if resume:
             config = resumed(request, overrides or ())

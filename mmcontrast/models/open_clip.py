@@ -212,6 +212,8 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
     elif pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
     quick = quick_gelu(name, pretrained)
+    reason = "open_clip's tokenizers cannot grow: export --format huggingface, and begin with that folder"
+    sizes.refuse(name, "new_tokens", reason)
     model_cfg = model_config(name)
     if weights and isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
         sizes.refuse(name, "image_size", "open_clip does not resize the positions in a ResNet's attention pool: take a ViT")

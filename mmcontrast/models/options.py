@@ -41,6 +41,7 @@ class StartOptions(Options):
             does it (open_clip's force_image_size, timm's img_size, transformers' interpolate_pos_encoding).
         context_length: tokens of its texts; default: its own. open_clip resizes position embeddings (force_context_length);
             transformers can only cut texts earlier.
+        new_tokens: words that its tokenizer of transformers shall not cut into pieces; their embeddings are new.
     """
 
     model: str
@@ -50,10 +51,11 @@ class StartOptions(Options):
     fields: list[str] = []
     image_size: Positive | None = None
     context_length: Positive | None = None
+    new_tokens: list[str] = []
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(self.image_size, self.context_length)
+        return Sizes(self.image_size, self.context_length, tuple(self.new_tokens) or None)
 
 
 class LoraOptions(Options):

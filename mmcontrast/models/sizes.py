@@ -1,12 +1,15 @@
-"""Models at another image size or context length than their own; of transformers' models, their resized position embeddings."""
+"""Models at other sizes than their own: of pictures, texts, vocabularies; and how models of transformers get them."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mmcontrast.errors import UserError
+
+HIGHEST_ID = 2  # the eos_token_id of CLIPs that were saved before transformers 4.31: their texts end with the highest id
 
 
 @dataclass(frozen=True)
@@ -16,13 +19,15 @@ class Sizes:
     Attributes:
         image_size: pixels of the side of its square pictures.
         context_length: tokens of its texts.
+        new_tokens: what its vocabulary grows by.
     """
 
     image_size: int | None = None
     context_length: int | None = None
+    new_tokens: tuple[str, ...] | None = None
 
     @property
-    def given(self) -> dict[str, int]:
+    def given(self) -> dict[str, Any]:
         """Those that are asked for, by their names."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -32,7 +37,8 @@ class Sizes:
             UserError: if an option is asked for that the model `name` cannot follow.
         """
         if option in self.given:
-            raise UserError(f"{name}: {option}={self.given[option]}: {reason}")
+            value = self.given[option]
+            raise UserError(f"{name}: {option}={list(value) if isinstance(value, tuple) else value}: {reason}")
 
 
 OWN_SIZES = Sizes()
@@ -71,6 +77,38 @@ def resize_positions(name: str, network: Any, size: int) -> None:
     new.load_state_dict({**old.state_dict(), key: table})
     parent, _, child = place.rpartition(".")
     setattr(network.get_submodule(parent), child, new.train(old.training))
+
+
+def add_tokens(name: str, network: Any, tokenizer: Any, tokens: Sequence[str]) -> int:
+    """Add tokens to a tokenizer, and rows for them to a network's embedding as transformers does it: drawn by torch's generator
+    with the mean and covariance of the others. Return the size of the vocabulary.
+
+    Raises:
+        UserError: for a token that is there already; for a CLIP that finds the end of a text by the highest id.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token in vocabulary or not token.strip() or tokens.count(token) > 1:
+            raise UserError(
+                f"{name}: new_tokens: {token!r} is no new token: it is empty, named twice, or in the vocabulary already"
+            )
+    tokenizer.add_tokens(list(tokens))
+    text = getattr(network, "text_model", network)
+    words = network.config.get_text_config()
+    if words.model_type.startswith("clip") and words.eos_token_id == HIGHEST_ID:
+        if tokenizer.eos_token_id == HIGHEST_ID:
+            raise UserError(
+                f"{name}: new_tokens: its eos_token_id of 2 tells transformers that a text ends with the highest id"
+            )
+        for part in (words, *text.modules()):
+            if getattr(part, "eos_token_id", None) == HIGHEST_ID:
+                part.eos_token_id = tokenizer.eos_token_id
+            if getattr(getattr(part, "config", None), "eos_token_id", None) == HIGHEST_ID:
+                part.config.eos_token_id = tokenizer.eos_token_id
+    rows = max(len(tokenizer), len(text.get_input_embeddings().weight))
+    text.resize_token_embeddings(rows)
+    words.vocab_size = rows
+    return rows
 
 
 def _resizes(module: Any) -> bool:

@@ -90,7 +90,8 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Si
     if ":" in name and pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
     options = from_file(name, pretrained) if pretrained and weights else {}
-    sizes.refuse(name, "context_length", "timm's models take no texts: leave it out")
+    for option in ("context_length", "new_tokens"):
+        sizes.refuse(name, option, "timm's models take no texts: leave it out")
     network, config = _at_size(name, weights, options, sizes.image_size)
     network.reset_classifier(0)
     data = timm.data.resolve_model_data_config(network)

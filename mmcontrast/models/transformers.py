@@ -19,7 +19,7 @@ from mmcontrast.modalities import PADDING, Modality
 from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
-from mmcontrast.models.sizes import OWN_SIZES, Sizes, resize_positions, resized_processor
+from mmcontrast.models.sizes import OWN_SIZES, Sizes, add_tokens, resize_positions, resized_processor
 from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def open_transformers(
     if pooling and dual:
         raise UserError(f"{name}: pooling={pooling!r} is for encoders of one field; a {type(network).__name__} has its own")
     kinds = fields if dual else [FIELD_OF.get(network.main_input_name, "")]
-    for option, field in (("image_size", "image"), ("context_length", "text")):
+    for option, field in (("image_size", "image"), ("context_length", "text"), ("new_tokens", "text")):
         if field not in kinds:
             sizes.refuse(name, option, f"a {type(network).__name__} has no field of {field}s: leave it out")
     if sizes.image_size:
@@ -316,6 +316,8 @@ def _modality(name: str, field: str, network: nn.Module, config: Any, sizes: Siz
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")
+    if sizes.new_tokens:
+        config.vocab_size = add_tokens(name, network, tokenizer, sizes.new_tokens)
     positions = positions_of(network, config)
     length = min(tokenizer.model_max_length, positions or UNBOUNDED)
     if sizes.context_length:

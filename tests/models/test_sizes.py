@@ -196,3 +196,66 @@ def test_what_a_library_cannot_resize_is_refused(tmp_path):
     write_pairs("clip", tmp_path)
     with pytest.raises(UserError, match="image_size"):
         make_job(load_config(write_run(tmp_path, {"model": str(tmp_path / "clip"), "image_size": 0})))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "clap", "bert"])
+def test_new_tokens_are_transformers_own(kind, tmp_path):
+    """The rows and ids that its own functions give; other texts stay what they were; written back."""
+    tokens = ["zugzwang", "<fianchetto>"]
+    if kind == "bert":
+        made = hf.BertModel(hf.BertConfig(**SIZES, vocab_size=90)), tokenizer(model_max_length=16), {}
+        folder = saved(made, tmp_path / kind)
+    elif kind == "clip":  # as those that were saved before transformers 4.31, with CLIP's own tokenizer
+        words = huggingface.clip_tokenizer(16)
+        folder = saved(DUAL["clip"](words, vocab_size=49408, bos_token_id=0, eos_token_id=2), tmp_path / kind)
+    else:
+        folder = saved(DUAL[kind](), tmp_path / kind)
+    network, words = hf.AutoModel.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    text, before = getattr(network, "text_model", network), mmcontrast.load(folder)
+    words.add_tokens(tokens)
+    torch.manual_seed(0)
+    start = StartOptions(model=str(folder), new_tokens=tokens)
+    model = Embedder(open_start(start), "started", "cpu")
+    old, new = (one.model.towers["text"].network for one in (before, model))
+    old, new = (getattr(one, "text_model", one).get_input_embeddings().weight for one in (old, new))
+    rows = max(len(words), len(old))
+    text.resize_token_embeddings(rows)
+    assert new.shape == text.get_input_embeddings().weight.shape and torch.equal(new[: len(old)], old)
+    found = model.embed(texts=[*TEXTS, "a zugzwang", "a <fianchetto>"])
+    torch.testing.assert_close(found[: len(TEXTS)], before.embed(texts=TEXTS), atol=1e-5, rtol=1e-5)
+    assert rows == len(old) or torch.allclose(new[len(old) :], old.mean(0), atol=1e-3)  # the library's own way to begin
+    ids = [model.model.modality("text").tokens(one).tolist() for one in ("a zugzwang", "a <fianchetto>")]
+    assert all(words.convert_tokens_to_ids(token) in one for token, one in zip(tokens, ids, strict=True))
+    if kind != "bert":
+        for part in text.modules() if kind == "clip" else ():
+            if hasattr(part, "eos_token_id"):  # as transformers says that such a config must be for new tokens
+                part.eos_token_id = words.eos_token_id
+        padding = "max_length" if kind == "siglip" else True
+        inputs = words(["a zugzwang"], padding=padding, max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            text.get_input_embeddings().weight.copy_(new)
+            features = network.eval().get_text_features(**{k: v for k, v in inputs.items() if k != "token_type_ids"})
+        torch.testing.assert_close(found[-2:-1], F.normalize(features.pooler_output, dim=1), atol=1e-5, rtol=1e-5)
+    out = mmcontrast.load(exported(model, "huggingface", huggingface, tmp_path / "out"))
+    torch.testing.assert_close(out.embed(texts=["a zugzwang", "a <fianchetto>"]), found[-2:], atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="'zugzwang' is no new token"):
+        started(tmp_path / "out", new_tokens=["zugzwang"])
+
+
+def test_a_run_with_new_tokens(tmp_path):
+    """They learn, are resumed and loaded; open_clip and low-rank updates refuse them."""
+    folder, files = start_of("hf siglip", tmp_path / "start"), write_pairs("hf siglip", tmp_path)
+    start = {"model": str(folder), "new_tokens": ["zugzwang", "gambit"]}
+    (tmp_path / "pairs.csv").write_text((tmp_path / "pairs.csv").read_text().replace("queen", "zugzwang gambit"))
+    config = write_run(tmp_path, start, train={"lr": 1e-2, "warmup_steps": 0, "checkpoint_every": 1})
+    assert (done := train(config)).returncode == 0, done.stderr
+    run = tmp_path / "runs" / "tuned"
+    weights = "towers.text.network.text_model.embeddings.token_embedding.weight"
+    first, last = (mmcontrast.load(run, checkpoint=step).model.state_dict()[weights] for step in ("1", "2"))
+    assert not torch.equal(first[-2:], last[-2:])
+    assert embedded(mmcontrast.load(run), files).isfinite().all()
+    with pytest.raises(UserError, match="new_tokens: their embeddings are new, and model.lora locks them"):
+        make_job(load_config(write_run(tmp_path, start, model={"start": start, "lora": {"rank": 2}}, run={"name": "lora"})))
+    save(tmp_path / "clip", "clip")
+    with pytest.raises(UserError, match=r"new_tokens=\['queen'\]: open_clip's tokenizers cannot grow: export"):
+        started(tmp_path / "clip", new_tokens=["queen"])
