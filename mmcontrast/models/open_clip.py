@@ -217,6 +217,9 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
     model_cfg = model_config(name)
     if weights and isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
         sizes.refuse(name, "image_size", "open_clip does not resize the positions in a ResNet's attention pool: take a ViT")
+    own = model_cfg["vision_cfg"].get("image_size")
+    if weights and isinstance(own, list | tuple) and len(set(own)) > 1:
+        sizes.refuse(name, "image_size", f"open_clip resizes square pictures' positions alone, its own are {own}: leave it out")
     options: dict[str, Any] = {"force_custom_text": True, "force_quick_gelu": quick}
     options |= {f"force_{option}": value for option, value in sizes.given.items()}
     whole = open_clip.create_model(name, pretrained, load_weights=weights, require_pretrained=weights, **options)

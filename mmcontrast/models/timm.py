@@ -1,5 +1,6 @@
 """timm: any of its models as a tower of pictures or of spectrograms, or with the preprocessing that comes with its weights."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,30 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Si
     return model
 
 
-def _at_size(name: str, weights: bool, options: dict[str, Any], size: int | None) -> tuple[Any, dict[str, int]]:
-    """Return a network for square pictures of a size, and what of it is an option of the network: none where it takes any."""
+def _at_size(name: str, weights: bool, options: dict[str, Any], size: int | None) -> tuple[Any, dict[str, Any]]:
+    """Return a network for square pictures of a size, and what of it is an option of the network: none where it takes any.
+
+    Raises:
+        UserError: for weights that depend on the size, and that timm does not resize.
+    """
     import timm
 
     if size is None:
         return timm.create_model(name, pretrained=weights, **options), {}
-    config = {"img_size": size}
+    config: dict[str, Any] = {"img_size": size}
     try:
         network: Any = timm.create_model(name, pretrained=weights, **options, **config)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         config, network = {}, timm.create_model(name, pretrained=weights, **options)
+    except RuntimeError as error:
+        if not (mismatch := re.search(r"size mismatch for ([\w.]+)", str(error))):
+            raise
+        raise UserError(
+            f"{name}: image_size={size}: timm does not resize {mismatch[1]}: leave it out, or take a model whose checkpoints it"
+            " resizes (vit, eva, swin, …) or that takes any size (resnet, convnext, …)"
+        ) from error
     channels = timm.data.resolve_model_data_config(network)["input_size"][0]
     network.pretrained_cfg = network.default_cfg = {**network.pretrained_cfg, "input_size": (channels, size, size)}
     return network, config

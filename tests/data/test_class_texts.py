@@ -12,6 +12,7 @@ from PIL import Image
 from mmcontrast.data import open_dataset
 from mmcontrast.data.class_texts import group_of
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.cache import table_folder
 from mmcontrast.modalities import ImageModality, TextModality
 from mmcontrast.objectives import contrastive_loss
 from mmcontrast.training.options import DataOptions
@@ -84,6 +85,13 @@ def test_classes_of_any_data(write, tmp_path):
     assert all(8 < number < 45 for number in (*starts, len(texts) - sum(starts)))
     other = opened(shards, key, seed=5, training=True)
     assert texts != [prompt(other[place]) for place in places]
+
+
+def test_embeddings_of_other_templates_are_not_taken_from_the_cache(tmp_path):
+    table, key = as_table(tmp_path)
+    plain = open_dataset({"shards": str(table), "keys": {"text": [key]}}, FIELDS, {})
+    datasets = [plain, *(opened(table, key, [template]) for template in TEMPLATES)]
+    assert len({table_folder("model", dataset) for dataset in datasets}) == 4
 
 
 def test_samples_of_a_class_are_no_negatives(tmp_path):

@@ -181,14 +181,20 @@ def test_what_a_library_cannot_resize_is_refused(tmp_path):
     assert "transformers cannot resize" in message(name="beit", image_size=48)
     save_for_hf(timm.create_model("test_vit"), tmp_path / "vit", safe_serialization=True)
     assert "context_length=9: timm's models take no texts" in message(name="vit", context_length=9)
+    save_for_hf(
+        timm.create_model("cait_xxs24_224", depth=1, embed_dim=32, num_heads=2), tmp_path / "cait", safe_serialization=True
+    )
+    assert "image_size=64: timm does not resize pos_embed" in message(name="cait", image_size=64)
     save(tmp_path / "bert", "bert")
     assert "takes 512 tokens: set that or less" in message(name="bert", context_length=513)
-    resnet = {"embed_dim": 32, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}}
-    MODELS["resnet"] = resnet | {"text_cfg": MODELS["clip"]["text_cfg"]}
-    try:
-        save(tmp_path / "resnet", "resnet")
-    finally:
-        del MODELS["resnet"]
+    for kind, vision in (("resnet", {"layers": [1, 1, 1, 1], "width": 16}), ("wide", {"image_size": [16, 64], "layers": 1})):
+        sizes = {"image_size": 32, "patch_size": 8, "width": 64} if kind == "wide" else {"image_size": 32}
+        MODELS[kind] = {"vision_cfg": sizes | vision, "text_cfg": MODELS["clip"]["text_cfg"]}
+        try:
+            save(tmp_path / kind, kind)
+        finally:
+            del MODELS[kind]
+    assert "square pictures' positions alone, its own are [16, 64]" in message(name="wide", image_size=48)
     assert "positions in a ResNet's attention pool" in message(name="resnet", image_size=64)
     hf.BertModel(hf.BertConfig(**SIZES, vocab_size=90)).save_pretrained(tmp_path / "words")
     tokenizer(model_max_length=16).save_pretrained(tmp_path / "words")
