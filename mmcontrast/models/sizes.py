@@ -95,16 +95,11 @@ def add_tokens(name: str, network: Any, tokenizer: Any, tokens: Sequence[str]) -
     tokenizer.add_tokens(list(tokens))
     text = getattr(network, "text_model", network)
     words = network.config.get_text_config()
-    if words.model_type.startswith("clip") and words.eos_token_id == HIGHEST_ID:
-        if tokenizer.eos_token_id == HIGHEST_ID:
-            raise UserError(
-                f"{name}: new_tokens: its eos_token_id of 2 tells transformers that a text ends with the highest id"
-            )
-        for part in (words, *text.modules()):
-            if getattr(part, "eos_token_id", None) == HIGHEST_ID:
-                part.eos_token_id = tokenizer.eos_token_id
-            if getattr(getattr(part, "config", None), "eos_token_id", None) == HIGHEST_ID:
-                part.config.eos_token_id = tokenizer.eos_token_id
+    poolers = [part for part in text.modules() if getattr(part, "eos_token_id", None) == HIGHEST_ID]
+    if words.model_type.startswith("owl") or (poolers and tokenizer.eos_token_id != max(vocabulary.values())):
+        raise UserError(f"{name}: new_tokens: its texts end with the highest id, which would be that of a new token")
+    for pooler in poolers:
+        pooler.eos_token_id = pooler.config.eos_token_id = words.eos_token_id = tokenizer.eos_token_id
     rows = max(len(tokenizer), len(text.get_input_embeddings().weight))
     text.resize_token_embeddings(rows)
     words.vocab_size = rows

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers as hf
 from PIL import Image
 from timm.models import save_for_hf
+from tokenizers.processors import TemplateProcessing
 
 import mmcontrast
 from mmcontrast.config import load_config
@@ -211,9 +212,12 @@ def test_new_tokens_are_transformers_own(kind, tmp_path):
     if kind == "bert":
         made = hf.BertModel(hf.BertConfig(**SIZES, vocab_size=90)), tokenizer(model_max_length=16), {}
         folder = saved(made, tmp_path / kind)
-    elif kind == "clip":  # as those that were saved before transformers 4.31, with CLIP's own tokenizer
-        words = huggingface.clip_tokenizer(16)
-        folder = saved(DUAL["clip"](words, vocab_size=49408, bos_token_id=0, eos_token_id=2), tmp_path / kind)
+    elif kind == "clip":  # as those that were saved before transformers 4.31: texts end with the highest id
+        words = tokenizer(model_max_length=16)
+        words.add_special_tokens({"eos_token": "[EOT]"})
+        ends = [("[CLS]", 1), ("[EOT]", words.eos_token_id)]
+        words.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [EOT]", special_tokens=ends)
+        folder = saved(DUAL["clip"](words, vocab_size=len(words), bos_token_id=1, eos_token_id=2), tmp_path / kind)
     else:
         folder = saved(DUAL[kind](), tmp_path / kind)
     network, words = hf.AutoModel.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
@@ -237,13 +241,17 @@ def test_new_tokens_are_transformers_own(kind, tmp_path):
             if hasattr(part, "eos_token_id"):  # as transformers says that such a config must be for new tokens
                 part.eos_token_id = words.eos_token_id
         padding = "max_length" if kind == "siglip" else True
-        inputs = words(["a zugzwang"], padding=padding, max_length=16, return_tensors="pt")
+        inputs = words(["a zugzwang"], padding=padding, truncation=True, max_length=16, return_tensors="pt")
         with torch.no_grad():
             text.get_input_embeddings().weight.copy_(new)
             features = network.eval().get_text_features(**{k: v for k, v in inputs.items() if k != "token_type_ids"})
         torch.testing.assert_close(found[-2:-1], F.normalize(features.pooler_output, dim=1), atol=1e-5, rtol=1e-5)
     out = mmcontrast.load(exported(model, "huggingface", huggingface, tmp_path / "out"))
     torch.testing.assert_close(out.embed(texts=["a zugzwang", "a <fianchetto>"]), found[-2:], atol=1e-5, rtol=1e-5)
+    if kind == "clip":
+        saved(DUAL["clip"](), tmp_path / "other end")
+        with pytest.raises(UserError, match="texts end with the highest id, which would be that of a new token"):
+            started(tmp_path / "other end", new_tokens=tokens)
     with pytest.raises(UserError, match="'zugzwang' is no new token"):
         started(tmp_path / "out", new_tokens=["zugzwang"])
 
