@@ -270,6 +270,10 @@ def templates_of(request: Request, model: ContrastiveModel) -> dict[str, list[st
         raise UserError(
             f"--classes: the model has {len(fields)} fields of texts ({', '.join(fields) or 'none'}), where one is meant"
         )
+    if fields[0] in request.keys:
+        raise UserError(
+            f"--classes {request.classes} and --keys {fields[0]}=…: both say what its texts are: leave out one of them"
+        )
     templates = [
         one for given in request.templates or [TEMPLATE] for one in (named_templates(given) if given in TEMPLATES else [given])
     ]

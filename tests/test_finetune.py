@@ -222,6 +222,7 @@ def test_classes_of_a_table(start, tmp_path):
         ({"classes": "one"}, "has one class, 'same of all'"),
         ({"classes": "labels"}, "labels"),
         ({"templates": ["a {}"]}, "--templates: name the column"),
+        ({"classes": "label", "keys": {"text": ["one"]}}, "--classes label and --keys text=…: both say"),
         ({"classes": "label", "templates": ["a photo"]}, "--templates: the template 'a photo' has no placeholder"),
     ):
         with pytest.raises(UserError, match=message):
