@@ -18,8 +18,11 @@ from rich.table import Table
 
 from mmcontrast.config import RunConfig, config_of, load_config
 from mmcontrast.data import ShardDataset, ShardOptions, open_dataset, open_shards
+from mmcontrast.data.class_texts import CLASS_NAME, check_template
 from mmcontrast.data.shard import LABELS, ShardIndex
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.labels import labels_ahead
+from mmcontrast.evaluation.prompts import TEMPLATES, named_templates
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality
 from mmcontrast.modalities.parts import JPEG_START, PNG_START
 from mmcontrast.models import ContrastiveModel
@@ -31,6 +34,8 @@ FULL_LR, LORA_LR = 1e-5, 2e-4  # as WiSE-FT (arXiv:2109.01903) and FLYP (2212.00
 MOST_WARMUP, WARMUP_SHARE = 500, 0.1
 LARGEST_BATCH, PARTS = 512, 4  # a step takes at most so many samples, and a quarter of the data
 EPOCHS, HELD_OUT = 10, 0.1
+TEMPLATE = "a photo of a {}."
+MOST_LABELS = 200_000  # samples that are read for the names of their classes
 LEAST = 2  # fields are contrasted
 SAMPLED = 16  # rows whose columns are looked into
 PICTURES = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
@@ -72,6 +77,9 @@ class Request:
         beside: a second half, as a text tower beside timm's pictures.
         lora: the rank of low-rank updates.
         lock: fields whose towers do not learn.
+        classes: the column or extension that names classes, in the place of texts; "folder": the folder that it lies in.
+        templates: what prompts are made of them: texts with {}, or the name of a list of open_clip's.
+        image_size, context_length, new_tokens: of `model.start`, where they are to be others than its own.
         probe_epochs: in which the projections learn alone, before the towers do (LP-FT, arXiv:2202.10054).
     """
 
@@ -88,6 +96,11 @@ class Request:
     probe_epochs: float = 0
     keys: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     files: str | None = None
+    image_size: int | None = None
+    context_length: int | None = None
+    classes: str | None = None
+    templates: Sequence[str] = ()
+    new_tokens: Sequence[str] = ()
 
 
 def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
@@ -102,14 +115,16 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
     draft: dict[str, Any] = {"run": {"name": name}, "model": {"start": start}, "data": {"train": request.data}}
     draft |= {"train": {"epochs": request.epochs, "batch_size": 2}}
     model = model_of(config_of(draft), tokenizers=False, weights=False)
-    keys, absent = keys_of(request, model, chosen)
-    data: dict[str, Any] = {"shards": request.data, "keys": keys, "files": request.files}
+    templates = templates_of(request, model)
+    keys, absent = keys_of(request, model, chosen, templates)
+    data: dict[str, Any] = {"shards": request.data, "keys": keys, "files": request.files, "templates": templates}
     samples = len(open_split(data, model))
     if absent:
         taken = [name for name in model.modalities if name not in absent]
         draft["model"]["start"] = {**({"model": start} if isinstance(start, str) else start), "fields": taken}
         chosen.add("model.start.fields", ", ".join(taken), f"the data has no {', '.join(absent)}")
-    draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if request.files else request.data}
+    of_its_own = request.files or templates
+    draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if of_its_own else request.data}
     draft["fields"] = {of: {"keys": names} for of, names in keys.items()}
     held = 0.0 if request.val else HELD_OUT
     if request.val:
@@ -117,6 +132,12 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
     else:
         draft["data"]["held_out"] = held
         chosen.add("data.held_out", held, "no --val: this share is evaluated, and not trained on")
+    if templates:
+        splits = [data, data | {"shards": request.val}] if request.val else [data]
+        task = zero_shot_of(request, model, templates, splits)
+        chosen.add("evaluation.zero_shot", f"{len(task['classes'])} classes", "accuracy by prompts, before and after")
+        best = f"{'val' if request.val else 'data'}/zero_shot/classes/top1"
+        draft["evaluation"] = draft.get("evaluation", {}) | {"zero_shot": {"classes": task}, "best": best}
     learnt = samples * (1 - held)
     batch = min(LARGEST_BATCH, 2 ** int(math.log2(max(2.0, learnt / PARTS))))
     chosen.add("train.batch_size", batch, f"of {learnt:.0f} samples, at most a quarter, and {LARGEST_BATCH}")
@@ -206,6 +227,10 @@ def start_of(request: Request) -> Any:
         here = Path(request.model).exists()
         first = str(Path(request.model).absolute()) if here else request.model
         first = {"model": first, "pretrained": request.pretrained} if request.pretrained else first
+    sizes: dict[str, Any] = {"image_size": request.image_size, "context_length": request.context_length}
+    sizes["new_tokens"] = list(request.new_tokens)
+    if given := {option: value for option, value in sizes.items() if value}:
+        first = ({"model": first} if isinstance(first, str) else first) | given
     return [first, request.beside] if request.beside else first
 
 
@@ -228,7 +253,67 @@ def locked(request: Request, model: ContrastiveModel) -> dict[str, int | None]:
     return {f"towers.{model.tower_of[name]}.*": None for name in request.lock}
 
 
-def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> tuple[dict[str, list[Any]], list[str]]:
+def templates_of(request: Request, model: ContrastiveModel) -> dict[str, list[str]]:
+    """Return, of the field of texts, what prompts are made of names of classes; nothing where the data has no --classes.
+
+    Raises:
+        UserError: for a model without texts, or with several; for templates that cannot be filled in, or are none.
+    """
+    if not request.classes:
+        if request.templates:
+            raise UserError(
+                "--templates: name the column that they are filled in with, as --classes label, or --classes folder"
+            )
+        return {}
+    fields = [name for name in model.modalities if isinstance(model.modality(name), TextModality)]
+    if len(fields) != 1:
+        raise UserError(
+            f"--classes: the model has {len(fields)} fields of texts ({', '.join(fields) or 'none'}), where one is meant"
+        )
+    if fields[0] in request.keys:
+        raise UserError(
+            f"--classes {request.classes} and --keys {fields[0]}=…: both say what its texts are: leave out one of them"
+        )
+    templates = [
+        one for given in request.templates or [TEMPLATE] for one in (named_templates(given) if given in TEMPLATES else [given])
+    ]
+    for template in templates:
+        try:
+            check_template(template)
+        except ValueError as error:
+            raise UserError(f"--templates: {error}; or the name of a list, {' or '.join(TEMPLATES)}") from error
+    return {fields[0]: templates}
+
+
+def zero_shot_of(
+    request: Request, model: ContrastiveModel, templates: Mapping[str, list[str]], splits: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the zero-shot task over all classes that the data has.
+
+    Raises:
+        UserError: for numbers in the place of names; for fewer than two classes; for shards that are not read ahead.
+    """
+    names: set[str] = set()
+    for data in splits:
+        samples, _ = labels_ahead(open_split(data, model), MOST_LABELS)
+        names |= {about[CLASS_NAME] for about in samples if CLASS_NAME in about}
+    if names and all(name.lstrip("+-").isdecimal() for name in names):
+        raise UserError(
+            f"--classes {request.classes}: {request.data} has numbers there ({', '.join(sorted(names)[:3])}, …), of which a"
+            " text tower knows nothing: write the names of the classes in a column"
+        )
+    if len(names) < LEAST:
+        there = f"one class, {min(names)!r}" if names else "no name of a class that is read ahead"
+        raise UserError(f"--classes {request.classes}: {request.data} has {there}; there must be two or more, on a disk")
+    (text,) = templates
+    field = next((name for name in model.modalities if name != text), text)
+    task = {"label": CLASS_NAME, "field": field, "prompt_field": text, "templates": templates[text]}
+    return task | {"classes": {name: [name] for name in sorted(names)}}
+
+
+def keys_of(
+    request: Request, model: ContrastiveModel, chosen: Choices, templates: Mapping[str, Any]
+) -> tuple[dict[str, list[Any]], list[str]]:
     """Return the columns or extensions of fields where these have not the names that a modality looks for; and the fields that
     the data has not, of a model that has two others.
 
@@ -240,6 +325,7 @@ def keys_of(request: Request, model: ContrastiveModel, chosen: Choices) -> tuple
         if name not in fields:
             raise UserError(f"--keys {name}=…: the model has no such field; it has {', '.join(fields)}")
     keys = {name: list(columns) for name, columns in request.keys.items()}
+    keys |= {name: [request.classes] for name in templates}
     shards = open_shards(request.data, files=request.files)
     there = {extension for shard in shards for extension in shard.extensions}
     open_fields = {n: m for n, m in fields.items() if n not in keys and not there & set(m.extensions)}

@@ -14,5 +14,6 @@ class Options(BaseModel):
 Component = str | dict[str, Any]  # a name, or a mapping with `type` and options
 Patterns = str | list[str]  # of shards: paths, globs, brace ranges
 Positive = Annotated[int, Field(gt=0)]
+Texts = Annotated[list[str], Field(min_length=1)]
 Weights = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
 Keys = list[str | Weights]  # of a field, tried in turn: extensions, or several with the weights with which one is drawn

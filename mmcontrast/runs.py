@@ -23,6 +23,7 @@ from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import Modality
 from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make_modalities, make_model, merge_lora
 from mmcontrast.models import open_start as open_library_start
+from mmcontrast.models.names import EXPORT_FIRST
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
@@ -137,6 +138,8 @@ def open_start(start: StartOptions, weights: bool = True, trust_code: bool = Fal
         return open_library_start(start, weights, trust_code)
     if start.pretrained or start.pooling:
         raise UserError(f"model.start: {start.model} is a run: it takes neither pretrained nor pooling")
+    for option in start.sizes.given:
+        start.sizes.refuse(f"model.start: {start.model}", option, f"a run has the sizes of its own config: {EXPORT_FIRST}")
     if not weights:
         return model_of(load_config(folder / CONFIG), weights=False, trust_code=trust_code)
     return open_run(folder, which, "cpu", trust_code).model

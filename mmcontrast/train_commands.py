@@ -86,8 +86,20 @@ def finetune(
     beside: Annotated[str | None, typer.Option(metavar="MODEL", help="a second half: texts beside timm's pictures")] = None,
     architecture: Annotated[str | None, typer.Option(help="of a file of weights: an architecture of open_clip or timm")] = None,
     pretrained: Pretrained = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="pixels of a side, other than MODEL's own")] = None,
+    context_length: Annotated[int | None, typer.Option(min=1, help="tokens of a text, other than MODEL's own")] = None,
+    new_tokens: Annotated[
+        list[str] | None, typer.Option(metavar="WORD", help="a word that the tokenizer shall not cut into pieces")
+    ] = None,
     keys: Annotated[
         list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by name or values")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="names of classes in the place of texts; folder: a folder's, of class folders"),
+    ] = None,
+    templates: Annotated[
+        list[str] | None, typer.Option(help='of --classes, as "a photo of a {}."; or openai_imagenet, simple_imagenet')
     ] = None,
     files: Annotated[str | None, typer.Option(help="the folder that paths in DATA start from; default: DATA's own")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
@@ -107,7 +119,7 @@ def finetune(
 
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
-            read_keys(keys or ()), files,
+            read_keys(keys or ()), files, image_size, context_length, classes, tuple(templates or ()), tuple(new_tokens or ()),
         )  # fmt: skip
         if resume:
             config = resumed(request, overrides or ())

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from transformers import BertConfig, BertModel
@@ -167,3 +168,64 @@ def test_what_lies_under_low_rank_updates_never_learns(tmp_path):
     until = freeze(model, config.train.freeze)
     assert until and all(".parametrizations." in name and "original" not in name for name in until)
     assert {name for name, weight in model.named_parameters() if weight.requires_grad} == until.keys()
+
+
+def test_a_folder_of_class_folders(start, tmp_path):
+    """FLYP: prompts of the folders' names; zero-shot accuracy before and after, that of open_clip itself at step 0."""
+    names = ["rook", "black queen", "knight"]
+    for number, file in enumerate(pictures(tmp_path) * 8):
+        folder = tmp_path / "chess" / names[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / f"{number}{file.suffix}")
+    templates = ["a photo of a {}.", "a drawing of a {}."]
+    arguments = ["--classes", "folder", *(word for template in templates for word in ("--templates", template)), "--epochs", 1]
+    arguments += ["--val", tmp_path / "chess", "--name", "chess", "--image-size", 48]
+    done = command("finetune", start, tmp_path / "chess", *arguments, f"run.dir={tmp_path}/runs", "train.threads=1")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "chess"
+    first, *_, last = lines_of(run / "evaluations.jsonl")
+    top1 = "val/zero_shot/classes/top1"
+    assert top1 in last and "zero_shot/classes/top1" in (run / "report.html").read_text()
+
+    whole, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{start}", force_image_size=48)
+    tokenize = open_clip.get_tokenizer(f"local-dir:{start}")
+    whole.eval()
+    with torch.no_grad():
+        prompts = [tokenize([template.format(name) for template in templates]) for name in sorted(names)]
+        classes = torch.stack([whole.encode_text(words, normalize=True).mean(0) for words in prompts])
+        files = [file for name in sorted(names) for file in sorted((tmp_path / "chess" / name).iterdir())]
+        images = whole.encode_image(torch.stack([preprocess(Image.open(file)) for file in files]), normalize=True)
+    scores = images @ torch.nn.functional.normalize(classes, dim=1).T
+    labels = torch.tensor([sorted(names).index(file.parent.name) for file in files])
+    assert first[top1] == pytest.approx((scores.argmax(1) == labels).float().mean().item(), abs=1e-6)
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["train"]["data"]["templates"] == {"text": templates}
+    assert config["model"]["start"]["image_size"] == 48 and config["evaluation"]["best"] == top1
+    again = command("evaluate", run)
+    assert again.returncode == 0, again.stderr
+
+
+def test_classes_of_a_table(start, tmp_path):
+    """Held out by pictures, whatever the class; a list of open_clip's templates; and what cannot be meant."""
+    drawn = pictures(tmp_path)
+    files = [Path(shutil.copy(drawn[k % 6], tmp_path / f"{k}{drawn[k % 6].suffix}")) for k in range(48)]
+    columns = {"filepath": [file.name for file in files], "label": ["rook", "king", "pawn"] * 16, "number": [0, 1, 2] * 16}
+    pandas.DataFrame(columns | {"one": "same of all"}).to_csv(tmp_path / "pairs.csv", index=False)
+    request = {"model": start, "data": str(tmp_path / "pairs.csv")}
+    config, chosen = make_config(Request(**request, classes="label", templates=["simple_imagenet"]))
+    task = config.evaluation.zero_shot["classes"]
+    assert task.classes == {name: [name] for name in ("king", "pawn", "rook")} and len(task.templates) == 7
+    split = config.evaluation.splits["data"]
+    assert split.templates == {"text": task.templates} and split.held_out == 0.1 and split.keys["text"] == ["label"]
+    assert ("evaluation.zero_shot", "3 classes", "accuracy by prompts, before and after") in chosen.rows
+    for given, message in (
+        ({"classes": "number"}, "--classes number: .* has numbers there"),
+        ({"classes": "one"}, "has one class, 'same of all'"),
+        ({"classes": "labels"}, "labels"),
+        ({"templates": ["a {}"]}, "--templates: name the column"),
+        ({"classes": "label", "keys": {"text": ["one"]}}, "--classes label and --keys text=…: both say"),
+        ({"classes": "label", "templates": ["a photo"]}, "--templates: the template 'a photo' has no placeholder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_config(Request(**request, **given))

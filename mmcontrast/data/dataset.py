@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from mmcontrast.data.class_texts import CLASS_NAME, FOLDER, class_of, folder_of, group_of, prompt_of
 from mmcontrast.data.files import identities, is_remote
 from mmcontrast.data.held_out import Part, divide
 from mmcontrast.data.ids import default_id, ids_of, read_json, stable_hash
@@ -117,6 +118,9 @@ class ShardDataset(Samples):
         training: augment, and replace what cannot be decoded.
         partial: leave out fields of which no sample has a member, instead of refusing.
         files: of tables whose columns name files: the folder in which these are; default: the table's own.
+        templates: per field whose values are names of classes, the prompts made of them: training draws one, evaluation takes
+            the first. Samples of one class have one group id, so that they are no negatives of each other. The key "folder" is
+            the name of the folder that a sample lies in.
         part: of the samples these alone: held out from training, or trained on. Of those held out, one that cannot be decoded
             is absent from all fields, and reported with its batch, as it does not end a training either.
     """
@@ -131,7 +135,9 @@ class ShardDataset(Samples):
         partial: bool = False,
         files: str | None = None,
         part: Part | None = None,
+        templates: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        self.templates = dict(templates or {})
         self.tolerant = bool(part and part.held_out and not training)
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
@@ -149,6 +155,8 @@ class ShardDataset(Samples):
         refuse_repeated_ids(shard for shard in self.shards if isinstance(shard, TableIndex))
         there = {extension for shard in self.shards for extension in shard.extensions}
         there |= self._entries({key for of in self.keys.values() for key in of if key.startswith(ENTRY)})
+        if any(FOLDER in of for of in self.keys.values()) and any("/" in key for shard in self.shards for key in shard.keys):
+            there.add(FOLDER)
         for field, extensions in list(self.keys.items()):
             if not there & set(extensions) and partial:
                 del self.keys[field], self.choices[field], self.modalities[field]
@@ -285,7 +293,10 @@ class ShardDataset(Samples):
         for extension in shard.extensions:
             if extension in extensions and (size := shard.size(row, extension)) > MAX_MEMBER_BYTES:
                 raise DecodeError(f"member .{extension}: {size} bytes, more than {MAX_MEMBER_BYTES}")
-        return shard.read(row, extensions)
+        members = shard.read(row, extensions)
+        if FOLDER in extensions and FOLDER not in shard.extensions and (name := folder_of(shard.keys[row])) is not None:
+            members[FOLDER] = name
+        return members
 
     def fetch(self, position: int) -> Members:
         wanted = [member_name(key) for keys in self.keys.values() for key in keys]
@@ -308,7 +319,8 @@ class ShardDataset(Samples):
     def _sample(self, epoch: int, position: int, members: Members) -> Sample:
         shard, row = self.locate(position)
         seed = f"{self.seed} {epoch}" if self.training else None
-        sample = decoded(shard.keys[row], self.default_id(position), members, self.modalities, self.choices, seed)
+        key, default = shard.keys[row], self.default_id(position)
+        sample = decoded(key, default, members, self.modalities, self.choices, seed, self.templates)
         if sample.error and not sample.lost:
             where, colon = shard.describe(row, sample.bad_member), ":" if sample.bad_member else ","
             sample.error = f"shard {shard.name}{sample.id_in_words}, {where}{colon} {sample.error}"
@@ -322,6 +334,7 @@ def decoded(
     modalities: Mapping[str, Modality],
     choices: Mapping[str, Sequence[Mapping[str, float]]],
     seed: str | None,
+    templates: Mapping[str, Sequence[str]] | None = None,
 ) -> Sample:
     """A sample of its members, or the first error.
 
@@ -329,6 +342,7 @@ def decoded(
         default: its id, if it says none.
         choices: per field, the keys that are tried in turn, and of each the weights with which one is drawn.
         seed: of augmentation, with the sample's id; None: not training.
+        templates: per field that holds names of classes, what its texts are made of.
     """
     sample = Sample({}, default, default, {"key": key})
     if isinstance(members, Exception):
@@ -343,12 +357,19 @@ def decoded(
                 members = members | entries_of(about, [extension])
         if "cls" in members:
             sample.metadata.setdefault("cls", members["cls"].decode("utf-8", "replace").strip())
+        for field in templates or ():
+            if extension := chosen(choices.get(field, ()), members, False):
+                sample.metadata[CLASS_NAME] = class_of(members[extension])
+                sample.group_id = group_of(sample.metadata[CLASS_NAME])
         if seed is not None:
             torch.default_generator.manual_seed(stable_hash(f"{seed} {sample.sample_id}"))
         for field, modality in modalities.items():
             extension = chosen(choices[field], members, seed is not None)
             if extension:
-                value = modality.transform(modality.decode(members[extension]), seed is not None)
+                member = members[extension]
+                if templates and field in templates:
+                    member = prompt_of(class_of(member), templates[field], seed is not None)
+                value = modality.transform(modality.decode(member), seed is not None)
                 if value is not None:
                     sample.values[field] = value
     except UNREADABLE as error:

@@ -3,15 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mmcontrast.components import nearest
+from mmcontrast.data.class_texts import check_template
 from mmcontrast.data.dataset import FieldKeys, ShardDataset, names_of
 from mmcontrast.data.held_out import Part
 from mmcontrast.data.index import open_shards
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import Modality
-from mmcontrast.options import Keys, Options, Patterns
+from mmcontrast.modalities import Modality, TextModality
+from mmcontrast.options import Keys, Options, Patterns, Texts
+
+
+def _checked(templates: dict[str, list[str]]) -> dict[str, list[str]]:
+    for template in (template for of_field in templates.values() for template in of_field):
+        check_template(template)
+    return templates
+
+
+Templates = Annotated[dict[str, Texts], AfterValidator(_checked)]  # per text field that holds names of classes
 
 
 class ShardOptions(Options):
@@ -21,12 +31,14 @@ class ShardOptions(Options):
         shards: tars, also by URL, folders, tables.
         files: of tables whose columns name files, the folder in which these are, absolute paths too; default: the table's own.
         keys: of fields, the extensions or columns of their member, tried in turn: {text: [caption]}.
+        templates: of text fields that hold names of classes, the prompts made of them: {text: ["a photo of a {}."]}.
         held_out: the part of them alone that a run with `data.held_out` of this share does not train on.
     """
 
     shards: Patterns
     files: str | None = None
     keys: dict[str, Keys] = {}
+    templates: Templates = {}
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @classmethod
@@ -38,7 +50,8 @@ class ShardOptions(Options):
 
     def shown(self) -> Any:
         """Return what JSON shows of them: patterns alone where there is nothing else."""
-        return self.model_dump(mode="json", exclude_defaults=True) if self.keys or self.files or self.held_out else self.shards
+        dumped = self.model_dump(mode="json", exclude_defaults=True)
+        return dumped if len(dumped) > 1 else self.shards
 
 
 Shards = str | list[str] | ShardOptions
@@ -85,17 +98,29 @@ def open_dataset(
     for field in given.keys:
         if field not in modalities:
             raise UserError(f"{given.shards}: keys of a field {field!r}; {nearest(field, modalities)}")
+    check_templates(given.templates, modalities, str(given.shards))
     asked = {field: list(given.keys.get(field) or keys.get(field) or modalities[field].extensions) for field in modalities}
     if not training and any(keys.get(field) for field in modalities):
         asked = with_fallbacks(asked, modalities, given)
     part = Part(given.held_out, True) if given.held_out else Part(without, False) if without else None
-    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files, part)
+    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files, part, given.templates)
     for field in given.keys:
         if field not in dataset.keys:
             raise UserError(
                 f"{given.shards}: keys of the field {field!r}: no sample has {' or '.join(names_of(given.keys[field]))}"
             )
     return dataset
+
+
+def check_templates(templates: Mapping[str, Sequence[str]], modalities: Mapping[str, Modality], place: str) -> None:
+    """
+    Raises:
+        UserError: for templates of what is no text field.
+    """
+    for field in templates:
+        if not isinstance(modalities.get(field), TextModality):
+            texts = [name for name, modality in modalities.items() if isinstance(modality, TextModality)]
+            raise UserError(f"{place}: templates of {field!r}, which is no field of texts; {nearest(field, texts)}")
 
 
 def with_fallbacks(

@@ -72,6 +72,8 @@ def table_folder(model: str, dataset: ShardDataset, root: Path | None = None) ->
         if os.path.exists(shard.name):
             found.update(str(os.stat(shard.name).st_mtime_ns).encode())
     add_to(found, dataset.modalities)
+    if dataset.templates:
+        add_to(found, dataset.templates)
     return (root or cache_root() / "embeddings") / found.hexdigest()
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmcontrast.data.class_texts import filled
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.classification import phrase_embedding, predict, report
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_texts
 from mmcontrast.evaluation.labels import ClassLabels, MatchedLabels, entries_of, label_text
 from mmcontrast.evaluation.options import ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.probes import few_shot, knn, linear_probe, over_seeds
-from mmcontrast.evaluation.prompts import filled, named_classes, named_templates
+from mmcontrast.evaluation.prompts import named_classes, named_templates
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.models import ContrastiveModel
 

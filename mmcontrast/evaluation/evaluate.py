@@ -168,6 +168,10 @@ def open_splits(
         for field in set(captions_of(options, name)) & dataset.modalities.keys():
             modality = dataset.modalities[field]
             assert isinstance(modality, TextModality)
+            if field in dataset.templates:
+                raise UserError(
+                    f"{place}: {field!r} holds names of classes, of which no line is a caption: leave it out of captions"
+                )
             dataset.modalities[field] = modality.by_lines()
         for field, pictures in dataset.modalities.items() if name in as_rgb else ():
             if isinstance(pictures, ImageModality):

@@ -148,13 +148,13 @@ def entries_of(metadata: Sequence[dict[str, Any]], label: str, place: str) -> li
     return values
 
 
-def labels_ahead(dataset: ShardDataset) -> tuple[list[dict[str, Any]], bool]:
-    """Read what samples say of themselves before they are embedded: (metadata of up to 5,000 samples, evenly spread; whether
-    these are all). Nothing of remote shards, which are slow to read twice."""
+def labels_ahead(dataset: ShardDataset, most: int = LOOKED_AT) -> tuple[list[dict[str, Any]], bool]:
+    """Read what samples say of themselves before they are embedded: (metadata of `most` samples, evenly spread,
+    or of all; whether these are all). Nothing of remote shards, which are slow to read twice."""
     if dataset.remote:
         return [], False
     bare = copy.copy(dataset)
-    bare.modalities, bare.keys = {}, {}  # labels alone are read
-    rows = np.unique(np.linspace(0, len(bare) - 1, min(len(bare), LOOKED_AT)).astype(np.int64))
+    bare.modalities, bare.keys = {}, {field: bare.keys[field] for field in bare.templates if field in bare.keys}  # labels alone
+    rows = np.unique(np.linspace(0, len(bare) - 1, min(len(bare), most)).astype(np.int64))
     samples = [bare[row] for row in rows.tolist()]
     return [sample.metadata for sample in samples if not sample.error], len(samples) == len(bare)

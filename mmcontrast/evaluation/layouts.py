@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.data import ShardOptions
+from mmcontrast.data.class_texts import check_template
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
-from mmcontrast.evaluation.prompts import check_template
 from mmcontrast.text_files import read_text
 
 KIND, CLASSES, TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"

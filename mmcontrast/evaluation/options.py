@@ -7,8 +7,9 @@ from pydantic import Field, field_validator
 
 from mmcontrast.components import nearest
 from mmcontrast.data import Shards
+from mmcontrast.data.class_texts import check_template
 from mmcontrast.evaluation.labels import label_text
-from mmcontrast.evaluation.prompts import CLASSES, TEMPLATES, check_template
+from mmcontrast.evaluation.prompts import CLASSES, TEMPLATES
 from mmcontrast.options import Options, Positive
 
 Fields = str | Annotated[list[str], Field(min_length=1)]

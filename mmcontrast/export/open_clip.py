@@ -112,11 +112,34 @@ def image_half(model: ContrastiveModel, name: str, config: Mapping[str, Any] | N
         config.pop("timm_model_pretrained", None)
         size = getattr(tower.network, "image_size", config.get("image_size"))
         config["image_size"] = size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
+        if "timm_model_name" in config:
+            refuse_resized_trunk(tower.network.trunk, config["timm_model_name"], where)
         tensors = folded(tower.network, projection, where)
         return Half(config, tensors, None if "timm_model_name" in config else _quick(tower.network))
     if not isinstance(tower, TimmTower) or not options:
         raise UserError(f"{where}: open_clip has no tower like its {type(tower).__name__}: give it one of timm or open_clip")
     return _timm_half(model, name, tower, options, projection)
+
+
+def refuse_resized_trunk(trunk: Any, name: str, where: str) -> None:
+    """
+    Raises:
+        UserError: for a network of timm's whose weights are those of another image size than its name's: open_clip makes it by
+            its name, whatever image_size says, and gives it another size only after its weights were loaded.
+    """
+    import timm
+
+    own = trunk.default_cfg.get("input_size")
+    if own is None or not hasattr(trunk, "set_input_size"):
+        return
+    with library_messages(name):
+        shapes = {key: tensor.shape for key, tensor in timm.create_model(name, num_classes=0).state_dict().items()}
+    for key, tensor in trunk.state_dict().items():
+        if shapes.get(key, tensor.shape) != tensor.shape:
+            raise UserError(
+                f"{where}: open_clip makes timm's {name} for pictures of {own[-1]} pixels alone, and this one's {key} is of"
+                " another size: begin with the architecture whose name says this size, or export onnx"
+            )
 
 
 def _config_of(model: ContrastiveModel, name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:

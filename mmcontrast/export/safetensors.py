@@ -73,7 +73,7 @@ def write_library(model: ContrastiveModel, names: list[str], folder: Path, origi
     from timm.models import save_for_hf
 
     network: Any = model.towers[model.tower_of[names[0]]].network
-    save_for_hf(network, str(folder), safe_serialization=True)
+    save_for_hf(network, str(folder), model_args=dict(origin.config), safe_serialization=True)
     return []
 
 

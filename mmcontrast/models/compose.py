@@ -45,7 +45,7 @@ def open_start(start: StartOptions, weights: bool = True, trust_code: bool = Fal
     """
     weights = weights and start.pretrained is not False
     with nullcontext() if weights else weights_follow():
-        return open_model(start.model, start.pretrained or None, start.pooling, weights, trust_code)
+        return open_model(start.model, start.pretrained or None, start.pooling, weights, trust_code, start.sizes)
 
 
 def make_model(
@@ -95,7 +95,7 @@ def make_model(
             module for name in inherited for module in model.towers[name].modules() if isinstance(module, _BatchNorm)
         ]
     if options.lora:
-        adapt(model, options.lora, inherited, is_whole(started), weights)
+        adapt(model, options.lora, inherited, is_whole(started), weights, options.starts)
     if model.origin is None:
         composed = {field: of.model_dump(mode="json") for field, of in fields.items()}
         config = {"fields": composed, "towers": dict(towers), "model": options.model_dump(mode="json")}
@@ -216,18 +216,28 @@ def is_whole(started: Sequence[ContrastiveModel]) -> bool:
     return len(started) == 1 and len(started[0].modalities) > 1
 
 
-def adapt(model: ContrastiveModel, lora: LoraOptions, inherited: Mapping[str, Any], whole: bool, weights: bool) -> None:
+def adapt(
+    model: ContrastiveModel,
+    lora: LoraOptions,
+    inherited: Mapping[str, Any],
+    whole: bool,
+    weights: bool,
+    starts: Sequence[StartOptions],
+) -> None:
     """Lock what a start has brought, and add low-rank updates to its towers, or to some.
 
     Args:
         inherited: its towers. whole: their projections, the logit scale and the bias are its own too.
         weights: its weights are there, and left out of checkpoints.
+        starts: the options by which it was opened.
 
     Raises:
-        UserError: for towers that are not a start's, or have nothing to adapt.
+        UserError: for new tokens, which would be locked; for towers that are not a start's, or have nothing to adapt.
     """
     if not inherited:
         raise UserError("model.lora adapts the weights of a model.start: name one")
+    if any(start.new_tokens for start in starts):
+        raise UserError("model.start.new_tokens: their embeddings are new, and model.lora locks them: leave out one of the two")
     for name in lora.towers:
         if name not in inherited:
             raise UserError(f"model.lora.towers: no tower {name!r} of model.start; {nearest(name, inherited)}")
@@ -243,7 +253,7 @@ def adapt(model: ContrastiveModel, lora: LoraOptions, inherited: Mapping[str, An
     before = {id(tensor) for module in kept for tensor in (*module.parameters(), *module.buffers())}
     for name in lora.towers or inherited:
         try:
-            add_lora(cast(Tower, model.towers[name]), lora.rank, lora.alpha, lora.targets)
+            add_lora(cast(Tower, model.towers[name]), lora.rank, lora.alpha, lora.targets, lora.dropout)
         except UserError as error:
             raise UserError(f"model.lora: towers.{name}: {error}") from error
     if weights:

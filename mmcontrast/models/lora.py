@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from mmcontrast.errors import UserError
+from mmcontrast.libraries import tell
 from mmcontrast.models.base import Tower
 
 ATTENTION = ("attention", "attn")  # in the name of a module's class
@@ -30,12 +31,13 @@ class LowRank(nn.Module):
         weight: [out, in] (transposed for a Conv1D of transformers': the sum is the same).
         rank: r of down [r, in], drawn as torch draws a linear layer's, and up [out, r], zero.
         scale: s, usually alpha / r.
+        dropout: of the update's input in training, where a linear layer computes it by itself.
     """
 
-    def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
+    def __init__(self, weight: Tensor, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         rows, columns = weight.shape
-        self.scale = scale
+        self.scale, self.dropout = scale, dropout
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.down = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=weight.device))
         self.up = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=weight.device))
@@ -46,55 +48,73 @@ class LowRank(nn.Module):
             return torch.addmm(weight.to(self.up.dtype), self.up, self.down, alpha=self.scale)
 
 
-def add_lora(tower: Tower, rank: int, alpha: float | None = None, targets: str = "all") -> list[str]:
+def add_lora(tower: Tower, rank: int, alpha: float | None = None, targets: str = "all", dropout: float = 0.0) -> list[str]:
     """Freeze a tower and let low-rank updates of its blocks' and attention pools' weights learn in their place.
 
     Args:
         alpha: the update's scale is alpha / rank; default: rank.
         targets: "all" linear layers, or those of "attention".
+        dropout: of the updates' inputs in training. A weight that others read, as that of fused attention, has none.
 
     Returns:
         the names of the weights, within the tower.
 
     Raises:
-        UserError: for a tower without such weights; for a rank that is not below their size.
+        UserError: for a tower without such weights; for a rank that is not below their size; for a dropout that has no place.
     """
     chosen = list(adaptable(tower, targets))
     if not chosen:
         raise UserError(
             f"no block of a {type(tower.network).__name__} has linear layers of {targets}: LoRA has nothing to adapt"
         )
+    if dropout and (fused := [module for _, module, _ in chosen if not _is_plain(module)]):
+        said = (
+            f"{len(fused)} of {len(chosen)} adapted weights of a {type(tower.network).__name__} are read by fused attention or"
+        )
+        said += " another layer, where no update has an input of its own"
+        if len(fused) == len(chosen):
+            raise UserError(f"dropout={dropout:g}: {said}: leave it out, or choose targets: all")
+        tell(f"model.lora.dropout: {said}: they learn without it")
     tower.requires_grad_(False)
     names = []
     for prefix, module, name in chosen:
         weight = getattr(module, name)
         if rank > min(weight.shape):
             raise UserError(f"rank {rank} is beyond {prefix}.{name} of {list(weight.shape)}: at most {min(weight.shape)}")
-        low_rank = LowRank(weight, rank, (alpha or rank) / rank)
+        low_rank = LowRank(weight, rank, (alpha or rank) / rank, dropout)
+        plain = _is_plain(module)
         parametrize.register_parametrization(module, name, low_rank, unsafe=True)  # same shape; only the dtype may be wider
-        if type(module).forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear):
+        if plain:
             module.forward = MethodType(_linear, module)  # whoever reads the weight instead gets the sum
         names.append(f"{prefix}.{name}")
     return names
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether it is a linear layer that computes with its weight itself."""
+    return type(module).forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _linear(self: nn.Linear, batch: Tensor) -> Tensor:
     """A linear layer's forward, without the sum of its weights."""
     weight: Any = self.parametrizations.weight  # type: ignore[union-attr]
     low_rank = weight[0]
-    update = F.linear(F.linear(batch, low_rank.down), low_rank.up)
+    dropped = F.dropout(batch, low_rank.dropout, self.training) if low_rank.dropout else batch
+    update = F.linear(F.linear(dropped, low_rank.down), low_rank.up)
     return F.linear(batch, weight.original, self.bias) + low_rank.scale * update
 
 
 def adaptable(tower: Tower, targets: str) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (name of the module, module, name of its weight) of the linear maps in blocks and attention pools."""
     modules = dict(tower.named_modules())
-    homes = [*tower.blocks(), *(name for name, module in modules.items() if _is_pool(module))]
+    blocks = set(tower.blocks())
+    homes = [*blocks, *(name for name, module in modules.items() if _is_pool(module))]
     for name, module in modules.items():
         if not any(name == home or name.startswith(f"{home}.") for home in homes):
             continue
-        above = [modules[name.rsplit(".", k)[0]] for k in range(1, name.count(".") + 1)]
-        if targets == "attention" and not any(_is_attention(one) for one in (module, *above)):
+        above = [name.rsplit(".", k)[0] for k in range(name.count(".") + 1)]
+        inside = [modules[one] for one in above if one not in blocks]  # a ResidualAttentionBlock has more than attention
+        if targets == "attention" and not any(map(_is_attention, inside)):
             continue
         weights = OF_ATTENTION if isinstance(module, nn.MultiheadAttention) else ("weight",) if _is_linear(module) else ()
         for weight in weights:

@@ -8,13 +8,20 @@ from pathlib import Path
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening
 from mmcontrast.models.contrastive import ContrastiveModel
+from mmcontrast.models.sizes import OWN_SIZES, Sizes
 
 OPEN_CLIP_CONFIG, BARE_CONFIG = "open_clip_config.json", "mmcontrast_model.json"
 LIBRARIES = ("open_clip", "transformers", "timm")
+EXPORT_FIRST = "export it to open_clip or huggingface, and begin with that folder"
 
 
 def open_model(
-    name: str, pretrained: str | None = None, pooling: str | None = None, weights: bool = True, trust_code: bool = False
+    name: str,
+    pretrained: str | None = None,
+    pooling: str | None = None,
+    weights: bool = True,
+    trust_code: bool = False,
+    sizes: Sizes = OWN_SIZES,
 ) -> ContrastiveModel:
     """Open a model on the CPU, in fp32, in evaluation mode.
 
@@ -28,6 +35,7 @@ def open_model(
         pooling: of a plain encoder of transformers: "mean", "first" or "last".
         weights: False: random ones, in the architecture alone.
         trust_code: import what a folder of our own names by import path.
+        sizes: another image size or context length than its own.
 
     Raises:
         UserError: in one line, for a name that is none, for files that are not there or not as they should be.
@@ -35,27 +43,29 @@ def open_model(
     with opening(f"{name}: pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
         library, name = resolved(name)
         if library == "mmcontrast":
-            return _open_bare(name, pretrained, pooling, weights, trust_code)
+            return _open_bare(name, pretrained, pooling, weights, trust_code, sizes)
         if pooling and library != "transformers":
             raise UserError(f"{name}: pooling={pooling!r} is for encoders of transformers; {library} has its own")
         if library == "open_clip":
             from mmcontrast.models.open_clip import open_open_clip
 
-            return open_open_clip(name, pretrained, weights)
+            return open_open_clip(name, pretrained, weights, sizes)
         if library == "timm":
             from mmcontrast.models.timm import open_timm
 
             if pretrained and ":" not in name and not Path(pretrained).is_file():
                 raise FileNotFoundError(f"pretrained={pretrained!r}: no such file; leave it out for timm's weights")
-            return open_timm(name, pretrained, weights)
+            return open_timm(name, pretrained, weights, sizes)
         if pretrained:
             raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
         from mmcontrast.models.transformers import open_transformers
 
-        return open_transformers(name, pooling, weights)
+        return open_transformers(name, pooling, weights, sizes)
 
 
-def _open_bare(name: str, pretrained: str | None, pooling: str | None, weights: bool, trust_code: bool) -> ContrastiveModel:
+def _open_bare(
+    name: str, pretrained: str | None, pooling: str | None, weights: bool, trust_code: bool, sizes: Sizes
+) -> ContrastiveModel:
     """Open a folder of our own: a model that it describes, or another library's that lies in it."""
     from mmcontrast.models.bare import compose_bare, read_bare
 
@@ -63,11 +73,13 @@ def _open_bare(name: str, pretrained: str | None, pooling: str | None, weights: 
         raise UserError(f"{name} is whole: it takes neither pretrained nor pooling")
     about = read_bare(Path(name))
     if "library" not in about:
+        for option in sizes.given:
+            sizes.refuse(name, option, "a composed model has the sizes of its towers: " + EXPORT_FIRST)
         return compose_bare(Path(name), about, trust_code, weights)
     inner = Path(name) / Path(about["library"]["folder"]).name
     if library_of(inner) in (None, "mmcontrast"):
         raise UserError(f"{inner} holds no model of another library")
-    return open_model(str(inner), None, about["library"]["pooling"], weights)
+    return open_model(str(inner), None, about["library"]["pooling"], weights, sizes=sizes)
 
 
 def resolved(name: str) -> tuple[str, str]:

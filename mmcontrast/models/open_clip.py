@@ -19,6 +19,7 @@ from mmcontrast.modalities.image import without_palette_alpha
 from mmcontrast.modalities.library import LibraryImages, LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
+from mmcontrast.models.sizes import OWN_SIZES, Sizes
 from mmcontrast.models.transformers import positions_of
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -182,15 +183,16 @@ def is_architecture(name: str) -> bool:
     return name.partition("/")[0] in open_clip.list_models()
 
 
-def open_open_clip(name: str, pretrained: str | None, weights: bool = True) -> ContrastiveModel:
+def open_open_clip(name: str, pretrained: str | None, weights: bool = True, sizes: Sizes = OWN_SIZES) -> ContrastiveModel:
     """Fields image and text.
 
     Args:
         name: an architecture, "ARCHITECTURE/TAG", "hf-hub:org/name", or "local-dir:FOLDER".
         pretrained: of an architecture: a tag of open_clip's, or a checkpoint's file.
+        sizes: open_clip resizes the position embeddings of its vision transformers, of timm's, and of its text transformers.
 
     Raises:
-        UserError: for an architecture without weights, or an unknown tag.
+        UserError: for an architecture without weights, an unknown tag, or a size that open_clip has no way to.
         others: as open_clip does.
     """
     import open_clip
@@ -210,19 +212,35 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True) -> C
     elif pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
     quick = quick_gelu(name, pretrained)
+    reason = "open_clip's tokenizers cannot grow: export --format huggingface, and begin with that folder"
+    sizes.refuse(name, "new_tokens", reason)
+    model_cfg = model_config(name)
+    if weights and isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
+        sizes.refuse(name, "image_size", "open_clip does not resize the positions in a ResNet's attention pool: take a ViT")
+    own = model_cfg["vision_cfg"].get("image_size")
+    if weights and isinstance(own, list | tuple) and len(set(own)) > 1:
+        sizes.refuse(name, "image_size", f"open_clip resizes square pictures' positions alone, its own are {own}: leave it out")
     options: dict[str, Any] = {"force_custom_text": True, "force_quick_gelu": quick}
+    options |= {f"force_{option}": value for option, value in sizes.given.items()}
     whole = open_clip.create_model(name, pretrained, load_weights=weights, require_pretrained=weights, **options)
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
     prepare, augmented = (partial(_pixels, image_transform_v2(preprocess, is_train=train)) for train in (False, True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
-    tokenizer = open_clip.get_tokenizer(name)
+    tokenizer = open_clip.get_tokenizer(name, context_length=sizes.context_length)
     modalities = {
         "image": LibraryImages(prepare, size, None, augmented),
         "text": LibraryTexts(partial(_tokens, tokenizer), tokenizer.context_length),
     }
     towers = {"image": OpenClipTower(whole.visual, "image"), "text": OpenClipTower(whole.text, "text")}
+    longest = towers["text"].context_length
+    if longest is not None and tokenizer.context_length > longest:
+        sizes.refuse(
+            name, "context_length", f"its text tower, a Hugging Face encoder, takes {longest} tokens: set that or less"
+        )
     model = assembled(modalities, towers, whole.logit_scale if weights else None, whole.logit_bias)
-    config = {"model_cfg": model_config(name), "preprocess_cfg": dict(whole.visual.preprocess_cfg)}
+    for option, part in (("image_size", "vision_cfg"), ("context_length", "text_cfg")):
+        model_cfg[part] |= {option: sizes.given[option]} if option in sizes.given else {}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": dict(whole.visual.preprocess_cfg)}
     rest = {key: value for key, value in whole.state_dict().items() if not key.startswith(("visual.", "text.", "logit_"))}
     model.origin = Origin("open_clip", name, pretrained, config=config, rest=rest)
     return model

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mmcontrast.models.sizes import Sizes
 from mmcontrast.options import Component, Keys, Options, Positive
 
 Projection = Literal["linear", "mlp", "none"]
@@ -36,6 +37,11 @@ class StartOptions(Options):
         checkpoint: of a run: last, best, or a step's number.
         pooling: of a plain encoder of transformers: mean, first or last.
         fields: those of its fields that are taken; default: all.
+        image_size: the side of its square pictures in pixels; default: its own. Position embeddings are resized as its library
+            does it (open_clip's force_image_size, timm's img_size, transformers' interpolate_pos_encoding).
+        context_length: tokens of its texts; default: its own. open_clip resizes position embeddings (force_context_length);
+            transformers can only cut texts earlier.
+        new_tokens: words that its tokenizer of transformers shall not cut into pieces; their embeddings are new.
     """
 
     model: str
@@ -43,6 +49,13 @@ class StartOptions(Options):
     checkpoint: str = "last"
     pooling: Literal["mean", "first", "last"] | None = None
     fields: list[str] = []
+    image_size: Positive | None = None
+    context_length: Positive | None = None
+    new_tokens: list[str] = []
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.image_size, self.context_length, tuple(self.new_tokens) or None)
 
 
 class LoraOptions(Options):
@@ -51,12 +64,14 @@ class LoraOptions(Options):
     Attributes:
         rank: of each update.
         alpha: its scale is alpha / rank; default: rank, a scale of 1.
+        dropout: of the updates' inputs in training, as peft has it; weights of fused attention learn without.
         targets: the weights of "all" linear layers of blocks and attention pools, or of "attention" alone.
         towers: those that are adapted, the others of the start are locked; default: all of the start.
     """
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all", "attention"] = "all"
     towers: list[str] = []
 

@@ -1,5 +1,6 @@
 """timm: any of its models as a tower of pictures or of spectrograms, or with the preprocessing that comes with its weights."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mmcontrast.libraries import opening
 from mmcontrast.modalities.library import LibraryImages
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
+from mmcontrast.models.sizes import OWN_SIZES, Sizes
 
 
 class TimmTower(Tower):
@@ -69,13 +71,14 @@ def is_timm(name: str) -> bool:
     return timm.is_model(name.partition(".")[0])
 
 
-def open_timm(name: str, pretrained: str | None, weights: bool = True) -> ContrastiveModel:
+def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Sizes = OWN_SIZES) -> ContrastiveModel:
     """Field image, of unit features.
 
     Args:
         name: an architecture with or without a tag, "hf-hub:timm/name", or "local-dir:FOLDER".
         pretrained: of an architecture: a checkpoint's file; default: timm's weights.
         weights: False: random ones.
+        sizes: timm resizes the position embeddings of a checkpoint itself; a network without such takes pictures of any size.
 
     Raises:
         UserError: for an unknown architecture.
@@ -88,12 +91,43 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True) -> Contra
     if ":" in name and pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
     options = from_file(name, pretrained) if pretrained and weights else {}
-    network: Any = timm.create_model(name, pretrained=weights, **options)
+    for option in ("context_length", "new_tokens"):
+        sizes.refuse(name, option, "timm's models take no texts: leave it out")
+    network, config = _at_size(name, weights, options, sizes.image_size)
     network.reset_classifier(0)
     data = timm.data.resolve_model_data_config(network)
     prepare, augmented = (timm.data.create_transform(**data, is_training=train) for train in (False, True))
     mode = {1: "L", 3: "RGB"}[data["input_size"][0]]
     images = LibraryImages(prepare, max(data["input_size"][1:]), mode, augmented)
     model = assembled({"image": images}, {"image": TimmTower(network)})
-    model.origin = Origin("timm", name, pretrained)
+    model.origin = Origin("timm", name, pretrained, config=config)
     return model
+
+
+def _at_size(name: str, weights: bool, options: dict[str, Any], size: int | None) -> tuple[Any, dict[str, Any]]:
+    """Return a network for square pictures of a size, and what of it is an option of the network: none where it takes any.
+
+    Raises:
+        UserError: for weights that depend on the size, and that timm does not resize.
+    """
+    import timm
+
+    if size is None:
+        return timm.create_model(name, pretrained=weights, **options), {}
+    config: dict[str, Any] = {"img_size": size}
+    try:
+        network: Any = timm.create_model(name, pretrained=weights, **options, **config)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        config, network = {}, timm.create_model(name, pretrained=weights, **options)
+    except RuntimeError as error:
+        if not (mismatch := re.search(r"size mismatch for ([\w.]+)", str(error))):
+            raise
+        raise UserError(
+            f"{name}: image_size={size}: timm does not resize {mismatch[1]}: leave it out, or take a model whose checkpoints it"
+            " resizes (vit, eva, swin, …) or that takes any size (resnet, convnext, …)"
+        ) from error
+    channels = timm.data.resolve_model_data_config(network)["input_size"][0]
+    network.pretrained_cfg = network.default_cfg = {**network.pretrained_cfg, "input_size": (channels, size, size)}
+    return network, config

@@ -19,6 +19,7 @@ from mmcontrast.modalities import PADDING, Modality
 from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
+from mmcontrast.models.sizes import OWN_SIZES, Sizes, add_tokens, resize_positions, resized_processor
 from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
 
 if TYPE_CHECKING:
@@ -169,18 +170,21 @@ def shortest_waveform(config: Any) -> int:
     return samples
 
 
-def open_transformers(name: str, pooling: str | None = None, weights: bool = True) -> ContrastiveModel:
+def open_transformers(
+    name: str, pooling: str | None = None, weights: bool = True, sizes: Sizes = OWN_SIZES
+) -> ContrastiveModel:
     """A dual encoder's fields image and text, or audio and text; a single encoder's one. CLAP has a logit scale for each
     direction: the one of audio → text is taken.
 
     Args:
         name: a folder, or a name on the hub.
         weights: False: random ones, in its architecture.
+        sizes: position embeddings of pictures are resized as transformers does it; texts can be cut earlier, not later.
         pooling: of a plain encoder's last hidden states: "mean" (over the tokens that are not padding), "first" (the class
             token) or "last"; default: of pictures the class token if there is one, otherwise the mean.
 
     Raises:
-        UserError: for models that embed nothing, or whose weights are not all there.
+        UserError: for models that embed nothing, or whose weights are not all there; for a size that there is no way to.
         others: as transformers does.
     """
     import transformers
@@ -195,7 +199,6 @@ def open_transformers(name: str, pooling: str | None = None, weights: bool = Tru
     else:
         network, info = opener._from_config(config) if half else opener.from_config(config), {"missing_keys": ()}
     network.float().eval()
-    whole = network.state_dict()
     fields = [field for field in ("image", "audio", "text") if hasattr(network, f"get_{field}_features")]
     scales = [getattr(network, scale) for scale in ("logit_scale", "logit_scale_a") if hasattr(network, scale)]
     dual = len(fields) > 1 and bool(scales)
@@ -205,9 +208,16 @@ def open_transformers(name: str, pooling: str | None = None, weights: bool = Tru
         raise UserError(f"{name}: its checkpoint lacks {len(missing)} tensors of {type(network).__name__}, as {missing[0]}")
     if pooling and dual:
         raise UserError(f"{name}: pooling={pooling!r} is for encoders of one field; a {type(network).__name__} has its own")
+    kinds = fields if dual else [FIELD_OF.get(network.main_input_name, "")]
+    for option, field in (("image_size", "image"), ("context_length", "text"), ("new_tokens", "text")):
+        if field not in kinds:
+            sizes.refuse(name, option, f"a {type(network).__name__} has no field of {field}s: leave it out")
+    if sizes.image_size:
+        resize_positions(name, network, sizes.image_size)
+    whole = network.state_dict()
     if dual:
         parts = {field: getattr(config, f"{'vision' if field == 'image' else field}_config") for field in fields}
-        modalities = {field: _modality(name, field, network, part) for field, part in parts.items()}
+        modalities = {field: _modality(name, field, network, part, sizes) for field, part in parts.items()}
         towers = {}
         for field, modality in modalities.items():
             method = f"get_{field}_features"
@@ -220,7 +230,7 @@ def open_transformers(name: str, pooling: str | None = None, weights: bool = Tru
     if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
         raise UserError(f"{name}: a {type(network).__name__} is neither a dual encoder nor an encoder of one field")
     field = FIELD_OF[network.main_input_name]
-    modality = _modality(name, field, network, config)
+    modality = _modality(name, field, network, config, sizes)
     output = f"{field}_embeds" if kind.endswith("WithProjection") else "pooler_output"
     pooled = not plain and PooledTower(network, "__call__", output, _inputs(modality))
     tower = pooled or _plain(name, network, field, pooling)
@@ -289,13 +299,15 @@ class _PlainTower(TransformersTower):
         return features
 
 
-def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modality:
+def _modality(name: str, field: str, network: nn.Module, config: Any, sizes: Sizes) -> Modality:
     """Of the files beside the weights."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     if field == "image":
-        side = getattr(config, "image_size", None) or 224
+        side = sizes.image_size or getattr(config, "image_size", None) or 224
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        if sizes.image_size:
+            processor = resized_processor(name, processor, sizes.image_size)
         mode = None if getattr(processor, "do_convert_rgb", False) else "RGB"
         return LibraryImages(partial(_pixels, processor), side if isinstance(side, int) else max(side), mode)
     if field == "audio":
@@ -304,7 +316,17 @@ def _modality(name: str, field: str, network: nn.Module, config: Any) -> Modalit
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")
-    length = min(tokenizer.model_max_length, positions_of(network, config) or UNBOUNDED)
+    if sizes.new_tokens:
+        config.vocab_size = add_tokens(name, network, tokenizer, sizes.new_tokens)
+    positions = positions_of(network, config)
+    length = min(tokenizer.model_max_length, positions or UNBOUNDED)
+    if sizes.context_length:
+        if positions is not None and sizes.context_length > positions:
+            reason = (
+                f"it has {positions} positions, which transformers cannot resize: set at most that, or take open_clip's version"
+            )
+            sizes.refuse(name, "context_length", f"{reason} of the model, whose positions open_clip resizes")
+        length = tokenizer.model_max_length = sizes.context_length  # the latter is saved with it
     full = config.model_type.startswith(FULL_LENGTH)
     return LibraryTexts(_Tokenizer(tokenizer, length, full), length)
 

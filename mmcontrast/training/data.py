@@ -20,6 +20,7 @@ from mmcontrast.data import (
 )
 from mmcontrast.data.dataset import names_of
 from mmcontrast.data.held_out import Part
+from mmcontrast.data.opening import check_templates
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, ImageModality, Modality
 from mmcontrast.models import ContrastiveModel
@@ -128,7 +129,18 @@ def make_source(
     modalities = source_modalities(name, source, fields, {field: model.modality(field) for field in fields})
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
     part = Part(without, False) if without else None
-    dataset = ShardDataset(source.shards, modalities, keys, seed, training=True, partial=True, files=source.files, part=part)
+    check_templates(source.templates, modalities, f"data.train.{name}")
+    dataset = ShardDataset(
+        source.shards,
+        modalities,
+        keys,
+        seed,
+        training=True,
+        partial=True,
+        files=source.files,
+        part=part,
+        templates=source.templates,
+    )
     for field in source.keys.keys() - dataset.keys.keys():
         wanted = " or ".join(names_of(source.keys[field]))
         raise UserError(f"data.train.{name}.keys.{field}: no sample has a member {wanted}")

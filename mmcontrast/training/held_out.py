@@ -59,7 +59,7 @@ def _sources(train: Any, fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     negatives = {field for field, of in fields.items() if _tree(of).get("negative_of")}
     sources = {}
     for name, source in train.items():
-        options = {key: value for key, value in _tree(source).items() if key in ("shards", "files", "keys")}
+        options = {key: value for key, value in _tree(source).items() if key in ("shards", "files", "keys", "templates")}
         if isinstance(options.get("keys"), Mapping):
             options["keys"] = {field: keys for field, keys in options["keys"].items() if field not in negatives}
         sources[name] = options

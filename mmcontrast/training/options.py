@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
+from mmcontrast.data.opening import Templates
 from mmcontrast.options import Component, Keys, Options, Patterns, Positive
 
 T = TypeVar("T")
@@ -16,6 +17,8 @@ class SourceOptions(Options):
         shards: its shards: tars, also by URL, folders, tables.
         files: of tables whose columns name files, the folder in which these are; default: the table's own.
         weight: how often its samples are seen, in proportion to the others'; default: as many as it has.
+        templates: of text fields that hold names of classes here, the prompts made of them: {text: ["a photo of a {}."]}.
+            Samples of one class are no negatives of each other.
         keys, modalities: of its fields that differ from `fields`: {text: [caption]}, {image: {augment: []}}.
         own_ids: its sample_id and group_id mean nothing to the other sources, where the same numbers may occur.
     """
@@ -24,6 +27,7 @@ class SourceOptions(Options):
     files: str | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
     keys: dict[str, Keys] = {}
+    templates: Templates = {}
     modalities: dict[str, dict[str, Any]] = {}
     own_ids: bool = False
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mmcontrast.config import load_suite
 from mmcontrast.data import write_shard
+from mmcontrast.data.class_texts import check_template, filled
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.labels import ClassLabels, label_text
-from mmcontrast.evaluation.prompts import check_template, filled
 from mmcontrast.evaluation.results import results_table
 from tests.evaluation.text_model import WORDS, text_model, zero_shot
 

@@ -63,10 +63,10 @@ def test_real_steps_change_what_is_meant_by_a_low_rank(kind, tmp_path):
 
 
 def test_a_run_resumes_to_the_last_bit_and_refuses_another_start(tmp_path):
-    """With averaged weights, caching and accumulation; a start whose weights were exchanged is not this one."""
+    """With averaged weights, caching, accumulation and dropout; a start whose weights were exchanged is not this one."""
     folder = start_of("clip", tmp_path / "start")
     write_pairs("clip", tmp_path)
-    lora = {"start": str(folder), "lora": {"rank": 2, "targets": "attention"}}
+    lora = {"start": str(folder), "lora": {"rank": 2, "dropout": 0.2}}
     change = {"lr": 0.01, "steps": 4, "ema_decay": 0.9, "micro_batch_size": 3, "accumulation_steps": 2, "checkpoint_every": 2}
     config = write_run(tmp_path, str(folder), model=lora, train=change)
     assert train(config).returncode == 0
@@ -146,6 +146,32 @@ def test_merging_is_exact_in_training_and_evaluation_and_gives_old_names_back():
     merge_lora(tower)
     torch.testing.assert_close(tower(tokens), fast, rtol=1e-5, atol=1e-5)
     assert set(tower.state_dict()) == set(names) and not torch.allclose(plain, fast, atol=0.1)
+
+
+def test_dropout_is_on_the_updates_input():
+    """In training alone, of plain linear layers; a tower that has none of them is refused, one that has some says so."""
+    from mmcontrast.models import OpenClipTextTower, TimmTower
+
+    tower = TimmTower("vit_base_patch16_siglip_224", img_size=32, embed_dim=32, depth=1, num_heads=2)
+    add_lora(tower, rank=2, alpha=3.0, dropout=0.4)
+    layer = tower.network.blocks[0].mlp.fc1
+    low_rank, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+    nn.init.normal_(low_rank.up)
+    batch = torch.randn(6, 32)
+    torch.manual_seed(7)
+    found = layer.train()(batch)
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(batch, 0.4)
+    wanted = batch @ original.T + layer.bias + 1.5 * dropped @ low_rank.down.T @ low_rank.up.T
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.eval()(batch), batch @ layer.weight.T + layer.bias, rtol=1e-5, atol=1e-5)
+    text = OpenClipTextTower(width=32, layers=1, heads=2, context_length=12)
+    with pytest.raises(UserError, match=r"dropout=0.1: 2 of 2 adapted weights of a TextTransformer .* leave it out"):
+        add_lora(text, 2, targets="attention", dropout=0.1)
+    names = [f"{name}.{weight}" for name, _, weight in adaptable(text, "attention")]
+    block = "network.transformer.resblocks.0"
+    assert names == [f"{block}.attn.in_proj_weight", f"{block}.attn.out_proj.weight"]  # of a ResidualAttentionBlock's four
+    assert len(add_lora(text, 2, dropout=0.1)) == 4
 
 
 def test_targets_are_by_type_and_place():
