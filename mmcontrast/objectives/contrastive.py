@@ -180,7 +180,7 @@ def _loss(
             reductions=reductions,
             both=scorer.both_directions or signals is not None,
             link=link,
-            margin=scorer.margin,
+            margin=scorer.false_negative_margin,
             guided=scorer.guided,
             statistics=partial(score_statistics, reductions=reductions, bias=bias, link=link, **options),
         )

@@ -35,7 +35,7 @@ class InfoNCE(Objective):
             raise ValueError(f"label_smoothing is {label_smoothing}, it must be in [0, 1)")
         if guide and false_negative_margin is None:
             raise ValueError("guide needs a false_negative_margin, as 0")
-        self.margin, self.label_smoothing = false_negative_margin, label_smoothing
+        self.false_negative_margin, self.label_smoothing = false_negative_margin, label_smoothing
         if not both_directions:
             self.both_directions = False
         self.guided = self.teachers = guide

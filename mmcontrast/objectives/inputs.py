@@ -86,7 +86,12 @@ def check_together(objective: Objective, pairing: Pairing, given: Given, link: A
         )
     if objective.guided and (given.extras or given.own):
         raise ValueError(f"{name}: the guide has no embeddings of extra_negatives and own_negatives: leave them or guide out")
-    pairwise = {"teacher": given.teachers, "own_negatives": given.own, "score": link, "false_negative_margin": objective.margin}
+    pairwise = {
+        "teacher": given.teachers,
+        "own_negatives": given.own,
+        "score": link,
+        "false_negative_margin": objective.false_negative_margin,
+    }
     for option, value in pairwise.items():
         if not pairing.takes_extra_negatives and value not in (None, [], {}):
             raise ValueError(f"{option} concerns scores of two fields: pairing multilinear takes none")

@@ -5,6 +5,8 @@ import torch
 from open_clip.loss import DistillClipLoss
 
 from mmcontrast import contrastive_loss
+from mmcontrast.objectives import Objective
+from mmcontrast.score import CrossSum
 from tests.objectives.textbook import assert_all_close, textbook_anchor_loss, unit, value_and_grads
 
 
@@ -65,6 +67,31 @@ def test_several_teachers_are_averaged_after_their_softmaxes(alpha, scale, backe
             backend=backend,
             tile_size=3,
         )
+
+    assert_all_close(value_and_grads(ours, *leaves), value_and_grads(textbook, *leaves), rtol=1e-10, atol=1e-10)
+
+
+class Agreement(Objective):
+    """What a user writes: the squared difference of the teacher's expected score and the positive's."""
+
+    teachers, reductions = True, (CrossSum(),)
+
+    def forward(self, d):
+        return (d[CrossSum()] - d.positives) ** 2
+
+
+@pytest.mark.parametrize("backend", ["dense", "torch"])
+def test_an_objective_of_ones_own_takes_a_teacher(backend):
+    leaves, u, v = [unit(9, 4, seed=0), unit(9, 4, seed=1), torch.tensor(5.0).double()], unit(9, 3, seed=2), unit(9, 3, seed=3)
+
+    def textbook(x, y, s):
+        z, t = s * x @ y.T, 4.0 * u @ v.T
+        sides = ((z, t), (z.T, t.T))
+        return torch.stack([((torch.softmax(q, 1) * w).sum(1) - w.diagonal()).square().mean() for w, q in sides]).mean()
+
+    def ours(x, y, s):
+        given = {"teacher": {"a": u, "b": v}, "teacher_scale": 4.0, "backend": backend, "tile_size": 4}
+        return contrastive_loss({"a": x, "b": y}, objective=Agreement(), logit_scale=s, **given)
 
     assert_all_close(value_and_grads(ours, *leaves), value_and_grads(textbook, *leaves), rtol=1e-10, atol=1e-10)
 
