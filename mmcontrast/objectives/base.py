@@ -17,7 +17,7 @@ class Objective(nn.Module):
         stateful: it remembers earlier calls: `contrastive_loss` wants the same instance every time.
         progress: the share of training that is done, in [0, 1], for schedules; whoever trains sets it before each step.
         teachers: it takes teachers' embeddings, beside its own.
-        false_negative_margin: reductions with `below` leave out candidates whose cosine is above the positive's by more than this.
+        false_negative_margin: reductions with `below` leave out candidates whose cosine is so much above the positive's.
         guided: the cosines that are compared are a teacher's.
     """
 
