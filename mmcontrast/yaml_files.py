@@ -55,13 +55,20 @@ def parse_yaml(text: str) -> Any:
         if node is None:
             return None
         _count(node, {}, set())
-        return loader.construct_document(node)
+        return _apart(loader.construct_document(node))
     except yaml.YAMLError:
         raise
     except WRONG as error:
         raise yaml.YAMLError(f"a value that is none ({str(error).split(chr(10))[0][:100] or type(error).__name__})") from error
     finally:
         loader.dispose()
+
+
+def _apart(value: Any) -> Any:
+    """Return a value in which nothing is shared: what one anchor names in two places can then be changed in one."""
+    if isinstance(value, dict):
+        return {key: _apart(one) for key, one in value.items()}
+    return [_apart(one) for one in value] if isinstance(value, list) else value
 
 
 def _count(node: yaml.Node, counted: dict[yaml.Node, int], inside: set[yaml.Node]) -> int:

@@ -166,7 +166,8 @@ def test_a_config_learns_for_two_steps(name, shards, tokenizer, tmp_path, fresh_
     data = [f"data.train.{source}.shards={shards / source}.tar" for source in sources] or [f"data.train={shards / 'all.tar'}"]
     small = ["train.steps=2", "train.batch_size=4", "train.warmup_steps=0", "train.log_every=1", "data.num_workers=0"]
     small += [] if name == "clip-vit-b-32" else ["train.precision=fp32"]  # many CPUs have no fast products of bf16
-    small += [f"fields.text.modality.tokenizer={tokenizer}"]
+    texts = [field for field, options in config.fields.items() if (options.modality or {}).get("type") == "text"]
+    small += [f"fields.{field}.modality.tokenizer={tokenizer}" for field in texts]
     small += ["train.micro_batch_size=2"] if config.train.micro_batch_size else []
     small += ["evaluation.splits={}", f"run.dir={tmp_path}", "data.block=4", "train.async_checkpoints=false"]
     job = make_job(load_config(CONFIGS / f"{name}.yaml", [*shallow(name, config), *data, *small]))

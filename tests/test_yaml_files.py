@@ -2,6 +2,7 @@
 
 import string
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from mmcontrast.config import load_config, load_suite
 from mmcontrast.errors import UserError
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
+LETTERS = Path(__file__).parents[1] / "configs" / "letters.yaml"
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 30))
 MERGED = "a0: &a0 {x: 1}\n" + "".join(
     f"a{k}: &a{k} {{{', '.join(f'{n}: *a{k - 1}' for n in range(9))}}}\n" for k in range(1, 30)
@@ -69,6 +71,12 @@ def test_the_command_says_it_in_one_line(tmp_path, config_file):
     for arguments in (["config", tmp_path / "bad.yaml"], ["config", config_file, f"run.name={'[' * 20_000}"]):
         done = CliRunner().invoke(app, list(map(str, arguments)))
         assert done.exit_code == 2 and "error:" in done.stderr and "Traceback" not in done.output
+
+
+def test_an_override_of_one_of_two_that_an_anchor_names_leaves_the_other():
+    """As configs/letters.yaml has them, whose image and audio towers are one in the file."""
+    config = load_config(LETTERS, ["towers.image.layers=[2, 2, 2, 2]"])
+    assert config.towers["image"]["layers"] == [2, 2, 2, 2] and config.towers["audio"]["layers"] == [1, 1, 1, 1]
 
 
 def test_what_is_meant_is_read_as_before(tmp_path):
