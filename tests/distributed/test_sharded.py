@@ -13,7 +13,7 @@ CONVNEXT = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})
 SETTINGS = [
     "train.steps=5", "data.lanes=2", "train.lr=1e-4", f"towers.image={CONVNEXT}", f"towers.audio={CONVNEXT}",
     "towers.text.config.num_hidden_layers=2", "fields.image.modality.size=48", "fields.audio.modality.mels=32",
-    "fields.audio.modality.hop=200", "train.ema_decay=0.5", "train.evaluate_every=2",
+    "fields.audio.modality.hop=200", "train.ema_decay=0.5", "train.evaluate_every=3",
 ]  # fmt: skip
 SLOW = pytest.mark.slow  # as `make test-slow` runs them
 FSDP, DDP = "train.parallel=fsdp", "train.parallel=ddp"
