@@ -58,7 +58,7 @@ def lines_of(path):
 
 def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
     """Columns are found by what they hold; a part is held out; results at step 0 are those of the model as it was."""
-    done = command("finetune", start, pairs, "--epochs", 2, "--name", "shoes", f"run.dir={tmp_path}/runs", "train.threads=1")
+    done = command("finetune", start, pairs, "--epochs", 1, "--name", "shoes", f"run.dir={tmp_path}/runs", "train.threads=1")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
     for words in ("fields.text.keys", "title", "train.lr", "1e-05", "data.held_out", "infonce", "the model has no logit bias"):
@@ -66,7 +66,7 @@ def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
     run = tmp_path / "runs" / "shoes"
     evaluations = lines_of(run / "evaluations.jsonl")
     steps = [line["step"] for line in lines_of(run / "metrics.jsonl")]
-    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == steps[-1] and len(evaluations) == 3
+    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == steps[-1] and len(evaluations) == 2
     assert "before" in (run / "report.html").read_text().lower()
 
     config = yaml.safe_load((run / "config.yaml").read_text())

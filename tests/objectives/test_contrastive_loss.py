@@ -246,7 +246,7 @@ def test_objectives_see_the_sample_ids_of_their_anchors():
     assert seen == [[7, 9], [7, 9]]
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["wrapped", "as it is"])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["wrapped", "as it is"])
 def test_a_compiled_training_step_contains_it(whole):
     """As it is with a graph break at every branch on data, wrapped in `torch.compiler.disable` with one."""
     loss_of = torch.compiler.disable(contrastive_loss) if whole else contrastive_loss
