@@ -45,7 +45,8 @@ def test_two_ranks_train_as_one(config_file, tmp_path, launcher, case):
     is written outside the package and named by import path gets tiles, ranks and caching like any other."""
     (tmp_path / "my_lab.py").write_text(MARGIN)
     environment = {"PYTHONPATH": str(tmp_path)}
-    convnext = json.dumps({"type": "timm", "model": "test_convnext", "in_chans": 1})
+    convnext = {"type": "timm", "model": "test_convnext", "in_chans": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+    convnext = json.dumps(convnext)
     options = ["train.steps=4", "data.lanes=4", "train.lr=1e-4", f"towers.image={convnext}", f"towers.audio={convnext}"]
     options += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
     for name, ranks in (("one", 1), ("two", 2)):
