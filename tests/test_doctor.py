@@ -56,7 +56,8 @@ def test_this_machine_and_a_config_that_fits(config_file, tmp_path):
 def test_what_is_bad_is_the_exit_code(config_file, tmp_path):
     out = tmp_path / "found.json"
     arguments = ["doctor", str(config_file), "data.train=nowhere-*.tar", "--json", str(out)]
-    doctor_with_few_files = Process(f"{__name__}:run_with_few_files", arguments, ROOT, os.environ)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "no_such_interface"}
+    doctor_with_few_files = Process(f"{__name__}:run_with_few_files", arguments, ROOT, environment)
     code = doctor_with_few_files.wait(900)
     found = {row["name"]: row for row in json.loads(out.read_text())}
     assert code == 1
@@ -64,6 +65,10 @@ def test_what_is_bad_is_the_exit_code(config_file, tmp_path):
     assert files["state"] == BAD and "at most 200" in files["found"] and files["remedy"]
     assert shards["state"] == BAD and "no shard at 'nowhere-*.tar'" in shards["found"]
     assert found["shards of evaluation.splits.val"]["state"] == OK
+    if not torch.cuda.is_available():  # else NCCL's is measured
+        meeting = found["all-reduce, gloo"]
+        assert meeting["state"] == BAD and "fails over 2 processes" in meeting["found"]
+        assert "no_such_interface" in meeting["found"]
 
 
 def test_a_package_that_cannot_be_imported_is_named_and_the_rest_still_said():
@@ -115,13 +120,6 @@ def test_a_gpu_that_torch_does_not_see(prints, code, hidden, found, tmp_path, mo
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     check = devices.torch_build()
     assert check.state == BAD and (found in check.found or not torch.version.cuda)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the all-reduce is NCCL's here")
-def test_processes_that_cannot_meet(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
-    check = devices.collective(0)
-    assert check.state == BAD and "fails over 2 processes" in check.found and "no_such_interface" in check.found
 
 
 def test_a_disk_that_is_too_small(config_file, tmp_path):

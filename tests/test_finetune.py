@@ -1,6 +1,7 @@
 """`mmcontrast finetune`: a model and a table in; a run that is evaluated before and after, and a config that repeats it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from timm.models import save_for_hf
 from transformers import BertConfig, BertModel
 
 import mmcontrast
+from mmcontrast.cli import app
 from mmcontrast.config import config_of
 from mmcontrast.errors import UserError
 from mmcontrast.finetune import Request, make_config
 from mmcontrast.runs import model_of
 from mmcontrast.training.optim import freeze
-from tests.command import NO_EVALUATION, train
+from tests.command import NO_EVALUATION, ROOT, Process, train
 from tests.command import mmcontrast as command
+from tests.models.conftest import architecture  # noqa: F401 - a fixture
 from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS, pictures, tokenizer
 
@@ -56,7 +59,7 @@ def lines_of(path):
 
 def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
     """Columns are found by what they hold; a part is held out; results at step 0 are those of the model as it was."""
-    done = command("finetune", start, pairs, "--epochs", 2, "--name", "shoes", f"run.dir={tmp_path}/runs", "train.threads=1")
+    done = command("finetune", start, pairs, "--epochs", 1, "--name", "shoes", f"run.dir={tmp_path}/runs", "train.threads=1")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
     for words in ("fields.text.keys", "title", "train.lr", "1e-05", "data.held_out", "infonce", "the model has no logit bias"):
@@ -64,7 +67,7 @@ def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
     run = tmp_path / "runs" / "shoes"
     evaluations = lines_of(run / "evaluations.jsonl")
     steps = [line["step"] for line in lines_of(run / "metrics.jsonl")]
-    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == steps[-1] and len(evaluations) == 3
+    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == steps[-1] and len(evaluations) == 2
     assert "before" in (run / "report.html").read_text().lower()
 
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -78,20 +81,26 @@ def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_low_rank_updates_of_a_file_of_weights(pairs, tmp_path):
-    whole = open_clip.create_model("ViT-S-32-alt")
-    torch.save(whole.state_dict(), tmp_path / "small.pt")
-    arguments = ["--architecture", "ViT-S-32-alt", "--lora", 4, "--val", pairs, "--epochs", 1]
-    done = command("finetune", tmp_path / "small.pt", pairs, *arguments, f"run.dir={tmp_path}/runs", "train.threads=1")
-    assert done.returncode == 0, done.stderr
+def run_with_architectures(folder, *arguments):
+    """Run the command where open_clip knows the architectures of a folder by their names."""
+    open_clip.add_model_config(folder)
+    app(arguments)
+
+
+def test_low_rank_updates_of_a_file_of_weights(architecture, pairs, tmp_path):  # noqa: F811
+    weights, out = tmp_path / "epoch_1.pt", [f"run.dir={tmp_path}/runs", "train.threads=1"]
+    arguments = ["--architecture", "tiny-clip", "--lora", "4", "--val", str(pairs), "--epochs", "1", *out]
+    arguments = [str(tmp_path / "architectures"), "finetune", str(weights), str(pairs), *arguments]
+    process = Process(f"{__name__}:run_with_architectures", arguments, ROOT, os.environ)
+    assert process.wait(900) == 0, process.output()[1]
     (run,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
-    assert run.name == "ViT-S-32-alt-pairs"
+    assert run.name == "tiny-clip-pairs"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["lora"]["rank"] == 4 and config["train"]["lr"] == 2e-4 and config["data"]["held_out"] is None
     tuned = mmcontrast.load(run).model
-    assert torch.equal(tuned.towers["image"].network.conv1.weight, whole.visual.conv1.weight)
-    assert torch.equal(tuned.log_logit_scale[0], whole.logit_scale)
-    blocks = tuned.towers["text"].network.transformer.resblocks, whole.transformer.resblocks
+    assert torch.equal(tuned.towers["image"].network.conv1.weight, architecture.visual.conv1.weight)
+    assert torch.equal(tuned.log_logit_scale[0], architecture.logit_scale)
+    blocks = tuned.towers["text"].network.transformer.resblocks, architecture.transformer.resblocks
     assert not torch.equal(*(layers[0].mlp.c_fc.weight for layers in blocks))
 
 

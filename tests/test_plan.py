@@ -29,7 +29,7 @@ FIELDS = {
 TOWERS = {
     "image": {"type": "timm", "model": "test_vit", "img_size": 32},
     "text": {"type": "transformers", "model": "bert", "config": BERT},
-    "audio": {"type": "timm", "model": "resnet18", "in_chans": 1, "channels": [8, 8, 16, 16]},
+    "audio": {"type": "timm", "model": "resnet18", "in_chans": 1, "layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
 }
 
 
@@ -83,7 +83,7 @@ def test_memory_grows_linearly_and_has_the_gradients():
         ("clip-vit-b-32", (87.85, 8.82), (63.43, 5.96)),
         pytest.param("clip-vit-b-16", (86.19, 35.13), (63.43, 5.96), marks=pytest.mark.slow),
         pytest.param("clip-vit-l-14", (303.97, 162.03), (123.65, 13.30), marks=pytest.mark.slow),
-        ("siglip-vit-b-16", (92.88, 35.42), (110.27, 11.02)),
+        pytest.param("siglip-vit-b-16", (92.88, 35.42), (110.27, 11.02), marks=pytest.mark.slow),
         pytest.param("siglip-so400m-14", (427.68, 220.35), (449.68, 13.19), marks=pytest.mark.slow),
     ],
 )
@@ -161,20 +161,18 @@ def test_the_advice_fits_and_twice_of_it_does_not():
     assert hopeless.exit_code == 1 and "with any train.micro_batch_size: set train.recompute=[image, text, " in hopeless.stdout
 
 
-def test_every_copy_of_the_weights_is_counted():
-    config = CONFIGS / "quickstart.yaml"
-
+def test_every_copy_of_the_weights_is_counted(config_file):
     def memory(*overrides: str, devices: int = 1) -> dict[str, int]:
-        return plan_run(load_config(config, overrides), devices).memory
+        return plan_run(load_config(config_file, overrides), devices).memory
 
     plain = memory()
     weights = plain["weights"]
-    assert "averaged weights" not in plain and plain["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
+    assert "averaged weights" not in plain and plain["optimizer state"] == pytest.approx(2 * weights, rel=0.02)
     assert memory("train.ema_decay=0.99")["averaged weights"] == weights
-    assert memory("train.queue_size=1024")["queue and its encoder"] == weights + 1024 * 3 * (192 * 4 + 8)
-    assert memory("train.optimizer=lion")["optimizer state"] == pytest.approx(weights, rel=0.01)
-    assert memory(devices=2)["buckets for the gradients' reduction"] == pytest.approx(weights, rel=0.01)
-    assert memory("train.batch_size=512")["inputs"] == 2 * plain["inputs"]
+    assert memory("train.queue_size=1024")["queue and its encoder"] == weights + 1024 * 3 * (16 * 4 + 8)
+    assert memory("train.optimizer=lion")["optimizer state"] == pytest.approx(weights, rel=0.02)
+    assert memory(devices=2)["buckets for the gradients' reduction"] == pytest.approx(weights, rel=0.02)
+    assert memory("train.batch_size=32")["inputs"] == 2 * plain["inputs"]
 
 
 def test_a_table_and_mistakes(tmp_path):

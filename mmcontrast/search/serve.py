@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 
 from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -130,6 +131,7 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         UserError: lambda _, error: refusal(400, str(error)),
         ClientDisconnect: lambda _, error: refusal(400, "the connection was closed"),
         MultiPartException: lambda _, error: refusal(400, error.message),
+        FormParserError: lambda _, error: refusal(400, f"Invalid multipart data: {error}"),  # starlette's 1.0 lets it pass
         HTTPException: lambda _, error: refusal(error.status_code, error.detail),
         Exception: lambda _, error: refusal(500, f"an unforeseen error ({type(error).__name__}): the server's log has it"),
     }

@@ -80,6 +80,7 @@ class StoredTable:
         refuse_paths([*self.fields, *self._names], folder / MANIFEST)
         self._parts = [self._opened(name, int(rows)) for name, rows in zip(self._names, np.diff(self._starts), strict=True)]
         self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)
+        self._group_starts = lru_cache(maxsize=None)(self._read_group_starts)
 
     def _opened(self, name: str, rows: int) -> dict[str, Tensor]:
         path = self.folder / f"{name}.safetensors"
@@ -171,7 +172,7 @@ class StoredTable:
         except (OSError, IndexError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{path}: missing or damaged ({error}): embed again") from error
 
-    def _group_starts(self, part: int) -> np.ndarray:
+    def _read_group_starts(self, part: int) -> np.ndarray:
         about = pq.read_metadata(self.folder / f"{self._names[part]}.parquet")
         return np.cumsum([0, *(about.row_group(group).num_rows for group in range(about.num_row_groups))])
 

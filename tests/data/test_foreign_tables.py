@@ -153,6 +153,12 @@ def test_columns_of_every_type_are_metadata(tmp_path, values, kind):
         values = [[(name, 1) for name in entry or ()] for entry in values]
     column = pa.array([value if value is None or kind != pa.float16() else np.float16(value) for value in values], kind)
     pq.write_table(pa.table({"text": ["a", "b", "c"], "extra": column}), tmp_path / "x.parquet")
+    try:
+        pq.read_table(tmp_path / "x.parquet")
+    except pa.ArrowInvalid:  # what pyarrow itself cannot read: before version 26 the rows of a list of fixed size that are null
+        with pytest.raises(UserError, match="x.parquet cannot be read as a table"):
+            texts(tmp_path / "x.parquet")
+        return
     found = [about.get("extra") for about in texts(tmp_path / "x.parquet")[1]]
     if pa.types.is_binary_view(kind):
         assert found == [None] * 3

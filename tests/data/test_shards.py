@@ -1,6 +1,7 @@
 """Indexing, reading and refusing tars; samples with and without all their members."""
 
 import io
+import multiprocessing
 import tarfile
 
 import numpy as np
@@ -197,7 +198,9 @@ def test_sixteen_bits_of_grey_are_scaled():
     assert picture.shape == (1, 64, 64) and abs(picture.float().mean() - 127.5) < 1 and picture.max() == 255
 
 
-def test_an_overwritten_corpus_leaves_nothing_of_the_last(tmp_path):
+def test_an_overwritten_corpus_leaves_nothing_of_the_last(tmp_path, monkeypatch):
+    forks = multiprocessing.get_context("fork")  # tests/test_glyphs.py has new interpreters write
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: forks)
     for count, each in ((20, 5), (12, 10)):
         write_corpus(tmp_path, Numbers(count), samples_per_shard=each, workers=1)
     assert sum(map(len, map(index_shard, expand_shards(str(tmp_path / "train-*.tar"))))) == 12

@@ -1,5 +1,6 @@
 """Folders of sentence-transformers: unit embeddings, as the model's, by its own encode."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -14,11 +15,24 @@ from tests.models.samples import TEXTS, pictures, sounds, tokenizer
 from tests.models.transformers_models import DUAL, WORDS, saved
 
 
+def pads_alike(extractor) -> bool:
+    """Tell whether short sounds are padded in the extractor's way when a batch is asked for, as sentence-transformers does.
+
+    Older versions of transformers did not: their features were others.
+    """
+    short, options = np.array([0.1, -0.2] * 200), {"sampling_rate": 8000, "return_tensors": "pt"}
+    return torch.equal(*(extractor(short, **options, **more)["input_features"] for more in ({}, {"padding": True})))
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip", "clap"])
 def test_dual_encoders_are_normalised(kind, tmp_path):
     made = DUAL[kind]()
     perturbed(made[0], 0.02)
     source, out = saved(made, tmp_path / "source"), tmp_path / "out"
+    if kind == "clap" and not pads_alike(made[1].feature_extractor):
+        with pytest.raises(UserError, match="differ from the model's by up to .*: it was not written"):
+            export_model(source, out, "sentence-transformers")
+        return
     export_model(source, out, "sentence-transformers")
     theirs, model = SentenceTransformer(str(out), device="cpu"), mmcontrast.load(source)
     texts = theirs.encode(TEXTS, convert_to_tensor=True)

@@ -91,7 +91,7 @@ def test_a_run_resumes_to_the_last_bit_and_refuses_another_start(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        pytest.param("train.compile=[image, text]", marks=pytest.mark.slow),
+        pytest.param("train.compile=[image]", marks=pytest.mark.slow),
         "train.recompute=[image, text]",
         "train.precision=bf16",
     ],

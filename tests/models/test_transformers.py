@@ -35,7 +35,8 @@ def test_dual_encoders_embeddings_logits_and_predictions_are_transformers(kind, 
     texts = {"text": TEXTS, "return_tensors": "pt", "truncation": True, **made[2]}
     if kind == "clap":
         field, files = "audio", sounds(tmp_path, 8000, (0.4, 1.0, 0.7))
-        inputs = processor(audio=[soundfile.read(file)[0] for file in files], sampling_rate=8000, **texts)
+        samples = [soundfile.read(file)[0] for file in files]
+        inputs = processor.feature_extractor(samples, sampling_rate=8000, return_tensors="pt") | processor.tokenizer(**texts)
     else:
         field, files = "images", pictures(tmp_path)
         inputs = processor(images=opened(files, processor.image_processor), **texts)

@@ -73,32 +73,32 @@ def textbook_loss(objective, fields, ids, pairs, scale, bias):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("backend", ["dense", "torch"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("pairing", ["all_pairs", {"type": "anchor", "field": "b"}], ids=["all_pairs", "anchor"])
 @pytest.mark.parametrize("case", IDS)
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_every_objective_is_the_textbooks(objective, pairing, case, scale, backend):
+def test_every_objective_is_the_textbooks(objective, pairing, case, scale):
     ids = dict(zip("abc", map(torch.tensor, IDS[case]), strict=True))
     pairs = [("a", "b"), ("a", "c"), ("b", "c")] if pairing == "all_pairs" else [("b", "a"), ("b", "c")]
     leaves = [*(unit(7, 6, seed=k) for k in range(3)), torch.tensor(scale).double(), torch.tensor(-0.5).double()]
     want = value_and_grads(
         lambda *t: textbook_loss(objective, dict(zip("abc", t[:3], strict=True)), ids, pairs, *t[3:]), *leaves
     )
-    got = value_and_grads(
-        lambda *t: contrastive_loss(
-            dict(zip("abc", t[:3], strict=True)),
-            objective=objective,
-            pairing=pairing,
-            logit_scale=t[3],
-            logit_bias=t[4],
-            ids=ids,
-            backend=backend,
-            tile_size=3,
-        ),
-        *leaves,
-    )
-    assert_all_close(got, want, rtol=1e-10, atol=1e-10)
+    for backend in ("dense", "torch"):
+        got = value_and_grads(
+            lambda *t, backend=backend: contrastive_loss(
+                dict(zip("abc", t[:3], strict=True)),
+                objective=objective,
+                pairing=pairing,
+                logit_scale=t[3],
+                logit_bias=t[4],
+                ids=ids,
+                backend=backend,
+                tile_size=3,
+            ),
+            *leaves,
+        )
+        assert_all_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_nothing_present_is_zero_and_still_steps():
@@ -253,7 +253,7 @@ def test_objectives_see_the_sample_ids_of_their_anchors():
     assert seen == [[7, 9], [7, 9]]
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["wrapped", "as it is"])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["wrapped", "as it is"])
 def test_a_compiled_training_step_contains_it(whole):
     """As it is with a graph break at every branch on data, wrapped in `torch.compiler.disable` with one."""
     loss_of = torch.compiler.disable(contrastive_loss) if whole else contrastive_loss

@@ -170,7 +170,7 @@ def test_a_table_keeps_what_a_dictionary_would():
     assert table.read(torch.tensor([17]), "x").isnan() and table.read(pool, "z").isnan().all()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_temperatures_rise_for_frequent_semantics_and_fall_for_rare_ones(seed):
     """iSogCLR's observation (arXiv:2305.11965): of 40 kinds with counts of a power law, members of the frequent ones have
     many lookalikes among their negatives, and come to a higher temperature than they started from; the rare to a lower."""

@@ -7,6 +7,7 @@ The backend itself runs, on the CPU, but what it launches is only bound and comp
 are those that a card would get.
 """
 
+import inspect
 import json
 import re
 import subprocess
@@ -69,7 +70,8 @@ def resources(built, arch: int) -> dict[str, int]:
         file.write(built.asm["ptx"])
         file.flush()
         name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [get_ptxas(arch).path, "-v", "--gpu-name", name, file.name, "-o", "/dev/null"]
+        ptxas = get_ptxas(arch) if inspect.signature(get_ptxas).parameters else get_ptxas()  # Triton 3.4: one for all cards
+        command = [ptxas.path, "-v", "--gpu-name", name, file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = (int(re.search(p, report)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
     return {"registers": registers, "spilled_bytes": spilled, "shared_bytes": built.metadata.shared}

@@ -24,7 +24,7 @@ def test_every_reduction_matches_the_textbook(reduction, backend, per_anchor):
         assert_exact(ours([reduction], ids, backend=backend, tile_size=4), expected([reduction], ids), leaves)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("over", ["negatives", "positives", "all"])
 @pytest.mark.parametrize(
     ("per_anchor", "dtype"),
     [
@@ -34,10 +34,14 @@ def test_every_reduction_matches_the_textbook(reduction, backend, per_anchor):
         pytest.param(True, torch.float16, id="per_anchor-float16", marks=pytest.mark.slow),
     ],
 )
-def test_every_reduction_matches_the_textbook_in_triton(reduction, per_anchor, dtype):
-    for n, groups, scale in [*SHAPES, (141, 30, 10.0)]:
-        leaves, ids = problem(n, 5, n, groups, scale, per_anchor, dtype=dtype, device=DEVICE)
-        assert_no_worse(ours([reduction], ids, backend="triton"), expected([reduction], ids), leaves)
+def test_every_reduction_matches_the_textbook_in_triton(over, per_anchor, dtype):
+    """Those over the same scores together, the last time in several tiles; and each alone, as a kernel of its own."""
+    reductions = [reduction for reduction in REDUCTIONS if reduction.over == over]
+    together, alone = [*SHAPES, (141, 30, 10.0)], [(13, 4, 20.0)]
+    for chosen, shapes in ((reductions, together), *(([reduction], alone) for reduction in reductions)):
+        for n, groups, scale in shapes:
+            leaves, ids = problem(n, 5, n, groups, scale, per_anchor, dtype=dtype, device=DEVICE)
+            assert_no_worse(ours(chosen, ids, backend="triton"), expected(chosen, ids), leaves)
 
 
 @given(

@@ -47,7 +47,7 @@ def test_rates_and_decays_are_those_of_the_config(config_file, run):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["lamb", "adafactor", *(pytest.param(o, marks=pytest.mark.slow) for o in ("lion", "nadamw"))]
+    "optimizer", ["lamb", *(pytest.param(o, marks=pytest.mark.slow) for o in ("adafactor", "lion", "nadamw"))]
 )
 def test_optimizers_of_timm_go_on_bitwise(config_file, tmp_path, optimizer):
     options = [*NO_EVALUATION, f"train.optimizer={optimizer}", "train.lr=1e-4", "train.schedule=constant"]
