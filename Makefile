@@ -42,6 +42,7 @@ test-slow: env
 	$(BIN)/python -m pytest -m slow tests/slurm
 
 $(LOWEST)/installed: pyproject.toml
+	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip uv
 	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[all]'
