@@ -4,7 +4,7 @@
     mmcontrast data build data_pipelines/stamps/stamps.yaml              # its README says how to get the pictures
     python benchmarks/forgetting.py --plot docs/forgetting.png           # an hour; interrupted, it goes on where it was
 
-A model of characters (configs/vit-glyphs.yaml) is fine-tuned on 632 pictures of Tux Paint with `mmcontrast finetune`,
+A model of characters (benchmarks/forgetting.yaml) is fine-tuned on 632 pictures of Tux Paint with `mmcontrast finetune`,
 blended with `mmcontrast blend`, and evaluated with `mmcontrast evaluate` on both (eval/stamps/forgetting.yaml).
 """
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CONFIG, SUITE = "configs/vit-glyphs.yaml", "eval/stamps/forgetting.yaml"
+CONFIG, SUITE = "benchmarks/forgetting.yaml", "eval/stamps/forgetting.yaml"
 TRAIN, VAL = "data/stamps/train-*.tar", "data/stamps/val-*.tar"
 EPOCHS, BATCH = 40, 128
 COMMON = ["--val", VAL, "--epochs", str(EPOCHS), f"train.batch_size={BATCH}", "train.checkpoint_every=1000"]
