@@ -18,12 +18,14 @@ class Objective(nn.Module):
         progress: the share of training that is done, in [0, 1], for schedules; whoever trains sets it before each step.
         teachers: it takes teachers' embeddings, beside its own.
         false_negative_margin: reductions with `below` leave out candidates whose cosine is so much above the positive's.
+        sample_values: names of numbers, one a sample, that the caller may give; read them as `direction.given[name]`.
         guided: the cosines that are compared are a teacher's.
     """
 
     reductions: tuple[Reduction, ...]
     both_directions: bool = True
     teachers: bool = False
+    sample_values: ClassVar[tuple[str, ...]] = ()
     false_negative_margin: float | None = None
     guided: bool = False
     stateful: ClassVar[bool] = False

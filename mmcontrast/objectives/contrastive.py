@@ -24,6 +24,7 @@ from mmcontrast.objectives.inputs import (
     own_by_field,
     teachers_by_field,
     total_weights,
+    values_of,
     weights_of,
     widths_of,
 )
@@ -48,6 +49,7 @@ def contrastive_loss(
     extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
     own_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]] | None = None,
     sample_weights: Tensor | None = None,
+    sample_values: Mapping[str, Tensor] | None = None,
     teacher: Teachers | None = None,
     teacher_scale: float | Sequence[float] = 100.0,
     matryoshka: Sequence[int] | Mapping[int, float] | None = None,
@@ -77,6 +79,7 @@ def contrastive_loss(
         own_negatives: per field, candidates of each anchor alone, for the anchors of the fields it is paired with:
             [N, K, D], or with a mask of those that are there ([N, K, D], bool [N, K]).
         sample_weights: [N] ≥ 0, of anchors in the mean, without gradient; the loss is Σ wℓ / Σ w. Default: all alike.
+        sample_values: further numbers of samples, [N] each, for objectives that take them: {"tau_plus": …} of `debiased`.
         teacher: for objectives that learn from another model: its unit rows of the same samples per field, [N, E] of any
             width, without gradient; or several such mappings.
         teacher_scale: its logit scale, or one for each.
@@ -108,6 +111,7 @@ def contrastive_loss(
         ids=ids_by_field(embeddings, ids),
         sample_ids=sample_ids,
         weights=weights_of(sample_weights, first),
+        values=values_of(sample_values or {}, scorer, first),
         extras=extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None),
         own=own_by_field(embeddings, own_negatives or {}),
         teachers=teachers_by_field(embeddings, teacher, teacher_scale),
@@ -169,6 +173,7 @@ def _loss(
             rows=rows,
             ids=None if here.ids is None else here.ids[term[0]],
             sample_ids=here.sample_ids,
+            given=here.values,
             extras=here.extras,
             own=here.own,
             teachers=here.teachers,

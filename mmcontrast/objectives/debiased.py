@@ -16,9 +16,12 @@ class Debiased(Objective):
     e^{βz}: the hard variant (arXiv:2010.04592). 0 for an anchor without negatives.
 
     Args:
-        tau_plus: the probability that a negative is of the anchor's class, in [0, 1).
+        tau_plus: the probability that a negative is of the anchor's class, in [0, 1); of some samples another where
+            `contrastive_loss` is given sample_values {"tau_plus": [N]}.
         beta: hardness, ≥ 0; 0: all negatives alike.
     """
+
+    sample_values = ("tau_plus",)
 
     def __init__(self, tau_plus: float = 0.1, beta: float = 0.0) -> None:
         super().__init__()
@@ -32,11 +35,10 @@ class Debiased(Objective):
     def forward(self, d: Direction) -> Tensor:
         log_mean, some = log_weighted_mean(d, self.beta), d.num_negatives > 0
         floor = -d.scale.expand_as(log_mean)
-        estimate = log_mean
-        if self.tau_plus > 0:
-            share = math.log(self.tau_plus) + d.positives - log_mean  # log of what is subtracted, in units of the mean
-            below = share < 0
-            left = (-torch.expm1(torch.where(below, share, -1.0))).log()
-            estimate = torch.where(below, log_mean + left - math.log1p(-self.tau_plus), floor)
+        tau_plus = d.given["tau_plus"].to(log_mean) if "tau_plus" in d.given else log_mean.new_tensor(self.tau_plus)
+        share = tau_plus.log() + d.positives - log_mean  # log of what is subtracted, in units of the mean
+        below = share < 0
+        left = (-torch.expm1(torch.where(below, share, -1.0))).log()
+        estimate = torch.where(below, log_mean + left - torch.log1p(-tau_plus), floor)
         negatives = d.num_negatives.clamp(min=1).to(log_mean.dtype).log() + torch.maximum(estimate, floor)
         return torch.where(some, log1pexp(negatives - d.positives), 0.0)

@@ -25,7 +25,7 @@ class Given:
     """What `contrastive_loss` is given of the samples beside their embeddings, checked.
 
     Attributes:
-        ids: group ids [N] of every field; None: all different. sample_ids: int64 [N]. weights: [N] of anchors.
+        ids: group ids [N] of every field; None: all different. sample_ids: int64 [N]. weights, values: [N] of samples.
         extras: per field, ([K, D], group ids [K]). own: per field, ([N, K, D], which are there [N, K]).
         teachers: (per field, [N, E]; its scale) of each.
     """
@@ -33,6 +33,7 @@ class Given:
     ids: Mapping[str, Tensor] | None
     sample_ids: Tensor | None
     weights: Tensor | None
+    values: Mapping[str, Tensor]
     extras: Mapping[str, tuple[Tensor, Tensor]]
     own: Mapping[str, tuple[Tensor, Tensor]]
     teachers: Sequence[tuple[Mapping[str, Tensor], float]]
@@ -54,6 +55,7 @@ class Given:
             ids=None if self.ids is None else {field: kept(self.ids[field]) for field in term},
             sample_ids=None if self.sample_ids is None else kept(self.sample_ids),
             weights=None if self.weights is None else kept(self.weights),
+            values={name: kept(values) for name, values in self.values.items()},
             extras={field: self.extras[field] for field in term if field in self.extras},
             own={f: (kept(self.own[f][0]), kept(self.own[f][1])) for f in term if f in self.own},
             teachers=[({field: kept(rows[field]) for field in term}, scale) for rows, scale in self.teachers],
@@ -206,6 +208,21 @@ def total_weights(weights: Tensor | None, kept: Sequence[Tensor | None], group: 
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums.tolist()
+
+
+def values_of(given: Mapping[str, Tensor], objective: Objective, embeddings: Tensor) -> dict[str, Tensor]:
+    """Numbers [N] of samples, without gradient.
+
+    Raises:
+        ValueError: for what the objective does not take, or is not [N].
+    """
+    for name, values in given.items():
+        if name not in objective.sample_values:
+            takes = ", ".join(objective.sample_values) or "none"
+            raise ValueError(f"{type(objective).__name__} takes no sample_values {name!r}: it takes {takes}")
+        if values.shape != embeddings.shape[:1] or not values.is_floating_point():
+            raise ValueError(f"sample_values {name!r} is {tuple(values.shape)} {values.dtype}, it must be [{len(embeddings)}]")
+    return {name: values.detach().to(embeddings.device) for name, values in given.items()}
 
 
 def weights_of(sample_weights: Tensor | None, embeddings: Tensor) -> Tensor | None:

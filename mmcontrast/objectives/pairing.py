@@ -28,6 +28,7 @@ class Scoring:
     Attributes:
         rows: per field, [n, D].
         ids, sample_ids: int64 [n]: groups, and the key of per-sample state; None: all different; none given.
+        given: [n] of each value of samples.
         extras: per field, further candidates: ([K, D], group ids [K]).
         own: per field, candidates of each anchor alone: ([n, K, D], which are there [n, K]).
         teachers: (per field, [n, E]; its scale) of each.
@@ -41,6 +42,7 @@ class Scoring:
     rows: dict[str, Tensor]
     ids: Tensor | None
     sample_ids: Tensor | None
+    given: Mapping[str, Tensor]
     extras: Mapping[str, tuple[Tensor, Tensor]]
     own: Mapping[str, tuple[Tensor, Tensor]]
     teachers: Sequence[tuple[Mapping[str, Tensor], float]]
@@ -96,7 +98,8 @@ class Scoring:
         return ((dots if self.link is None else self.link.value(dots)) + self.margin) * scale + self.bias
 
     def named(self, direction: Direction, name: str, positives: Tensor) -> Direction:
-        return replace(direction, name=name, positives=positives, sample_ids=self.sample_ids, everyone=self.everyone)
+        known = {"sample_ids": self.sample_ids, "given": self.given, "everyone": self.everyone}
+        return replace(direction, name=name, positives=positives, **known)
 
 
 class Pairing:

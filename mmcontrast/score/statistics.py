@@ -1,7 +1,7 @@
 """The primitive: streaming reductions of a score matrix that is never stored, with exact gradients, over any ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ class Direction:
         values: [N] for each reduction; read them as `direction[LogSumExp()]`.
         name: "image_to_text", anchors first.
         sample_ids: [N] int64 or None, the key of per-sample state.
+        given: [N] of each of the objective's `sample_values` that the caller gives.
         everyone: [N, …] of this rank's anchors → those of all ranks, in one order.
     """
 
@@ -39,6 +40,7 @@ class Direction:
     values: dict[Reduction, Tensor]
     name: str = ""
     sample_ids: Tensor | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     everyone: Callable[[Tensor], Tensor] = lambda rows: rows
 
     def __getitem__(self, reduction: Reduction) -> Tensor:

@@ -133,6 +133,29 @@ def test_extra_negatives_are_further_candidates(objective):
     assert_all_close(value_and_grads(ours, *leaves), value_and_grads(textbook, *leaves), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", ["dense", "torch"])
+def test_a_prior_for_each_sample(backend):
+    """As memeff's debiased loss takes one a row; 0 is InfoNCE."""
+    priors, keep = torch.tensor([0.0, 0.1, 0.02, 0.3, 0.05]), torch.tensor([True, True, False, True, True])
+    ids = torch.tensor([0, 1, -1, 3, 1])
+    leaves = [unit(5, 6, seed=0), unit(5, 6, seed=1), torch.tensor(9.0).double()]
+
+    def textbook(x, y, scale):
+        z, group, total = scale * x[keep] @ y[keep].T, ids[keep], 0.0
+        for i, prior in enumerate(priors[keep].tolist()):
+            objective = {"type": "debiased", "tau_plus": prior} if prior else "infonce"
+            total = total + sum(textbook_anchor_loss(objective, d[i], i, group == group[i], scale) for d in (z, z.T)) / 8
+        return total
+
+    def ours(x, y, scale):
+        given = {"sample_values": {"tau_plus": priors.double()}, "ids": ids, "backend": backend}
+        return contrastive_loss({"a": x, "b": y}, objective={"type": "debiased", "tau_plus": 0.2}, logit_scale=scale, **given)
+
+    assert_all_close(value_and_grads(ours, *leaves), value_and_grads(textbook, *leaves), rtol=1e-7, atol=1e-7)
+    with pytest.raises(ValueError, match="InfoNCE takes no sample_values 'tau_plus': it takes none"):
+        contrastive_loss({"a": leaves[0], "b": leaves[1]}, logit_scale=1.0, sample_values={"tau_plus": priors})
+
+
 def test_scales_per_pair():
     fields = {name: unit(6, 4, seed=k) for k, name in enumerate("abc")}
     scales = {("b", "a"): 3.0, ("a", "c"): 5.0, ("b", "c"): 7.0}
