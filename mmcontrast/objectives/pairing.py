@@ -98,8 +98,8 @@ class Scoring:
         return ((dots if self.link is None else self.link.value(dots)) + self.margin) * scale + self.bias
 
     def named(self, direction: Direction, name: str, positives: Tensor) -> Direction:
-        known = {"sample_ids": self.sample_ids, "given": self.given, "everyone": self.everyone}
-        return replace(direction, name=name, positives=positives, **known)
+        direction = replace(direction, name=name, positives=positives, everyone=self.everyone)
+        return replace(direction, sample_ids=self.sample_ids, given=self.given)
 
 
 class Pairing:
