@@ -24,12 +24,14 @@ from mmcontrast.modalities import Modality
 from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make_modalities, make_model, merge_lora
 from mmcontrast.models import open_start as open_library_start
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
+from mmcontrast.objectives.inputs import Given, check_together
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.epochs import in_steps
 from mmcontrast.training.job import Job
 from mmcontrast.training.state import check_start, load_weights, weights_path
+from mmcontrast.training.teachers import open_teachers
 from mmcontrast.trust import import_paths
 
 CONFIG, STOPPED = "config.yaml", "stopped.json"
@@ -58,7 +60,9 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         if getattr(config.train, option) and not config.evaluation.splits:
             raise UserError(f"train.{option}: nothing is evaluated: name evaluation.splits")
     evaluation, eval_datasets = open_data(config, model)
-    dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed)
+    teachers = open_teachers(config.train.teachers, scored_fields(config, pairing), model, open_start)
+    views = [teacher.view for teacher in teachers]
+    dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed, views)
     return Job(
         name=config.run.name,
         folder=config.folder,
@@ -73,6 +77,7 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         evaluation=evaluation,
         options=in_steps(config.train, order),
         negative_of=negative_fields(config),
+        teachers=teachers,
     )
 
 
@@ -173,12 +178,45 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
         raise UserError(str(error)) from error
     if config.model.scale_per_pair and any(len(term) > 2 for term in terms):
         raise UserError("model.scale_per_pair: the pairing scores more than two fields at once; leave it false")
+    check_teaching(config, objective, pairing)
     if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
         what = f"fields.{next(iter(negatives))}.negative_of" if negatives else "train.queue_size"
         raise UserError(
             f"{what}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
         )
     return objective, pairing
+
+
+def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) -> None:
+    """
+    Raises:
+        UserError: for an objective without the teacher that it needs, a teacher without an objective that takes one, or what
+            does not go with a teacher.
+    """
+    teachers = config.train.teachers
+    if objective.teachers and not teachers:
+        raise UserError(f"objective {type(objective).__name__} learns from a teacher: name a model in train.teacher")
+    if teachers and not objective.teachers:
+        raise UserError(
+            f"train.teacher: objective {type(objective).__name__} takes no teacher: set objective: {{type: distillation}}, or"
+            " leave train.teacher out"
+        )
+    if objective.guided and len(teachers) > 1:
+        raise UserError(f"train.teacher: a guide is one model, there are {len(teachers)}")
+    if teachers:
+        nothing = torch.empty(0, 1), torch.empty(0)
+        extras = dict.fromkeys([*negative_fields(config).values(), *(["queue"] if config.train.queue_size else [])], nothing)
+        try:
+            check_together(objective, pairing, Given(None, None, None, extras, {}, [({}, 1.0)]), None)
+        except ValueError as error:
+            more = " (train.queue_size and negative_of make extra_negatives)" if extras else ""
+            raise UserError(f"train.teacher: {error}{more}") from error
+
+
+def scored_fields(config: RunConfig, pairing: Pairing) -> list[str]:
+    """Return the fields that some term of the loss scores."""
+    terms = [term for term, weight in pairing.weighted_terms(list(contrasted_fields(config))).items() if weight]
+    return list(dict.fromkeys(field for term in terms for field in term))
 
 
 def negative_fields(config: RunConfig) -> dict[str, str]:

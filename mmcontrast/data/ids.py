@@ -60,6 +60,20 @@ def id_of(name: str, value: Any, default: int) -> int:
     return int(value)
 
 
+def weight_of(about: Mapping[str, Any]) -> float:
+    """Return the `sample_weight` that a json member says: how much the sample counts in the loss; 1 if it says none.
+
+    Raises:
+        DecodeError: if it is no finite number of at least 0.
+    """
+    value = about.get("sample_weight")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 and math.isfinite(value)):
+        raise DecodeError(f"sample_weight {value!r:.60} is no finite number of at least 0")
+    return float(value)
+
+
 def default_id(shard: str, name: str) -> int:
     """The id of a sample that says none, in [0, 2^63). `shard`: of `identities`; `name`: the sample's within it."""
     return stable_hash(f"{shard}\0{name}")

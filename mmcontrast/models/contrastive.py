@@ -83,10 +83,14 @@ class ContrastiveModel(nn.Module):
     def keep_start(self, names: Iterable[str]) -> None:
         """Leave tensors of a start, which nothing changes, out of checkpoints; these hold a digest of them instead."""
         self.of_start = frozenset(names)
+        self.start_digest = self.digest(self.of_start)
+
+    def digest(self, names: Iterable[str] | None = None) -> str:
+        """Return a digest of some tensors, by default of all."""
         tensors, digest = self.state_dict(), hashlib.sha256()
-        for name in sorted(self.of_start):
+        for name in sorted(tensors if names is None else names):
             digest.update(tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.start_digest = digest.hexdigest()
+        return digest.hexdigest()
 
     def tower(self, name: str) -> Tower:
         tower = self.towers[name]

@@ -1,7 +1,7 @@
 """All that a run is made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder
@@ -9,6 +9,7 @@ from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.objectives import Objective, Pairing
 from mmcontrast.training.options import DataOptions, TrainOptions
+from mmcontrast.training.teachers import Teacher
 
 
 @dataclass
@@ -29,3 +30,4 @@ class Job:
     evaluation: EvaluationOptions
     options: TrainOptions
     negative_of: Mapping[str, str]
+    teachers: list[Teacher] = field(default_factory=list)

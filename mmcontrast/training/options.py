@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
+from mmcontrast.models.options import StartOptions
 from mmcontrast.options import Component, Keys, Options, Patterns, Positive
 
 T = TypeVar("T")
@@ -80,6 +81,43 @@ def _rising(steps: tuple[int, int]) -> tuple[int, int]:
 Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_from_the_start)]  # from a step on, a value
 
 
+class TeacherOptions(Options):
+    """A model to learn from.
+
+    Attributes:
+        model, pretrained, checkpoint, pooling: as in `model.start`: whatever `mmcontrast.load` opens.
+        scale: its logit scale; default: what it has learnt.
+        fields: which of its fields sees each of the model's, where names differ: {picture: image, caption: text}.
+    """
+
+    model: str
+    pretrained: str | None = None
+    checkpoint: str = "last"
+    pooling: Literal["mean", "first", "last"] | None = None
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    fields: dict[str, str] = {}
+
+    @property
+    def start(self) -> StartOptions:
+        return StartOptions(**self.model_dump(include={"model", "pretrained", "checkpoint", "pooling"}))
+
+
+class StoredTeacherOptions(Options):
+    """A model to learn from whose embeddings of the samples are in the shards.
+
+    Attributes:
+        stored: of each field, the member with its embeddings, an array [E], or [A, E] of A augmentations or captions:
+            {image: teacher.image.npy, text: teacher.text.npy}.
+        scale: its logit scale.
+    """
+
+    stored: Annotated[dict[str, str], Field(min_length=1)]
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+
+
+AnyTeacherOptions = str | TeacherOptions | StoredTeacherOptions
+
+
 class TrainOptions(Options):
     """The training loop.
 
@@ -94,6 +132,8 @@ class TrainOptions(Options):
             micro_batch_size.
         queue_size: so many past embeddings of each field, of a momentum encoder, are further negatives (MoCo); 0: none.
         queue_momentum: of that encoder's weights.
+        teacher: a model that objectives with a teacher learn from, by its name or with options; or one whose embeddings are in
+            the shards; or several. It has no gradient, and reads the samples by its own preprocessing.
         seed: of weights, order and augmentation.
         optimizer: adamw, or the name of one of timm's, with its options: {type: lion, betas: [0.95, 0.98]}.
         lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any). What does not decay: vectors (biases, norms, layer
@@ -144,6 +184,7 @@ class TrainOptions(Options):
     accumulation_steps: Positive = 1
     queue_size: Annotated[int, Field(ge=0)] = 0
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
+    teacher: AnyTeacherOptions | list[AnyTeacherOptions] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     optimizer: Component = "adamw"
     lr: Annotated[float, Field(ge=0)] = 1e-3
@@ -198,6 +239,12 @@ class TrainOptions(Options):
         if self.patience and self.evaluate_every == 0:
             raise ValueError(f"patience={self.patience} counts evaluations, and there is one alone: set evaluate_every")
         return self
+
+    @property
+    def teachers(self) -> list[TeacherOptions | StoredTeacherOptions]:
+        """All teachers, in full."""
+        given = self.teacher if isinstance(self.teacher, list) else [] if self.teacher is None else [self.teacher]
+        return [TeacherOptions(model=one) if isinstance(one, str) else one for one in given]
 
     @property
     def total_steps(self) -> int:
