@@ -1,17 +1,22 @@
 """One step: what is updated is the gradient of the mean over the parts of an accumulated batch."""
 
 import copy
+import json
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from mmcontrast import contrastive_loss
+from mmcontrast.config import load_config
+from mmcontrast.data import training_batches
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.objectives.pairing import AllPairs
+from mmcontrast.runs import make_job
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.step import Learner, training_step
 from tests.training.samples import make_batch, make_model
+from tests.training.teaching import run, write_config, write_vectors
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
@@ -40,3 +45,20 @@ def test_an_accumulated_step_is_that_of_the_mean_of_its_parts_losses(parts, micr
     assert told["loss"] == pytest.approx(loss.item()) and told["grad_norm"] == pytest.approx(norm.item())
     for (name, updated), expected in zip(model.named_parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(updated, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_samples_count_by_their_weights(tmp_path):
+    """Those of their json, 1 without one; with gradient caching too."""
+    given = {0: 0, 1: 2.5, 2: None, 3: "", 4: 1e-3}
+    shards = write_vectors(tmp_path / "a.tar", about=lambda k: {"sample_weight": given[k % 6]} if k % 6 in given else {})
+    for micro in (None, 3):
+        job = run(write_config(tmp_path, shards, f"run{micro}", train={"micro_batch_size": micro}))
+        model = make_job(load_config(tmp_path / f"run{micro}.yaml")).model
+        (batch,) = training_batches(job.dataset, job.order, range(1), rank=0, world_size=1, num_workers=0, pin_memory=False)
+        weights = torch.tensor([float(given.get(k % 6) or (0.0 if k % 6 == 0 else 1.0)) for k in batch.sample_ids.tolist()])
+        assert torch.equal(batch.weights, weights)
+        out = model(batch)
+        want = contrastive_loss(out.fields, logit_scale=out.logit_scale, ids=batch.ids, sample_weights=weights)
+        assert want.item() != pytest.approx(contrastive_loss(out.fields, logit_scale=out.logit_scale).item())
+        first = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(want.item(), rel=1e-6)

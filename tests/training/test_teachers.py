@@ -106,7 +106,9 @@ def test_a_resumed_run_goes_on_bitwise_with_the_same_teacher_alone(tmp_path, sha
             run(options("parts", steps=5, schedule="constant"), change, *without, resume=True)
 
 
-def test_two_ranks_learn_as_one(tmp_path, shards, teacher):
+def test_two_ranks_learn_as_one(tmp_path, teacher):
+    """Of samples with weights."""
+    shards = write_vectors(tmp_path / "a.tar", about=lambda k: {"sample_weight": k % 5})
     path = write_config(tmp_path, shards, objective=DISTILLATION, train={"teacher": str(teacher)})
     done = mmcontrast("train", path, "run.name=two", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
