@@ -56,6 +56,7 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         begin_from(model, config.train.init_from)
     config = completed(config, model)
     objective, pairing = check_components(config)
+    check_widths(config, model, objective)
     for option in ("patience", "evaluate_first"):
         if getattr(config.train, option) and not config.evaluation.splits:
             raise UserError(f"train.{option}: nothing is evaluated: name evaluation.splits")
@@ -213,6 +214,23 @@ def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) ->
             raise UserError(f"train.teacher: {error}{more}") from error
 
 
+def check_widths(config: RunConfig, model: ContrastiveModel, objective: Objective) -> None:
+    """
+    Raises:
+        UserError: for widths that embeddings have not, or without the whole; for an objective that cannot be taken of prefixes.
+    """
+    widths = config.train.matryoshka
+    if widths is None:
+        return
+    if objective.stateful:
+        raise UserError(f"train.matryoshka: objective {type(objective).__name__} remembers one embedding of each sample")
+    if max(widths) != model.embed_dim:
+        raise UserError(
+            f"train.matryoshka: its largest width is {max(widths)}, that of the embeddings {model.embed_dim}: it must be one of"
+            " them, as what lies beyond would not learn"
+        )
+
+
 def scored_fields(config: RunConfig, pairing: Pairing) -> list[str]:
     """Return the fields that some term of the loss scores."""
     terms = [term for term, weight in pairing.weighted_terms(list(contrasted_fields(config))).items() if weight]
@@ -250,7 +268,10 @@ def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOpt
         of_source = isinstance(config.data.train, dict) and shards.held_out is not None  # it may lack a field
         return make_dataset(shards, fields, model, partial=of_source)
 
-    return open_splits(config.evaluation, model, open_split)
+    evaluation = config.evaluation
+    if evaluation.widths is None and config.train.matryoshka:
+        evaluation = evaluation.model_copy(update={"widths": list(config.train.matryoshka)})
+    return open_splits(evaluation, model, open_split)
 
 
 def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:

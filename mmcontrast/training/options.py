@@ -78,6 +78,9 @@ def _rising(steps: tuple[int, int]) -> tuple[int, int]:
     return steps
 
 
+MatryoshkaWidths = Annotated[
+    list[Positive] | dict[Positive, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)
+]
 Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_from_the_start)]  # from a step on, a value
 
 
@@ -134,6 +137,8 @@ class TrainOptions(Options):
         queue_momentum: of that encoder's weights.
         teacher: a model that objectives with a teacher learn from, by its name or with options; or one whose embeddings are in
             the shards; or several. It has no gradient, and reads the samples by its own preprocessing.
+        matryoshka: the loss is the sum of those of the first so many numbers of each embedding (arXiv:2205.13147):
+            [64, 128, 512], or with weights {64: 0.5, 512: 1.0}. The whole width is one of them.
         seed: of weights, order and augmentation.
         optimizer: adamw, or the name of one of timm's, with its options: {type: lion, betas: [0.95, 0.98]}.
         lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any). What does not decay: vectors (biases, norms, layer
@@ -185,6 +190,7 @@ class TrainOptions(Options):
     queue_size: Annotated[int, Field(ge=0)] = 0
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     teacher: AnyTeacherOptions | list[AnyTeacherOptions] | None = None
+    matryoshka: MatryoshkaWidths | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     optimizer: Component = "adamw"
     lr: Annotated[float, Field(ge=0)] = 1e-3

@@ -95,6 +95,7 @@ class Learner:
             sample_ids=labels.sample_ids,
             extra_negatives=extra,
             sample_weights=labels.weights,
+            matryoshka=self.options.matryoshka,
             teacher=taught or None,
             teacher_scale=[teacher.scale for teacher in self.teachers],
             group=self.group,
