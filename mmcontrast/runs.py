@@ -79,6 +79,7 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         options=in_steps(config.train, order),
         negative_of=negative_fields(config),
         teachers=teachers,
+        own=frozenset(field for field, of in config.fields.items() if of.own),
     )
 
 
@@ -244,6 +245,9 @@ def negative_fields(config: RunConfig) -> dict[str, str]:
         UserError: for one that names no field to be a negative of.
     """
     negatives = {field: of.negative_of for field, of in config.fields.items() if of.negative_of}
+    for field, options in config.fields.items():
+        if options.own and not options.negative_of:
+            raise UserError(f"fields.{field}.own: of which field is it a negative? Say fields.{field}.negative_of")
     for field, of in negatives.items():
         anchors = contrasted_fields(config)
         if of not in anchors:

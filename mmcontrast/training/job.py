@@ -15,7 +15,7 @@ from mmcontrast.training.teachers import Teacher
 @dataclass
 class Job:
     """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
-    negatives, and for which field."""
+    negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone."""
 
     name: str
     folder: Path
@@ -31,3 +31,4 @@ class Job:
     options: TrainOptions
     negative_of: Mapping[str, str]
     teachers: list[Teacher] = field(default_factory=list)
+    own: frozenset[str] = frozenset()

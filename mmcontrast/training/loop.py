@@ -74,8 +74,9 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     for teacher in job.teachers:
         teacher.to(accelerator.device)
     learner = Learner(
-        model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until, job.teachers
-    )
+        model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until, job.teachers,
+        job.own,
+    )  # fmt: skip
 
     start = 0
     if resume:

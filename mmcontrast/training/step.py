@@ -45,6 +45,7 @@ class Learner:
         averaged: the moving average of the model, or None.
         until: the step until which weights are locked, by their names.
         teachers: models to learn from, each of which has a view of every batch.
+        own: those of `negative_of` that are candidates of their own sample's anchors alone.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Learner:
     averaged: ContrastiveModel | None = None
     until: dict[str, int] = dataclasses.field(default_factory=dict)
     teachers: Sequence[Teacher] = ()
+    own: frozenset[str] = frozenset()
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -79,7 +81,11 @@ class Learner:
         """Of some samples' embeddings, over all ranks. `labels`: their batch, on the device, values apart; `taught`: what their
         teachers make of them."""
         extra = self.queue.negatives(self.accelerator.process_index, self.accelerator.num_processes) if self.queue else {}
+        own: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for field, of in self.negative_of.items():
+            if field in self.own:
+                own.setdefault(of, []).append((embeddings.fields[field], labels.present[field]))
+                continue
             rows = embeddings.fields[field][labels.present[field]]
             nobodys = torch.full((len(rows),), NO_GROUP, device=rows.device)
             if of in extra:
@@ -94,6 +100,7 @@ class Learner:
             ids={field: ids for field, ids in labels.ids.items() if field not in self.negative_of},
             sample_ids=labels.sample_ids,
             extra_negatives=extra,
+            own_negatives={of: stacked(pairs) for of, pairs in own.items()},
             sample_weights=labels.weights,
             matryoshka=self.options.matryoshka,
             teacher=taught or None,
@@ -118,6 +125,11 @@ class Learner:
             loss = loss_of(embeddings)
             self.accelerator.backward(loss)
         return loss.detach(), embeddings
+
+
+def stacked(candidates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return K times (rows [N, D], which are there [N]) as rows [N, K, D], and which are there [N, K]."""
+    return torch.stack([rows for rows, _ in candidates], 1), torch.stack([here for _, here in candidates], 1)
 
 
 def training_step(
