@@ -48,7 +48,7 @@ def embed_classes(
 
     def embed(phrase: str) -> dict[int | None, Tensor]:
         rows = embed_texts(model, field, [filled(template, phrase) for template in templates], device)
-        prefixes = {width: phrase_embedding(F.normalize(rows[:, :width], dim=1)) for width in widths}
+        prefixes: dict[int | None, Tensor] = {width: phrase_embedding(F.normalize(rows[:, :width], dim=1)) for width in widths}
         return {None: phrase_embedding(rows), **prefixes}
 
     embedded = [[embed(phrase) for phrase in phrases] for phrases in phrases_of(task).values()]

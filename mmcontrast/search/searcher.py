@@ -67,8 +67,8 @@ class Searcher:
             raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
         about = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
         precision = index.about.get("precision", "fp32")
-        given = {"precision": precision, "trust_code": trust_code, "width": width}
-        return cls(index, load(index.about["model"], device=device, **given, **about))
+        options: dict[str, Any] = {"precision": precision, "trust_code": trust_code, "width": width}
+        return cls(index, load(index.about["model"], device=device, **options, **about))
 
     def vector(
         self,

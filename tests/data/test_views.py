@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from mmcontrast.data import MixtureDataset, ShardDataset, StoredEmbeddings, TeacherView, write_shard
+from mmcontrast.data import (
+    MixtureDataset,
+    ShardDataset,
+    StoredEmbeddings,
+    StreamDataset,
+    StreamOrder,
+    TeacherView,
+    training_batches,
+    write_shard,
+)
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import TextModality, VectorModality
 from tests.training.teaching import npy
@@ -97,3 +106,15 @@ def test_embeddings_in_json_and_in_several_sources(tmp_path):
     other = [TeacherView({"text": StoredEmbeddings()}, {"text": "json:f"})]
     with pytest.raises(UserError, match=r"train.teacher: no sample of .*x.tar has a member .json:f"):
         ShardDataset(str(tmp_path / "x.tar"), text, {}, training=True, views=other)
+
+
+def test_a_stream_has_views_too(tmp_path):
+    """Of the same members by another modality, in a worker."""
+    write_shard(tmp_path / "a.tar", [{"__key__": f"{k}", "txt": f"{k} one\n{k} two"} for k in range(8)])
+    lines, own = TextModality(context_length=12, captions="lines"), TextModality(context_length=3)
+    data = StreamDataset(str(tmp_path / "a.tar"), {"text": lines}, {}, 0, [TeacherView({"text": own})])
+    texts = [f"{k} {word}" for k in range(8) for word in ("one", "two")]
+    for batch in training_batches(data, StreamOrder(8, 0), range(3), rank=0, world_size=1, num_workers=1, pin_memory=False):
+        for row, read in zip(batch.values["text"], batch.views[0].values["text"], strict=True):
+            (text,) = [text for text in texts if lines.tokens(text).tolist() == row.tolist()]
+            assert read.tolist() == own.tokens(text).tolist() and len(read) == 3

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from mmcontrast import contrastive_loss, load
 from mmcontrast.config import load_config
 from mmcontrast.data import StoredEmbeddings, training_batches, write_shard
+from mmcontrast.data.verify import verify_shards
+from mmcontrast.data_commands import _sources
 from mmcontrast.errors import UserError
 from mmcontrast.runs import make_job
 from mmcontrast.training.step import Learner
@@ -231,3 +234,18 @@ def test_stored_embeddings_are_a_teacher(tmp_path):
         teacher_scale=[100.0, 50.0],
     )
     assert losses(run(path))[0] == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_verify_reads_what_a_teacher_would(tmp_path):
+    """And a weight: all that training would find bad, but for members that are missing."""
+
+    def more(k, random):
+        return {"t.npy": npy(np.zeros(3) if k == 7 else np.ones(3))}
+
+    shards = write_vectors(tmp_path / "a.tar", more, lambda k: {"sample_weight": -1} if k == 3 else {})
+    teacher = {"stored": {"a": "t.npy", "b": "t.npy"}}
+    path = write_config(tmp_path, shards, objective=DISTILLATION, train={"teacher": teacher})
+    sources, _ = _sources(str(path), [])
+    patterns, reading = sources["data.train"]
+    faults = verify_shards(patterns, 1, False, reading)["faults"]
+    assert [(fault["sample"], fault["member"]) for fault in faults] == [("003", "json"), ("007", "t.npy")], faults
