@@ -65,7 +65,7 @@ class Searcher:
             raise UserError(f"{index.folder}: its width is {str(width)[:60]!r}: index again")
         if not index.about.get("model"):
             raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
-        about = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
+        about: dict[str, Any] = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
         precision = index.about.get("precision", "fp32")
         options: dict[str, Any] = {"precision": precision, "trust_code": trust_code, "width": width}
         return cls(index, load(index.about["model"], device=device, **options, **about))

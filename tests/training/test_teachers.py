@@ -110,10 +110,10 @@ def test_a_resumed_run_goes_on_bitwise_with_the_same_teacher_alone(tmp_path, sha
 
 
 def test_two_ranks_learn_as_one(tmp_path, teacher):
-    """Of samples with weights."""
+    """Of samples with weights; the model in shards, its teacher whole, with gradient caching."""
     shards = write_vectors(tmp_path / "a.tar", about=lambda k: {"sample_weight": k % 5})
     path = write_config(tmp_path, shards, objective=DISTILLATION, train={"teacher": str(teacher)})
-    done = mmcontrast("train", path, "run.name=two", ranks=2)
+    done = mmcontrast("train", path, "run.name=two", "train.parallel=fsdp", "train.micro_batch_size=3", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one = run(path, "run.name=one")
     two = make_job(load_config(path, ["run.name=two"]))
