@@ -167,6 +167,9 @@ def embed(
     ] = None,
     files: Annotated[str | None, typer.Option(help="of a table that names files: their folder; default: the table's")] = None,
     trust_code: TrustCode = False,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="the first numbers of each embedding alone: of models of train.matryoshka")
+    ] = None,
 ) -> None:
     """Embed every sample of DATA with a trained run, or a model of open_clip, transformers or timm. docs/tables.md
 
@@ -185,7 +188,7 @@ def embed(
         part=TableSlice.parse(out, part) if part else None,
         checkpoint=checkpoint, pretrained=pretrained,
         device=device, precision=precision, batch_size=batch_size, num_workers=num_workers, slice_rows=slice_rows,
-        trust_code=trust_code,
+        trust_code=trust_code, width=width,
     )  # fmt: skip
     if complete:
         table = json.loads((out / "manifest.json").read_text())

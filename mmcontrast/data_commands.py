@@ -118,25 +118,30 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
         UserError: if the config is wrong.
     """
     from mmcontrast.config import load_config
-    from mmcontrast.data import ShardOptions
+    from mmcontrast.data import ShardOptions, StoredEmbeddings
     from mmcontrast.data.verify import Reading
     from mmcontrast.evaluation.layouts import with_layouts
+    from mmcontrast.options import Keys
     from mmcontrast.runs import modalities_of
     from mmcontrast.training.data import source_modalities
+    from mmcontrast.training.options import StoredTeacherOptions
 
     run = load_config(config, overrides)
     modalities = modalities_of(run)
     keys = {field: of.keys for field, of in run.fields.items() if of.keys}
     sources: dict[str, tuple[Patterns, Reading]] = {}
     shared: list[str] = []
+    stored = [teacher.stored for teacher in run.train.teachers if isinstance(teacher, StoredTeacherOptions)]
+    taught: dict[str, Keys] = {f"train.teacher: {member}": [member] for members in stored for member in members.values()}
+    embeddings = {name: StoredEmbeddings() for name in taught}
     train = run.data.train
     for name, source in train.items() if isinstance(train, dict) else ():
         of_source = source_modalities(name, source, run.fields, modalities)
-        reading = Reading(of_source, keys | source.keys, source.files, as_training=True)
+        reading = Reading(of_source | embeddings, keys | source.keys | taught, source.files, as_training=True)
         sources[f"data.train.{name}"] = source.shards, reading
         shared += [] if source.own_ids else [f"data.train.{name}"]
     if not isinstance(train, dict):
-        sources["data.train"] = train, Reading(modalities, keys, as_training=True)
+        sources["data.train"] = train, Reading(modalities | embeddings, keys | taught, as_training=True)
     for name, split in with_layouts(run.evaluation, "", "").splits.items():
         given = ShardOptions.of(split)
         if given.held_out and run.data.held_out:

@@ -196,6 +196,7 @@ def load(
     precision: str = "fp32",
     pooling: str | None = None,
     trust_code: bool = False,
+    width: int | None = None,
 ) -> Embedder:
     """Opens a model: a run's, or another library's, with its weights, tokenizer, preprocessing, logit scale and bias.
 
@@ -208,19 +209,24 @@ def load(
         precision: of the towers: "fp32", "bf16" or "fp16".
         pooling: of a plain encoder of transformers: "mean", "first" or "last".
         trust_code: import what a run's config names by import path. Nothing else that a folder holds is ever run.
+        width: embeddings are their first numbers alone, made unit rows again: of models trained with `train.matryoshka`.
 
     Raises:
-        UserError: if there is no such model; for code that is not trusted.
+        UserError: if there is no such model; for code that is not trusted; for a width that embeddings have not.
     """
     folder, checkpoint = run_of(name, checkpoint)
     if folder is None:
         model = open_model(str(name), None if pretrained is None else str(pretrained), pooling, trust_code=trust_code)
         composed = model.origin.config.get("fields", {}) if model.origin else {}
         keys = {field: options["keys"] for field, options in composed.items() if options.get("keys")}
+        if width is not None:
+            model.narrow(width)
         return Embedder(model, str(name), device, keys=keys, precision=precision)
     if pretrained or pooling:
         raise UserError(f"{name} is a run: it takes neither pretrained nor pooling")
     run = open_run(folder, checkpoint, "cpu", trust_code)
+    if width is not None:
+        run.model.narrow(width)
     fields = contrasted_fields(run.config)
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     return Embedder(run.model, str(name), device, list(fields), keys, precision)

@@ -17,10 +17,10 @@ from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel, TransformersTower
 from mmcontrast.options import Component
-from mmcontrast.runs import check_components, completed, contrasted_fields, model_of
+from mmcontrast.runs import check_components, completed, contrasted_fields, model_of, open_start, scored_fields
 from mmcontrast.training.cost import Bytes, Flops, count_bytes, count_flops, fakes, make_values
 from mmcontrast.training.optim import freeze, make_optimizer
-from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.options import TeacherOptions, TrainOptions
 from mmcontrast.training.parallel import check_placement, recompute_blocks
 from mmcontrast.training.stages import set_stage
 
@@ -138,6 +138,13 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
         terms = pairing.weighted_terms(list(contrasted_fields(config)))
         fixed = resident(model, options, devices, state)
         fixed |= {"embeddings and loss": loss_memory(model, options, part, devices, max(len(term) for term in terms))}
+        taught, teachers = teaching(options, scored_fields(config, pairing))
+        if teachers:
+            fixed |= {"teachers' weights": teachers}
+            notes.append(
+                f"of the FLOPs, {taught / 1e9:.1f} G a sample are the teachers' forward; their activations, which nothing"
+                " keeps, are not counted"
+            )
         memory = with_step(fixed, model, at_a_time, step)
         largest = None
         if sum(memory.values()) > available:
@@ -157,7 +164,7 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
         cached=bool(options.micro_batch_size),
         parameters=count(model.parameters()),
         learning=count(p for p in model.parameters() if p.requires_grad),
-        flops_per_sample=flops.total,
+        flops_per_sample=flops.total + taught,
         towers={name: plan_tower(model, name, flops, step) for name in model.towers},
         memory=memory,
         available=available,
@@ -225,6 +232,18 @@ def optimizer_state(model: nn.Module, options: TrainOptions) -> tuple[int, list[
         return assumed, [f"train.optimizer: its state is assumed to be AdamW's, two fp32 numbers a weight ({why})"]
     tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return size(tensors), []
+
+
+def teaching(options: TrainOptions, scored: Sequence[str]) -> tuple[float, int]:
+    """Return the FLOPs of a sample in all teachers, and the bytes of their weights; 0 of embeddings that are stored."""
+    flops, weights = 0.0, 0
+    for given in options.teachers:
+        if isinstance(given, TeacherOptions):
+            teacher = open_start(given.start, weights=False)
+            forward = flops_of(teacher).forward
+            flops += sum(forward.get(given.fields.get(field, field), 0.0) for field in scored)
+            weights += size([*teacher.parameters(), *teacher.buffers()])
+    return flops, weights
 
 
 def resident(model: ContrastiveModel, options: TrainOptions, devices: int, state: int) -> dict[str, int]:

@@ -25,12 +25,14 @@ from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make
 from mmcontrast.models import open_start as open_library_start
 from mmcontrast.models.names import EXPORT_FIRST
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
+from mmcontrast.objectives.inputs import Given, check_together
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.epochs import in_steps
 from mmcontrast.training.job import Job
 from mmcontrast.training.state import check_start, load_weights, weights_path
+from mmcontrast.training.teachers import open_teachers
 from mmcontrast.trust import import_paths
 
 CONFIG, STOPPED = "config.yaml", "stopped.json"
@@ -55,11 +57,14 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         begin_from(model, config.train.init_from)
     config = completed(config, model)
     objective, pairing = check_components(config)
+    check_widths(config, model, objective)
     for option in ("patience", "evaluate_first"):
         if getattr(config.train, option) and not config.evaluation.splits:
             raise UserError(f"train.{option}: nothing is evaluated: name evaluation.splits")
     evaluation, eval_datasets = open_data(config, model)
-    dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed)
+    teachers = open_teachers(config.train.teachers, scored_fields(config, pairing), model, open_start)
+    views = [teacher.view for teacher in teachers]
+    dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed, views)
     return Job(
         name=config.run.name,
         folder=config.folder,
@@ -74,6 +79,8 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         evaluation=evaluation,
         options=in_steps(config.train, order),
         negative_of=negative_fields(config),
+        teachers=teachers,
+        own=frozenset(field for field, of in config.fields.items() if of.own),
     )
 
 
@@ -176,12 +183,62 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
         raise UserError(str(error)) from error
     if config.model.scale_per_pair and any(len(term) > 2 for term in terms):
         raise UserError("model.scale_per_pair: the pairing scores more than two fields at once; leave it false")
+    check_teaching(config, objective, pairing)
     if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
         what = f"fields.{next(iter(negatives))}.negative_of" if negatives else "train.queue_size"
         raise UserError(
             f"{what}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
         )
     return objective, pairing
+
+
+def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) -> None:
+    """
+    Raises:
+        UserError: for an objective without the teacher that it needs, a teacher without an objective that takes one, or what
+            does not go with a teacher.
+    """
+    teachers = config.train.teachers
+    if objective.teachers and not teachers:
+        raise UserError(f"objective {type(objective).__name__} learns from a teacher: name a model in train.teacher")
+    if teachers and not objective.teachers:
+        raise UserError(
+            f"train.teacher: objective {type(objective).__name__} takes no teacher: set objective: {{type: distillation}}, or"
+            " leave train.teacher out"
+        )
+    if objective.guided and len(teachers) > 1:
+        raise UserError(f"train.teacher: a guide is one model, there are {len(teachers)}")
+    if teachers:
+        nothing = torch.empty(0, 1), torch.empty(0)
+        extras = dict.fromkeys([*negative_fields(config).values(), *(["queue"] if config.train.queue_size else [])], nothing)
+        try:
+            check_together(objective, pairing, Given(extras=extras, teachers=[({}, 1.0)]), None)
+        except ValueError as error:
+            more = " (train.queue_size and negative_of make extra_negatives)" if extras else ""
+            raise UserError(f"train.teacher: {error}{more}") from error
+
+
+def check_widths(config: RunConfig, model: ContrastiveModel, objective: Objective) -> None:
+    """
+    Raises:
+        UserError: for widths that embeddings have not, or without the whole; for an objective that cannot be taken of prefixes.
+    """
+    widths = config.train.matryoshka
+    if widths is None:
+        return
+    if objective.stateful:
+        raise UserError(f"train.matryoshka: objective {type(objective).__name__} remembers one embedding of each sample")
+    if max(widths) != model.embed_dim:
+        raise UserError(
+            f"train.matryoshka: its largest width is {max(widths)}, that of the embeddings {model.embed_dim}: it must be one of"
+            " them, as what lies beyond would not learn"
+        )
+
+
+def scored_fields(config: RunConfig, pairing: Pairing) -> list[str]:
+    """Return the fields that some term of the loss scores."""
+    terms = [term for term, weight in pairing.weighted_terms(list(contrasted_fields(config))).items() if weight]
+    return list(dict.fromkeys(field for term in terms for field in term))
 
 
 def negative_fields(config: RunConfig) -> dict[str, str]:
@@ -191,6 +248,9 @@ def negative_fields(config: RunConfig) -> dict[str, str]:
         UserError: for one that names no field to be a negative of.
     """
     negatives = {field: of.negative_of for field, of in config.fields.items() if of.negative_of}
+    for field, options in config.fields.items():
+        if options.own and not options.negative_of:
+            raise UserError(f"fields.{field}.own: of which field is it a negative? Say fields.{field}.negative_of")
     for field, of in negatives.items():
         anchors = contrasted_fields(config)
         if of not in anchors:
@@ -215,7 +275,10 @@ def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOpt
         of_source = isinstance(config.data.train, dict) and shards.held_out is not None  # it may lack a field
         return make_dataset(shards, fields, model, partial=of_source)
 
-    return open_splits(config.evaluation, model, open_split)
+    evaluation = config.evaluation
+    if evaluation.widths is None and config.train.matryoshka:
+        evaluation = evaluation.model_copy(update={"widths": list(config.train.matryoshka)})
+    return open_splits(evaluation, model, open_split)
 
 
 def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:

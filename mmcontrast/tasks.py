@@ -33,12 +33,13 @@ def embed_shards(
     num_workers: int = 0,
     slice_rows: int | None = None,
     trust_code: bool = False,
+    width: int | None = None,
 ) -> bool:
     """Embeds shards and writes the table, slice by slice; True if it is complete. Slices that are there are not embedded again,
     so what was killed goes on; ranks that torchrun started take every W-th slice each, and need not talk to each other.
 
     Args:
-        name, checkpoint, pretrained, precision, trust_code: as `load`.
+        name, checkpoint, pretrained, precision, trust_code, width: as `load`.
         shards: as `Embedder.dataset`.
         part: this slice alone.
         slice_rows: about the samples of a slice, that is of what a kill may lose. A table that was begun keeps its own.
@@ -52,7 +53,7 @@ def embed_shards(
     end_with_torchrun()
     about = about_model(name, checkpoint, pretrained, precision)
     given = ShardOptions.of(shards)
-    about |= {"shards": given.shown(), "data": ShardDataset(given.shards, {}, {}, files=given.files).digest}
+    about |= {"width": width, "shards": given.shown(), "data": ShardDataset(given.shards, {}, {}, files=given.files).digest}
     begun = TableSlice.number_in(out)
     own = [part] if part else TableSlice.all(out, begun)[rank::world_size] if begun else []
     if not begun and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):
@@ -64,8 +65,9 @@ def embed_shards(
     if device in (None, "cuda") and world_size > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     embedder = load(
-        name, checkpoint=about["checkpoint"], pretrained=pretrained, device=device, precision=precision, trust_code=trust_code
-    )
+        name, checkpoint=about["checkpoint"], pretrained=pretrained, device=device, precision=precision,
+        trust_code=trust_code, width=width,
+    )  # fmt: skip
     dataset = embedder.dataset(shards)
     if not begun and not part:
         own = TableSlice.all(out, slices_of(len(dataset), slice_rows or SLICE_ROWS, world_size))[rank::world_size]

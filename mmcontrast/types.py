@@ -24,6 +24,8 @@ class Batch:
         metadata: per sample, what its shard says of it, with its `key`.
         replaced: of samples that could not be decoded, in whose place others stand: their `error`, and `source` if there
             are several.
+        weights: [N] ≥ 0, of the samples in the loss; None: all alike.
+        views: the same samples as each teacher reads them, with values and present of its own.
     """
 
     values: dict[str, Tensor]
@@ -32,6 +34,8 @@ class Batch:
     group_ids: Tensor
     metadata: list[dict[str, Any]]
     replaced: list[dict[str, str]] = field(default_factory=list)
+    weights: Tensor | None = None
+    views: list["Batch"] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -69,11 +73,13 @@ class Batch:
             self.sample_ids[chosen],
             self.group_ids[chosen],
             self.metadata[chosen],
+            weights=None if self.weights is None else self.weights[chosen],
+            views=[view._part(chosen) for view in self.views],
         )
 
     def labels(self) -> "Batch":
-        """All but the values."""
-        return replace(self, values={})
+        """All but the values, and what teachers see."""
+        return replace(self, values={}, views=[])
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -88,4 +94,6 @@ class Batch:
             present={name: move(here) for name, here in self.present.items()},
             sample_ids=move(self.sample_ids),
             group_ids=move(self.group_ids),
+            weights=None if self.weights is None else move(self.weights),
+            views=[view._map(move) for view in self.views],
         )

@@ -15,8 +15,10 @@ from mmcontrast.modalities import VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, make_model
 from mmcontrast.models.options import FieldOptions, ModelOptions
 from mmcontrast.plan import GIB, plan_run
+from mmcontrast.runs import prepare_folder
 from mmcontrast.training.cost import count_bytes, fakes, flops_per_sample, make_values, peak_flops
 from mmcontrast.training.optim import freeze
+from tests.training.teaching import write_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 49408}
@@ -194,3 +196,20 @@ def test_towers_without_a_projection():
         make_model(fields, towers, ModelOptions(embed_dim=8, projection=kind), 0)
     with pytest.raises(UserError, match="model.projection: no tower 'c'"):
         make_model(fields, towers, ModelOptions(embed_dim=7, projection={"c": "none"}), 0)
+
+
+def test_teachers_are_counted(tmp_path):
+    """The weights and the forward of one that `load` opens; nothing of stored embeddings."""
+    towers = {f: {"type": "linear", "inputs": 6, "width": 40} for f in "ab"}
+    config = load_config(write_config(tmp_path, "none.tar", "teacher", towers=towers))
+    prepare_folder(config, overwrite=False)
+    path = write_config(tmp_path, "none.tar")
+    plain = plan_run(load_config(path))
+    stored, taught = (
+        plan_run(load_config(path, ["objective=distillation", f"train.teacher={teacher}"]))
+        for teacher in ("{stored: {a: a.npy, b: b.npy}}", config.folder)
+    )
+    assert stored.memory == plain.memory and stored.flops_per_sample == plain.flops_per_sample
+    assert taught.memory["teachers' weights"] == 4 * (2 * (7 * 40 + 40 * 8) + 1)
+    assert taught.flops_per_sample - plain.flops_per_sample == 2 * 2 * (6 * 40 + 40 * 8)
+    assert any("teachers' forward" in note for note in taught.notes)

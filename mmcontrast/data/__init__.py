@@ -10,6 +10,7 @@ from mmcontrast.data.opening import ShardOptions, Shards, open_dataset, read_key
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.stream import StreamDataset, StreamOrder
+from mmcontrast.data.views import StoredEmbeddings, TeacherView
 from mmcontrast.data.writer import write_corpus, write_shard
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "ShardIndex",
     "ShardOptions",
     "Shards",
+    "StoredEmbeddings",
     "StreamDataset",
     "StreamOrder",
+    "TeacherView",
     "TrainingDataset",
     "TrainingOrder",
     "all_batches",

@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 from mmcontrast.data.class_texts import CLASS_NAME, FOLDER, class_of, folder_of, group_of, prompt_of
 from mmcontrast.data.files import identities, is_remote
 from mmcontrast.data.held_out import Part, divide
-from mmcontrast.data.ids import default_id, ids_of, read_json, stable_hash
+from mmcontrast.data.ids import default_id, ids_of, read_json, stable_hash, weight_of
 from mmcontrast.data.index import open_shards
 from mmcontrast.data.shard import LABELS, NO_EXTENSION, ShardIndex, member_of
 from mmcontrast.data.tables import TableIndex, refuse_repeated_ids
+from mmcontrast.data.views import StoredEmbeddings, TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
 from mmcontrast.types import Batch
@@ -44,6 +45,8 @@ class Sample:
         lost: the reason lies with the storage, not with the sample: no other stands in for it.
         bad_member: where the reason lies.
         replaces: the `error` of each of those in whose place it stands, its `sample_id`, and its `source` if there are several.
+        weight: how much it counts in the loss.
+        views: fields as each teacher reads them.
     """
 
     values: dict[str, torch.Tensor]
@@ -54,6 +57,8 @@ class Sample:
     lost: bool = False
     bad_member: str = ""
     replaces: tuple[dict[str, str], ...] = ()
+    weight: float = 1.0
+    views: tuple[dict[str, torch.Tensor], ...] = ()
 
     @property
     def bad(self) -> dict[str, str]:
@@ -72,6 +77,7 @@ class Samples(Dataset[Sample]):
 
     remote: bool
     modalities: dict[str, Modality]
+    views: Sequence[TeacherView] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -96,7 +102,7 @@ class Samples(Dataset[Sample]):
             return [self.make(epoch, position, members) for (epoch, position), members in zip(pairs, fetched, strict=True)]
 
     def collate(self, samples: list[Sample]) -> Batch | str:
-        return collate(samples, self.modalities)
+        return collate(samples, self.modalities, self.views)
 
 
 class ShardDataset(Samples):
@@ -106,7 +112,8 @@ class ShardDataset(Samples):
     its batch; otherwise its error ends the iteration.
 
     A sample is its members of one key. `json` may hold `sample_id` and `group_id`, whole numbers or texts; without them the
-    sample id is a hash of shard and key and the group id equals it, so that all samples are different. `cls` is a class.
+    sample id is a hash of shard and key and the group id equals it, so that all samples are different; and `sample_weight`, how
+    much the sample counts in the loss, 1 without it. `cls` is a class.
 
     Args:
         shards: paths, globs or brace ranges.
@@ -123,6 +130,7 @@ class ShardDataset(Samples):
             the name of the folder that a sample lies in.
         part: of the samples these alone: held out from training, or trained on. Of those held out, one that cannot be decoded
             is absent from all fields, and reported with its batch, as it does not end a training either.
+        views: what teachers read beside it, in training.
     """
 
     def __init__(
@@ -136,13 +144,15 @@ class ShardDataset(Samples):
         files: str | None = None,
         part: Part | None = None,
         templates: Mapping[str, Sequence[str]] | None = None,
+        views: Sequence[TeacherView] = (),
     ) -> None:
-        self.templates = dict(templates or {})
+        self.templates, self.views = dict(templates or {}), views
         self.tolerant = bool(part and part.held_out and not training)
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
         self.keys = {field: names_of(choices) for field, choices in self.choices.items()}
         named = {e for field, of in self.keys.items() if not isinstance(modalities[field], TextModality) for e in of}
+        named |= {key for view in views for key in view.keys.values()}
         self.shards: list[ShardIndex] = open_shards(shards, True, named, files)
         if part:
             refuse_repeated_ids(shard for shard in self.shards if isinstance(shard, TableIndex))
@@ -165,7 +175,40 @@ class ShardDataset(Samples):
                     f"field {field!r}: no sample of {shards} has a member {' or '.join('.' + e for e in extensions)}; "
                     f"they have {', '.join('.' + e for e in sorted(there))}: set fields.{field}.keys, or drop the field"
                 )
+        for view in views:
+            for field, key in view.keys.items():
+                if field in self.keys:
+                    self._look_at_stored(view.modalities[field], key, shards)
+            view.check_widths()
         self._tell_what_is_left_out()
+
+    def _look_at_stored(self, modality: Modality, key: str, shards: str | Sequence[str]) -> None:
+        """Take note of how wide a teacher's stored embeddings are, from the first sample that has some.
+
+        Raises:
+            UserError: if none of those that are looked into has.
+        """
+        assert isinstance(modality, StoredEmbeddings)
+        member, places = member_name(key), [*np.linspace(0, len(self) - 1, LOOKED_INTO).astype(np.int64).tolist()]
+        if member == key:
+            having = (
+                start + np.flatnonzero(shard.has(key))[:1]
+                for shard, start in zip(self.shards, self.starts, strict=False)
+                if key in shard.extensions
+            )
+            places = [int(found[0]) for found in having if len(found)]
+        for position in places:
+            try:
+                data = self.members(position, [key]).get(key)
+                if data is not None:
+                    modality.decode(data)
+                    return
+            except DecodeError:  # a bad sample is reported when it is read
+                continue
+        there = sorted({f".{extension}" for shard in self.shards for extension in shard.extensions})
+        raise UserError(
+            f"train.teacher: no sample of {shards} has a member .{key} with stored embeddings; they have {', '.join(there)}"
+        )
 
     def _columns_of(self, kind: type[Modality]) -> list[str]:
         """Return the members that a modality is read from, in turn: those of its fields, and what it is usually read from."""
@@ -300,6 +343,7 @@ class ShardDataset(Samples):
 
     def fetch(self, position: int) -> Members:
         wanted = [member_name(key) for keys in self.keys.values() for key in keys]
+        wanted += [member_name(key) for view in self.views for key in view.keys.values()]
         try:
             return self._read(position, list(dict.fromkeys([*wanted, *LABELS])))
         except (DecodeError, UserError) as error:
@@ -320,7 +364,7 @@ class ShardDataset(Samples):
         shard, row = self.locate(position)
         seed = f"{self.seed} {epoch}" if self.training else None
         key, default = shard.keys[row], self.default_id(position)
-        sample = decoded(key, default, members, self.modalities, self.choices, seed, self.templates)
+        sample = decoded(key, default, members, self.modalities, self.choices, seed, self.templates, self.views)
         if sample.error and not sample.lost:
             where, colon = shard.describe(row, sample.bad_member), ":" if sample.bad_member else ","
             sample.error = f"shard {shard.name}{sample.id_in_words}, {where}{colon} {sample.error}"
@@ -335,6 +379,7 @@ def decoded(
     choices: Mapping[str, Sequence[Mapping[str, float]]],
     seed: str | None,
     templates: Mapping[str, Sequence[str]] | None = None,
+    views: Sequence[TeacherView] = (),
 ) -> Sample:
     """A sample of its members, or the first error.
 
@@ -343,8 +388,9 @@ def decoded(
         choices: per field, the keys that are tried in turn, and of each the weights with which one is drawn.
         seed: of augmentation, with the sample's id; None: not training.
         templates: per field that holds names of classes, what its texts are made of.
+        views: what teachers read of the same fields.
     """
-    sample = Sample({}, default, default, {"key": key})
+    sample = Sample({}, default, default, {"key": key}, views=tuple({} for _ in views))
     if isinstance(members, Exception):
         return replace(sample, error=str(members), lost=isinstance(members, UserError))
     extension = "json"
@@ -352,9 +398,11 @@ def decoded(
         if "json" in members:
             about = read_json(members["json"])
             sample.sample_id, sample.group_id = ids_of(about, sample.sample_id)
+            sample.weight = weight_of(about)
             sample.metadata = about | sample.metadata  # the key is the sample's
-            for extension in (key for of in choices.values() for choice in of for key in choice if key.startswith(ENTRY)):
-                members = members | entries_of(about, [extension])
+            stored = [key for view in views for key in view.keys.values()]
+            for extension in [*(key for of in choices.values() for choice in of for key in choice), *stored]:
+                members = members | (entries_of(about, [extension]) if extension.startswith(ENTRY) else {})
         if "cls" in members:
             sample.metadata.setdefault("cls", members["cls"].decode("utf-8", "replace").strip())
         for field in templates or ():
@@ -365,13 +413,20 @@ def decoded(
             torch.default_generator.manual_seed(stable_hash(f"{seed} {sample.sample_id}"))
         for field, modality in modalities.items():
             extension = chosen(choices[field], members, seed is not None)
-            if extension:
-                member = members[extension]
-                if templates and field in templates:
-                    member = prompt_of(class_of(member), templates[field], seed is not None)
-                value = modality.transform(modality.decode(member), seed is not None)
-                if value is not None:
-                    sample.values[field] = value
+            if not extension:
+                continue
+            member = members[extension]
+            if templates and field in templates:
+                member = prompt_of(class_of(member), templates[field], seed is not None)
+            raw, drawn = modality.decode(member), torch.get_rng_state() if views else None
+            value = modality.transform(raw, seed is not None)
+            if value is None:
+                continue
+            sample.values[field] = value
+            for view, read in zip(views, sample.views, strict=True):
+                if field in view.modalities and drawn is not None:
+                    extension = view.keys.get(field, extension)
+                    read[field] = view.read(field, modality, raw, members.get(extension), drawn)
     except UNREADABLE as error:
         sample.error, sample.bad_member = str(error) or type(error).__name__, extension
     return sample
@@ -428,22 +483,30 @@ def entries_of(about: Mapping[str, Any], keys: Iterable[str]) -> dict[str, bytes
     return {key: data for key, data in found.items() if data}
 
 
-def collate(samples: list[Sample], modalities: Mapping[str, Modality]) -> Batch | str:
+def collate(samples: list[Sample], modalities: Mapping[str, Modality], views: Sequence[TeacherView] = ()) -> Batch | str:
     """The batch, or the first bad sample's error: workers cannot raise it in one line."""
     for sample in samples:
         if sample.error and sample.lost:
             return f"{sample.error}. When it can be read again, --resume continues the run"
         if sample.error:
             return f"{sample.error}; repair or remove the sample (`mmcontrast data verify` finds all of them)"
-    values = {}
-    for field, modality in modalities.items():
-        rows = [s.values[field] for s in samples if field in s.values]
-        values[field] = modality.collate(rows or [modality.blank()])
+    ids = torch.tensor([s.sample_id for s in samples]), torch.tensor([s.group_id for s in samples])
     return Batch(
-        values,
-        {field: torch.tensor([field in s.values for s in samples]) for field in modalities},
-        torch.tensor([s.sample_id for s in samples]),
-        torch.tensor([s.group_id for s in samples]),
+        *stacked([s.values for s in samples], modalities),
+        *ids,
         [s.metadata for s in samples],
         [dict(bad) for s in samples for bad in s.replaces],
+        torch.tensor([s.weight for s in samples]),
+        [Batch(*stacked([s.views[k] for s in samples], view.modalities), *ids, []) for k, view in enumerate(views)],
     )
+
+
+def stacked(
+    samples: Sequence[Mapping[str, torch.Tensor]], modalities: Mapping[str, Modality]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the values of a batch, and who has them."""
+    values = {}
+    for field, modality in modalities.items():
+        rows = [sample[field] for sample in samples if field in sample]
+        values[field] = modality.collate(rows or [modality.blank()])
+    return values, {field: torch.tensor([field in sample for sample in samples]) for field in modalities}

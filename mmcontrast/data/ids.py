@@ -9,6 +9,7 @@ from typing import Any
 
 from mmcontrast.modalities import DecodeError
 
+LARGEST_WEIGHT = 3.4e38  # of float32
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as Python prints it: other texts are hashed
 
 
@@ -58,6 +59,20 @@ def id_of(name: str, value: Any, default: int) -> int:
     if isinstance(value, float) and abs(value) > 2**53:
         raise DecodeError(f"{name} {value} has been rounded to a float: write it as a whole number or as a text")
     return int(value)
+
+
+def weight_of(about: Mapping[str, Any]) -> float:
+    """Return the `sample_weight` that a json member says: how much the sample counts in the loss; 1 if it says none.
+
+    Raises:
+        DecodeError: if it is no finite number of at least 0, as float32 holds it.
+    """
+    value = about.get("sample_weight")
+    if value is None or value == "":
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_WEIGHT:
+        raise DecodeError(f"sample_weight {value!r:.60} is no finite number of at least 0")
+    return float(value)
 
 
 def default_id(shard: str, name: str) -> int:

@@ -1,7 +1,7 @@
 """Several sources in one order and one data set: exact weights, epochs of its own for each, one integer of state."""
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -13,6 +13,7 @@ from mmcontrast.data.dataset import Members, Sample, Samples, ShardDataset
 from mmcontrast.data.files import identities
 from mmcontrast.data.ids import stable_hash
 from mmcontrast.data.order import SampleOrder, lanes_of
+from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
 
@@ -116,11 +117,17 @@ class MixtureDataset(Samples):
         sources: by name. A field that a source lacks is absent from its samples.
         modalities: per field, what collates a batch.
         own_ids: sources whose sample and group ids mean nothing to the others: theirs are kept apart.
+        views: what teachers read, those of the sources.
     """
 
     def __init__(
-        self, sources: Mapping[str, ShardDataset], modalities: Mapping[str, Modality], own_ids: Collection[str] = ()
+        self,
+        sources: Mapping[str, ShardDataset],
+        modalities: Mapping[str, Modality],
+        own_ids: Collection[str] = (),
+        views: Sequence[TeacherView] = (),
     ) -> None:
+        self.views = views
         self.sources, self.modalities, self.own_ids = dict(sources), dict(modalities), frozenset(own_ids)
         self.remote = any(source.remote for source in self.sources.values())
         self.names, self.starts = list(self.sources), [0, *accumulate(map(len, self.sources.values()))]

@@ -10,6 +10,7 @@ from mmcontrast.data.class_texts import check_template
 from mmcontrast.data.dataset import FieldKeys, ShardDataset, names_of
 from mmcontrast.data.held_out import Part
 from mmcontrast.data.index import open_shards
+from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality, TextModality
 from mmcontrast.options import Keys, Options, Patterns, Texts
@@ -81,6 +82,7 @@ def open_dataset(
     training: bool = False,
     partial: bool = False,
     without: float | None = None,
+    views: Sequence[TeacherView] = (),
 ) -> ShardDataset:
     """Open shards, whose own `keys` go before those of the model. Where a field has neither, other than in training, its
     modality's usual extensions are its keys: a model that was trained on a table's own columns reads other shards too.
@@ -88,7 +90,7 @@ def open_dataset(
     Args:
         shards: patterns; or a mapping of `shards`, `keys` and `files`.
         keys: the model's, of fields.
-        modalities, seed, training, partial: as `ShardDataset`.
+        modalities, seed, training, partial, views: as `ShardDataset`.
         without: the share that is held out: the others alone.
 
     Raises:
@@ -103,7 +105,7 @@ def open_dataset(
     if not training and any(keys.get(field) for field in modalities):
         asked = with_fallbacks(asked, modalities, given)
     part = Part(given.held_out, True) if given.held_out else Part(without, False) if without else None
-    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files, part, given.templates)
+    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files, part, given.templates, views)
     for field in given.keys:
         if field not in dataset.keys:
             raise UserError(

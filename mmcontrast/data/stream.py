@@ -29,6 +29,7 @@ from mmcontrast.data.files import expand_shards, identities, open_stream
 from mmcontrast.data.ids import default_id
 from mmcontrast.data.shard import LABELS, sample_of
 from mmcontrast.data.tar import MAX_NAME_BYTES
+from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError, Modality
 from mmcontrast.types import Batch
@@ -57,12 +58,18 @@ class StreamDataset(IterableDataset[Sample]):
 
     Args:
         shards: paths, globs, brace ranges, URLs.
-        modalities, keys, seed: as for `ShardDataset`.
+        modalities, keys, seed, views: as for `ShardDataset`; no embeddings that are stored.
     """
 
     def __init__(
-        self, shards: str | Sequence[str], modalities: Mapping[str, Modality], keys: Mapping[str, FieldKeys], seed: int
+        self,
+        shards: str | Sequence[str],
+        modalities: Mapping[str, Modality],
+        keys: Mapping[str, FieldKeys],
+        seed: int,
+        views: Sequence[TeacherView] = (),
     ) -> None:
+        self.views = views
         self.names, self.modalities, self.seed = expand_shards(shards), dict(modalities), seed
         self.identity_of = dict(zip(self.names, identities(self.names), strict=True))
         self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
@@ -86,7 +93,8 @@ class StreamDataset(IterableDataset[Sample]):
                 bad = next((value for value in raw.values() if isinstance(value, DecodeError)), None)
                 members: Members = bad or {name: value for name, value in raw.items() if not name.startswith("__")}
                 default = default_id(self.identity_of[raw["__url__"]], raw["__key__"])
-                sample = decoded(raw["__key__"], default, members, self.modalities, self.choices, f"{seeds} {number}")
+                seed = f"{seeds} {number}"
+                sample = decoded(raw["__key__"], default, members, self.modalities, self.choices, seed, views=self.views)
                 if sample.error and len(skipped) >= BUFFER:
                     raise UserError(f"{len(skipped)} samples in turn could not be decoded; the last: {skipped[-1]['error']}")
                 if sample.error:
@@ -119,7 +127,7 @@ class StreamDataset(IterableDataset[Sample]):
         raise UserError(f"no member came of {empty} shards in turn ({', '.join(self.names[:3])} …): see the warnings")
 
     def collate(self, samples: list[Sample]) -> Batch | str:
-        return collate(samples, self.modalities)
+        return collate(samples, self.modalities, self.views)
 
 
 def _members(name: str, wanted: Collection[str], told: set[str]) -> Iterator[dict[str, Any]]:

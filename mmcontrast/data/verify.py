@@ -25,7 +25,7 @@ from mmcontrast.data.dataset import (
     names_of,
 )
 from mmcontrast.data.files import expand_shards, is_remote
-from mmcontrast.data.ids import ids_of, read_json
+from mmcontrast.data.ids import ids_of, read_json, weight_of
 from mmcontrast.data.index import index_shard
 from mmcontrast.data.loading import start_worker
 from mmcontrast.data.page import media_type
@@ -377,6 +377,7 @@ def _error(extension: str, data: bytes, modality: Modality | None, row: int, fou
         if extension == "json":
             about = read_json(data)
             sample_id, _ = ids_of(about, 0)
+            weight_of(about)
             if about.get("sample_id") not in (None, ""):
                 found.ids.append(sample_id)
                 found.rows.append(row)

@@ -133,7 +133,7 @@ def _differences(first: Mapping[str, float], found: Evaluation, splits: list[str
             if before is None or after is None:
                 cells += [""] * 3
                 continue
-            digits = 1 if name.endswith("median_rank") else 3
+            digits = 1 if name.partition("@")[0].endswith("median_rank") else 3
             difference = round(after - before, digits) + 0.0  # no −0
             cells += [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{difference:+.{digits}f}"]
         body.append(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")

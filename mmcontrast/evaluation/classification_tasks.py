@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.data.class_texts import filled
@@ -35,17 +36,24 @@ def labels_of_classes(task: ZeroShotOptions) -> ClassLabels:
     return ClassLabels(list(phrases_of(task)), numbered=not isinstance(task.classes, dict))
 
 
-def embed_classes(model: ContrastiveModel, task: ZeroShotOptions, device: torch.device | str) -> list[Tensor]:
-    """Per class, unit embeddings [P, D] of its phrases."""
+Classes = list[Tensor]  # of each class unit embeddings [P, D] of its phrases
+
+
+def embed_classes(
+    model: ContrastiveModel, task: ZeroShotOptions, device: torch.device | str, widths: Sequence[int] = ()
+) -> dict[int | None, Classes]:
+    """Return the classes' embeddings, under None; and those of prefixes of them, by width."""
     field, templates = task.prompt_field, task.templates
     assert field
     templates = named_templates(templates) if isinstance(templates, str) else templates
 
-    def embed(phrase: str) -> Tensor:
-        prompts = [filled(template, phrase) for template in templates]
-        return phrase_embedding(embed_texts(model, field, prompts, device))
+    def embed(phrase: str) -> dict[int | None, Tensor]:
+        rows = embed_texts(model, field, [filled(template, phrase) for template in templates], device)
+        prefixes: dict[int | None, Tensor] = {width: phrase_embedding(F.normalize(rows[:, :width], dim=1)) for width in widths}
+        return {None: phrase_embedding(rows), **prefixes}
 
-    return [torch.stack([embed(phrase) for phrase in phrases]) for phrases in phrases_of(task).values()]
+    embedded = [[embed(phrase) for phrase in phrases] for phrases in phrases_of(task).values()]
+    return {width: [torch.stack([one[width] for one in of]) for of in embedded] for width in (None, *widths)}
 
 
 def zero_shot(found: Evaluation, place: str, table: EmbeddingTable, task: ZeroShotOptions, classes: Sequence[Tensor]) -> None:

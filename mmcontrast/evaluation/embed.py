@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,6 +51,10 @@ class EmbeddingTable:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    def prefix(self, width: int) -> "EmbeddingTable":
+        """The first numbers of all embeddings alone, made unit rows again."""
+        return replace(self, fields={field: F.normalize(rows[:, :width], dim=1) for field, rows in self.fields.items()})
 
     def first(self, number: int) -> "EmbeddingTable":
         """Of the samples so many."""

@@ -50,7 +50,8 @@ def evaluate(
     found = Evaluation(options.resamples if first else 0)
     embed = embed or partial(embed_split, model, options, device, progress, group)
     with autocast():
-        classes = {name: embed_classes(model, task, device) for name, task in options.zero_shot.items()} if datasets else {}
+        widths = [width for width in options.widths or () if width < model.embed_dim]
+        classes = {n: embed_classes(model, task, device, widths) for n, task in options.zero_shot.items()} if datasets else {}
     for split in options.splits:
         with autocast():
             table = shared(embed(split, datasets[split]), group)
@@ -59,12 +60,18 @@ def evaluate(
                 for field in captions_of(options, split)
                 if field in table.fields
             }
-        RetrievalTasks(model, split, table, captions, options, device, progress, group, found).run()
+        for width in (None, *widths):
+            part = Evaluation(found.resamples) if width else found
+            rows = table.prefix(width) if width else table
+            sides = {field: side.prefix(width) if width else side for field, side in captions.items()}
+            RetrievalTasks(model, split, rows, sides, options, device, progress, group, part).run()
+            for name, task in options.zero_shot.items() if first else ():
+                if split in (task.splits or options.splits):
+                    zero_shot(part, f"{split}/zero_shot/{name}", rows, task, classes[name][width])
+            if width:
+                found.add_prefixes(part, width)
         if first:
             found.tables[split] = table
-            for name, task in options.zero_shot.items():
-                if split in (task.splits or options.splits):
-                    zero_shot(found, f"{split}/zero_shot/{name}", table, task, classes[name])
             if options.geometry:
                 measure(found, f"{split}/geometry", table)
     for name, asked in options.probes.items():
@@ -253,5 +260,8 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
             raise UserError(
                 f"evaluation.{option}: it is of retrieval, and none is asked for: leave it out, or name a task of `retrieval`"
             )
+    for width in options.widths or ():
+        if width > model.embed_dim:
+            raise UserError(f"evaluation.widths: {width} of embeddings of {model.embed_dim} numbers")
     if options.report_split not in (None, *options.splits):
         raise UserError(f"evaluation.report_split={options.report_split!r} is none of {', '.join(options.splits)}")

@@ -154,6 +154,8 @@ class EvaluationOptions(Options):
         retrieval_at: the k of recall and nDCG at k.
         whiten: retrieval: each field's embeddings of a split are centred and whitened first.
         scoring: retrieval: what scores are made of cosines, against hubs: csls, inverted_softmax, margin.
+        widths: retrieval and zero-shot tasks also by so many first numbers of each embedding alone, "…/recall_at_1@64";
+            default: of a run with `train.matryoshka` its widths.
         geometry: alignment, uniformity, modality gap, hubness, effective rank.
         resamples: of the bootstrap behind each interval; 0: no intervals.
         best: the result by which the best checkpoint is chosen, and `train.patience` counts; default: the mean recall at the
@@ -172,6 +174,7 @@ class EvaluationOptions(Options):
     retrieval_at: list[Positive] = [1, 5, 10]
     whiten: bool = False
     scoring: Literal["csls", "inverted_softmax", "margin"] | None = None
+    widths: list[Positive] | None = None
     geometry: bool = True
     resamples: Count = 1000
     best: str | None = None

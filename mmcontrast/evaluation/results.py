@@ -20,7 +20,7 @@ from mmcontrast.evaluation.embed import EmbeddingTable
 
 FORMAT = "mmcontrast results 1"
 PACKAGES = ("mmcontrast", "torch", "open_clip_torch", "transformers", "timm", "numpy")
-DETAILS = re.compile(r"/(num_|all_recall_at_|antihubs)|/retrieval/[^/]+_to_[^/]+/(ndcg_at_|map$)")  # of results.json alone
+DETAILS = re.compile(r"/(num_|all_recall_at_|antihubs)|/retrieval/[^/]+_to_[^/]+/(ndcg_at_|map(@|$))")  # of results.json alone
 Results = dict[str, float]  # "val/retrieval/image_to_text/recall_at_1": 0.5
 
 
@@ -75,6 +75,11 @@ class Evaluation:
         self.values[f"{place}/num_samples"] = int(report.support.sum())
         self.reports[place] = report, list(classes)
 
+    def add_prefixes(self, found: "Evaluation", width: int) -> None:
+        """What was found of the first numbers of all embeddings alone: "…/recall_at_1@64"."""
+        self.values |= {f"{name}@{width}": value for name, value in found.values.items()}
+        self.intervals |= {f"{name}@{width}": interval for name, interval in found.intervals.items()}
+
     def _add_intervals(self, names: Sequence[str], low: Tensor, high: Tensor) -> None:
         self.intervals |= dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
@@ -118,7 +123,7 @@ def _shown(name: str, found: Evaluation) -> str:
     """0.531 ±.021: half of the interval's width."""
     if name not in found.values:
         return ""
-    digits = 0 if name.endswith("median_rank") else 3
+    digits = 0 if name.partition("@")[0].endswith("median_rank") else 3
     low, high = found.intervals.get(name, (math.nan, math.nan))
     span = "" if math.isnan(high - low) else f" ±{(high - low) / 2:.{digits}f}".replace("±0.", "±.")
     return f"{found.values[name]:.{digits}f}{span}"

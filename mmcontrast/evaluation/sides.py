@@ -39,6 +39,9 @@ class Side:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def prefix(self, width: int) -> "Side":
+        return replace(self, rows=F.normalize(self.rows[:, :width], dim=1))
+
     def take(self, places: Tensor) -> "Side":
         return Side(self.rows[places], self.samples[places], self.groups[places])
 

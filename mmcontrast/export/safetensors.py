@@ -82,7 +82,7 @@ def _composed(model: ContrastiveModel, names: list[str], folder: Path) -> tuple[
     assert model.origin
     config, fields, notes = model.origin.config, {}, []
     for name in names:
-        options = {key: value for key, value in config["fields"][name].items() if key != "negative_of"}
+        options = {key: value for key, value in config["fields"][name].items() if key not in ("negative_of", "own")}
         modality, spec = model.modality(name), _mapping(options["modality"])
         if isinstance(modality, ImageModality) and spec.get("type") == "image":
             spec["background"] = modality.background  # its default is that of the tower's pretrained weights

@@ -100,14 +100,17 @@ class TextModality(Modality):
         return text
 
     def transform(self, raw: str, training: bool) -> Tensor | None:
-        if self.captions != "whole":
-            lines = self.lines(raw)
-            drawn = int(torch.randint(len(lines), ())) if training and self.captions == "lines" else 0
-            number = drawn if isinstance(self.captions, str) else self.captions
-            if number >= len(lines):
-                return None
-            raw = lines[number]
-        return self.tokens(raw)
+        text = self.shown(raw, training)
+        return None if text is None else self.tokens(text)
+
+    def shown(self, raw: str, training: bool) -> str | None:
+        """Return what is read of a text: all of it, or one of its lines; None: it has no such line."""
+        if self.captions == "whole":
+            return raw
+        lines = self.lines(raw)
+        drawn = int(torch.randint(len(lines), ())) if training and self.captions == "lines" else 0
+        number = drawn if isinstance(self.captions, str) else self.captions
+        return lines[number] if number < len(lines) else None
 
     @staticmethod
     def lines(raw: str) -> list[str]:

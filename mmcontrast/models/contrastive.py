@@ -83,10 +83,24 @@ class ContrastiveModel(nn.Module):
     def keep_start(self, names: Iterable[str]) -> None:
         """Leave tensors of a start, which nothing changes, out of checkpoints; these hold a digest of them instead."""
         self.of_start = frozenset(names)
+        self.start_digest = self.digest(self.of_start)
+
+    def digest(self, names: Iterable[str] | None = None) -> str:
+        """Return a digest of some tensors, by default of all."""
         tensors, digest = self.state_dict(), hashlib.sha256()
-        for name in sorted(self.of_start):
+        for name in sorted(tensors if names is None else names):
             digest.update(tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.start_digest = digest.hexdigest()
+        return digest.hexdigest()
+
+    def narrow(self, width: int) -> None:
+        """Make embeddings of their first numbers alone, of unit length again, from now on: a Matryoshka model's prefix.
+
+        Raises:
+            UserError: for a width that they have not.
+        """
+        if not 1 <= width <= self.embed_dim:
+            raise UserError(f"width={width}: the model's embeddings have {self.embed_dim} numbers")
+        self.embed_dim = width
 
     def tower(self, name: str) -> Tower:
         tower = self.towers[name]
@@ -109,6 +123,8 @@ class ContrastiveModel(nn.Module):
         tower = self.tower_of[field]
         features = self.towers[tower](self.modalities[field](values))
         projected = self.projections[tower](features)
+        if projected.shape[1] > self.embed_dim:  # a prefix is asked for
+            projected = projected[:, : self.embed_dim]
         return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
 
     def forward(self, batch: Batch) -> Embeddings:

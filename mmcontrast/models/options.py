@@ -19,12 +19,15 @@ class FieldOptions(Options):
         keys: extensions of its member in a shard, tried in turn; default: the modality's own. "json:caption" is an entry of the
             json; of {"json:caption": 0.7, "txt": 0.3} training draws one, with these weights.
         negative_of: another field, for which this one only provides further negatives: a mined caption that nearly fits.
+        own: with `negative_of`: of its own sample's anchors alone, not of all. Of several such fields of one field each is a
+            candidate: {keys: ["json:negatives.0"]}, {keys: ["json:negatives.1"]}, ….
     """
 
     modality: Component | None = None
     tower: str | None = None
     keys: Keys = []
     negative_of: str | None = None
+    own: bool = False
 
 
 class StartOptions(Options):

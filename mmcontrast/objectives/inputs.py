@@ -1,5 +1,6 @@
 """What `contrastive_loss` is given, checked: fields, ids, scales, weights, teachers, extra and own negatives."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -30,13 +31,13 @@ class Given:
         teachers: (per field, [N, E]; its scale) of each.
     """
 
-    ids: Mapping[str, Tensor] | None
-    sample_ids: Tensor | None
-    weights: Tensor | None
-    values: Mapping[str, Tensor]
-    extras: Mapping[str, tuple[Tensor, Tensor]]
-    own: Mapping[str, tuple[Tensor, Tensor]]
-    teachers: Sequence[tuple[Mapping[str, Tensor], float]]
+    ids: Mapping[str, Tensor] | None = None
+    sample_ids: Tensor | None = None
+    weights: Tensor | None = None
+    values: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    own: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    teachers: Sequence[tuple[Mapping[str, Tensor], float]] = ()
 
     def of(self, term: Sequence[str], keep: Tensor | None) -> "Given":
         """What concerns some fields, of the samples to be kept.

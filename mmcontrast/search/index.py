@@ -22,7 +22,7 @@ from mmcontrast.training.log import make_progress
 QUERIES, AT = 1000, 10  # of the measured recall
 ENOUGH = 0.95  # of it, for which a search in a graph or in codes is made more thorough
 SAME = 1e-6  # scores that differ by less are equal: a duplicate of the right row is right
-MODEL_AND_DATA = ("model", "checkpoint", "pretrained", "precision", "shards", "data")  # of the table's manifest
+MODEL_AND_DATA = ("model", "checkpoint", "pretrained", "precision", "width", "shards", "data")  # of the table's manifest
 
 
 def build_index(

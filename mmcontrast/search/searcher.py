@@ -61,11 +61,14 @@ class Searcher:
         for name in ("model", "checkpoint", "pretrained", "precision"):
             if not isinstance(value := index.about.get(name), str | None):
                 raise UserError(f"{index.folder}: its {name} is {str(value)[:60]!r}: index again")
+        if not isinstance(width := index.about.get("width"), int | None):
+            raise UserError(f"{index.folder}: its width is {str(width)[:60]!r}: index again")
         if not index.about.get("model"):
             raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
-        about = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
+        about: dict[str, Any] = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
         precision = index.about.get("precision", "fp32")
-        return cls(index, load(index.about["model"], device=device, precision=precision, trust_code=trust_code, **about))
+        options: dict[str, Any] = {"precision": precision, "trust_code": trust_code, "width": width}
+        return cls(index, load(index.about["model"], device=device, **options, **about))
 
     def vector(
         self,

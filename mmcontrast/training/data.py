@@ -1,7 +1,8 @@
 """From options to the objects of a run: modalities, towers, model, data. What the loop and the evaluation work on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from mmcontrast.components import build, nearest
 from mmcontrast.data import (
@@ -13,6 +14,7 @@ from mmcontrast.data import (
     Shards,
     StreamDataset,
     StreamOrder,
+    TeacherView,
     TrainingDataset,
     TrainingOrder,
     clusters_of,
@@ -37,23 +39,30 @@ def make_dataset(
     training: bool = False,
     partial: bool = False,
     without: float | None = None,
+    views: Sequence[TeacherView] = (),
 ) -> ShardDataset:
     """Open shards as `fields` say, or as a mapping of shards says that has `keys` and `files` of its own.
 
     Args:
         partial: leave out fields of which no sample has a member.
         without: the share of the samples that is held out, and left out here.
+        views: what teachers read beside it.
 
     Raises:
         UserError: for shards that are not there, or lack a field.
     """
     modalities = {field: model.modality(field) for field in fields}
     keys = {field: of.keys for field, of in fields.items() if of.keys}
-    return open_dataset(shards, modalities, keys, seed=seed, training=training, partial=partial, without=without)
+    return open_dataset(shards, modalities, keys, seed=seed, training=training, partial=partial, without=without, views=views)
 
 
 def make_training_data(
-    options: DataOptions, fields: Mapping[str, FieldOptions], model: ContrastiveModel, batch_size: int, seed: int
+    options: DataOptions,
+    fields: Mapping[str, FieldOptions],
+    model: ContrastiveModel,
+    batch_size: int,
+    seed: int,
+    views: Sequence[TeacherView] = (),
 ) -> tuple[TrainingDataset, TrainingOrder]:
     """The samples and their order: of one set of shards, of several sources, within clusters, or sequential.
 
@@ -62,12 +71,14 @@ def make_training_data(
     """
     sources = options.train if isinstance(options.train, dict) else {}
     refuse_combinations(options, fields)
+    if options.sequential and any(view.keys for view in views):
+        raise UserError("train.teacher: embeddings that are stored need shards that are indexed: no data.sequential")
     lanes = options.lanes or max(lanes for lanes in (1, 2, 4, 8, 16, 32, 64) if batch_size % lanes == 0)
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     if options.sequential:
         assert not isinstance(options.train, dict)
         modalities = {field: model.modality(field) for field in fields}
-        return StreamDataset(options.train, modalities, keys, seed), StreamOrder(batch_size, seed)
+        return StreamDataset(options.train, modalities, keys, seed, views), StreamOrder(batch_size, seed)
 
     def order_of(dataset: ShardDataset) -> SampleOrder:
         sizes, by = tuple(len(shard) for shard in dataset.shards), options.bucket_by
@@ -76,12 +87,14 @@ def make_training_data(
 
     dataset: ShardDataset | MixtureDataset
     if sources:
-        opened = {name: make_source(name, source, fields, model, seed, options.held_out) for name, source in sources.items()}
+        common: dict[str, Any] = {"seed": seed, "without": options.held_out, "views": views}
+        opened = {name: make_source(name, source, fields, model, **common) for name, source in sources.items()}
         every = {field: model.modality(field) for field in fields}
-        dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids])
+        dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids], views)
     else:
         assert not isinstance(options.train, dict)
-        dataset = make_dataset(options.train, fields, model, seed=seed, training=True, without=options.held_out)
+        part: dict[str, Any] = {"without": options.held_out, "views": views}
+        dataset = make_dataset(options.train, fields, model, seed=seed, training=True, **part)
     if options.clusters:
         clusters, table = clusters_of(dataset, options.clusters)
         return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest, table, clusters)
@@ -120,6 +133,7 @@ def make_source(
     model: ContrastiveModel,
     seed: int,
     without: float | None = None,
+    views: Sequence[TeacherView] = (),
 ) -> ShardDataset:
     """One of several sources, with its own keys and transforms; without a share that is held out.
 
@@ -130,17 +144,7 @@ def make_source(
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
     part = Part(without, False) if without else None
     check_templates(source.templates, modalities, f"data.train.{name}")
-    dataset = ShardDataset(
-        source.shards,
-        modalities,
-        keys,
-        seed,
-        training=True,
-        partial=True,
-        files=source.files,
-        part=part,
-        templates=source.templates,
-    )
+    dataset = ShardDataset(source.shards, modalities, keys, seed, True, True, source.files, part, source.templates, views)
     for field in source.keys.keys() - dataset.keys.keys():
         wanted = " or ".join(names_of(source.keys[field]))
         raise UserError(f"data.train.{name}.keys.{field}: no sample has a member {wanted}")

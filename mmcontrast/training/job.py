@@ -1,7 +1,7 @@
 """All that a run is made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder
@@ -9,12 +9,13 @@ from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.objectives import Objective, Pairing
 from mmcontrast.training.options import DataOptions, TrainOptions
+from mmcontrast.training.teachers import Teacher
 
 
 @dataclass
 class Job:
     """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
-    negatives, and for which field."""
+    negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone."""
 
     name: str
     folder: Path
@@ -29,3 +30,5 @@ class Job:
     evaluation: EvaluationOptions
     options: TrainOptions
     negative_of: Mapping[str, str]
+    teachers: list[Teacher] = field(default_factory=list)
+    own: frozenset[str] = frozenset()

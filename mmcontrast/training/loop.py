@@ -71,7 +71,12 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     copies = [one for one in (averaged, queue and queue.encoder) if one]
     model = place(job.model, copies, options, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(job.model, options))
-    learner = Learner(model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until)
+    for teacher in job.teachers:
+        teacher.to(accelerator.device)
+    learner = Learner(
+        model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until, job.teachers,
+        job.own,
+    )  # fmt: skip
 
     start = 0
     if resume:

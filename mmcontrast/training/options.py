@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, model_validator
 
 from mmcontrast.data.opening import Templates
+from mmcontrast.models.options import StartOptions
 from mmcontrast.options import Component, Keys, Options, Patterns, Positive
 
 T = TypeVar("T")
@@ -81,7 +82,47 @@ def _rising(steps: tuple[int, int]) -> tuple[int, int]:
     return steps
 
 
+MatryoshkaWidths = Annotated[
+    list[Positive] | dict[Positive, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)
+]
 Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_from_the_start)]  # from a step on, a value
+
+
+class TeacherOptions(Options):
+    """A model to learn from.
+
+    Attributes:
+        model, pretrained, checkpoint, pooling: as in `model.start`: whatever `mmcontrast.load` opens.
+        scale: its logit scale; default: what it has learnt.
+        fields: which of its fields sees each of the model's, where names differ: {picture: image, caption: text}.
+    """
+
+    model: str
+    pretrained: str | None = None
+    checkpoint: str = "last"
+    pooling: Literal["mean", "first", "last"] | None = None
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    fields: dict[str, str] = {}
+
+    @property
+    def start(self) -> StartOptions:
+        return StartOptions(**self.model_dump(include={"model", "pretrained", "checkpoint", "pooling"}))
+
+
+class StoredTeacherOptions(Options):
+    """A model to learn from whose embeddings of the samples are in the shards.
+
+    Attributes:
+        stored: of each field, the member with its embeddings, an array [E], or [A, E] of A augmentations or captions:
+            {image: teacher.image.npy, text: teacher.text.npy}.
+        scale: its logit scale.
+    """
+
+    stored: Annotated[dict[str, str], Field(min_length=1)]
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+
+
+AnyTeacherOptions = str | TeacherOptions | StoredTeacherOptions
 
 
 class TrainOptions(Options):
@@ -98,6 +139,10 @@ class TrainOptions(Options):
             micro_batch_size.
         queue_size: so many past embeddings of each field, of a momentum encoder, are further negatives (MoCo); 0: none.
         queue_momentum: of that encoder's weights.
+        teacher: a model that objectives with a teacher learn from, by its name or with options; or one whose embeddings are in
+            the shards; or several. It has no gradient, and reads the samples by its own preprocessing.
+        matryoshka: the loss is the sum of those of the first so many numbers of each embedding (arXiv:2205.13147):
+            [64, 128, 512], or with weights {64: 0.5, 512: 1.0}. The whole width is one of them.
         seed: of weights, order and augmentation.
         optimizer: adamw, or the name of one of timm's, with its options: {type: lion, betas: [0.95, 0.98]}.
         lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any). What does not decay: vectors (biases, norms, layer
@@ -148,6 +193,8 @@ class TrainOptions(Options):
     accumulation_steps: Positive = 1
     queue_size: Annotated[int, Field(ge=0)] = 0
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
+    teacher: AnyTeacherOptions | list[AnyTeacherOptions] | None = None
+    matryoshka: MatryoshkaWidths | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     optimizer: Component = "adamw"
     lr: Annotated[float, Field(ge=0)] = 1e-3
@@ -202,6 +249,12 @@ class TrainOptions(Options):
         if self.patience and self.evaluate_every == 0:
             raise ValueError(f"patience={self.patience} counts evaluations, and there is one alone: set evaluate_every")
         return self
+
+    @property
+    def teachers(self) -> list[TeacherOptions | StoredTeacherOptions]:
+        """All teachers, in full."""
+        given = self.teacher if isinstance(self.teacher, list) else [] if self.teacher is None else [self.teacher]
+        return [TeacherOptions(model=one) if isinstance(one, str) else one for one in given]
 
     @property
     def total_steps(self) -> int:

@@ -31,6 +31,7 @@ def state_of(done: int, job: Job, learner: Learner) -> Contents:
         "objective": job.objective.state_dict(),
         "order": job.order.state(),
         "threads": torch.get_num_threads(),
+        "teachers": [teacher.identity for teacher in job.teachers],
     }
     weights, averaged = _whole(job.model, job.model.of_start), _whole(learner.averaged, job.model.of_start)
     return Contents(weights, averaged, state, job.config, shards, job.model.start_digest)
@@ -131,6 +132,7 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
         asked = f"train.steps={job.options.steps}" if epochs is None else f"the {job.options.steps} of train.epochs={epochs:g}"
         raise UserError(f"{job.folder} already has {state['step']} steps, more than {asked}")
     check_start(job.model, path)
+    check_teachers(job, state.get("teachers", []))
     load_weights(job.model, checkpoint.load_weights(path), str(path))
     try:
         load_optimizer(learner.optimizer, job.model, state["optimizer"], path / checkpoint.SHARDS)
@@ -161,6 +163,20 @@ def check_start(model: ContrastiveModel, path: Path) -> None:
     if (trained := checkpoint.start_of(path)) != model.start_digest:
         what = "model.start is not what it was" if trained and model.start_digest else "it was trained with another model.lora"
         raise UserError(f"{path}: {what}: its weights do not belong to these: give back the start, and its name in config.yaml")
+
+
+def check_teachers(job: Job, saved: list[dict[str, str]]) -> None:
+    """
+    Raises:
+        UserError: for teachers that are not those of a checkpoint. Their places may be others, their weights may not.
+    """
+    now = [teacher.identity for teacher in job.teachers]
+    if [one["digest"] for one in now] != [one["digest"] for one in saved]:
+        before, after = (", ".join(f"{one['name']} ({one['digest'][:8]})" for one in each) or "none" for each in (saved, now))
+        raise UserError(
+            f"cannot resume {job.folder}: its teacher was {before}, is {after}: give train.teacher what it had, or start"
+            " another run with train.init_from"
+        )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

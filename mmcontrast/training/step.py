@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import batches_counted, same_statistics, whole
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.stages import set_stage
+from mmcontrast.training.teachers import Teacher
 from mmcontrast.types import Batch
 
 
@@ -43,6 +44,8 @@ class Learner:
         queue: past embeddings as further negatives, or None.
         averaged: the moving average of the model, or None.
         until: the step until which weights are locked, by their names.
+        teachers: models to learn from, each of which has a view of every batch.
+        own: those of `negative_of` that are candidates of their own sample's anchors alone.
     """
 
     model: nn.Module
@@ -55,15 +58,34 @@ class Learner:
     queue: MomentumQueue | None = None
     averaged: ContrastiveModel | None = None
     until: dict[str, int] = dataclasses.field(default_factory=dict)
+    teachers: Sequence[Teacher] = ()
+    own: frozenset[str] = frozenset()
 
     @property
     def group(self) -> dist.ProcessGroup | None:
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
-    def loss(self, embeddings: Embeddings, labels: Batch, signals: dict[str, Tensor] | None = None) -> Tensor:
-        """Of some samples' embeddings, over all ranks. `labels`: their batch, on the device, values apart."""
+    def taught(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Return each teacher's embeddings of a batch, computed in micro-batches and kept."""
+        size, device = self.options.micro_batch_size or len(batch), self.accelerator.device
+        with self.accelerator.autocast():
+            return [t.embed(view, size, device) for t, view in zip(self.teachers, batch.views, strict=True)]
+
+    def loss(
+        self,
+        embeddings: Embeddings,
+        labels: Batch,
+        signals: dict[str, Tensor] | None = None,
+        taught: Sequence[dict[str, Tensor]] = (),
+    ) -> Tensor:
+        """Of some samples' embeddings, over all ranks. `labels`: their batch, on the device, values apart; `taught`: what their
+        teachers make of them."""
         extra = self.queue.negatives(self.accelerator.process_index, self.accelerator.num_processes) if self.queue else {}
+        own: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for field, of in self.negative_of.items():
+            if field in self.own:
+                own.setdefault(of, []).append((embeddings.fields[field], labels.present[field]))
+                continue
             rows = embeddings.fields[field][labels.present[field]]
             nobodys = torch.full((len(rows),), NO_GROUP, device=rows.device)
             if of in extra:
@@ -78,16 +100,22 @@ class Learner:
             ids={field: ids for field, ids in labels.ids.items() if field not in self.negative_of},
             sample_ids=labels.sample_ids,
             extra_negatives=extra,
+            own_negatives={of: stacked(pairs) for of, pairs in own.items()},
+            sample_weights=labels.weights,
+            matryoshka=self.options.matryoshka,
+            teacher=taught or None,
+            teacher_scale=[teacher.scale for teacher in self.teachers],
             group=self.group,
             signals=signals,
         )
 
     def backward(self, batch: Batch, share: float, last: bool, signals: dict[str, Tensor] | None) -> tuple[Tensor, Embeddings]:
         """Adds the gradients of `share` times a part's loss; the `last` part of a step reduces them over the ranks."""
-        device, labels = self.accelerator.device, batch.labels().to(self.accelerator.device)
+        device, labels, taught = self.accelerator.device, batch.labels().to(self.accelerator.device), self.taught(batch)
+        batch = dataclasses.replace(batch, views=[])
 
         def loss_of(embeddings: Embeddings) -> Tensor:
-            return self.loss(embeddings, labels, signals) * share
+            return self.loss(embeddings, labels, signals, taught) * share
 
         if self.options.micro_batch_size:
             size, backward = self.options.micro_batch_size, self.accelerator.backward
@@ -97,6 +125,11 @@ class Learner:
             loss = loss_of(embeddings)
             self.accelerator.backward(loss)
         return loss.detach(), embeddings
+
+
+def stacked(candidates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return K times (rows [N, D], which are there [N]) as rows [N, K, D], and which are there [N, K]."""
+    return torch.stack([rows for rows, _ in candidates], 1), torch.stack([here for _, here in candidates], 1)
 
 
 def training_step(

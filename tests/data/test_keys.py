@@ -262,3 +262,24 @@ def test_a_bad_sample_is_named_by_its_id_and_path(tmp_path):
     (fault,) = verify_shards(str(tmp_path / "files"), 1, progress=False)["faults"]
     assert "(deep/a.txt)" in fault["where"]
     assert default_id("a", "b") != default_id("b", "a") and torch.tensor(default_id("a", "b")).dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["tar", "csv", "parquet"])
+def test_what_a_sample_counts_is_a_finite_number(tmp_path, kind):
+    """Read from the json, or from a table's column; what is none makes a bad sample that names shard and key."""
+    given = [0.5, 0, None, 3]
+    if kind == "tar":
+        write_shard(
+            tmp_path / "x.tar", [{"__key__": f"k{k}", "txt": "a", "json": {"sample_weight": w}} for k, w in enumerate(given)]
+        )
+    else:
+        table = pa.table(
+            {"key": [f"k{k}" for k in range(4)], "text": ["a"] * 4, "sample_weight": pa.array(given, pa.float64())}
+        )
+        pq.write_table(table, tmp_path / "x.parquet") if kind == "parquet" else pa.csv.write_csv(table, tmp_path / "x.csv")
+    data = ShardDataset(str(tmp_path / f"x.{kind}"), TEXT, {})
+    assert data.collate([data[k] for k in range(4)]).weights.tolist() == [0.5, 0.0, 1.0, 3.0]
+    for bad in ("-1", "-1e-9", "1e39", "Infinity", "true", '"0.5"', "[1]"):
+        write_shard(tmp_path / "bad.tar", [{"__key__": "k7", "txt": "a", "json": f'{{"sample_weight": {bad}}}'.encode()}])
+        sample = ShardDataset(str(tmp_path / "bad.tar"), TEXT, {})[0]
+        assert sample.error and "bad.tar, sample 'k7'" in sample.error and "sample_weight" in sample.error, bad

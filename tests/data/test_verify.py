@@ -184,6 +184,7 @@ WORSE_MEMBERS = {
     "a picture so narrow that it grows": ("png", NARROW.getvalue(), "so narrow that scaled to 224"),
     "a sound that is huge by its header": ("flac", bytes(HUGE_SOUND), "values of sound, more than"),
     "an infinite number": ("json", b'{"sample_id": Infinity}', "sample_id inf is neither a whole number"),
+    "a weight below 0": ("json", b'{"sample_weight": -1}', "sample_weight -1 is no finite number"),
     "a number beyond 64 bits": ("json", b'{"group_id": 1e30}', "beyond 64 bits"),
     "a deep nest": ("json", b"[" * 100_000, "not JSON as it should be"),
     "no array": ("npy", b"garbage", "not an array"),
