@@ -15,6 +15,7 @@ from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, Modali
 from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel
+from mmcontrast.models.decoding import set_decoding
 from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.lora import add_lora
 from mmcontrast.models.names import open_model
@@ -69,7 +70,7 @@ def make_model(
             cannot be opened, or does not go with the rest.
     """
     torch.manual_seed(seed)
-    started = [taken(opener(start, weights), start.fields) for start in options.starts]
+    started = [set_decoding(taken(opener(start, weights), start.fields), start) for start in options.starts]
     mine = {field: (one, one.tower_of[field]) for one in started for field in one.modalities}
     if sum(len(one.modalities) for one in started) > len(mine):
         raise UserError("model.start: two of them have the same fields: name halves, one of each kind")

@@ -228,7 +228,7 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
     tokenizer = open_clip.get_tokenizer(name, context_length=sizes.context_length)
     modalities = {
-        "image": LibraryImages(prepare, size, None, augmented),
+        "image": LibraryImages(prepare, size, None, augmented, as_ours(preprocess)),
         "text": LibraryTexts(partial(_tokens, tokenizer), tokenizer.context_length),
     }
     towers = {"image": OpenClipTower(whole.visual, "image"), "text": OpenClipTower(whole.text, "text")}
@@ -244,6 +244,18 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
     rest = {key: value for key, value in whole.state_dict().items() if not key.startswith(("visual.", "text.", "logit_"))}
     model.origin = Origin("open_clip", name, pretrained, config=config, rest=rest)
     return model
+
+
+def as_ours(preprocess: Any) -> dict[str, Any] | str:
+    """Return the options of `ImageModality` that say what a PreprocessCfg does; or why there are none."""
+    sides = {preprocess.size} if isinstance(preprocess.size, int) else set(preprocess.size)
+    if len(sides) > 1:
+        return f"pictures of {preprocess.size} are no squares"
+    if preprocess.resize_mode == "longest":
+        return "resize_mode longest fills up pictures that are no squares"
+    options = {"size": sides.pop(), "mean": list(preprocess.mean), "std": list(preprocess.std), "background": "open_clip"}
+    method = "bilinear" if preprocess.interpolation == "bilinear" else "bicubic"  # random: bicubic in evaluation
+    return options | {"interpolation": method, "resize": preprocess.resize_mode}
 
 
 def model_config(name: str) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class StartOptions(Options):
         context_length: tokens of its texts; default: its own. open_clip resizes position embeddings (force_context_length);
             transformers can only cut texts earlier.
         new_tokens: words that its tokenizer of transformers shall not cut into pieces; their embeddings are new.
+        decoding: how pictures are read: "library", by its own pipeline; "fast", in training by ours (simplejpeg, uint8), with
+            the library's size, mean, std, interpolation and augmentation; "fast_everywhere", in evaluation and by `load` too.
     """
 
     model: str
@@ -52,6 +54,7 @@ class StartOptions(Options):
     image_size: Positive | None = None
     context_length: Positive | None = None
     new_tokens: list[str] = []
+    decoding: Literal["library", "fast", "fast_everywhere"] = "library"
 
     @property
     def sizes(self) -> Sizes:

@@ -1,6 +1,6 @@
 """From options to the objects of a run: modalities, towers, model, data. What the loop and the evaluation work on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from mmcontrast.components import build, nearest
@@ -47,9 +47,13 @@ def make_dataset(
     Raises:
         UserError: for shards that are not there, or lack a field.
     """
-    modalities = {field: model.modality(field) for field in fields}
+    modalities = training_modalities(fields, model) if training else {field: model.modality(field) for field in fields}
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     return open_dataset(shards, modalities, keys, seed=seed, training=training, partial=partial, without=without)
+
+
+def training_modalities(fields: Iterable[str], model: ContrastiveModel) -> dict[str, Modality]:
+    return {field: model.modality(field).for_training() for field in fields}
 
 
 def make_training_data(
@@ -66,7 +70,7 @@ def make_training_data(
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     if options.sequential:
         assert not isinstance(options.train, dict)
-        modalities = {field: model.modality(field) for field in fields}
+        modalities = training_modalities(fields, model)
         return StreamDataset(options.train, modalities, keys, seed), StreamOrder(batch_size, seed)
 
     def order_of(dataset: ShardDataset) -> SampleOrder:
@@ -77,8 +81,9 @@ def make_training_data(
     dataset: ShardDataset | MixtureDataset
     if sources:
         opened = {name: make_source(name, source, fields, model, seed, options.held_out) for name, source in sources.items()}
-        every = {field: model.modality(field) for field in fields}
-        dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids])
+        dataset = MixtureDataset(
+            opened, training_modalities(fields, model), [name for name, source in sources.items() if source.own_ids]
+        )
     else:
         assert not isinstance(options.train, dict)
         dataset = make_dataset(options.train, fields, model, seed=seed, training=True, without=options.held_out)
@@ -126,7 +131,7 @@ def make_source(
     Raises:
         UserError: for a field that there is not.
     """
-    modalities = source_modalities(name, source, fields, {field: model.modality(field) for field in fields})
+    modalities = source_modalities(name, source, fields, training_modalities(fields, model))
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
     part = Part(without, False) if without else None
     check_templates(source.templates, modalities, f"data.train.{name}")
