@@ -97,6 +97,9 @@ class LibraryTexts(TextModality):
         super().__init__(context_length=context_length)
         self.tokenize = tokenize
 
+    def open(self) -> None:
+        """Open the tokenizer, where that was put off until texts are to be read."""
+
     def tokens(self, raw: str) -> Tensor:
         tokens = self.tokenize(raw)
         if not len(tokens):

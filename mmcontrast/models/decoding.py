@@ -1,5 +1,6 @@
 """Pictures of a start by our own path instead of its library's: with the library's size, numbers and method, and compared."""
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -60,6 +61,6 @@ def our_path(images: LibraryImages) -> ImageModality:
 def stripes(width: int, height: int) -> Image.Image:
     """Return a picture of edges and gradients, in which another size, place, or method of scaling is seen; without black and
     white, beyond which libraries cut what bicubic scaling overshoots at different times."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = np.mgrid[:height, :width]
     red, green, blue = x * 128 // width, y * 128 // height, (x // 5 + y // 7) % 2 * 128
-    return Image.fromarray((64 + torch.stack([red, green, blue], 2)).to(torch.uint8).numpy())
+    return Image.fromarray((64 + np.stack([red, green, blue], 2)).astype(np.uint8))

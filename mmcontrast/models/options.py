@@ -87,7 +87,7 @@ class ModelOptions(Options):
             modalities, towers, projections, logit scale and bias are this model's; further `fields` bring towers of their own.
         lora: low-rank updates learn in the place of the start's weights.
         update_batch_norms: let the running statistics of a start's batch norms follow the data; default: they stay those that
-            its weights were trained with, and batches are normalized by them.
+            its weights were trained with, and batches are normalized by them. Those of random weights follow in any case.
         embed_dim: default: the start's, or 512. logit_scale, logit_bias: default: the start's, or 1 / 0.07 and none.
         max_logit_scale: default: 100, or a start's that is larger.
     """

@@ -226,7 +226,7 @@ def open_transformers(
             towers[field] = PooledTower(_half(network, method, modality), method, "pooler_output", _inputs(modality))
             if isinstance(modality, LibraryTexts):  # for texts of another tokenizer, if a config gives one
                 towers[field].context_length, towers[field].vocab_size = modality.context_length, parts[field].vocab_size
-        model = assembled(modalities, towers, scales[0] if weights else None, getattr(network, "logit_bias", None))
+        model = assembled(modalities, towers, scales[0], getattr(network, "logit_bias", None))
         model.origin = Origin("transformers", name, rest=_rest(whole, towers))
         return model
     if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
