@@ -21,6 +21,7 @@ from mmcontrast.evaluation.before import BEFORE, EVALUATIONS
 from mmcontrast.evaluation.report import LOG
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import Modality
+from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make_modalities, make_model, merge_lora
 from mmcontrast.models import open_start as open_library_start
 from mmcontrast.models.names import EXPORT_FIRST
@@ -131,6 +132,9 @@ def modalities_of(config: RunConfig) -> dict[str, Modality]:
     if not config.model.starts:
         return make_modalities(config.fields, config.towers)
     model = model_of(config, tokenizers=False, weights=False)
+    for modality in model.modalities.values():
+        if isinstance(modality, LibraryTexts):
+            modality.open()
     return {field: model.modality(field) for field in model.modalities}
 
 

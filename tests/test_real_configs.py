@@ -2,6 +2,7 @@
 memory, and trained for two steps with one layer each; what only a download provides is overridden, and named here."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import soundfile
+import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -17,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from mmcontrast.config import RunConfig, load_config
@@ -28,7 +31,7 @@ from mmcontrast.training.cost import fakes
 from mmcontrast.training.loop import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-REAL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("quickstart", "letters"))
+REAL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("quickstart", "letters", "vit-glyphs"))
 # the architectures of FacebookAI/roberta-base and of the first layer of FacebookAI/xlm-roberta-large, which the hub has
 ARCHITECTURES = {
     "clap": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
@@ -38,6 +41,8 @@ ARCHITECTURES = {
          "intermediate_size": 4096, "max_position_embeddings": 514, "type_vocab_size": 1},
     ),
 }  # fmt: skip
+OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest")
+HALVES = ((0.5,) * 3, (0.5,) * 3, "squash")
 QUICK = {"lit", "symile"}  # to plan and to train in every run of the suite; the others are slow
 WORDS = ["a", "picture", "of", "number", "with", "sound", "0", "1", "2", "3", "4", "5", "6", "7"]
 VOCABULARY = 32
@@ -65,8 +70,14 @@ def planned(name: str) -> Plan:
 def test_a_config_is_of_the_size_that_it_says(name):
     config = without_downloads(load_config(CONFIGS / f"{name}.yaml", local(name)))
     with fakes():
-        model = make_model(config.fields, config.towers, config.model, 0, tokenizers=False)
+        model = make_model(config.fields, config.towers, config.model, 0, tokenizers=False, weights=False)
     assert f" {count(model.parameters()) / 1e6:.2f} M parameters" in header(name)
+    if config.model.starts:
+        mean, std, resize = HALVES if name.startswith("siglip") else OPENAI
+        ours = {"size": 224, "mean": list(mean), "std": list(std), "resize": resize}
+        assert ours.items() <= model.modality("image").as_ours.items()
+        length = {"siglip-vit-b-16": 64, "siglip-so400m-14": 16}.get(name, 77)
+        assert model.modality("text").context_length == length
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in REAL])
@@ -82,9 +93,23 @@ def test_a_config_opens_with_its_command_and_with_what_plan_computes(name):
     assert (f"{found.at_a_time} samples at a time" in said) == (found.at_a_time < found.per_device)
 
 
-def shallow(name: str, config: RunConfig) -> list[str]:
-    """Overrides for towers of one layer, without their weights, for a vocabulary that takes no time to learn or to save."""
+def shallow(name: str, config: RunConfig, folder: Path) -> list[str]:
+    """Overrides for towers of one layer, without their weights, for a vocabulary that takes no time to learn or to save. In the
+    place of a start comes an architecture that open_clip then knows, of the same kinds and widths."""
     overrides = []
+    for start in config.model.starts:
+        whole = open_clip.get_model_config(start.model)
+        assert whole is not None and start.pretrained is False
+        vision, text = whole["vision_cfg"], whole["text_cfg"]
+        if "timm_model_name" in vision:
+            vision = {**vision, "timm_model_name": one_layer(vision["timm_model_name"])}
+        else:
+            vision = {**vision, "layers": 1}
+        (folder / f"{name}.json").write_text(
+            json.dumps({**whole, "vision_cfg": vision, "text_cfg": {**text, "layers": 1, "vocab_size": VOCABULARY}})
+        )
+        open_clip.add_model_config(folder / f"{name}.json")
+        overrides.append(f"model.start.model={name}")
     for tower, spec in config.towers.items():
         assert isinstance(spec, dict)
         changed: dict[str, object] = {}
@@ -103,6 +128,18 @@ def shallow(name: str, config: RunConfig) -> list[str]:
             changed["pretrained"] = None
         overrides += [f"towers.{tower}.{option}={one_line(value)}" for option, value in changed.items()]
     return overrides
+
+
+def one_layer(name: str) -> str:
+    """The name of a timm model of one layer that is otherwise that of a name."""
+
+    def make(pretrained: bool = False, **options: object) -> nn.Module:
+        return timm.create_model(name, depth=1, **options)
+
+    make.__name__ = f"{name}_of_one_layer"
+    if not timm.is_model(make.__name__):
+        timm.models.register_model(make)
+    return make.__name__
 
 
 def one_line(value: object) -> str:
@@ -166,11 +203,12 @@ def test_a_config_learns_for_two_steps(name, shards, tokenizer, tmp_path, fresh_
     data = [f"data.train.{source}.shards={shards / source}.tar" for source in sources] or [f"data.train={shards / 'all.tar'}"]
     small = ["train.steps=2", "train.batch_size=4", "train.warmup_steps=0", "train.log_every=1", "data.num_workers=0"]
     small += [] if name == "clip-vit-b-32" else ["train.precision=fp32"]  # many CPUs have no fast products of bf16
-    texts = [field for field, options in config.fields.items() if (options.modality or {}).get("type") == "text"]
-    small += [f"fields.{field}.modality.tokenizer={tokenizer}" for field in texts]
+    texts = {f: options.modality for f, options in config.fields.items() if (options.modality or {}).get("type") == "text"}
+    for field, words in (texts or {"text": {"type": "text", "context_length": 16}}).items():
+        small += [f"fields.{field}.modality={one_line(words | {'tokenizer': str(tokenizer)})}"]
     small += ["train.micro_batch_size=2"] if config.train.micro_batch_size else []
     small += ["evaluation.splits={}", f"run.dir={tmp_path}", "data.block=4", "train.async_checkpoints=false"]
-    job = make_job(load_config(CONFIGS / f"{name}.yaml", [*shallow(name, config), *data, *small]))
+    job = make_job(load_config(CONFIGS / f"{name}.yaml", [*shallow(name, config, tmp_path), *data, *small]))
     before = {key: weight.clone() for key, weight in job.model.state_dict().items() if weight.dim() < 2}
     job.folder.mkdir()
     train(job)
@@ -179,4 +217,6 @@ def test_a_config_learns_for_two_steps(name, shards, tokenizer, tmp_path, fresh_
     moved = {key.split(".")[1] for key, weight in before.items() if key.startswith("towers") and
              not torch.equal(weight, job.model.state_dict()[key])}  # fmt: skip
     locked = {pattern.split(".")[1] for pattern in config.train.freeze if pattern.startswith("towers")}
-    assert moved == config.towers.keys() - locked
+    assert moved == job.model.towers.keys() - locked
+    if config.model.starts:
+        assert job.dataset[0].values["image"].dtype == torch.uint8

@@ -21,7 +21,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.options import Component
 from mmcontrast.runs import check_components, modalities_of, model_of
-from mmcontrast.training.data import make_dataset, make_source
+from mmcontrast.training.data import make_dataset, make_source, training_modalities
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import SourceOptions
 
@@ -143,7 +143,7 @@ def samples(name: str, source: SourceOptions, config: RunConfig, rate: float | N
         modalities = ContrastiveModel(modalities_of(config), {}, {}, 1)
         dataset: ShardDataset | StreamDataset
         if config.data.sequential:
-            of_fields = {field: modalities.modality(field) for field in config.fields}
+            of_fields = training_modalities(config.fields, modalities)
             dataset = StreamDataset(source.shards, of_fields, keys, config.train.seed)
         elif isinstance(config.data.train, dict):
             dataset = make_source(name, ends, config.fields, modalities, config.train.seed)

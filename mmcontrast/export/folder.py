@@ -17,6 +17,7 @@ from mmcontrast.export.parity import HALF_TOLERANCE, TOLERANCE, measure
 from mmcontrast.export.parts import chosen_fields, plain_model
 from mmcontrast.export.samples import Samples, given_samples, made_samples
 from mmcontrast.libraries import library_errors
+from mmcontrast.modalities.library import LibraryImages
 from mmcontrast.strict_json import dumps
 
 PARITY = "parity.json"
@@ -64,6 +65,9 @@ def export_model(
     check_place(out, overwrite)
     embedder = load(name, checkpoint=checkpoint, pretrained=pretrained, pooling=pooling, device="cpu", trust_code=trust_code)
     embedder.model = plain_model(embedder.model)
+    for modality in embedder.model.modalities.values():
+        if isinstance(modality, LibraryImages):
+            modality.fast_in_evaluation = False  # the library, whose preprocessing goes with the model, will read them
     embedder.name = Path(name).absolute().name if Path(name).exists() else str(name)  # the card may go anywhere
     chosen = chosen_fields(embedder.model, embedder.fields, fields)
     tried = given_samples(embedder, data, samples, chosen) if data else made_samples(embedder.model, chosen)

@@ -255,7 +255,7 @@ def _check_tokenizer(model: ContrastiveModel, text: str) -> None:
     """
     modality = model.modality(text)
     if isinstance(modality, LibraryTexts):
-        tokenizer = modality.tokenize.args[0]
+        tokenizer = modality.tokenize.tokenizer
         its_own = type(tokenizer).__name__ == "SimpleTokenizer" and tokenizer.reduction_fn is None
         if (
             its_own

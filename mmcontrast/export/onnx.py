@@ -214,7 +214,7 @@ def _texts(
     fixed = isinstance(tower, OpenClipTextReader)
     length, clean, full = modality.context_length, "", False
     if isinstance(modality, LibraryTexts) and fixed:  # open_clip's own
-        theirs = modality.tokenize.args[0]
+        theirs = modality.tokenize.tokenizer
         clean = {"_clean_whitespace": "whitespace", "_clean_canonicalize": "canonicalize", "_clean_lower": ""}.get(
             getattr(getattr(theirs, "clean_fn", None), "__name__", "_clean_canonicalize"), "?"
         )

@@ -312,7 +312,7 @@ def preprocess_config(origin: Origin | None, modality: Modality) -> dict[str, An
 def _with_tokenizer(modality: Modality, config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Save the tokenizer, unless it is open_clip's own; return the `text_cfg` that names it, and notes."""
     if isinstance(modality, LibraryTexts):
-        tokenizer = modality.tokenize.args[0]  # open_clip's
+        tokenizer = modality.tokenize.tokenizer  # open_clip's
         if not hasattr(tokenizer, "save_pretrained"):
             return config, []
         unused(tokenizer.tokenizer).save_pretrained(folder)

@@ -38,6 +38,11 @@ class Modality(nn.Module):
     def blank(self) -> Tensor:
         """A transformed sample that means nothing, of a valid shape: it stands in where a whole batch lacks a field."""
 
+    def for_training(self) -> "Modality":
+        """Return what reads the samples of training: itself, unless they are decoded in another way there. What it makes is
+        given to the `forward` of this one."""
+        return self
+
     def encode(self, value: Any) -> Any:
         """A value as a person has it in a program (a string, a PIL image) as `decode` would give it."""
         return value

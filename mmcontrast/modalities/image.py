@@ -24,6 +24,7 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what it says of palettes and metadata names no file
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error)
 LIBRARIES = ("open_clip", "drop")  # `background`: no colour
+INTERPOLATIONS, RESIZES = ("bicubic", "bilinear"), ("shortest", "squash")
 
 
 class ImageModality(Modality):
@@ -43,6 +44,10 @@ class ImageModality(Modality):
             do; "open_clip" scales the picture with its transparency, palette or 16 bits, and converts it then, as open_clip
             does (before `augment`, if there is any). Default: white; that of the library, where the tower has pretrained
             weights of open_clip's or timm's.
+        interpolation: "bicubic" or "bilinear", with antialiasing.
+        resize: "shortest": the shorter side is scaled to `resize_to`, and the middle is cut out; "squash": both sides are,
+            whatever the picture's shape.
+        resize_to: side in pixels, before the middle of `size` × `size` is cut out. Default: `size`.
 
     Attributes:
         mean, std: the numbers that it normalises by.
@@ -66,6 +71,9 @@ class ImageModality(Modality):
         max_pixels: int = 64_000_000,
         scaled_decode: bool = False,
         background: str | Sequence[int] = "white",
+        interpolation: str = "bicubic",
+        resize: str = "shortest",
+        resize_to: int | None = None,
     ) -> None:
         super().__init__()
         if size < 1:
@@ -77,13 +85,19 @@ class ImageModality(Modality):
                 raise ValueError(f"{name}={values}: it must be {channels} numbers, one for each channel, of values in [0, 1]")
         if std is not None and min(std) <= 0:
             raise ValueError(f"std={std}: each must be more than 0")
+        for name, value, known in (("interpolation", interpolation, INTERPOLATIONS), ("resize", resize, RESIZES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, it must be {' or '.join(known)}")
+        self.interpolation, self.resize, self.resize_to = interpolation, resize, size if resize_to is None else resize_to
+        if self.resize_to < size:
+            raise ValueError(f"resize_to={resize_to} is less than size={size}, which is cut out of it")
         self.background, self.colour = background, _colour(background)
         self.mode = "RGB" if channels == 3 else "L"
         self.augments = augment is not None
         self.size, self.channels, self.max_pixels, self.scaled_decode = size, channels, max_pixels, scaled_decode
         from mmcontrast.modalities.image_transforms import make_transforms
 
-        self.train_transform, self.eval_transform = make_transforms(size, augment)
+        self.train_transform, self.eval_transform = make_transforms(size, augment, interpolation, resize, self.resize_to)
         middle, width = (
             torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1) for values in (mean, std)
         )
@@ -116,7 +130,7 @@ class ImageModality(Modality):
             check_scans(data, width, height, self.max_pixels)
             if space not in ("YCbCr", "Gray"):
                 return None
-            least = self.size if self.scaled_decode else 0
+            least = self.resize_to if self.scaled_decode else 0
             array = simplejpeg.decode_jpeg(data, "RGB" if self.channels == 3 else "GRAY", min_height=least, min_width=least)
         except ValueError:
             return None
@@ -125,8 +139,8 @@ class ImageModality(Modality):
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
             raise DecodeError(f"{width}×{height} pixels, more than max_pixels={self.max_pixels}")
-        if max(width, height) * self.size**2 > self.max_pixels * max(1, min(width, height)):
-            raise DecodeError(f"{width}×{height} pixels, so narrow that scaled to {self.size} it has more than max_pixels")
+        if max(width, height) * self.resize_to**2 > self.max_pixels * max(1, min(width, height)):
+            raise DecodeError(f"{width}×{height} pixels, so narrow that scaled to {self.resize_to} it has more than max_pixels")
 
     def encode(self, value: Any) -> Any:
         """A PIL image, or pixels (uint8, [height, width] or [height, width, channels]), as `decode` gives a picture."""
@@ -168,10 +182,14 @@ class ImageModality(Modality):
         return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
 
     def forward(self, batch: Tensor) -> Tensor:
-        pictures = batch.float()
-        if self.training and self.side not in (None, batch.shape[-1]):
-            pictures = F.interpolate(pictures, [self.side] * 2, mode="bicubic", antialias=True)
+        pictures = self.at_side(batch.float())
         return pictures.mul_(self.factor).sub_(self.shift)  # (x / 255 − mean) / std, in place
+
+    def at_side(self, pictures: Tensor) -> Tensor:
+        """Scale a batch of floats to `side`, in training."""
+        if not self.training or self.side in (None, pictures.shape[-1]):
+            return pictures
+        return F.interpolate(pictures, [self.side] * 2, mode="bicubic", antialias=True)
 
 
 def over(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:

@@ -10,21 +10,30 @@ from torchvision.transforms import v2
 from mmcontrast.components import build
 
 AUGMENTATIONS = {name: value for name, value in vars(v2).items() if isinstance(value, type)}
-BICUBIC = v2.InterpolationMode.BICUBIC
+INTERPOLATIONS = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
 
 
-def make_transforms(size: int, augment: Sequence[Any] | None) -> tuple[v2.Transform, v2.Transform]:
+def make_transforms(
+    size: int, augment: Sequence[Any] | None, interpolation: str, resize: str, resize_to: int
+) -> tuple[v2.Transform, v2.Transform]:
     """Return the transforms of training and of evaluation: uint8 [channels, height, width] to [channels, size, size].
 
     Args:
         augment: specs of torchvision v2 transforms, by name; None: a random crop of 0.9 to 1.0 of the area.
+        interpolation, resize, resize_to: as `ImageModality` has them.
     """
-    fit = [v2.Resize(size, interpolation=BICUBIC, antialias=True), v2.CenterCrop(size)]
+    method = INTERPOLATIONS[interpolation]
+
+    def fit(side: int) -> list[v2.Transform]:
+        sides = side if resize == "shortest" else [side, side]
+        return [v2.Resize(sides, interpolation=method, antialias=True), v2.CenterCrop(size)]
+
     if augment is None:
-        train = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=BICUBIC, antialias=True)]
+        train = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=method, antialias=True)]
     else:
-        train = [*(build(spec, AUGMENTATIONS, "augmentation", torch.nn.Module) for spec in augment), *fit]
-    return v2.Compose(train), v2.Compose(fit)
+        made = [build(spec, AUGMENTATIONS, "augmentation", torch.nn.Module) for spec in augment]
+        train = [*made, *fit(size if made else resize_to)]
+    return v2.Compose(train), v2.Compose(fit(resize_to))
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):

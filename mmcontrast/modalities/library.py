@@ -1,7 +1,7 @@
 """Modalities of other libraries' models: our decoding under our limits, then the library's own preprocessing in the worker."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,14 @@ class LibraryImages(ImageModality):
         size: about the larger side of what `prepare` makes, for the limit on narrow pictures.
         mode: pictures are converted to it first, their transparency dropped; None: `prepare` does so in its own way.
         augmented: in training, in the place of `prepare`.
+        as_ours: options of `ImageModality` by which our own path does about the same; or why there are none.
+
+    Attributes:
+        fast: None, or our own path, where a config asks for it: of training, or of all that is read.
+        fast_in_evaluation: of all.
     """
+
+    fast_in_evaluation = False
 
     def __init__(
         self,
@@ -30,30 +37,51 @@ class LibraryImages(ImageModality):
         size: int,
         mode: str | None = "RGB",
         augmented: Callable[[Image.Image], Tensor] | None = None,
+        as_ours: Mapping[str, Any] | str = "how its library prepares pictures is not known",
     ) -> None:
         super().__init__(size, background="drop")
+        self.as_ours, self.fast = as_ours, None
         self.prepare, self.augmented, self.first_mode = prepare, augmented or prepare, mode
 
     def _decode_jpeg(self, data: bytes) -> None:
         """Pillow decodes all: the library's transforms take its images."""
 
-    def encode(self, value: Any) -> Image.Image:
+    def for_training(self) -> ImageModality:
+        return self.fast or self
+
+    @property
+    def reader(self) -> ImageModality | None:
+        """Our own path, if it reads all."""
+        return self.fast if self.fast_in_evaluation else None
+
+    def decode(self, data: bytes) -> Any:
+        return self.reader.decode(data) if self.reader else super().decode(data)
+
+    def encode(self, value: Any) -> Any:
+        if self.reader:
+            return self.reader.encode(value)
         picture = self.picture(value)
         return without_palette_alpha(picture).convert(self.first_mode) if self.first_mode else picture
 
-    def as_rgb(self) -> "LibraryImages":
+    def as_rgb(self) -> ImageModality:
+        if self.reader:
+            return self.reader.as_rgb()
         other = copy.copy(self)
         other.first_mode = self.first_mode or "RGB"
         return other
 
-    def transform(self, raw: Image.Image, training: bool) -> Tensor:
+    def transform(self, raw: Any, training: bool) -> Tensor:
+        if self.reader:
+            return self.reader.transform(raw, training)
         return (self.augmented if training else self.prepare)(raw)
 
     def blank(self) -> Tensor:
-        return self.prepare(Image.new(self.first_mode or "RGB", (self.size, self.size)))
+        return self.reader.blank() if self.reader else self.prepare(Image.new(self.first_mode or "RGB", (self.size, self.size)))
 
     def forward(self, batch: Tensor) -> Tensor:
-        return batch
+        if self.fast and batch.dtype == torch.uint8:
+            batch = self.fast(batch)
+        return self.at_side(batch)
 
 
 class LibraryTexts(TextModality):
@@ -68,6 +96,9 @@ class LibraryTexts(TextModality):
     def __init__(self, tokenize: Any, context_length: int) -> None:
         super().__init__(context_length=context_length)
         self.tokenize = tokenize
+
+    def open(self) -> None:
+        """Open the tokenizer, where that was put off until texts are to be read."""
 
     def tokens(self, raw: str) -> Tensor:
         tokens = self.tokenize(raw)

@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmcontrast.components import build, nearest
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import weights_follow
-from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, Modality, TextModality
+from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, ImageModality, Modality, TextModality
 from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel
+from mmcontrast.models.decoding import set_decoding
 from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.lora import add_lora
 from mmcontrast.models.names import open_model
@@ -69,18 +70,21 @@ def make_model(
             cannot be opened, or does not go with the rest.
     """
     torch.manual_seed(seed)
-    started = [taken(opener(start, weights), start.fields) for start in options.starts]
+    started = [set_decoding(taken(opener(start, weights), start.fields), start) for start in options.starts]
     mine = {field: (one, one.tower_of[field]) for one in started for field in one.modalities}
     if sum(len(one.modalities) for one in started) > len(mine):
         raise UserError("model.start: two of them have the same fields: name halves, one of each kind")
     fields = {field: FieldOptions() for field in mine} | dict(fields)
     tower_of = check_fields(fields, towers, options, mine)
+    refuse_unread(fields, started, options.starts)
     torch.manual_seed(seed)  # what is added does not depend on what a start has drawn
     modalities = {field: mine[field][0].modality(field) for field in mine} | make_modalities(fields, towers)
     modalities = {field: modalities[field] for field in fields}
     made = {name: build(spec, TOWERS, f"towers.{name}: tower", Tower) for name, spec in towers.items()}
     inherited = {tower: one.towers[tower] for one, tower in mine.values()}
     for field, modality in modalities.items():
+        if isinstance(modality, LibraryTexts) and tokenizers:
+            modality.open()
         tower = (inherited | made)[tower_of[field]]
         if isinstance(modality, TextModality) and not isinstance(modality, LibraryTexts) and tokenizers:
             try:
@@ -91,9 +95,13 @@ def make_model(
             refuse_short_sounds(field, modality, tower)
     model = joined(started, modalities, made, tower_of, options)
     if not options.update_batch_norms:
-        model.fixed = [
-            module for name in inherited for module in model.towers[name].modules() if isinstance(module, _BatchNorm)
+        trained = [
+            name
+            for one, start in zip(started, options.starts, strict=True)
+            if start.pretrained is not False
+            for name in one.towers
         ]
+        model.fixed = [module for name in trained for module in model.towers[name].modules() if isinstance(module, _BatchNorm)]
     if options.lora:
         adapt(model, options.lora, inherited, is_whole(started), weights, options.starts)
     if model.origin is None:
@@ -163,6 +171,22 @@ def check_fields(
     if mine and len(fields) < 2:
         raise UserError(f"fields: a model needs two or more to contrast, there is {', '.join(fields) or 'none'}")
     return tower_of
+
+
+def refuse_unread(
+    fields: Mapping[str, FieldOptions], started: Sequence[ContrastiveModel], starts: Sequence[StartOptions]
+) -> None:
+    """
+    Raises:
+        UserError: where a start's `decoding` says how pictures are read, and fields say another way for all of them.
+    """
+    for one, start in zip(started, starts, strict=True):
+        pictures = [field for field in one.modalities if isinstance(one.modality(field), ImageModality)]
+        if start.decoding != "library" and all(fields[field].modality for field in pictures):
+            raise UserError(
+                f"fields.{pictures[0]}.modality says how its pictures are read, and decoding={start.decoding} of model.start"
+                " another way: leave out one of the two"
+            )
 
 
 def joined(

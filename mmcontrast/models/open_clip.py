@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from mmcontrast.models.sizes import OWN_SIZES, Sizes
 from mmcontrast.models.transformers import positions_of
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+CONTEXT_LENGTH = 77  # open_clip's, where a model says none
 
 
 class OpenClipTextReader(Tower):
@@ -222,28 +224,53 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
         sizes.refuse(name, "image_size", f"open_clip resizes square pictures' positions alone, its own are {own}: leave it out")
     options: dict[str, Any] = {"force_custom_text": True, "force_quick_gelu": quick}
     options |= {f"force_{option}": value for option, value in sizes.given.items()}
+    if not pretrained and ":" not in name:
+        options["force_preprocess_cfg"] = published_preprocessing(name)
     whole = open_clip.create_model(name, pretrained, load_weights=weights, require_pretrained=weights, **options)
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
     prepare, augmented = (partial(_pixels, image_transform_v2(preprocess, is_train=train)) for train in (False, True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
-    tokenizer = open_clip.get_tokenizer(name, context_length=sizes.context_length)
+    texts = OpenClipTexts(name, sizes.context_length or model_cfg["text_cfg"].get("context_length", CONTEXT_LENGTH))
+    if weights:
+        texts.open()
     modalities = {
-        "image": LibraryImages(prepare, size, None, augmented),
-        "text": LibraryTexts(partial(_tokens, tokenizer), tokenizer.context_length),
+        "image": LibraryImages(prepare, size, None, augmented, as_ours(preprocess)),
+        "text": texts,
     }
     towers = {"image": OpenClipTower(whole.visual, "image"), "text": OpenClipTower(whole.text, "text")}
     longest = towers["text"].context_length
-    if longest is not None and tokenizer.context_length > longest:
+    if longest is not None and texts.context_length > longest:
         sizes.refuse(
             name, "context_length", f"its text tower, a Hugging Face encoder, takes {longest} tokens: set that or less"
         )
-    model = assembled(modalities, towers, whole.logit_scale if weights else None, whole.logit_bias)
+    model = assembled(modalities, towers, whole.logit_scale, whole.logit_bias)
     for option, part in (("image_size", "vision_cfg"), ("context_length", "text_cfg")):
         model_cfg[part] |= {option: sizes.given[option]} if option in sizes.given else {}
     config = {"model_cfg": model_cfg, "preprocess_cfg": dict(whole.visual.preprocess_cfg)}
     rest = {key: value for key, value in whole.state_dict().items() if not key.startswith(("visual.", "text.", "logit_"))}
     model.origin = Origin("open_clip", name, pretrained, config=config, rest=rest)
     return model
+
+
+def published_preprocessing(name: str) -> dict[str, Any]:
+    """Return how all published weights of an architecture take pictures; nothing where they differ, for open_clip's default."""
+    import open_clip
+
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    ways = [{key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if tag.get(key)} for tag in tags]
+    return ways[0] if ways and all(way == ways[0] for way in ways) else {}
+
+
+def as_ours(preprocess: Any) -> dict[str, Any] | str:
+    """Return the options of `ImageModality` that say what a PreprocessCfg does; or why there are none."""
+    sides = {preprocess.size} if isinstance(preprocess.size, int) else set(preprocess.size)
+    if len(sides) > 1:
+        return f"pictures of {preprocess.size} are no squares"
+    if preprocess.resize_mode == "longest":
+        return "resize_mode longest fills up pictures that are no squares"
+    options = {"size": sides.pop(), "mean": list(preprocess.mean), "std": list(preprocess.std), "background": "open_clip"}
+    method = "bilinear" if preprocess.interpolation == "bilinear" else "bicubic"  # random: bicubic in evaluation
+    return options | {"interpolation": method, "resize": preprocess.resize_mode}
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -267,6 +294,35 @@ def _pixels(transform: Callable[[Image.Image], Tensor], picture: Image.Image) ->
     return transform(without_palette_alpha(picture))
 
 
-def _tokens(tokenizer: Any, text: str) -> Tensor:
-    """Of the whole context's length, as open_clip pads them."""
-    return tokenizer([text])[0]
+class OpenClipTexts(LibraryTexts):
+    """Token ids of the whole context's length, as open_clip pads them.
+
+    Args:
+        name: of the model whose tokenizer it is, which is opened when it is first needed: it may be a download.
+    """
+
+    def __init__(self, name: str, context_length: int) -> None:
+        super().__init__(_Tokenizer(name, context_length), context_length)
+
+    def open(self) -> None:
+        assert self.tokenize.tokenizer
+
+    def blank(self) -> Tensor:
+        return torch.arange(self.context_length) % 4
+
+
+@dataclass
+class _Tokenizer:
+    name: str
+    context_length: int
+
+    def __call__(self, text: str) -> Tensor:
+        return self.tokenizer([text])[0]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """open_clip's."""
+        import open_clip
+
+        with opening(f"{self.name}: its tokenizer"):
+            return open_clip.get_tokenizer(self.name, context_length=self.context_length)

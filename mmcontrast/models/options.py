@@ -45,6 +45,8 @@ class StartOptions(Options):
         context_length: tokens of its texts; default: its own. open_clip resizes position embeddings (force_context_length);
             transformers can only cut texts earlier.
         new_tokens: words that its tokenizer of transformers shall not cut into pieces; their embeddings are new.
+        decoding: how pictures are read: "library", by its own pipeline; "fast", in training by ours (simplejpeg, uint8), with
+            the library's size, mean, std, interpolation and augmentation; "fast_everywhere", in evaluation and by `load` too.
     """
 
     model: str
@@ -55,6 +57,7 @@ class StartOptions(Options):
     image_size: Positive | None = None
     context_length: Positive | None = None
     new_tokens: list[str] = []
+    decoding: Literal["library", "fast", "fast_everywhere"] = "library"
 
     @property
     def sizes(self) -> Sizes:
@@ -87,7 +90,7 @@ class ModelOptions(Options):
             modalities, towers, projections, logit scale and bias are this model's; further `fields` bring towers of their own.
         lora: low-rank updates learn in the place of the start's weights.
         update_batch_norms: let the running statistics of a start's batch norms follow the data; default: they stay those that
-            its weights were trained with, and batches are normalized by them.
+            its weights were trained with, and batches are normalized by them. Those of random weights follow in any case.
         embed_dim: default: the start's, or 512. logit_scale, logit_bias: default: the start's, or 1 / 0.07 and none.
         max_logit_scale: default: 100, or a start's that is larger.
     """

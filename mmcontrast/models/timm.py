@@ -1,6 +1,8 @@
 """timm: any of its models as a tower of pictures or of spectrograms, or with the preprocessing that comes with its weights."""
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import nn
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening
+from mmcontrast.modalities.image import INTERPOLATIONS
 from mmcontrast.modalities.library import LibraryImages
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
@@ -98,10 +101,43 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Si
     data = timm.data.resolve_model_data_config(network)
     prepare, augmented = (timm.data.create_transform(**data, is_training=train) for train in (False, True))
     mode = {1: "L", 3: "RGB"}[data["input_size"][0]]
-    images = LibraryImages(prepare, max(data["input_size"][1:]), mode, augmented)
+    images = LibraryImages(prepare, max(data["input_size"][1:]), mode, augmented, as_ours(data, augmented))
     model = assembled({"image": images}, {"image": TimmTower(network)})
     model.origin = Origin("timm", name, pretrained, config=config)
     return model
+
+
+def as_ours(data: Mapping[str, Any], augmented: Any) -> dict[str, Any] | str:
+    """Return the options of `ImageModality` that say what timm does to pictures; or why there are none.
+
+    Args:
+        data: as `resolve_model_data_config` gives it.
+        augmented: the transforms of training that timm makes of it.
+    """
+    channels, height, width = data["input_size"]
+    if height != width:
+        return f"pictures of {height}×{width} are no squares"
+    if data["crop_mode"] not in ("center", "squash"):
+        return f"crop_mode {data['crop_mode']} fills up pictures that are no squares"
+    if data["interpolation"] not in INTERPOLATIONS:
+        return f"interpolation {data['interpolation']}: ours is {' or '.join(INTERPOLATIONS)}"
+    augment = []
+    for transform in augmented.transforms:
+        kind = type(transform).__name__
+        if kind == "RandomResizedCropAndInterpolation":
+            crop = {"size": height, "scale": transform.scale, "ratio": transform.ratio}
+            augment.append({"type": "RandomResizedCrop", "antialias": True, "interpolation": transform.interpolation, **crop})
+        elif kind == "RandomHorizontalFlip":
+            augment.append({"type": kind, "p": transform.p})
+        elif kind == "ColorJitter":
+            colours = {name: getattr(transform, name) for name in ("brightness", "contrast", "saturation", "hue")}
+            augment.append({"type": kind} | {name: span for name, span in colours.items() if span is not None})
+        elif kind not in ("MaybeToTensor", "Normalize"):
+            return f"training's {kind} is not known here"
+    options = {"size": height, "channels": channels, "mean": list(data["mean"]), "std": list(data["std"])}
+    options |= {"background": "drop", "augment": augment, "interpolation": data["interpolation"]}
+    resize = "squash" if data["crop_mode"] == "squash" else "shortest"
+    return options | {"resize": resize, "resize_to": math.floor(height / data["crop_pct"])}
 
 
 def _at_size(name: str, weights: bool, options: dict[str, Any], size: int | None) -> tuple[Any, dict[str, Any]]:

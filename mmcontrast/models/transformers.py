@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening, tell
 from mmcontrast.modalities import PADDING, Modality
+from mmcontrast.modalities.image import INTERPOLATIONS
 from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
 HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types with pooled features of their own
 FULL_LENGTH = "siglip"  # and siglip2: trained on texts of the whole context's length
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 UNBOUNDED = 512  # tokens of a text, where neither the tokenizer nor the model says
 
 
@@ -224,7 +226,7 @@ def open_transformers(
             towers[field] = PooledTower(_half(network, method, modality), method, "pooler_output", _inputs(modality))
             if isinstance(modality, LibraryTexts):  # for texts of another tokenizer, if a config gives one
                 towers[field].context_length, towers[field].vocab_size = modality.context_length, parts[field].vocab_size
-        model = assembled(modalities, towers, scales[0] if weights else None, getattr(network, "logit_bias", None))
+        model = assembled(modalities, towers, scales[0], getattr(network, "logit_bias", None))
         model.origin = Origin("transformers", name, rest=_rest(whole, towers))
         return model
     if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
@@ -309,7 +311,8 @@ def _modality(name: str, field: str, network: nn.Module, config: Any, sizes: Siz
         if sizes.image_size:
             processor = resized_processor(name, processor, sizes.image_size)
         mode = None if getattr(processor, "do_convert_rgb", False) else "RGB"
-        return LibraryImages(partial(_pixels, processor), side if isinstance(side, int) else max(side), mode)
+        prepare, side = partial(_pixels, processor), side if isinstance(side, int) else max(side)
+        return LibraryImages(prepare, side, mode, as_ours=as_ours(processor, prepare))
     if field == "audio":
         extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
         return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate, shortest_waveform(config))
@@ -329,6 +332,30 @@ def _modality(name: str, field: str, network: nn.Module, config: Any, sizes: Siz
         length = tokenizer.model_max_length = sizes.context_length  # the latter is saved with it
     full = config.model_type.startswith(FULL_LENGTH)
     return LibraryTexts(_Tokenizer(tokenizer, length, full), length)
+
+
+def as_ours(processor: Any, prepare: Callable[[Image.Image], Tensor]) -> dict[str, Any] | str:
+    """Return the options of `ImageModality` that say what an image processor does, which augments nothing; or why there are
+    none. What it does besides, `models/decoding.py` sees in the pixels."""
+    size = {side: value for side, value in dict(getattr(processor, "size", None) or {}).items() if value}
+    crop = dict(getattr(processor, "crop_size", None) or {}) if getattr(processor, "do_center_crop", False) else {}
+    method = RESAMPLING.get(int(getattr(processor, "resample", None) or 0), "")
+    if size.keys() not in ({"shortest_edge"}, {"height", "width"}) or not getattr(processor, "do_resize", True):
+        return f"a {type(processor).__name__} that scales to {size or 'nothing'}"
+    if len(set((crop or size).values())) > 1 or len(set(size.values())) > 1:
+        return f"pictures of {crop or size} are no squares"
+    if method not in INTERPOLATIONS:
+        return f"resample {processor.resample}: ours is {' or '.join(INTERPOLATIONS)}"
+    resize_to = next(iter(size.values()))
+    side = next(iter(crop.values()), resize_to)
+    options = {"size": side, "resize_to": resize_to, "interpolation": method, "augment": []}
+    options["resize"] = "shortest" if "shortest_edge" in size else "squash"
+    if getattr(processor, "do_normalize", True):
+        options |= {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+    else:
+        options |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    white = getattr(processor, "do_convert_rgb", False) and prepare(Image.new("RGBA", (side, side))).mean() > 0
+    return options | {"background": "white" if white else "drop"}  # before version 5 transparency was dropped
 
 
 def _pixels(processor: Any, image: Image.Image) -> Tensor:

@@ -154,7 +154,7 @@ def make_values(model: ContrastiveModel, samples: int, shapes: Mapping[str, Sequ
         if isinstance(modality, TextModality):
             shape, dtype = [modality.context_length], torch.int64
         else:
-            blank = modality.blank()
+            blank = modality.for_training().blank()
             shape, dtype = list(blank.shape), blank.dtype
         values[field] = torch.zeros(samples, *((shapes or {}).get(field, shape)), dtype=dtype)
         if isinstance(modality, TextModality):

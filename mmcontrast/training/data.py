@@ -1,6 +1,6 @@
 """From options to the objects of a run: modalities, towers, model, data. What the loop and the evaluation work on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,9 +51,13 @@ def make_dataset(
     Raises:
         UserError: for shards that are not there, or lack a field.
     """
-    modalities = {field: model.modality(field) for field in fields}
+    modalities = training_modalities(fields, model) if training else {field: model.modality(field) for field in fields}
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     return open_dataset(shards, modalities, keys, seed=seed, training=training, partial=partial, without=without, views=views)
+
+
+def training_modalities(fields: Iterable[str], model: ContrastiveModel) -> dict[str, Modality]:
+    return {field: model.modality(field).for_training() for field in fields}
 
 
 def make_training_data(
@@ -77,7 +81,7 @@ def make_training_data(
     keys = {field: of.keys for field, of in fields.items() if of.keys}
     if options.sequential:
         assert not isinstance(options.train, dict)
-        modalities = {field: model.modality(field) for field in fields}
+        modalities = training_modalities(fields, model)
         return StreamDataset(options.train, modalities, keys, seed, views), StreamOrder(batch_size, seed)
 
     def order_of(dataset: ShardDataset) -> SampleOrder:
@@ -89,7 +93,7 @@ def make_training_data(
     if sources:
         common: dict[str, Any] = {"seed": seed, "without": options.held_out, "views": views}
         opened = {name: make_source(name, source, fields, model, **common) for name, source in sources.items()}
-        every = {field: model.modality(field) for field in fields}
+        every = training_modalities(fields, model)
         dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids], views)
     else:
         assert not isinstance(options.train, dict)
@@ -140,7 +144,7 @@ def make_source(
     Raises:
         UserError: for a field that there is not.
     """
-    modalities = source_modalities(name, source, fields, {field: model.modality(field) for field in fields})
+    modalities = source_modalities(name, source, fields, training_modalities(fields, model))
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
     part = Part(without, False) if without else None
     check_templates(source.templates, modalities, f"data.train.{name}")

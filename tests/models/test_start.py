@@ -1,18 +1,23 @@
 """`model.start`: a run begins with what its library computes, keeps its logit scale and bias, and opens again."""
 
+import json
+
 import open_clip
 import pytest
 import timm
 import torch
 import yaml
 from timm.models import save_for_hf
+from torch.nn import BatchNorm2d
 from transformers import BertConfig, BertModel
 
 import mmcontrast
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
+from mmcontrast.models.open_clip import published_preprocessing
 from mmcontrast.runs import completed, make_job, modalities_of, model_of
 from tests.command import train
+from tests.models.open_clip_models import MODELS
 from tests.models.samples import tokenizer
 from tests.models.starts import KINDS, embedded, start_of, write_pairs, write_run
 
@@ -64,6 +69,35 @@ def test_an_architectures_file_and_an_architecture_alone(tmp_path):
     assert not torch.equal(one.towers["image"].network.conv1.weight, other.towers["image"].network.conv1.weight)
     same = model_of(config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})}))
     assert torch.equal(same.towers["image"].network.conv1.weight, other.towers["image"].network.conv1.weight)
+
+
+def test_an_architecture_alone_begins_as_its_library_has_it(tmp_path, monkeypatch):
+    """Scale and bias of its first step; means of what is published, where that is one; its tokenizer when texts are read; batch
+    norms that learn."""
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    resnet = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
+    tiny = {"tiny-siglip": MODELS["siglip"], "tiny-resnet": MODELS["clip"] | {"vision_cfg": resnet}}
+    for name, config in tiny.items():
+        config = json.loads(json.dumps(config).replace("HERE", str(tmp_path / "no-tokenizer")))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"embed_dim": 64, **config}))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    write_pairs("clip", tmp_path)
+
+    def opened(name, **options):
+        start = {"model": name, "pretrained": False}
+        return load_config(write_run(tmp_path, start, model={"start": start, **options}))
+
+    biased = model_of(opened("tiny-siglip", logit_scale=10), tokenizers=False)
+    assert biased.logit_bias.item() == -10 and biased.log_logit_scale.exp().item() == pytest.approx(10)
+    for reads in (model_of, modalities_of):
+        with pytest.raises(UserError, match=r"tiny-siglip: its tokenizer: .*no-tokenizer"):
+            reads(opened("tiny-siglip"))
+    plain = model_of(opened("tiny-resnet"))
+    assert plain.log_logit_scale.exp().item() == pytest.approx(1 / 0.07) and plain.logit_bias is None
+    assert plain.fixed == [] and any(isinstance(module, BatchNorm2d) for module in plain.modules())
+    squash = published_preprocessing("ViT-B-16-SigLIP")
+    assert squash == {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    assert published_preprocessing("ViT-L-14") == published_preprocessing("tiny-resnet") == {}
 
 
 def test_two_halves_and_a_further_field(tmp_path):
