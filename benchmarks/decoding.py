@@ -69,8 +69,8 @@ def compare(name: str, model: ContrastiveModel, pictures: list[bytes]) -> str:
         for training, (a, b) in times.items()
     )
     return (
-        f"{name}: {rates}; of {len(few)}, pixels {apart.mean():.2f} of 255 levels apart (largest {apart.max():.0f}); 1 − cosine: median"
-        f" {1 - cosines.median():.1e}, largest {1 - cosines.min():.1e}, of two pictures {1 - between.median():.1e}"
+        f"{name}: {rates}; of {len(few)}, pixels {apart.mean():.2f} of 255 levels apart (largest {apart.max():.0f});"
+        f" 1 − cosine: median {1 - cosines.median():.1e}, largest {1 - cosines.min():.1e}, of two pictures {1 - between.median():.1e}"
     )
 
 
