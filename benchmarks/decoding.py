@@ -1,4 +1,4 @@
-"""What `model.start.decoding` changes: milliseconds of CPU a picture, its pixels and its embedding, library's pipeline beside ours.
+"""What `model.start.decoding` changes: CPU milliseconds, pixels and embedding of a picture, library's pipeline beside ours.
 
     python benchmarks/decoding.py --pictures 'data/stamps/*.tar'
 
