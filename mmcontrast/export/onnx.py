@@ -154,18 +154,20 @@ def _pictures(model: ContrastiveModel, name: str, modality: ImageModality) -> di
     library = origin.library if origin else ""
     if not isinstance(modality, LibraryImages):
         background = None if modality.background in LIBRARIES else list(modality.colour)
-        found: dict[str, Any] = {"resize": modality.size, "crop": [modality.size] * 2, "interpolation": "bicubic"}
+        side = modality.resize_to
+        found: dict[str, Any] = {"resize": side if modality.resize == "shortest" else [side, side]}
+        found |= {"crop": [modality.size] * 2, "interpolation": modality.interpolation}
         return found | {"mean": modality.mean, "std": modality.std, "channels": modality.channels, "background": background}
     common: dict[str, Any] = {"channels": 3, "background": None}
     prepare: Any = modality.prepare
     if library == "open_clip":
         config = preprocess_config(origin, modality)
-        side = modality(modality.collate([modality.blank()])).shape[-2:]
-        if config["resize_mode"] in ("shortest", "squash") and (config["resize_mode"] == "squash" or side[0] == side[1]):
+        sides = modality(modality.collate([modality.blank()])).shape[-2:]
+        if config["resize_mode"] in ("shortest", "squash") and (config["resize_mode"] == "squash" or sides[0] == sides[1]):
             found = (
-                {"resize": side[0], "crop": list(side)}
+                {"resize": sides[0], "crop": list(sides)}
                 if config["resize_mode"] == "shortest"
-                else {"resize": list(side), "crop": None}
+                else {"resize": list(sides), "crop": None}
             )
             return common | found | {key: config[key] for key in ("interpolation", "mean", "std")}
         raise UserError(f"field {name!r}: open_clip's resize_mode {config['resize_mode']} has no words in preprocess.json")

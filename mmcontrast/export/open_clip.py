@@ -306,7 +306,7 @@ def preprocess_config(origin: Origin | None, modality: Modality) -> dict[str, An
         known = dict(origin.config["preprocess_cfg"])
         return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items() if key != "size"}
     assert isinstance(modality, ImageModality)
-    return {"mean": modality.mean, "std": modality.std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {"mean": modality.mean, "std": modality.std, "interpolation": modality.interpolation, "resize_mode": modality.resize}
 
 
 def _with_tokenizer(modality: Modality, config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
