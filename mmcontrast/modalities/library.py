@@ -29,7 +29,7 @@ class LibraryImages(ImageModality):
         fast_in_evaluation: of all.
     """
 
-    fast: ImageModality | None = None
+    fast: ImageModality | None
     fast_in_evaluation = False
 
     def __init__(
@@ -41,7 +41,7 @@ class LibraryImages(ImageModality):
         as_ours: Mapping[str, Any] | str = "how its library prepares pictures is not known",
     ) -> None:
         super().__init__(size, background="drop")
-        self.as_ours = as_ours
+        self.as_ours, self.fast = as_ours, None
         self.prepare, self.augmented, self.first_mode = prepare, augmented or prepare, mode
 
     def _decode_jpeg(self, data: bytes) -> None:
