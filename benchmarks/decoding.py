@@ -1,4 +1,4 @@
-"""What `model.start.decoding` changes: CPU milliseconds, pixels and embedding of a picture, library's pipeline beside ours.
+"""Compares the decoding of a start, the library's and ours: CPU milliseconds, pixels and embedding of a picture.
 
     python benchmarks/decoding.py --pictures 'data/stamps/*.tar'
 

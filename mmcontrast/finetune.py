@@ -26,7 +26,7 @@ from mmcontrast.evaluation.prompts import TEMPLATES, named_templates
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality
 from mmcontrast.modalities.parts import JPEG_START, PNG_START
 from mmcontrast.models import ContrastiveModel
-from mmcontrast.plan import plan_run
+from mmcontrast.plan import CannotBePlanned, plan_run
 from mmcontrast.runs import CONFIG, model_of
 from mmcontrast.training.distributed import join_processes
 
@@ -169,7 +169,11 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
         draft["model"]["lora"] = {"rank": request.lora}
         chosen.add("model.lora", f"rank {request.lora}", "all linear layers of blocks and attention pools; alpha is the rank")
     config = config_of(draft, overrides)
-    found = plan_run(config, available=memory())
+    try:
+        found = plan_run(config, available=memory())
+    except CannotBePlanned as error:
+        chosen.add("train.micro_batch_size", "none", f"not known to fit: {error}")
+        return config, chosen.but(overrides)
     if not found.fits and found.largest:
         draft["train"]["micro_batch_size"] = found.largest
         chosen.add("train.micro_batch_size", found.largest, "what fits into memory: the same loss, a second forward")

@@ -202,15 +202,19 @@ def _random(tower: Component) -> Component:
     return {option: value for option, value in tower.items() if option != "pretrained"}
 
 
+class CannotBePlanned(UserError):
+    """The model computes what shapes alone do not say, so nothing of it can be counted."""
+
+
 def flops_of(model: ContrastiveModel) -> Flops:
     """
     Raises:
-        UserError: if what is in a batch decides how the model computes.
+        CannotBePlanned: if what is in a batch decides how the model computes.
     """
     try:
         return count_flops(model, make_values(model, SMALLEST))
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"this model cannot be planned: {' '.join(str(error).split())[:200]}") from error
+        raise CannotBePlanned(f"this model cannot be planned: {' '.join(str(error).split())[:200]}") from error
 
 
 def bytes_of(model: ContrastiveModel, samples: int, options: TrainOptions, several: bool) -> Bytes:

@@ -78,8 +78,9 @@ class Batch:
         )
 
     def labels(self) -> "Batch":
-        """All but the values, and what teachers see."""
-        return replace(self, values={}, views=[])
+        """Return all but the values, and what teachers see; weights only where one is not 1. For a batch on the host."""
+        weights = None if self.weights is None or bool((self.weights == 1).all()) else self.weights
+        return replace(self, values={}, views=[], weights=weights)
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

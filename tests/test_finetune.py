@@ -169,6 +169,18 @@ def test_a_field_that_the_data_lacks_is_not_taken(config_file, tmp_path):
         model_of(config_of({**DRAFT, "model": {"start": {"model": str(start), "fields": ["image", "sound"]}}}))
 
 
+def test_a_model_that_cannot_be_planned_is_fine_tuned_all_the_same(start, pairs, monkeypatch):
+    """What fits is then not known, which is said."""
+
+    def refuse(*_):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr("mmcontrast.plan.count_flops", refuse)
+    config, chosen = make_config(Request(start, str(pairs)))
+    assert config.train.micro_batch_size is None
+    assert any("not known to fit: this model cannot be planned: data-dependent" in why for _, _, why in chosen.rows)
+
+
 def test_what_lies_under_low_rank_updates_never_learns(tmp_path):
     """Neither when a pattern that locks it for a while has ended."""
     start, pairs = str(save(tmp_path / "start", "clip")), str(write_pairs(tmp_path, "image", "caption"))

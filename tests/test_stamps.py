@@ -70,3 +70,10 @@ def test_it_is_built_as_any_corpus_is(folder, tmp_path):
 def test_a_folder_without_stamps_says_how_to_get_them(tmp_path):
     with pytest.raises(UserError, match=r"holds no stamps: README\.md of data_pipelines/stamps says how to unpack them"):
         Stamps(str(tmp_path)).splits()
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfeA gnu", b""])
+def test_a_caption_that_is_none_names_its_file(text, folder):
+    (folder / "food" / "kiwi.txt").write_bytes(text)
+    with pytest.raises(UserError, match=r"kiwi\.txt is no caption in UTF-8 .*: remove it, or mend it"):
+        Stamps(str(folder)).splits()

@@ -54,7 +54,11 @@ class Stamps:
 
 def captions(picture: Path) -> dict[str, str]:
     """A caption a language: the first line is English, the others "fr.utf8=Une pomme"."""
-    first, *others = picture.with_suffix(".txt").read_text("utf-8", errors="replace").splitlines()
+    file = picture.with_suffix(".txt")
+    try:
+        first, *others = file.read_text("utf-8").splitlines()
+    except ValueError as error:
+        raise UserError(f"{file} is no caption in UTF-8 ({error}): remove it, or mend it") from error
     translated = (line.partition(".utf8=") for line in others)
     return {"en": first.strip()} | {language: text.strip() for language, _, text in translated if text.strip()}
 

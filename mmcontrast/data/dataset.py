@@ -459,7 +459,7 @@ def member_name(key: str) -> str:
 
 
 def entry_of(about: Mapping[str, Any], key: str) -> Any:
-    """What "json:a.b" names: the entry "a.b", or the entry b of a; None if there is none."""
+    """Return what "json:a.b" names: the entry "a.b", or the entry b of a; None if there is none."""
     name, value = key.removeprefix(ENTRY), cast(Any, about)
     if name in about:
         return about[name]

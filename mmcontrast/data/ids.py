@@ -1,4 +1,4 @@
-"""What a sample's json says: its ids, which are numbers or texts."""
+"""Reads what a sample's json says of it: its ids, which are numbers or texts, and its weight."""
 
 import hashlib
 import json

@@ -57,7 +57,7 @@ class MixtureOrder:
         return self.orders[0].batch_size
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must have in common with this one."""
+        """Return what a resumed run must have in common with this one."""
         return {"orders": [order.state() for order in self.orders], "weights": self.weights, "batches": self.batches}
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
@@ -73,7 +73,7 @@ class MixtureOrder:
         return found
 
     def _samples(self, lane: int, chosen: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Of (source, number in the source's lane); the numbers of a source follow each other."""
+        """Return the samples of (source, number in the source's lane); the numbers of a source follow each other."""
         starts = [0, *accumulate(sum(order.shard_sizes) for order in self.orders)]
         streams: dict[int, Iterator[tuple[int, int]]] = {}
         for source, order in enumerate(self.orders):

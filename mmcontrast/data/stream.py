@@ -43,7 +43,7 @@ logger = logging.getLogger("mmcontrast")
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """What a sequential run keeps of its order: there is nothing in it to hold a resumed run to."""
+    """The order of a sequential run: there is nothing in it to hold a resumed run to."""
 
     batch_size: int
     seed: int
@@ -164,7 +164,7 @@ def _data(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes | DecodeError:
 
 
 class _Entry(tarfile.TarInfo):
-    """What tells a name is of a name's size: tarfile would read it whole."""
+    """A member's header that refuses a name of more than a name's size, which tarfile would read whole."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Entry":

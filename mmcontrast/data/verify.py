@@ -43,7 +43,7 @@ SHOWN_REPEATS = 1000  # faults of ids that repeat, of each kind
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a shard, or with a member of one of its samples.
+    """A fault of a shard, or of a member of one of its samples.
 
     Attributes:
         where: the sample and its member, with row or path, as a person finds them.

@@ -154,8 +154,9 @@ def _loss(
     kept = [all_present(given.ids, term) for term in terms]
     local = [len(first) if keep is None else int(keep.sum()) for keep in kept]
     own_draw = int(torch.randint(2**62, ())) if pairs.draws else 0
-    everyone = exchange([*local, own_draw], group, first.device)  # who has what, and the first one's draw
-    totals = total_weights(given.weights, kept, group)
+    weighs = int(given.weights is not None)
+    everyone = exchange([*local, weighs, own_draw], group, first.device)  # who has what, and the first one's draw
+    totals = total_weights(given.weights, kept, local, group, first.device) if any(c[-2] for c in everyone) else None
     reductions = tuple(dict.fromkeys((*scorer.reductions, *(WATCHED if signals is not None else ()))))
     dtype = torch.promote_types(first.dtype, torch.float32)
 

@@ -201,11 +201,18 @@ def widths_of(matryoshka: Sequence[int] | Mapping[int, float], embeddings: Tenso
     return widths
 
 
-def total_weights(weights: Tensor | None, kept: Sequence[Tensor | None], group: dist.ProcessGroup | None) -> list[float] | None:
-    """The sum over all ranks of the weights of each term's samples; None of none."""
+def total_weights(
+    weights: Tensor | None,
+    kept: Sequence[Tensor | None],
+    counts: Sequence[int],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> list[float]:
+    """Return the sum over all ranks of the weights of each term's samples; a rank without weights counts each as 1."""
     if weights is None:
-        return None
-    sums = torch.stack([(weights if keep is None else weights[keep]).sum(dtype=torch.float64) for keep in kept])
+        sums = torch.tensor(counts, dtype=torch.float64, device=device)
+    else:
+        sums = torch.stack([(weights if keep is None else weights[keep]).sum(dtype=torch.float64) for keep in kept])
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums.tolist()

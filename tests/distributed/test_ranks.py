@@ -44,6 +44,7 @@ GIVEN = {
     },
     "hyperbolic": {"score": {"type": "lorentz", "curvature": 0.7, "general": "a"}},
     "matryoshka": {"matryoshka": {2: 0.5, 5: 1.0}},
+    "some weigh": {},  # the first rank has no weights
     "locked": {"locked": ("a", "c")},
 }
 FURTHER = list(itertools.product([(5, 1, 6)], ["ring"], GIVEN)) + list(itertools.product([(5, 0, 6)], ["gather"], GIVEN))
@@ -130,7 +131,10 @@ def given_loss(n, rows, case, **options):
     fields, ids, _ = a_batch(n)
     generator = torch.Generator().manual_seed(4)
     teachers = [{f: torch.randn(n, 3, generator=generator, dtype=torch.float64) for f in FIELDS} for _ in range(2)]
-    weights, own = torch.rand(n, generator=generator).double(), torch.randn(n, 2, 5, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, generator=generator).double()
+    if case == "some weigh":
+        weights[:5] = 1.0
+    own = torch.randn(n, 2, 5, generator=generator, dtype=torch.float64)
     given = {name: value for name, value in GIVEN[case].items() if name != "locked"}
     takes_teachers, takes_own = case in ("distillation", "guide"), case not in ("distillation", "guide")
     leaves = [fields[f][rows].requires_grad_(f not in GIVEN[case].get("locked", ())) for f in FIELDS]
@@ -140,7 +144,7 @@ def given_loss(n, rows, case, **options):
         ids={f: v[rows] for f, v in ids.items()},
         teacher=[{f: v[rows] for f, v in teacher.items()} for teacher in teachers] if takes_teachers else None,
         teacher_scale=(1.5, 2.0),
-        sample_weights=weights[rows],
+        sample_weights=None if case == "some weigh" and rows == slice(0, 5) else weights[rows],
         own_negatives={"b": leaves[3]} if takes_own else None,
         logit_scale=leaves[4],
         logit_bias=-1.0,
