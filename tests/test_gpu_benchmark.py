@@ -43,6 +43,7 @@ def states(out: Path, part: str) -> dict[str, str]:
     return {line["key"]: line["state"] for line in lines(out) if line["part"] == part}
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_every_part_runs_its_smallest_sizes(gpu, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"

@@ -163,18 +163,20 @@ def test_the_advice_fits_and_twice_of_it_does_not():
     assert hopeless.exit_code == 1 and "with any train.micro_batch_size: set train.recompute=[image, text, " in hopeless.stdout
 
 
-def test_every_copy_of_the_weights_is_counted(config_file):
+def test_every_copy_of_the_weights_is_counted(tmp_path):
+    path = write_config(tmp_path, "none.tar", model={"embed_dim": 16})
+
     def memory(*overrides: str, devices: int = 1) -> dict[str, int]:
-        return plan_run(load_config(config_file, overrides), devices).memory
+        return plan_run(load_config(path, overrides), devices).memory
 
     plain = memory()
     weights = plain["weights"]
     assert "averaged weights" not in plain and plain["optimizer state"] == pytest.approx(2 * weights, rel=0.02)
     assert memory("train.ema_decay=0.99")["averaged weights"] == weights
-    assert memory("train.queue_size=1024")["queue and its encoder"] == weights + 1024 * 3 * (16 * 4 + 8)
+    assert memory("train.queue_size=1024")["queue and its encoder"] == weights + 1024 * 2 * (16 * 4 + 8)
     assert memory("train.optimizer=lion")["optimizer state"] == pytest.approx(weights, rel=0.02)
     assert memory(devices=2)["buckets for the gradients' reduction"] == pytest.approx(weights, rel=0.02)
-    assert memory("train.batch_size=32")["inputs"] == 2 * plain["inputs"]
+    assert memory("train.batch_size=16")["inputs"] == 2 * plain["inputs"]
 
 
 def test_a_table_and_mistakes(tmp_path):

@@ -22,17 +22,21 @@ from tests.score.problems import REDUCTIONS, finite_sum, problem
 RANKS, FIELDS = 4, ("a", "b", "c")
 SIZES = [(12,), (5, 1), (5, 1, 6), (5, 0, 6), (1, 0, 0), (2, 5, 1, 4)]
 DRIVERS = ["ring", "gather"]
-LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [True]))
-LOSSES += list(itertools.product([(5, 0, 6), (2, 5, 1, 4)], DRIVERS, ["infonce", "siglip"], [False]))
-LOSSES += list(
-    itertools.product([(5, 0, 6)], DRIVERS, sorted(set(OBJECTIVES) - {"infonce", "siglip", "global", "distillation"}), [True])
-)
-PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [True]))
-PRODUCTS += list(itertools.product([(5, 0, 6)], DRIVERS, ["n", "n_squared"], [False]))
+OTHERS = sorted(set(OBJECTIVES) - {"infonce", "siglip", "global", "distillation"})
+ALL_LOSSES = list(itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [True, False]))
+ALL_LOSSES += list(itertools.product([(5, 0, 6)], DRIVERS, OTHERS, [True]))
+ALL_PRODUCTS = list(itertools.product([(5, 0, 6), (1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [True, False]))
 EXACT = list(itertools.product(SIZES, DRIVERS, ["dense", "torch"], [False, True]))
-STATISTICS = [case for k, case in enumerate(EXACT) if (k + k // 2 + k // 4 + k // 8) % 2]  # of each size half, not the same
-STATISTICS += [((5, 0, 6), "ring", "triton", True), ((5, 0, 6), "gather", "triton", False)]
-MEMORIES = list(itertools.product([(5, 0, 6)], DRIVERS, ["learnable", "individual"]))
+MEMORIES = [((5, 0, 6), "ring", "individual"), ((5, 0, 6), "gather", "learnable")]
+
+
+def half(cases):
+    """Return every second case, not the same of each size, driver and further choice: `make test-slow` runs the others."""
+    return [case for k, case in enumerate(cases) if (k + k // 2 + k // 4 + k // 8) % 2]
+
+
+LOSSES, PRODUCTS = half(ALL_LOSSES), half(ALL_PRODUCTS)
+STATISTICS = [*half(EXACT), ((5, 0, 6), "ring", "triton", True), ((5, 0, 6), "gather", "triton", False)]
 GIVEN = {
     "distillation": {"objective": {"type": "distillation", "alpha": 0.7}},
     "margin": {"objective": {"type": "infonce", "false_negative_margin": 0.2, "label_smoothing": 0.1}},
@@ -49,11 +53,12 @@ GIVEN = {
 }
 FURTHER = list(itertools.product([(5, 1, 6)], ["ring"], GIVEN)) + list(itertools.product([(5, 0, 6)], ["gather"], GIVEN))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
-SLOW_LOSSES = [case for case in itertools.product(SIZES, DRIVERS, ["infonce", "siglip"], [False]) if case not in LOSSES]
-SLOW_PRODUCTS = list(itertools.product([(1, 0, 0), (2, 5, 1, 4)], DRIVERS, ["n", "n_squared"], [False]))
+SLOW_LOSSES = [case for case in ALL_LOSSES if case not in LOSSES]
+SLOW_PRODUCTS = [case for case in ALL_PRODUCTS if case not in PRODUCTS]
 SLOW_STATISTICS = [*EXACT, *itertools.product(SIZES, DRIVERS, ["triton"], [False, True])]
 SLOW_STATISTICS = [case for case in SLOW_STATISTICS if case not in STATISTICS]
-SLOW_MEMORIES = list(itertools.product([(5, 1)], DRIVERS, ["learnable", "individual"]))
+SLOW_MEMORIES = list(itertools.product([(5, 0, 6), (5, 1)], DRIVERS, ["learnable", "individual"]))
+SLOW_MEMORIES = [case for case in SLOW_MEMORIES if case not in MEMORIES]
 
 
 def a_batch(n):

@@ -41,6 +41,7 @@ def embedded(folder, asked):
     return rows, found["scale"], found["bias"]
 
 
+@pytest.mark.slow
 def test_a_composed_model_of_three_fields_without_us(tmp_path):
     bert = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 49408}
     resnet = {"type": "timm", "model": "resnet18", "in_chans": 1, "layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}

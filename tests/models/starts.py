@@ -1,5 +1,6 @@
 """Models to begin with, data, and configs of runs that begin with them."""
 
+import pytest
 import torch
 import yaml
 
@@ -8,7 +9,7 @@ from tests.models.samples import TEXTS, pictures, sounds
 from tests.models.transformers_models import clap, clip, saved, siglip
 
 HF = {"hf clip": clip, "hf siglip": siglip, "hf clap": clap}
-KINDS = ["clip", "siglip", *HF]
+KINDS = ["clip", "siglip", "hf clip", "hf siglip", pytest.param("hf clap", marks=pytest.mark.slow)]
 
 
 def start_of(kind, folder):
