@@ -33,6 +33,13 @@ ARMS = {
     "global, individual τ, ρ = 2": ["objective={type: global, gamma: 0.5, rho: 2, temperature: individual}"],
     "infonce, anchor text": ["pairing={type: anchor, field: text}"],
     "infonce, multilinear": PRODUCTS,
+    "infonce, margin 0.1 of false negatives": ["objective={type: infonce, false_negative_margin: 0.1}"],
+    "infonce, label smoothing 0.1": ["objective={type: infonce, label_smoothing: 0.1}"],
+    "infonce, own fields too": ["pairing={type: all_pairs, same_field: true}"],
+    "infonce, own fields in one denominator": ["pairing={type: all_pairs, same_field: true, joint: true}"],
+    "infonce, matryoshka 24, 48, 96, 192": ["train.matryoshka=[24, 48, 96, 192]"],
+    "hybrid": ["objective=hybrid"],
+    "distillation of infonce's first seed": ["objective={type: distillation, alpha: 0.5}", "train.teacher=FOLDER/00-0"],
     "infonce, queue of 1024": ["train.queue_size=1024", "train.queue_momentum=0.99"],
     "infonce, batch 32": ["train.batch_size=32", "train.steps=928", "train.warmup_steps=100"],
     "infonce, batch 512, cached": [
@@ -76,7 +83,8 @@ def recalls(table: EmbeddingTable, multilinear: bool) -> dict[str, list[float]]:
 def run(arm: str, seed: int, folder: Path, extra: list[str]) -> dict[str, list[float]]:
     """Trains and embeds with the command line, as a user would; returns the recalls, and the seconds it took."""
     place = folder / f"{list(ARMS).index(arm):02d}-{seed}"
-    options = [f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed}", *ARMS[arm], *extra]
+    given = [option.replace("FOLDER", str(folder)) for option in ARMS[arm]]
+    options = [f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed}", *given, *extra]
     began = time.perf_counter()
     mmcontrast("train", CONFIG, *options, "--overwrite")
     seconds = time.perf_counter() - began
