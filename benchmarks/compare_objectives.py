@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.evaluation.retrieval import first_of_each_group, ranks
+from mmcontrast.evaluation.rankings import Pairs, rank
+from mmcontrast.evaluation.retrieval import first_of_each_group
 
 CONFIG, FONT = "configs/letters.yaml", "DejaVuSerif-Bold"
 PRODUCTS = ["pairing=multilinear", "model.logit_scale=277", "model.max_logit_scale=1386"]  # √192 times a pair's
@@ -75,8 +76,9 @@ def recalls(table: EmbeddingTable, multilinear: bool) -> dict[str, list[float]]:
     for name, (fields, target) in QUERIES.items():
         rows = [table.fields[field] for field in fields]
         query = torch.stack(rows).prod(0) if multilinear else torch.stack(rows).sum(0)
-        place = ranks(query, table.fields[target][candidates], table.group_ids, table.group_ids[candidates])
-        found[name] = [(place[kind] == 1).double().mean().item() for kind in (~twins, twins)]
+        pairs = Pairs.of_groups(table.group_ids, table.group_ids[candidates])  # of each query one
+        (ranking,) = rank(query, table.fields[target][candidates], pairs)
+        found[name] = [(ranking.ranks[kind] == 1).double().mean().item() for kind in (~twins, twins)]
     return found
 
 

@@ -4,6 +4,8 @@ And no file of tests imports another one: what several need is in a plain module
 """
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -136,3 +138,20 @@ def test_no_file_of_tests_imports_another():
             module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             imported = [f"{module}{name}" for name in names if f"{module}{name}".startswith("tests.")]
             assert not any(".test_" in name for name in imported), f"{file.relative_to(TESTS)} imports {', '.join(imported)}"
+
+
+def test_what_benchmarks_and_pipelines_import_of_us_is_there():
+    """They run for minutes, so no test runs them all; a name that has moved would be noticed by whoever wants a figure."""
+    root = TESTS.parent
+    imported = {
+        (file.relative_to(root), node.module, alias.name)
+        for folder in ("benchmarks", "data_pipelines", "eval")
+        for file in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mmcontrast"
+        for alias in node.names
+    }
+    assert len(imported) > 50
+    for file, module, name in imported:
+        there = importlib.import_module(module)
+        assert hasattr(there, name) or importlib.util.find_spec(f"{module}.{name}"), f"{file}: {module} has no {name}"
