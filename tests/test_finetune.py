@@ -25,7 +25,7 @@ from mmcontrast.runs import model_of
 from mmcontrast.training.optim import freeze
 from tests.command import NO_EVALUATION, ROOT, Process, train
 from tests.command import mmcontrast as command
-from tests.models.conftest import architecture  # noqa: F401 - a fixture
+from tests.models.conftest import architecture, architectures  # noqa: F401 - fixtures
 from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS, pictures, tokenizer
 

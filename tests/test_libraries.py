@@ -13,6 +13,7 @@ from mmcontrast import libraries
 from mmcontrast.libraries import library_messages as collected
 from mmcontrast.libraries import weights_follow
 from mmcontrast.models import OpenClipTower, TransformersTower
+from tests.models.conftest import architectures  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -45,14 +46,14 @@ def test_weights_that_are_not_there_are_told(bert, told, capfd, tmp_path):
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 
 
-def test_random_weights_of_open_clip_are_told_once_where_they_stay(told, capfd):
+def test_random_weights_of_open_clip_are_told_once_where_they_stay(told, capfd, architectures):  # noqa: F811
     with weights_follow():  # as where a run is opened
-        OpenClipTower("RN50-quickgelu", "text")
+        OpenClipTower("tiny-resnet", "text")
     assert told() == []
     for part in ("image", "text"):
-        OpenClipTower("RN50-quickgelu", part)
+        OpenClipTower("tiny-resnet", part)
     (line,) = told()
-    assert line.startswith("warning: open_clip tower RN50-quickgelu: No pretrained weights loaded")
+    assert line.startswith("warning: open_clip tower tiny-resnet: No pretrained weights loaded")
     assert "No pretrained" not in capfd.readouterr().out
 
 

@@ -54,9 +54,9 @@ def test_all_weights_learn_and_the_run_begins_another(tmp_path):
     assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
-def test_an_architectures_file_and_an_architecture_alone(tmp_path):
+def test_an_architectures_file_and_an_architecture_alone(architectures, tmp_path):
     """A local checkpoint of open_clip's; the same architecture with random weights, which depend on the seed."""
-    name = "ViT-S-32-alt"
+    name = "tiny-clip"
     whole = open_clip.create_model(name)
     torch.save(whole.state_dict(), tmp_path / "small.pt")
     write_pairs("clip", tmp_path)
