@@ -6,7 +6,6 @@ import open_clip
 import pytest
 import timm
 import torch
-import yaml
 from timm.models import save_for_hf
 from torch.nn import BatchNorm2d
 from transformers import BertConfig, BertModel
@@ -19,23 +18,7 @@ from mmcontrast.runs import completed, make_job, modalities_of, model_of
 from tests.command import train
 from tests.models.open_clip_models import MODELS
 from tests.models.samples import tokenizer
-from tests.models.starts import KINDS, embedded, start_of, write_pairs, write_run
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_learns_nothing_is_its_start(kind, tmp_path):
-    """With a rate of 0: the same embeddings, logit scale and bias after two steps, from the run's own folder."""
-    folder, files = start_of(kind, tmp_path / "start"), write_pairs(kind, tmp_path)
-    done = train(write_run(tmp_path, str(folder), train={"lr": 0.0}))
-    assert done.returncode == 0, done.stderr
-    before, after = mmcontrast.load(folder), mmcontrast.load(tmp_path / "runs" / "tuned")
-    torch.testing.assert_close(embedded(after, files), embedded(before, files), rtol=0, atol=1e-6)
-    torch.testing.assert_close(after.model.log_logit_scale, before.model.log_logit_scale, rtol=0, atol=1e-6)
-    biases = [one.model.logit_bias for one in (before, after)]
-    assert (biases[0] is None) == (kind in ("clip", "hf clip", "hf clap"))
-    assert biases == [None, None] or torch.equal(*biases)
-    again = yaml.safe_load((tmp_path / "runs" / "tuned" / "config.yaml").read_text())
-    assert list(again["fields"]) == before.fields and again["model"]["embed_dim"] == before.model.embed_dim
+from tests.models.starts import start_of, write_pairs, write_run
 
 
 def test_all_weights_learn_and_the_run_begins_another(tmp_path):
