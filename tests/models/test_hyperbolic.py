@@ -1,0 +1,154 @@
+"""Models of hyperbolic scores (MERU): trained from a config, kept, opened, evaluated, each against formulas written out here."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmcontrast import contrastive_loss, load
+from mmcontrast.config import load_config
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation import EmbeddingTable
+from mmcontrast.models import ScoreOptions
+from mmcontrast.runs import make_job, open_run
+from mmcontrast.tasks import embed_shards
+from mmcontrast.training.grad_cache import cached_backward
+from mmcontrast.training.optim import make_optimizer
+from tests.command import mmcontrast
+from tests.results import results_of
+from tests.training.samples import make_batch
+from tests.training.samples import make_model as dropout_model
+from tests.training.teaching import run, write_config, write_vectors
+
+SCORE = {"type": "lorentz", "curvature": 0.5, "general": "b"}
+LEARNT = ["hyperbolic.log_curvature", "hyperbolic.log_scales.a", "hyperbolic.log_scales.b"]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write_vectors(tmp_path / "a.tar")
+
+
+def weights(job, step, name="model"):
+    return load_file(job.folder / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def distances(x, y, c):
+    """Return [N, M] of tangent vectors at the origin, in float64."""
+    x, y = x.double(), y.double()
+
+    def point(v):
+        r = math.sqrt(c) * v.norm(dim=1, keepdim=True)
+        return torch.cat([torch.cosh(r) / math.sqrt(c), torch.sinh(r) / r * v], 1)
+
+    x, y = point(x), point(y)
+    return torch.acosh((c * (x[:, :1] * y[:, :1].T - x[:, 1:] @ y[:, 1:].T)).clamp_min(1.0)) / math.sqrt(c)
+
+
+def test_a_run_learns_its_curvature_and_goes_on_bitwise(tmp_path, shards):
+    train = {"steps": 4, "schedule": "constant", "ema_decay": 0.5, "checkpoint_every": 1, "keep_checkpoints": 9}
+    paths = [write_config(tmp_path, shards, name, train=train, score=SCORE) for name in ("whole", "parts")]
+    whole = run(paths[0])
+    run(paths[1], "train.steps=2")
+    parts = run(paths[1], resume=True)
+    ours, theirs = weights(whole, 4), weights(parts, 4)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    begun = [math.log(0.5), *[-0.5 * math.log(8)] * 2]
+    assert all(abs(ours[name].item() - start) > 1e-3 for name, start in zip(LEARNT, begun, strict=True))
+    lines = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["curvature"] for line in lines] == pytest.approx(
+        [0.5, *(weights(whole, step)[LEARNT[0]].exp().item() for step in (1, 2, 3))]
+    )
+    opened = open_run(whole.folder, device="cpu").model.state_dict()
+    assert all(torch.equal(opened[name], weights(whole, 4, "ema")[name]) for name in LEARNT)
+    groups = {id(p): g["weight_decay"] for g in make_optimizer(whole.model, whole.options).param_groups for p in g["params"]}
+    assert {groups[id(p)] for n, p in whole.model.named_parameters() if n in LEARNT} == {0.0}
+    still = run(paths[1], "run.name=still", "score.learn_curvature=false", "train.steps=2")
+    assert weights(still, 2)[LEARNT[0]].exp().item() == pytest.approx(0.5) and "general: b" in still.config
+    with torch.no_grad():
+        still.model.hyperbolic.log_curvature.fill_(-9.0)
+        still.model.hyperbolic.log_scales["a"].fill_(0.1)
+    still.model.clamp_logit_scale()
+    assert still.model.hyperbolic.curvature.item() == pytest.approx(0.05) and still.model.hyperbolic.log_scales["a"].item() == 0
+
+
+def test_caching_gives_the_gradients_of_the_whole():
+    batch = make_batch(12)
+    models = [dropout_model(score=ScoreOptions(type="lorentz", curvature=0.5)).eval() for _ in range(2)]
+
+    def loss_of(embeddings):
+        score = {"type": "lorentz", "curvature": embeddings.curvature, "general": "b"}
+        scales = {"logit_scale": embeddings.logit_scale, "logit_bias": embeddings.logit_bias}
+        return contrastive_loss(embeddings.fields, objective="siglip", score=score, ids=batch.ids, **scales)
+
+    loss_of(models[0](batch)).backward()
+    cached_backward(models[1], batch, 5, loss_of)
+    kept, cached = ({n: p.grad for n, p in model.named_parameters()} for model in models)
+    torch.testing.assert_close(cached, kept, rtol=1e-12, atol=1e-14)
+    assert all(kept[f"hyperbolic.{name}"].item() for name in ("log_curvature", "log_scales.own", "log_scales.shared"))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_and_evaluate_as_one(tmp_path, shards, parallel):
+    """The one directly, the two by gradient caching and with the loss's mean over the ranks."""
+    path = write_config(tmp_path, shards, score=SCORE, train={"steps": 3}, evaluation={"splits": {"val": str(shards)}})
+    one = run(path, "run.name=one")
+    options = ["run.name=two", f"train.parallel={parallel}", "train.micro_batch_size=3"]
+    done = mmcontrast("train", path, *options, ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    two = load_file(tmp_path / "runs" / "two" / "checkpoints" / "step-00000003" / "model.safetensors")
+    for name, tensor in weights(one, 3).items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    theirs = results_of(tmp_path / "runs" / "two")
+    assert theirs == pytest.approx(results_of(one.folder), abs=1e-4) and "val/geometry/b/radius" in theirs
+
+
+def test_what_is_evaluated_is_what_distances_say(config_file, tmp_path):
+    """Retrieval, classes by prompts, neighbours and logits of a run, from its embeddings by the formulas above."""
+    zero_shot = {"label": "script", "templates": ["a {}", "the {} here"], "classes": {"Latin": ["Latin"], "Greek": ["Greek"]}}
+    options = ["train.steps=2", "score={type: lorentz, general: text}", "evaluation.resamples=0"]
+    job = run(config_file, *options, f"evaluation.zero_shot={json.dumps({'script': zero_shot})}")
+    results, shards = results_of(job.folder), job.config and load_config(config_file).evaluation.splits["val"]
+    embedder = load(job.folder, device="cpu")
+    c = embedder.model.hyperbolic.curvature.item()
+    assert embed_shards(str(job.folder), shards, tmp_path / "table", device="cpu")
+    table = EmbeddingTable.read(tmp_path / "table")
+    assert table.curvature == c and c != 1
+    image, text = table.fields["image"], table.fields["text"]
+    apart = distances(image, text, c)
+    ranks = 1 + (apart.T < apart.diag()[:, None]).sum(1)
+    assert results["val/retrieval/text_to_image/recall_at_1"] == pytest.approx((ranks == 1).double().mean().item())
+    assert results["val/retrieval/text_to_image/median_rank"] == ranks.double().quantile(0.5).item()
+    torch.testing.assert_close(embedder.similarity(image, text), -apart.float(), rtol=1e-4, atol=1e-4)
+    scale = embedder.model.log_logit_scale.exp()
+    torch.testing.assert_close(embedder.logits(image, text), -scale * apart.float(), rtol=1e-4, atol=1e-3)
+    prompts = [embedder.embed(texts=[f"a {name}", f"the {name} here"]).mean(0) for name in ("Latin", "Greek")]
+    labels = [entry["script"] for entry in table.metadata]
+    known = torch.tensor([label in ("Latin", "Greek") for label in labels])
+    predicted = distances(image[known], torch.stack(prompts), c).argmin(1)
+    right = [("Latin", "Greek")[k] for k in predicted.tolist()]
+    truth = [label for label, kept in zip(labels, known.tolist(), strict=True) if kept]
+    assert results["val/zero_shot/script/top1"] == pytest.approx(sum(map(str.__eq__, right, truth)) / len(truth))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("score={type: lorentz, general: c}", "score: general is 'c', which is none of the fields a, b"),
+        ("score={type: lorenz}", "score.type: input should be 'lorentz'"),
+        ("score={type: lorentz, curvatur: 1}", "unknown key 'score.curvatur'; did you mean 'curvature'"),
+        ("score={type: lorentz, curvature: 0}", "score.curvature"),
+        ("objective=debiased", "Debiased is a formula of cosines"),
+        ("pairing=multilinear", "score concerns scores of two fields: pairing multilinear takes none"),
+        ("train.matryoshka=[4, 8]", "train.matryoshka: prefixes are of cosines"),
+        ("evaluation.whiten=true", "evaluation.whiten: it is of cosines"),
+        ("evaluation.scoring=csls", "evaluation.scoring: it is of cosines"),
+        ("evaluation.widths=[4]", "evaluation.widths: it is of cosines"),
+    ],
+)
+def test_what_needs_cosines_is_refused(tmp_path, shards, override, message):
+    path = write_config(tmp_path, shards, score=SCORE, evaluation={"splits": {"val": str(shards)}})
+    with pytest.raises(UserError, match=message):
+        make_job(load_config(path, [override]))
