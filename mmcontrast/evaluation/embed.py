@@ -110,7 +110,7 @@ class EmbeddingTable:
             pq.write_table(pa.table(columns), folder / f"{name}.parquet", row_group_size=GROUP_ROWS)
             parts.append({"name": name, "rows": len(columns["key"])})
         return {
-            "format": "mmcontrast embedding table 1",
+            "format": f"mmcontrast embedding table {1 if self.curvature is None else 2}",
             "rows": len(self),
             "parts": parts,
             "fields": list(self.fields),
