@@ -36,9 +36,9 @@ class Lorentz:
 
     def __init__(self, curvature: float | Tensor = 1.0) -> None:
         learnt = isinstance(curvature, Tensor)  # its value is not looked at: that would wait for the device
-        self.parameter = curvature if isinstance(curvature, Tensor) else torch.tensor(float(curvature), dtype=torch.float64)
-        if self.parameter.dim() or not (learnt or 0 < self.parameter < math.inf):
+        if (learnt and curvature.dim()) or not (learnt or 0 < float(curvature) < math.inf):
             raise ValueError(f"curvature is {curvature}, it must be one number above 0")
+        self.parameter = curvature if learnt else torch.tensor(float(curvature), dtype=torch.float64)
 
     def lifted(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the point above tangent vectors [N, D]: its place in space [N, D], and in time [N, 1]."""

@@ -146,7 +146,7 @@ def test_what_is_evaluated_is_what_distances_say(config_file, tmp_path):
     assert [hit.score for hit in hits] == pytest.approx((-nearest).tolist(), abs=1e-4)
     assert searcher.index.neighbours(3, "image", 1)[0].row == distances(image[3:4], image, c)[0].argsort()[1]
     entry = json.loads((tmp_path / "table" / "index" / "index.json").read_text())["fields"]["image"]
-    assert (entry["kind"], entry["recall"]["value"], entry["recall"]["queries"]) == ("flat", 1.0, "text")
+    assert (entry["kind"], entry["recall"]["value"], entry["recall"]["queries"]) == ("flat", 1.0, "audio")
     with pytest.raises(UserError, match="--kind hnsw: the table's scores are hyperbolic"):
         build_index(tmp_path / "table", tmp_path / "graph", kind="hnsw", progress=False)
 
