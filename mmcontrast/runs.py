@@ -169,9 +169,7 @@ def completed(config: RunConfig, model: ContrastiveModel) -> RunConfig:
     bias = None if model.logit_bias is None else model.logit_bias.item()
     more = {"embed_dim": model.embed_dim, "max_logit_scale": model.max_logit_scale, "logit_bias": bias}
     more["scale_per_pair"] = bool(model.pairs)
-    return config.model_copy(
-        update={"fields": fields, "model": config.model.model_copy(update=more), "score": model.score}
-    )
+    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=more), "score": model.score})
 
 
 def check_components(config: RunConfig) -> tuple[Objective, Pairing]:

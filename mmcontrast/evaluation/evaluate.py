@@ -116,8 +116,8 @@ def shared(table: EmbeddingTable, group: dist.ProcessGroup | None) -> EmbeddingT
 
 
 def measure(found: Evaluation, place: str, table: EmbeddingTable) -> None:
-    """What the space looks like: of each field, of each pair of fields, of each field as it is found by another. Of a hyperbolic
-    one how far fields lie from the origin, in the place of what is of unit vectors."""
+    """What the space looks like: of each field, of each pair of fields, of each field as it is found by another. Of a
+    hyperbolic one how far fields lie from the origin, in the place of what is of unit vectors."""
     for field, rows in table.fields.items():
         here = table.present[field]
         if not here.any():

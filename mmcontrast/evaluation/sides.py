@@ -51,8 +51,8 @@ class Side:
 
 
 def side_of(table: EmbeddingTable, fields: str | Sequence[str], captions: Mapping[str, Side]) -> Side:
-    """Of the samples that have all the fields: its embeddings, or of several the direction of their sum (of tangent vectors their
-    mean). A field of captions alone: all of them."""
+    """Of the samples that have all the fields: its embeddings, or of several the direction of their sum (of tangent vectors
+    their mean). A field of captions alone: all of them."""
     fields = [fields] if isinstance(fields, str) else list(fields)
     if len(fields) == 1 and fields[0] in captions:
         return captions[fields[0]]

@@ -132,10 +132,14 @@ def refuse_hyperbolic(model: ContrastiveModel, chosen: Sequence[str], kind: str)
     if model.hyperbolic is None:
         return
     if kind != "safetensors":
-        raise UserError(f"--format {kind} holds models of cosines, this one's scores are hyperbolic: export safetensors, our own")
+        raise UserError(
+            f"--format {kind} holds models of cosines, this one's scores are hyperbolic: export safetensors, our own"
+        )
     origin = origin_of(model, chosen)
     if origin and origin.library != "mmcontrast":
-        raise UserError(f"a model of {origin.library} with hyperbolic scores has no form but its run: mmcontrast.load opens that")
+        raise UserError(
+            f"a model of {origin.library} with hyperbolic scores has no form but its run: mmcontrast.load opens that"
+        )
 
 
 def format_module(kind: str) -> ModuleType:

@@ -203,7 +203,8 @@ def joined(
     score: ScoreOptions | None,
 ) -> ContrastiveModel:
     """Return the model of the starts' towers and of those that were made. A whole keeps its projections, logit scale
-    and bias, and where it is hyperbolic its curvature and lengths; halves get projections of their own, as the towers that were made do.
+    and bias, and where it is hyperbolic its curvature and lengths; halves get projections of their own,
+    as the towers that were made do.
 
     Raises:
         UserError: for an embed_dim that is not the start's.
@@ -230,7 +231,7 @@ def joined(
             model.logit_bias = whole.logit_bias
         if model.hyperbolic is not None:
             model.hyperbolic.begin_with(whole.towers, whole.hyperbolic)
-        model.origin = None if made or (model.score and not whole.score) else whole.origin
+        model.origin = None if made else whole.origin
     return model
 
 

@@ -130,8 +130,8 @@ class ContrastiveModel(nn.Module):
         return modality
 
     def encode(self, field: str, values: Tensor) -> Tensor:
-        """Unit embeddings [P, D] of P collated values of one field, of a hyperbolic model tangent vectors; at least fp32, whatever
-        the towers computed in."""
+        """Unit embeddings [P, D] of P collated values of one field, of a hyperbolic model tangent vectors; at least fp32,
+        whatever the towers computed in."""
         tower = self.tower_of[field]
         features = self.towers[tower](self.modalities[field](values))
         projected = self.projections[tower](features)

@@ -83,8 +83,8 @@ class LoraOptions(Options):
 
 
 class ScoreOptions(Options):
-    """Hyperbolic distances in the place of cosines (MERU, arXiv:2304.09172). Embeddings are then tangent vectors at the origin, of
-    any length. See `mmcontrast.objectives.Hyperbolic`.
+    """Hyperbolic distances in the place of cosines (MERU, arXiv:2304.09172). Embeddings are then tangent vectors at the origin,
+    of any length. See `mmcontrast.objectives.Hyperbolic`.
 
     Attributes:
         type: "lorentz", the only one.

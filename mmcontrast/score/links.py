@@ -28,17 +28,20 @@ class Lorentz:
     """Negative distance in the hyperboloid model of hyperbolic space (MERU, arXiv:2304.09172): −acosh(−c ⟨x, y⟩) / √c.
 
     Embeddings v are tangent vectors at the origin, any vectors, which the exponential map lifts: x₀ = sinh(√c‖v‖) v / (√c‖v‖),
-    x_t = √(1/c + ‖x₀‖²), ⟨x, y⟩ = x₀·y₀ − x_t y_t. Where two points meet the slope is taken as 0. √c‖v‖ counts as 11.09 at most.
+    x_t = √(1/c + ‖x₀‖²), ⟨x, y⟩ = x₀·y₀ − x_t y_t. Where two points meet the slope is taken as 0. √c‖v‖ counts as 11.09 at
+    most.
 
     Args:
         curvature: c > 0, a number or a learnt tensor []; whoever learns it keeps it above 0.
     """
 
     def __init__(self, curvature: float | Tensor = 1.0) -> None:
-        learnt = isinstance(curvature, Tensor)  # its value is not looked at: that would wait for the device
-        if (learnt and curvature.dim()) or not (learnt or 0 < float(curvature) < math.inf):
+        if isinstance(curvature, Tensor):  # its value is not looked at: that would wait for the device
+            fits, self.parameter = not curvature.dim(), curvature
+        else:
+            fits, self.parameter = 0 < float(curvature) < math.inf, torch.tensor(float(curvature), dtype=torch.float64)
+        if not fits:
             raise ValueError(f"curvature is {curvature}, it must be one number above 0")
-        self.parameter = curvature if learnt else torch.tensor(float(curvature), dtype=torch.float64)
 
     def lifted(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the point above tangent vectors [N, D]: its place in space [N, D], and in time [N, 1]."""

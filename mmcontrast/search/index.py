@@ -63,9 +63,7 @@ def build_index(
         partial.mkdir(parents=True)
         with make_progress(progress) as bar:
             exact = stored.distances is not None
-            plans = {
-                field: plan_index(len(stored.present(field)), stored.product_dim, kind, memory, exact) for field in wanted
-            }
+            plans = {field: plan_index(len(stored.present(field)), stored.product_dim, kind, memory, exact) for field in wanted}
             entries = {field: _build(stored, field, wanted, partial, plan, device, bar) for field, plan in plans.items()}
         inside = table.resolve() in folder.resolve().parents
         about: dict[str, Any] = {"format": FORMAT, "table": os.path.relpath(table, folder) if inside else str(table.resolve())}

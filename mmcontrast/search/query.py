@@ -43,7 +43,7 @@ def sha256_of(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found. `score`: the cosine, or −distance of a hyperbolic model; `metadata`: what the sample's json says."""
+    """A row that was found. `score`: the cosine, or −distance of hyperbolic ones; `metadata`: what the sample's json says."""
 
     row: int
     score: float

@@ -51,9 +51,7 @@ def cached_backward(
     fields = {field: _leaf(torch.cat([part.fields[field] for part in seen])) for field in seen[0].fields}
     scale, bias, curvature = seen[0].logit_scale, seen[0].logit_bias, seen[0].curvature
     scale = {pair: _leaf(one) for pair, one in scale.items()} if isinstance(scale, dict) else _leaf(scale)
-    leaves = Embeddings(
-        fields, scale, None if bias is None else _leaf(bias), None if curvature is None else _leaf(curvature)
-    )
+    leaves = Embeddings(fields, scale, None if bias is None else _leaf(bias), None if curvature is None else _leaf(curvature))
     del seen
     loss = loss_of(leaves)
     loss.backward()

@@ -15,7 +15,8 @@ from mmcontrast.training.teachers import Teacher
 @dataclass
 class Job:
     """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
-    negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone; `score` is None where it is the cosine."""
+    negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone; `score` is None where
+    it is the cosine."""
 
     name: str
     folder: Path

@@ -1,4 +1,4 @@
-"""Models of hyperbolic scores (MERU): trained from a config, kept, opened, evaluated, each against formulas written out here."""
+"""Models of hyperbolic scores (MERU): trained from a config, kept, opened, evaluated; each against formulas written here."""
 
 import json
 import math
@@ -125,7 +125,7 @@ def test_what_is_evaluated_is_what_distances_say(config_file, tmp_path):
     assert table.curvature == c and c != 1
     image, text = table.fields["image"], table.fields["text"]
     apart = distances(image, text, c)
-    mrr = [(1 / (1 + (of.T < of.diag()[:, None]).sum(1))).mean().item() for of in (apart, -image.double() @ text.double().T)]
+    mrr = [(1 / (1 + (of.diag()[:, None] > of.T).sum(1))).mean().item() for of in (apart, -image.double() @ text.double().T)]
     assert results["val/retrieval/text_to_image/mrr"] == pytest.approx(mrr[0]) and mrr[0] != pytest.approx(mrr[1])
     assert results["val/geometry/text/radius"] == pytest.approx(text.double().norm(dim=1).mean().item())
     torch.testing.assert_close(embedder.similarity(image, text), -apart.float(), rtol=1e-4, atol=1e-4)
@@ -183,10 +183,16 @@ def test_what_is_made_of_it_is_hyperbolic_too(tmp_path, shards):
     with pytest.raises(UserError, match=r"train.teacher: the scores of .* are hyperbolic"):
         make_job(load_config(plain, options))
     fields = "fields={a: {keys: [a.npy]}, b: {keys: [b.npy]}}"
-    began = load_config(plain, [f"model.start={job.folder}", fields, "towers={}", "model.embed_dim=null"])
-    further = make_job(began)
+    began_with = [f"model.start={job.folder}", fields, "towers={}", "model.embed_dim=null"]
+    further = make_job(load_config(plain, began_with))
     assert further.score.general == "b" and "general: b" in further.config
     assert all(torch.equal(further.model.state_dict()[name], tensor) for name, tensor in weights(job, 2).items())
+    flat = run(plain)
+    bent = run(plain, f"model.start={flat.folder}", *began_with[1:], "run.name=bent", "score=lorentz", "train.lr=0")
+    state = bent.model.state_dict()
+    assert all(torch.equal(state.pop(name), tensor) for name, tensor in weights(flat, 2).items()) and set(state) == set(LEARNT)
+    export_model(bent.folder, tmp_path / "bent", "safetensors")
+    assert load(tmp_path / "bent", device="cpu").model.score == ScoreOptions(type="lorentz")
 
 
 @pytest.mark.parametrize(
