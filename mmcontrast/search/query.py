@@ -54,13 +54,13 @@ class Hit:
 def nearest_rows(
     index: Any, table: StoredTable, field: str, kind: str, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores float32 [Q, k], best first; rows int64 [Q, k], −1 where there are fewer). The candidates that codes find, and
+    """(scores [Q, k], best first; rows int64 [Q, k], −1 where there are fewer). The candidates that codes find, and
     those of hyperbolic scores, are scored again from the stored vectors."""
     if kind != "ivf_pq" and table.distances is None:
         return index.search(queries, min(k, index.ntotal))
     asked = table.compared(queries).astype(np.float32)
     candidates = index.search(asked, min(max(CODES_CANDIDATES * k, 100), index.ntotal))[1]
-    scores = np.full(candidates.shape, -np.inf, dtype=np.float32)
+    scores = np.full(candidates.shape, -np.inf, dtype=np.float32 if table.distances is None else np.float64)
     for first in range(0, len(queries), SCORED_TOGETHER):
         some = candidates[first : first + SCORED_TOGETHER]
         vectors = table.vectors(field, some.clip(0).ravel()).reshape(*some.shape, -1)

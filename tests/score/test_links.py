@@ -55,7 +55,7 @@ def test_a_curvature_is_a_number_above_0():
 
 
 def test_what_is_far_stays_finite():
-    far = 1e4 * unit(6, 4, seed=0, dtype=torch.float32).requires_grad_()
+    far = (1e4 * unit(6, 4, seed=0, dtype=torch.float32)).requires_grad_()
     scores = Lorentz(10.0).scores(far, far.detach().flip(0))
     scores.sum().backward()
     assert scores.isfinite().all() and far.grad.isfinite().all() and scores.min() < -3
