@@ -126,7 +126,8 @@ def test_what_is_evaluated_is_what_distances_say(config_file, tmp_path):
     image, text = table.fields["image"], table.fields["text"]
     apart = distances(image, text, c)
     mrr = [(1 / (1 + (of.diag()[:, None] > of.T).sum(1))).mean().item() for of in (apart, -image.double() @ text.double().T)]
-    assert results["val/retrieval/text_to_image/mrr"] == pytest.approx(mrr[0]) and mrr[0] != pytest.approx(mrr[1])
+    assert results["val/retrieval/text_to_image/mrr"] == pytest.approx(mrr[0], abs=1e-6)
+    assert mrr[0] != pytest.approx(mrr[1], abs=1e-4)  # by cosines
     assert results["val/geometry/text/radius"] == pytest.approx(text.double().norm(dim=1).mean().item())
     torch.testing.assert_close(embedder.similarity(image, text), -apart.float(), rtol=1e-4, atol=1e-4)
     scale = embedder.model.log_logit_scale.exp()
@@ -145,10 +146,8 @@ def test_what_is_evaluated_is_what_distances_say(config_file, tmp_path):
     assert sorted(rows) == list(range(len(image)))
     assert [hit.score for hit in hits] == pytest.approx((-wanted[rows]).tolist(), abs=1e-6)
     assert wanted[rows].tolist() == pytest.approx(wanted.sort().values.tolist(), abs=1e-6)
-    to_third = distances(image[3:4], image, c)[0]
-    assert to_third[searcher.index.neighbours(3, "image", 1)[0].row] == pytest.approx(
-        to_third.sort().values[1].item(), abs=1e-6
-    )
+    (hit,), away = searcher.index.neighbours(3, "image", 1), distances(image[3:4], image, c)[0]
+    assert away[hit.row].item() == pytest.approx(away.sort().values[1].item(), abs=1e-6)
     entry = json.loads((tmp_path / "table" / "index" / "index.json").read_text())["fields"]["image"]
     assert (entry["kind"], entry["recall"]["value"], entry["recall"]["queries"]) == ("flat", 1.0, "audio")
     with pytest.raises(UserError, match="--kind hnsw: the table's scores are hyperbolic"):
