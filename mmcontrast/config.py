@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions
-from mmcontrast.models.options import FieldOptions, ModelOptions
+from mmcontrast.models.options import FieldOptions, ModelOptions, ScoreOptions
 from mmcontrast.options import Component, Options
 from mmcontrast.training.held_out import with_held_out
 from mmcontrast.training.options import DataOptions, TrainOptions
@@ -36,7 +36,11 @@ class RunOptions(Options):
 
 
 class RunConfig(Options):
-    """All that determines a run. Saved with it as config.yaml, which is enough to rebuild it."""
+    """All that determines a run. Saved with it as config.yaml, which is enough to rebuild it.
+
+    Attributes:
+        score: of two embeddings; default: that of `model.start`, or their cosine.
+    """
 
     run: RunOptions
     fields: dict[str, FieldOptions] = {}
@@ -44,6 +48,7 @@ class RunConfig(Options):
     model: ModelOptions = ModelOptions()
     objective: Component = "infonce"
     pairing: Component = "all_pairs"
+    score: ScoreOptions | None = None
     data: DataOptions
     train: TrainOptions
     evaluation: EvaluationOptions = EvaluationOptions()

@@ -1,4 +1,4 @@
-"""A model as a program uses it: lists of pictures, texts and sounds in, unit embeddings out."""
+"""A model as a program uses it: lists of pictures, texts and sounds in, embeddings out."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, library_of, open_model
 from mmcontrast.runs import contrasted_fields, open_run, run_of, step_of
+from mmcontrast.score import Lorentz
 from mmcontrast.training.log import make_progress
 
 KINDS: dict[str, type[Modality]] = {
@@ -30,7 +31,7 @@ class Embedder:
     """A model in evaluation mode on its device, with what it takes to feed it.
 
     Attributes:
-        model: fields → towers → unit embeddings, with the logit scale and bias.
+        model: fields → towers → embeddings, with the logit scale and bias.
         name: what it was opened by.
         device: where it computes, in which `precision`.
         fields: those that it embeds, the first of a kind being the default of that kind.
@@ -67,7 +68,8 @@ class Embedder:
         batch_size: int = 64,
         progress: bool | None = None,
     ) -> Tensor:
-        """Unit rows float32 [N, D] on the CPU, of one list of values, or of a generator, which is read first.
+        """Unit rows float32 [N, D] on the CPU, of a hyperbolic model tangent vectors, of one list of values, or of a generator,
+        which is read first.
 
         Args:
             images: paths, encoded bytes, PIL images, or pixels: arrays or tensors uint8 [height, width, 3].
@@ -126,14 +128,16 @@ class Embedder:
             raise UserError(f"{place}: holds no value of this field")
         return prepared
 
-    @staticmethod
-    def similarity(first: Tensor, second: Tensor) -> Tensor:
-        """Cosines [N, M] of unit rows [N, D] and [M, D]."""
-        return first @ second.T
+    @torch.no_grad()
+    def similarity(self, first: Tensor, second: Tensor) -> Tensor:
+        """Cosines [N, M] of unit rows [N, D] and [M, D]; of a hyperbolic model −distance of tangent vectors."""
+        if self.model.hyperbolic is None:
+            return first @ second.T
+        return Lorentz(self.model.hyperbolic.curvature.item()).scores(first.double(), second.double()).to(first.dtype)
 
     @torch.no_grad()
     def logits(self, first: Tensor, second: Tensor, pair: tuple[str, str] | None = None) -> Tensor:
-        """scale · cosine + bias [N, M] of unit rows [N, D] and [M, D], with the model's own scale and bias.
+        """scale · similarity + bias [N, M] of rows [N, D] and [M, D], with the model's own scale and bias.
 
         Args:
             pair: the fields of the rows, for a model that has learnt a scale for each pair of fields.

@@ -273,9 +273,11 @@ def resident(model: ContrastiveModel, options: TrainOptions, devices: int, state
 
 def loss_memory(model: ContrastiveModel, options: TrainOptions, samples: int, devices: int, fields: int) -> int:
     """The embeddings with their gradients, and what the loss needs beside: the two gradients of a term, the column blocks that
-    travel between devices, with gradients, two of each, and one tile. All O(N·D)."""
+    travel between devices, with gradients, two of each, and one tile; of hyperbolic scores the points of a term, as made and as
+    multiplied, with gradients. All O(N·D)."""
     rows = 4 * model.embed_dim * samples
-    return rows * (2 * len(model.modalities) + fields + (4 if devices > 1 else 0)) + LOSS_TILES
+    points = 0 if model.hyperbolic is None else 3 * fields
+    return rows * (2 * len(model.modalities) + fields + points + (4 if devices > 1 else 0)) + LOSS_TILES
 
 
 def with_step(fixed: dict[str, int], model: ContrastiveModel, samples: int, step: Bytes) -> dict[str, int]:

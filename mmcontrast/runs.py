@@ -25,8 +25,8 @@ from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make_modalities, make_model, merge_lora
 from mmcontrast.models import open_start as open_library_start
 from mmcontrast.models.names import EXPORT_FIRST
-from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Objective, Pairing
-from mmcontrast.objectives.inputs import Given, check_together
+from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, Pairing
+from mmcontrast.objectives.inputs import Given, check_link, check_together
 from mmcontrast.training import checkpoint
 from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
@@ -82,6 +82,7 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         negative_of=negative_fields(config),
         teachers=teachers,
         own=frozenset(field for field, of in config.fields.items() if of.own),
+        score=score_of(config),
     )
 
 
@@ -97,7 +98,7 @@ def model_of(config: RunConfig, *, tokenizers: bool = True, weights: bool = True
         UserError: for anything that does not fit.
     """
     opener = partial(open_start, trust_code=trust_code)
-    return make_model(config.fields, config.towers, config.model, config.train.seed, tokenizers, weights, opener)
+    return make_model(config.fields, config.towers, config.model, config.train.seed, tokenizers, weights, opener, config.score)
 
 
 def begin_from(model: ContrastiveModel, source: str) -> None:
@@ -157,7 +158,8 @@ def open_start(start: StartOptions, weights: bool = True, trust_code: bool = Fal
 
 
 def completed(config: RunConfig, model: ContrastiveModel) -> RunConfig:
-    """Return a config that says of its start which fields, how many dimensions, and which logit scale and bias it has."""
+    """Return a config that says of its start which fields, how many dimensions, which logit scale and bias, and which score it
+    has."""
     if not config.model.starts:
         return config
     fields = {
@@ -167,7 +169,7 @@ def completed(config: RunConfig, model: ContrastiveModel) -> RunConfig:
     bias = None if model.logit_bias is None else model.logit_bias.item()
     more = {"embed_dim": model.embed_dim, "max_logit_scale": model.max_logit_scale, "logit_bias": bias}
     more["scale_per_pair"] = bool(model.pairs)
-    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=more)})
+    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=more), "score": model.score})
 
 
 def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
@@ -188,12 +190,35 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
     if config.model.scale_per_pair and any(len(term) > 2 for term in terms):
         raise UserError("model.scale_per_pair: the pairing scores more than two fields at once; leave it false")
     check_teaching(config, objective, pairing)
+    check_score(config, objective, pairing)
     if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
         what = f"fields.{next(iter(negatives))}.negative_of" if negatives else "train.queue_size"
         raise UserError(
             f"{what}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
         )
     return objective, pairing
+
+
+def check_score(config: RunConfig, objective: Objective, pairing: Pairing) -> None:
+    """
+    Raises:
+        UserError: for a general field that is not contrasted; for what needs cosines beside hyperbolic scores.
+    """
+    if (score := score_of(config)) is None:
+        return
+    try:
+        score.check(list(contrasted_fields(config)))
+        check_link(objective, pairing, score)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if config.train.matryoshka:
+        raise UserError("train.matryoshka: prefixes are of cosines, and score is hyperbolic: leave out one of the two")
+
+
+def score_of(config: RunConfig) -> Hyperbolic | None:
+    """Return how the loss scores two embeddings; None: by their cosine."""
+    given = config.score
+    return None if given is None else Hyperbolic(given.curvature, given.general, given.entailment)
 
 
 def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) -> None:

@@ -146,7 +146,8 @@ def first_hits(query: str, candidate: str, model: ContrastiveModel, table: Embed
     if not len(queries) or not len(candidates):
         return queries[:0], torch.zeros(0, HITS, dtype=torch.int64)
     k = min(HITS, len(candidates))
-    _, hits = nearest(table.fields[query][queries], table.fields[candidate][candidates], k)
+    rows = table.compared(table.fields[query][queries]), table.compared(table.fields[candidate][candidates], columns=True)
+    _, hits = nearest(*rows, k)
     return queries, candidates[hits]
 
 

@@ -36,7 +36,7 @@ def labels_of_classes(task: ZeroShotOptions) -> ClassLabels:
     return ClassLabels(list(phrases_of(task)), numbered=not isinstance(task.classes, dict))
 
 
-Classes = list[Tensor]  # of each class unit embeddings [P, D] of its phrases
+Classes = list[Tensor]  # of each class embeddings [P, D] of its phrases
 
 
 def embed_classes(
@@ -49,6 +49,8 @@ def embed_classes(
 
     def embed(phrase: str) -> dict[int | None, Tensor]:
         rows = embed_texts(model, field, [filled(template, phrase) for template in templates], device)
+        if model.hyperbolic is not None:
+            return {None: rows.mean(0)}  # of tangent vectors, as MERU's
         prefixes: dict[int | None, Tensor] = {width: phrase_embedding(F.normalize(rows[:, :width], dim=1)) for width in widths}
         return {None: phrase_embedding(rows), **prefixes}
 
@@ -67,7 +69,8 @@ def zero_shot(found: Evaluation, place: str, table: EmbeddingTable, task: ZeroSh
         return
     phrases = phrases_of(task)
     rows, labels, matched = labelled_rows(table, task.field, task.label, labels_of_classes(task), place)
-    predictions, ranks = predict(rows, classes, labels)
+    candidates = [table.compared(of_class, columns=True) for of_class in classes]
+    predictions, ranks = predict(table.compared(rows), candidates, labels)
     shown = [of[0] if label.isdigit() else label for label, of in phrases.items()]
     found.add_report(place, report(predictions, labels, len(classes), ranks), shown)
     tell(found, place, matched, len(labels.unique()), len(classes))
@@ -129,7 +132,8 @@ def probe(found: Evaluation, splits: dict[str, str], task: ProbeOptions, train: 
     if "linear" in task.kinds:
         add("linear", linear_probe(rows, labels, every))
     if "knn" in task.kinds:
-        add("knn", knn(rows, labels, every, task.neighbours))
+        compared = train.compared(rows, columns=True), labels, train.compared(every)
+        add("knn", knn(*compared, task.neighbours, distances=train.distances))
     rarest = int(labels.bincount().min())
     for shots in (shots for shots in task.shots if "few_shot" in task.kinds and shots <= rarest):
         predictions = few_shot(rows, labels, every, shots, seeds=range(task.seeds))

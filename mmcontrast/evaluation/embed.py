@@ -24,6 +24,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import TextModality
 from mmcontrast.models import ContrastiveModel
+from mmcontrast.score import Lorentz
 from mmcontrast.strict_json import dumps
 from mmcontrast.types import ABSENT, Batch
 
@@ -37,10 +38,11 @@ class EmbeddingTable:
     """N samples.
 
     Attributes:
-        fields: per field, unit rows float32 [N, D], zero where absent.
+        fields: per field, unit rows float32 [N, D], or tangent vectors of a hyperbolic model; zero where absent.
         present: per field, bool [N].
         sample_ids, group_ids: int64 [N].
         metadata: N dictionaries, each with the sample's `key`.
+        curvature: of a hyperbolic model; None: embeddings are compared by cosines.
     """
 
     fields: dict[str, Tensor]
@@ -48,12 +50,24 @@ class EmbeddingTable:
     sample_ids: Tensor
     group_ids: Tensor
     metadata: list[dict[str, Any]]
+    curvature: float | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    @property
+    def distances(self) -> Lorentz | None:
+        """What makes scores, −distance, of the inner products of `compared` rows; None: these are the scores."""
+        return None if self.curvature is None else Lorentz(self.curvature)
+
+    def compared(self, rows: Tensor, columns: bool = False) -> Tensor:
+        """Return embeddings [..., D] as they are to be multiplied: the greater the product of a query's row and a candidate's
+        (`columns`), the better it fits. Of a hyperbolic model float64 points of the hyperboloid, [..., D + 1]."""
+        return rows if self.distances is None else self.distances.rows(rows.double(), columns)
+
     def prefix(self, width: int) -> "EmbeddingTable":
         """The first numbers of all embeddings alone, made unit rows again."""
+        assert self.curvature is None
         return replace(self, fields={field: F.normalize(rows[:, :width], dim=1) for field, rows in self.fields.items()})
 
     def first(self, number: int) -> "EmbeddingTable":
@@ -64,6 +78,7 @@ class EmbeddingTable:
             self.sample_ids[:number],
             self.group_ids[:number],
             self.metadata[:number],
+            self.curvature,
         )
 
     def write(self, folder: Path, about: dict[str, Any] | None = None) -> None:
@@ -95,13 +110,13 @@ class EmbeddingTable:
             pq.write_table(pa.table(columns), folder / f"{name}.parquet", row_group_size=GROUP_ROWS)
             parts.append({"name": name, "rows": len(columns["key"])})
         return {
-            "format": "mmcontrast embedding table 1",
+            "format": f"mmcontrast embedding table {1 if self.curvature is None else 2}",
             "rows": len(self),
             "parts": parts,
             "fields": list(self.fields),
             "dim": next(iter(self.fields.values())).shape[1],
             "dtype": "float32",
-        }
+        } | ({} if self.curvature is None else {"curvature": self.curvature})
 
     @staticmethod
     def refuse_to_overwrite(folder: Path) -> None:
@@ -127,6 +142,7 @@ class EmbeddingTable:
             torch.tensor(rows["sample_id"].to_pylist()),
             torch.tensor(rows["group_id"].to_pylist()),
             [json.loads(entry) for entry in rows["metadata"].to_pylist()],
+            manifest.get("curvature"),
         )
         table.check_finite(str(folder))
         return table
@@ -188,12 +204,14 @@ def embed_dataset(
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     bad: list[dict[str, str]] = []
+    curvature: float | None = None
     for batch in all_batches(dataset, batch_size, num_workers, rows):
         embeddings = model(batch.to(torch.device(device)))
         embedded = EmbeddingTable(
             {field: embeddings.fields[field].float().cpu() for field in fields},
             batch.present, batch.sample_ids, batch.group_ids, batch.metadata,
         )  # fmt: skip
+        curvature = None if embeddings.curvature is None else float(embeddings.curvature)
         done = len(about["metadata"])
         embedded.check_finite(name or label, lambda row, done=done: dataset.locate(positions[done + row])[0].name)  # type: ignore[misc]
         for field in fields:
@@ -217,6 +235,7 @@ def embed_dataset(
         torch.cat(about["sample_ids"]),
         torch.cat(about["group_ids"]),
         about["metadata"],
+        curvature,
     )
 
 
@@ -240,12 +259,13 @@ def joined(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
         torch.cat([table.sample_ids for table in tables]),
         torch.cat([table.group_ids for table in tables]),
         [entry for table in tables for entry in table.metadata],
+        tables[0].curvature,
     )
 
 
 @torch.no_grad()
 def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
-    """Return unit embeddings [N, D] of prompts, read by a text field's modality and tower, in evaluation mode.
+    """Return embeddings [N, D] of prompts, read by a text field's modality and tower, in evaluation mode.
 
     Raises:
         UserError: for an embedding that is not finite.

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from mmcontrast.components import nearest
 from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.bootstrap import Estimate
 from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_classes, probe, trained_classes, zero_shot
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_together
 from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_rank, hubness, modality_gap, uniformity
@@ -115,23 +116,28 @@ def shared(table: EmbeddingTable, group: dist.ProcessGroup | None) -> EmbeddingT
 
 
 def measure(found: Evaluation, place: str, table: EmbeddingTable) -> None:
-    """What the space looks like: of each field, of each pair of fields, of each field as it is found by another."""
+    """What the space looks like: of each field, of each pair of fields, of each field as it is found by another. Of a
+    hyperbolic one how far fields lie from the origin, in the place of what is of unit vectors."""
     for field, rows in table.fields.items():
         here = table.present[field]
         if not here.any():
             continue
-        own = {"uniformity": uniformity(rows[here]), "effective_rank": effective_rank(rows[here])}
+        own = {"effective_rank": effective_rank(rows[here])}
+        if table.curvature is None:
+            own["uniformity"] = uniformity(rows[here])
+        else:
+            own["radius"] = Estimate.of_mean(rows[here].double().norm(dim=1))
         found.add_estimates(f"{place}/{field}", own, table.group_ids[here])
     for first, second in combinations(table.fields, 2):
         both = table.present[first] & table.present[second]
         x, y = table.fields[first][both], table.fields[second][both]
-        if len(x):
+        if len(x) and table.curvature is None:
             between = {"alignment": alignment(x, y), "modality_gap": modality_gap(x, y)}
             found.add_estimates(f"{place}/{first}_{second}", between, table.group_ids[both])
     for query, candidate in permutations(table.fields, 2):
         queries, candidates = (table.fields[field][table.present[field]] for field in (query, candidate))
         if len(queries) and len(candidates) > HUB_NEIGHBOURS:
-            skewness, antihubs = hubness(queries, candidates)
+            skewness, antihubs = hubness(table.compared(queries), table.compared(candidates, columns=True))
             found.add_estimates(f"{place}/{query}_to_{candidate}", {"hubness": skewness, "antihubs": antihubs})
 
 
@@ -260,6 +266,9 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
             raise UserError(
                 f"evaluation.{option}: it is of retrieval, and none is asked for: leave it out, or name a task of `retrieval`"
             )
+    for option in ("whiten", "scoring", "widths") if model.hyperbolic is not None else ():
+        if getattr(options, option):
+            raise UserError(f"evaluation.{option}: it is of cosines, and the model's scores are hyperbolic: leave it out")
     for width in options.widths or ():
         if width > model.embed_dim:
             raise UserError(f"evaluation.widths: {width} of embeddings of {model.embed_dim} numbers")

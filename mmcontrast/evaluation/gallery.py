@@ -40,7 +40,8 @@ def gallery(query: str, found: str, split: str, model: ContrastiveModel, dataset
     candidates = candidates_of(model, found, table)
     rows = []
     for row in drawn(table.present[query].nonzero().squeeze(1), QUERIES):
-        scores = table.fields[found][candidates] @ table.fields[query][row]
+        asked = table.compared(table.fields[query][row])
+        scores = table.compared(table.fields[found][candidates], columns=True) @ asked
         best = candidates[scores.topk(min(SHOWN, len(candidates))).indices].tolist()
         rows.append(row_of_hits(sample_as_html(dataset, query, row, table), best, row, found, dataset, table))
     return f"<h2>{html.escape(query)} → {html.escape(found)}, {html.escape(split)}</h2>{''.join(rows)}"

@@ -156,7 +156,8 @@ class EvaluationOptions(Options):
         scoring: retrieval: what scores are made of cosines, against hubs: csls, inverted_softmax, margin.
         widths: retrieval and zero-shot tasks also by so many first numbers of each embedding alone, "…/recall_at_1@64";
             default: of a run with `train.matryoshka` its widths.
-        geometry: alignment, uniformity, modality gap, hubness, effective rank.
+        geometry: alignment, uniformity, modality gap, hubness, effective rank; of hyperbolic models these two and
+            the mean distance from the origin, `radius`.
         resamples: of the bootstrap behind each interval; 0: no intervals.
         best: the result by which the best checkpoint is chosen, and `train.patience` counts; default: the mean recall at the
             first k of the first split.

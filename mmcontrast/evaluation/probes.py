@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.neighbours import nearest
+from mmcontrast.score import Lorentz
 
 ITERATIONS = 1000  # of lbfgs
 DECADES = 6  # to either side of C = 1
@@ -94,11 +95,20 @@ def over_seeds(predictions: Tensor, labels: Tensor) -> tuple[float, float]:
     return right.mean().item(), right.std().item() if len(right) > 1 else float("nan")
 
 
-def knn(rows: Tensor, labels: Tensor, test_rows: Tensor, k: int = 20, *, temperature: float | None = 0.07) -> Tensor:
+def knn(
+    rows: Tensor,
+    labels: Tensor,
+    test_rows: Tensor,
+    k: int = 20,
+    *,
+    temperature: float | None = 0.07,
+    distances: Lorentz | None = None,
+) -> Tensor:
     """The class with most votes of the k nearest unit rows by cosine; of equal ones the first; arguments as `linear_probe`'s.
 
     Args:
         k: neighbours; all rows where there are fewer.
+        distances: rows are points of a hyperboloid, as `Lorentz.rows` makes them: −distance takes the cosine's place.
         temperature: τ of a vote's weight exp(cosine / τ) (as DINO, arXiv:2104.14294, after Wu et al., arXiv:1805.01978); None:
             every vote counts 1.
 
@@ -111,6 +121,7 @@ def knn(rows: Tensor, labels: Tensor, test_rows: Tensor, k: int = 20, *, tempera
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature {temperature}: it must be more than 0, or None")
     cosines, found = nearest(test_rows, rows, min(k, len(rows)))
+    cosines = cosines if distances is None else distances.value(cosines)
     votes = torch.ones_like(cosines) if temperature is None else ((cosines - cosines[:, :1]) / temperature).exp()
     predictions = labels.new_empty(len(test_rows))
     for start in range(0, len(test_rows), TILE):

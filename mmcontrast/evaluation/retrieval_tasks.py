@@ -146,8 +146,8 @@ class RetrievalTasks:
             scoring = Scoring.of(kind, *rows, alike=options.get("excluded") is not None)
         try:
             return rank(
-                queries.rows, candidates.rows, pairs, scoring=scoring, device=self.device, group=self.group,
-                progress=self.progress, **options,
+                self.table.compared(queries.rows), self.table.compared(candidates.rows, columns=True), pairs, scoring=scoring,
+                device=self.device, group=self.group, progress=self.progress, **options,
             )  # fmt: skip
         except ValueError as error:
             raise UserError(f"{self.split}: {error}") from error

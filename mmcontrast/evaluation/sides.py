@@ -27,7 +27,7 @@ class Side:
     """R embeddings of samples of a table.
 
     Attributes:
-        rows: unit [R, D].
+        rows: [R, D], as in the table.
         samples: int64 [R], their places in the table.
         groups: int64 [R], what they are about.
     """
@@ -51,15 +51,20 @@ class Side:
 
 
 def side_of(table: EmbeddingTable, fields: str | Sequence[str], captions: Mapping[str, Side]) -> Side:
-    """Of the samples that have all the fields: its embeddings, or of several the direction of their sum. A field of captions
-    alone: all of them."""
+    """Of the samples that have all the fields: its embeddings, or of several the direction of their sum (of tangent vectors
+    their mean). A field of captions alone: all of them."""
     fields = [fields] if isinstance(fields, str) else list(fields)
     if len(fields) == 1 and fields[0] in captions:
         return captions[fields[0]]
     samples = torch.stack([table.present[field] for field in fields]).all(0).nonzero().squeeze(1)
     rows = [table.fields[field][samples] for field in fields]
-    total = rows[0] if len(rows) == 1 else F.normalize(torch.stack(rows).sum(0), dim=1)
-    return Side(total, samples, table.group_ids[samples])
+    if len(rows) == 1:
+        together = rows[0]
+    elif table.curvature is None:
+        together = F.normalize(torch.stack(rows).sum(0), dim=1)
+    else:
+        together = torch.stack(rows).mean(0)
+    return Side(together, samples, table.group_ids[samples])
 
 
 def whitened(table: EmbeddingTable, captions: Mapping[str, Side]) -> tuple[EmbeddingTable, dict[str, Side]]:

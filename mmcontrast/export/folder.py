@@ -14,10 +14,11 @@ from mmcontrast.embedder import Embedder, load, run_of
 from mmcontrast.errors import UserError
 from mmcontrast.export.card import write_card
 from mmcontrast.export.parity import HALF_TOLERANCE, TOLERANCE, measure
-from mmcontrast.export.parts import chosen_fields, plain_model
+from mmcontrast.export.parts import chosen_fields, origin_of, plain_model
 from mmcontrast.export.samples import Samples, given_samples, made_samples
 from mmcontrast.libraries import library_errors
 from mmcontrast.modalities.library import LibraryImages
+from mmcontrast.models import ContrastiveModel
 from mmcontrast.strict_json import dumps
 
 PARITY = "parity.json"
@@ -102,6 +103,7 @@ def write_export(
         UserError: as `export_model`.
     """
     options = options or {}
+    refuse_hyperbolic(embedder.model, chosen, kind)
     partial = out.absolute().parent / f".{out.name}.partial"
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,24 @@ def write_export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return parity
+
+
+def refuse_hyperbolic(model: ContrastiveModel, chosen: Sequence[str], kind: str) -> None:
+    """
+    Raises:
+        UserError: for a model of hyperbolic scores, if the format knows cosines alone.
+    """
+    if model.hyperbolic is None:
+        return
+    if kind != "safetensors":
+        raise UserError(
+            f"--format {kind} holds models of cosines, this one's scores are hyperbolic: export safetensors, our own"
+        )
+    origin = origin_of(model, chosen)
+    if origin and origin.library != "mmcontrast":
+        raise UserError(
+            f"a model of {origin.library} with hyperbolic scores has no form but its run: mmcontrast.load opens that"
+        )
 
 
 def format_module(kind: str) -> ModuleType:

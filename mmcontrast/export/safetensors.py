@@ -50,8 +50,10 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
         parts, notes = _composed(model, names, folder)
         about |= parts
         used = {model.tower_of[name] for name in names}
-        left = tuple(f"{kind}.{tower}." for kind in ("towers", "projections") for tower in model.towers if tower not in used)
-        tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(left)}
+        unused_towers = [tower for tower in model.towers if tower not in used]
+        left = tuple(f"{kind}.{tower}." for kind in ("towers", "projections") for tower in unused_towers)
+        lengths = {f"hyperbolic.log_scales.{tower}" for tower in unused_towers}
+        tensors = {k: value for k, value in model.state_dict().items() if not k.startswith(left) and k not in lengths}
         if model.pairs:
             log_scale, _ = scale_and_bias(model, names) if len(names) == 2 else (model.log_logit_scale.detach(), None)
             tensors["log_logit_scale"] = log_scale.reshape(-1)
@@ -105,7 +107,8 @@ def _composed(model: ContrastiveModel, names: list[str], folder: Path) -> tuple[
         options["projection"] = {tower: kind for tower, kind in options["projection"].items() if tower in towers}
     if len(names) < 3 and model.pairs:
         options["scale_per_pair"] = False
-    return {"fields": fields, "towers": towers, "model": options}, notes
+    about = {"fields": fields, "towers": towers, "model": options}
+    return about | ({"score": model.score.model_dump(mode="json")} if model.score else {}), notes
 
 
 def _mapping(spec: Component) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.lora import merge_lora
 from mmcontrast.models.names import library_of, open_model, resolved
 from mmcontrast.models.open_clip import OpenClipTextTower, OpenClipTower
-from mmcontrast.models.options import FieldOptions, ModelOptions, StartOptions
+from mmcontrast.models.options import FieldOptions, ModelOptions, ScoreOptions, StartOptions
 from mmcontrast.models.timm import TimmTower
 from mmcontrast.models.transformers import TransformersTower
 
@@ -21,6 +21,7 @@ __all__ = [
     "OpenClipTextTower",
     "OpenClipTower",
     "Origin",
+    "ScoreOptions",
     "StartOptions",
     "TimmTower",
     "Tower",

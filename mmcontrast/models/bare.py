@@ -15,7 +15,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.libraries import weights_follow
 from mmcontrast.models.compose import make_model
 from mmcontrast.models.contrastive import ContrastiveModel
-from mmcontrast.models.options import FieldOptions, ModelOptions
+from mmcontrast.models.options import FieldOptions, ModelOptions, ScoreOptions
 from mmcontrast.trust import import_paths
 
 BARE_CONFIG, BARE_WEIGHTS, LIBRARY = "mmcontrast_model.json", "model.safetensors", "library"
@@ -52,7 +52,8 @@ def compose_bare(folder: Path, about: Mapping[str, Any], trust_code: bool, weigh
     """
     fields = {name: FieldOptions.model_validate(_beside(folder, options)) for name, options in about["fields"].items()}
     with import_paths(folder, trust_code), weights_follow():
-        model = make_model(fields, about["towers"], ModelOptions.model_validate(about["model"]), seed=0)
+        score = ScoreOptions.model_validate(about["score"]) if about.get("score") else None
+        model = make_model(fields, about["towers"], ModelOptions.model_validate(about["model"]), seed=0, score=score)
     if weights:
         model.load_state_dict(load_file(folder / BARE_WEIGHTS))
     return model.eval()

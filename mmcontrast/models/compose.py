@@ -20,7 +20,7 @@ from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.lora import add_lora
 from mmcontrast.models.names import open_model
 from mmcontrast.models.open_clip import OpenClipTextTower, OpenClipTower
-from mmcontrast.models.options import FieldOptions, LoraOptions, ModelOptions, StartOptions
+from mmcontrast.models.options import FieldOptions, LoraOptions, ModelOptions, ScoreOptions, StartOptions
 from mmcontrast.models.timm import TimmTower
 from mmcontrast.models.transformers import TransformersTower, shortest_waveform
 from mmcontrast.options import Component
@@ -57,6 +57,7 @@ def make_model(
     tokenizers: bool = True,
     weights: bool = True,
     opener: Opener = open_start,
+    score: ScoreOptions | None = None,
 ) -> ContrastiveModel:
     """Make a model of towers with initial weights, a function of the seed; or of a start, and what is added to it.
 
@@ -64,6 +65,7 @@ def make_model(
         tokenizers: they are those of the texts, and must fit the towers.
         weights: False: those of a start are not read.
         opener: opens a start.
+        score: of hyperbolic distances; default: the start's, or cosines.
 
     Raises:
         UserError: for a field without a tower, a tower without a field, or texts that a tower cannot read; for a start that
@@ -93,7 +95,7 @@ def make_model(
                 raise UserError(f"fields.{field}: {error}") from error
         if isinstance(modality, AudioModality) and isinstance(tower, TransformersTower):
             refuse_short_sounds(field, modality, tower)
-    model = joined(started, modalities, made, tower_of, options)
+    model = joined(started, modalities, made, tower_of, options, score)
     if not options.update_batch_norms:
         trained = [
             name
@@ -107,6 +109,7 @@ def make_model(
     if model.origin is None:
         composed = {field: of.model_dump(mode="json") for field, of in fields.items()}
         config = {"fields": composed, "towers": dict(towers), "model": options.model_dump(mode="json")}
+        config |= {"score": model.score.model_dump(mode="json")} if model.score else {}
         origins = {tower: one.origin for one, tower in mine.values() if one.origin}
         model.origin = Origin("mmcontrast", config=config, starts=origins)
     return model
@@ -128,6 +131,8 @@ def taken(model: ContrastiveModel, fields: Sequence[str]) -> ContrastiveModel:
         del model.modalities[field], model.tower_of[field]
     for tower in model.towers.keys() - set(model.tower_of.values()):
         del model.towers[tower], model.projections[tower]
+        if model.hyperbolic is not None:
+            del model.hyperbolic.log_scales[tower]
     if model.pairs:
         kept = [k for k, pair in enumerate(model.pairs) if not set(pair) & set(left)]
         model.pairs = [model.pairs[k] for k in kept]
@@ -195,9 +200,11 @@ def joined(
     made: Mapping[str, Tower],
     tower_of: Mapping[str, str],
     options: ModelOptions,
+    score: ScoreOptions | None,
 ) -> ContrastiveModel:
     """Return the model of the starts' towers and of those that were made. A whole keeps its projections, logit scale
-    and bias; halves get projections of their own, as the towers that were made do.
+    and bias, and where it is hyperbolic its curvature and lengths; halves get projections of their own,
+    as the towers that were made do.
 
     Raises:
         UserError: for an embed_dim that is not the start's.
@@ -213,7 +220,8 @@ def joined(
     else:
         halves = {name: cast(Tower, tower) for one in started for name, tower in one.towers.items()}
         given = {"embed_dim": 512} | given
-    model = ContrastiveModel(modalities, halves | dict(made), tower_of, **given)
+    score = score or (whole.score if whole else None)
+    model = ContrastiveModel(modalities, halves | dict(made), tower_of, **given, score=score)
     if whole:
         model.towers = nn.ModuleDict({**whole.towers, **model.towers})
         model.projections = nn.ModuleDict({**whole.projections, **model.projections})
@@ -221,6 +229,8 @@ def joined(
             model.log_logit_scale = nn.Parameter(scales_of(model, whole))
         if options.logit_bias is None:
             model.logit_bias = whole.logit_bias
+        if model.hyperbolic is not None:
+            model.hyperbolic.begin_with(whole.towers, whole.hyperbolic)
         model.origin = None if made else whole.origin
     return model
 
@@ -272,6 +282,8 @@ def adapt(
         model.log_logit_scale.requires_grad_(False)
         if model.logit_bias is not None:
             model.logit_bias.requires_grad_(False)
+        if model.hyperbolic is not None and model.hyperbolic.of_start:
+            model.hyperbolic.requires_grad_(False)
     for module in kept:
         module.requires_grad_(False)
     before = {id(tensor) for module in kept for tensor in (*module.parameters(), *module.buffers())}

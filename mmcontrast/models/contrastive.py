@@ -1,4 +1,4 @@
-"""The model: fields → towers → projections → unit embeddings, with the logit scale and bias of the scores."""
+"""The model: fields → towers → projections → embeddings, with the logit scale and bias of the scores."""
 
 import hashlib
 import math
@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
 from mmcontrast.models.base import Origin, Tower
+from mmcontrast.models.hyperbolic import TangentSpace
+from mmcontrast.models.options import ScoreOptions
 from mmcontrast.types import Batch
 
 
@@ -23,13 +25,15 @@ class Embeddings:
     """What the model makes of a batch.
 
     Attributes:
-        fields: per field, unit rows [N, D], zero where the sample lacks the field.
+        fields: per field, unit rows [N, D], or tangent vectors of a hyperbolic model; zero where the sample lacks the field.
         logit_scale: scalar, 1/τ; or one for each pair of fields. logit_bias: scalar, or None.
+        curvature: scalar of a hyperbolic model; None: scores are cosines.
     """
 
     fields: dict[str, Tensor]
     logit_scale: Tensor | dict[tuple[str, str], Tensor]
     logit_bias: Tensor | None
+    curvature: Tensor | None = None
 
 
 torch.export.register_dataclass(Embeddings)  # sharded data parallelism looks for the tensors in what a model returns
@@ -48,6 +52,7 @@ class ContrastiveModel(nn.Module):
         logit_scale, logit_bias: initial values; the scale is learnt as its logarithm, a bias of None is not learnt.
         max_logit_scale: `clamp_logit_scale` keeps the scale in [1, this] (CLIP clamps at 100).
         scale_per_pair: each pair of fields learns a scale of its own.
+        score: of hyperbolic distances; None: scores are cosines.
 
     Attributes:
         origin: where it came from, set by what made or opened it.
@@ -66,6 +71,7 @@ class ContrastiveModel(nn.Module):
         logit_bias: float | None = None,
         max_logit_scale: float = 100.0,
         scale_per_pair: bool = False,
+        score: ScoreOptions | None = None,
     ) -> None:
         super().__init__()
         self.modalities, self.towers, self.tower_of = nn.ModuleDict(modalities), nn.ModuleDict(towers), dict(tower_of)
@@ -79,6 +85,9 @@ class ContrastiveModel(nn.Module):
         self.pairs = list(combinations(modalities, 2)) if scale_per_pair else []
         self.log_logit_scale = nn.Parameter(torch.full((len(self.pairs) or 1,), math.log(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([float(logit_bias)]))
+        self.score, self.hyperbolic = score, None
+        if score is not None:
+            self.hyperbolic = TangentSpace(towers, embed_dim, score.curvature, score.learn_curvature)
 
     def keep_start(self, names: Iterable[str]) -> None:
         """Leave tensors of a start, which nothing changes, out of checkpoints; these hold a digest of them instead."""
@@ -96,8 +105,10 @@ class ContrastiveModel(nn.Module):
         """Make embeddings of their first numbers alone, of unit length again, from now on: a Matryoshka model's prefix.
 
         Raises:
-            UserError: for a width that they have not.
+            UserError: for a width that they have not; for a hyperbolic model, whose prefixes mean nothing.
         """
+        if self.hyperbolic is not None:
+            raise UserError(f"width={width}: the model's scores are hyperbolic, and no prefix of its embeddings has some")
         if not 1 <= width <= self.embed_dim:
             raise UserError(f"width={width}: the model's embeddings have {self.embed_dim} numbers")
         self.embed_dim = width
@@ -119,13 +130,15 @@ class ContrastiveModel(nn.Module):
         return modality
 
     def encode(self, field: str, values: Tensor) -> Tensor:
-        """Unit embeddings [P, D] of P collated values of one field; at least fp32, whatever the towers computed in."""
+        """Unit embeddings [P, D] of P collated values of one field, of a hyperbolic model tangent vectors; at least fp32,
+        whatever the towers computed in."""
         tower = self.tower_of[field]
         features = self.towers[tower](self.modalities[field](values))
         projected = self.projections[tower](features)
         if projected.shape[1] > self.embed_dim:  # a prefix is asked for
             projected = projected[:, : self.embed_dim]
-        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
+        projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        return F.normalize(projected, dim=1) if self.hyperbolic is None else self.hyperbolic.tangents(tower, projected)
 
     def forward(self, batch: Batch) -> Embeddings:
         fields = {}
@@ -140,7 +153,8 @@ class ContrastiveModel(nn.Module):
                 fields[field] = blank.masked_scatter(here.unsqueeze(1), embeddings) if here.any() else blank
         bias = None if self.logit_bias is None else self.logit_bias.squeeze(0)
         scale = self.log_logit_scale.exp()
-        return Embeddings(fields, dict(zip(self.pairs, scale, strict=True)) if self.pairs else scale.squeeze(0), bias)
+        scales = dict(zip(self.pairs, scale, strict=True)) if self.pairs else scale.squeeze(0)
+        return Embeddings(fields, scales, bias, None if self.hyperbolic is None else self.hyperbolic.curvature)
 
     def _as_it_counts(self, field: str, rows: int, here: Tensor) -> AbstractContextManager[None]:
         """In training, what stands for a field that nobody has takes part in the step, but is computed as in evaluation: batch
@@ -153,6 +167,9 @@ class ContrastiveModel(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
+        """Keep it in its range; of a hyperbolic model the curvature and the lengths too."""
+        if self.hyperbolic is not None:
+            self.hyperbolic.clamp()
         self.log_logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
 
 

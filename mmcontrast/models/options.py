@@ -1,8 +1,8 @@
 """The options of a model: `fields` and `model` of a config."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmcontrast.models.sizes import Sizes
 from mmcontrast.options import Component, Keys, Options, Positive
@@ -80,6 +80,31 @@ class LoraOptions(Options):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all", "attention"] = "all"
     towers: list[str] = []
+
+
+class ScoreOptions(Options):
+    """Hyperbolic distances in the place of cosines (MERU, arXiv:2304.09172). Embeddings are then tangent vectors at the origin,
+    of any length. See `mmcontrast.objectives.Hyperbolic`.
+
+    Attributes:
+        type: "lorentz", the only one.
+        curvature: c, where it begins; of a start that has learnt one: ignored, it goes on from there.
+        learn_curvature: within a factor of 10 of `curvature`; false: it stays.
+        general: the field whose samples are more general than those of the others, usually text: the angles by which these lie
+            outside of its cones are added to the loss; default: none are.
+        entailment: the weight of that.
+    """
+
+    type: Literal["lorentz"]
+    curvature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    learn_curvature: bool = True
+    general: str | None = None
+    entailment: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"type": given} if isinstance(given, str) else given
 
 
 class ModelOptions(Options):

@@ -8,6 +8,7 @@ from mmcontrast.objectives.distillation import Distillation
 from mmcontrast.objectives.global_contrastive import GlobalContrastive
 from mmcontrast.objectives.hard_negative import HardNegative
 from mmcontrast.objectives.hybrid import Hybrid
+from mmcontrast.objectives.hyperbolic import Hyperbolic
 from mmcontrast.objectives.infonce import InfoNCE
 from mmcontrast.objectives.multi_positive import MultiPositive
 from mmcontrast.objectives.multilinear import Multilinear
@@ -27,6 +28,7 @@ __all__ = [
     "GlobalContrastive",
     "HardNegative",
     "Hybrid",
+    "Hyperbolic",
     "InfoNCE",
     "MultiPositive",
     "Multilinear",

@@ -20,6 +20,7 @@ class Objective(nn.Module):
         false_negative_margin: reductions with `below` leave out candidates whose cosine is so much above the positive's.
         sample_values: names of numbers, one a sample, that the caller may give; read them as `direction.given[name]`.
         guided: the cosines that are compared are a teacher's.
+        of_cosines: its formula takes scores for logit_scale · cosine, so that it is wrong for others.
     """
 
     reductions: tuple[Reduction, ...]
@@ -28,6 +29,7 @@ class Objective(nn.Module):
     sample_values: ClassVar[tuple[str, ...]] = ()
     false_negative_margin: float | None = None
     guided: bool = False
+    of_cosines: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
     progress: float = 1.0
 

@@ -120,6 +120,8 @@ def contrastive_loss(
         raise ValueError(f"sample_ids has {len(sample_ids)} entries for {len(first)} samples")
     link: Hyperbolic | None = build(score, SCORES, "score", Hyperbolic)
     check_together(scorer, pairs, given, link)
+    if link is not None:
+        link.check(embeddings)
     options = {"backend": backend, "tile_size": tile_size, "group": group, "communication": communication}
     loss_of = partial(
         _loss, scorer=scorer, pairs=pairs, link=link, logit_scale=logit_scale, logit_bias=logit_bias, options=options

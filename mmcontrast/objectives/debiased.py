@@ -22,6 +22,7 @@ class Debiased(Objective):
     """
 
     sample_values = ("tau_plus",)
+    of_cosines = True  # −1/τ is the least score that there is
 
     def __init__(self, tau_plus: float = 0.1, beta: float = 0.0) -> None:
         super().__init__()

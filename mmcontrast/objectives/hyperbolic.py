@@ -1,6 +1,7 @@
 """Scores in hyperbolic space, and the cones in which general things hold particular ones (MERU, arXiv:2304.09172)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -23,7 +24,21 @@ class Hyperbolic(Lorentz):
 
     def __init__(self, curvature: float | Tensor = 1.0, general: str | None = None, entailment: float = 0.2) -> None:
         super().__init__(curvature)
+        if not (entailment >= 0 and math.isfinite(entailment)):
+            raise ValueError(f"entailment is {entailment}, it must be ≥ 0")
         self.general, self.entailment = general, entailment
+
+    def at(self, curvature: Tensor) -> "Hyperbolic":
+        """Return the same with another curvature."""
+        return Hyperbolic(curvature, self.general, self.entailment)
+
+    def check(self, fields: Collection[str]) -> None:
+        """
+        Raises:
+            ValueError: if the general field is none of those that are contrasted.
+        """
+        if self.general is not None and self.general not in fields:
+            raise ValueError(f"score: general is {self.general!r}, which is none of the fields {', '.join(fields)}")
 
     def penalty(self, rows: Mapping[str, Tensor]) -> Tensor | None:
         """Return entailment · max(0, angle − aperture) [n] of a term's two fields; None where neither is the general one."""

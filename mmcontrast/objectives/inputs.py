@@ -92,12 +92,23 @@ def check_together(objective: Objective, pairing: Pairing, given: Given, link: A
     pairwise = {
         "teacher": given.teachers,
         "own_negatives": given.own,
-        "score": link,
         "false_negative_margin": objective.false_negative_margin,
     }
     for option, value in pairwise.items():
         if not pairing.takes_extra_negatives and value not in (None, [], {}):
             raise ValueError(f"{option} concerns scores of two fields: pairing multilinear takes none")
+    check_link(objective, pairing, link)
+
+
+def check_link(objective: Objective, pairing: Pairing, link: Any) -> None:
+    """
+    Raises:
+        ValueError: for an objective or a pairing of cosines alone, where there is a link.
+    """
+    if link is not None and not pairing.takes_extra_negatives:
+        raise ValueError("score concerns scores of two fields: pairing multilinear takes none")
+    if link is not None and objective.of_cosines:
+        raise ValueError(f"{type(objective).__name__} is a formula of cosines: leave score out, or take another objective")
 
 
 def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

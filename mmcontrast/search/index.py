@@ -62,7 +62,8 @@ def build_index(
     try:
         partial.mkdir(parents=True)
         with make_progress(progress) as bar:
-            plans = {field: plan_index(len(stored.present(field)), stored.dim, kind, memory) for field in wanted}
+            exact = stored.distances is not None
+            plans = {field: plan_index(len(stored.present(field)), stored.product_dim, kind, memory, exact) for field in wanted}
             entries = {field: _build(stored, field, wanted, partial, plan, device, bar) for field, plan in plans.items()}
         inside = table.resolve() in folder.resolve().parents
         about: dict[str, Any] = {"format": FORMAT, "table": os.path.relpath(table, folder) if inside else str(table.resolve())}
@@ -84,7 +85,7 @@ def _build(
     """Its entry in `index.json`."""
     faiss, began = faiss_module(), time.perf_counter()
     rows = table.present(field)
-    index = faiss.index_factory(table.dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(table.product_dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     if plan.train_rows:
         if device != "cpu" and faiss.get_num_gpus():  # not tested: no faiss for GPUs was at hand
             trainer = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(table.dim))  # faiss keeps no reference to it
@@ -95,7 +96,7 @@ def _build(
         bar.remove_task(task)
     task = bar.add_task(f"{field}: {plan.kind}", total=len(rows), note="")
     for numbers, vectors in table.blocks(field):
-        index.add_with_ids(vectors, numbers)
+        index.add_with_ids(table.compared(vectors, columns=True).astype(np.float32), numbers)
         bar.advance(task, len(numbers))
     other = next((f for f in [*fields, *table.fields] if f != field and len(table.present(f))), field)
     task = bar.add_task(f"{field}: measuring the recall", total=None, note="")
@@ -136,10 +137,11 @@ class Recall:
         self.table, self.field, self.own = table, field, queries == field
         self.rows = _sample(table.present(queries), QUERIES)
         self.vectors, self.k = table.vectors(queries, self.rows), min(AT, len(table.present(field)) - self.own)
+        self.asked = table.compared(self.vectors)
         self.about = {"at": self.k, "queries": queries, "number": len(self.rows), "self_excluded": self.own}
         best = np.full((len(self.rows), 0), 0, dtype=np.float32)
         for numbers, block in table.blocks(field) if self.k else ():
-            scores = self.vectors @ block.T
+            scores = self.asked @ table.compared(block, columns=True).T
             if self.own:
                 scores[numbers == self.rows[:, None]] = -np.inf
             merged = np.concatenate([best, scores], 1)
@@ -153,9 +155,8 @@ class Recall:
         found = nearest_rows(index, self.table, self.field, kind, self.vectors, self.k + self.own)[1]
         for number, rows in enumerate(found):
             rows = rows[(rows >= 0) & ~(self.own & (rows == self.rows[number]))][: self.k]
-            right[number] = (
-                self.table.vectors(self.field, rows) @ self.vectors[number] >= self.kth[number] - SAME
-            ).sum() / self.k
+            candidates = self.table.compared(self.table.vectors(self.field, rows), columns=True)
+            right[number] = (candidates @ self.asked[number] >= self.kth[number] - SAME).sum() / self.k
         return float(right.mean())
 
 

@@ -33,21 +33,26 @@ class IndexPlan:
     reason: str
 
 
-def plan_index(rows: int, dim: int, kind: str = "auto", memory: int | None = None) -> IndexPlan:
+def plan_index(rows: int, dim: int, kind: str = "auto", memory: int | None = None, exact: bool = False) -> IndexPlan:
     """
     Args:
         rows, dim: N and D of the field's vectors.
         kind: one of `KINDS`, or "auto".
         memory: bytes that an index may take; default: half of the machine's.
+        exact: scores are hyperbolic: neither a graph nor codes know that a query's time has another sign than a row's.
 
     Raises:
-        UserError: for an unknown kind; for codes of too few rows to learn them from.
+        UserError: for an unknown kind; for a graph or codes of hyperbolic scores; for codes of too few rows to learn them from.
     """
     if kind not in ("auto", *KINDS):
         raise UserError(f"--kind {kind!r}: auto, or one of {', '.join(KINDS)}")
     limit, whose = memory or machine_memory() // 2, "--memory" if memory else "half of this machine's memory"
     chosen, reason = kind, "asked for by --kind"
-    if kind == "auto":
+    if exact and kind not in ("auto", "flat"):
+        raise UserError(f"--kind {kind}: the table's scores are hyperbolic, which are searched exactly alone: --kind flat")
+    if exact:
+        chosen, reason = "flat", "hyperbolic scores are searched exactly"
+    elif kind == "auto":
         flat, graph = _flat_bytes(rows, dim), _graph_bytes(rows, dim)
         if rows <= FLAT_ROWS and (flat <= limit or rows < LEAST_PQ_ROWS):
             chosen, reason = "flat", f"{rows:,} rows, up to {FLAT_ROWS:,}, are searched exactly in milliseconds"

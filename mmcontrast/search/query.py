@@ -43,7 +43,7 @@ def sha256_of(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found. `score`: the cosine; `metadata`: what the sample's json says."""
+    """A row that was found. `score`: the cosine, or −distance of hyperbolic ones; `metadata`: what the sample's json says."""
 
     row: int
     score: float
@@ -54,16 +54,17 @@ class Hit:
 def nearest_rows(
     index: Any, table: StoredTable, field: str, kind: str, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores float32 [Q, k], best first; rows int64 [Q, k], −1 where there are fewer). The candidates that codes find are
-    scored again from the stored vectors."""
-    if kind != "ivf_pq":
+    """(scores [Q, k], best first; rows int64 [Q, k], −1 where there are fewer). The candidates that codes find, and
+    those of hyperbolic scores, are scored again from the stored vectors."""
+    if kind != "ivf_pq" and table.distances is None:
         return index.search(queries, min(k, index.ntotal))
-    candidates = index.search(queries, min(max(CODES_CANDIDATES * k, 100), index.ntotal))[1]
-    scores = np.full(candidates.shape, -np.inf, dtype=np.float32)
+    asked = table.compared(queries).astype(np.float32)
+    candidates = index.search(asked, min(max(CODES_CANDIDATES * k, 100), index.ntotal))[1]
+    scores = np.full(candidates.shape, -np.inf, dtype=np.float32 if table.distances is None else np.float64)
     for first in range(0, len(queries), SCORED_TOGETHER):
         some = candidates[first : first + SCORED_TOGETHER]
         vectors = table.vectors(field, some.clip(0).ravel()).reshape(*some.shape, -1)
-        scores[first : first + len(some)] = np.einsum("qcd,qd->qc", vectors, queries[first : first + len(some)])
+        scores[first : first + len(some)] = table.scores(queries[first : first + len(some)], vectors)
     scores[candidates < 0] = -np.inf
     order = np.argsort(-scores, 1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
@@ -134,9 +135,9 @@ class SearchIndex:
             index = faiss_module().read_index(str(path))
         except RuntimeError as error:
             raise UserError(f"{path} is damaged ({str(error).split('Error: ')[-1][:200]}): index again") from error
-        if (index.ntotal, index.d) != (rows, self.table.dim):
+        if (index.ntotal, index.d) != (rows, self.table.product_dim):
             raise UserError(
-                f"{path} holds {index.ntotal} rows of {index.d} numbers, not {rows} of {self.table.dim}: index again"
+                f"{path} holds {index.ntotal} rows of {index.d} numbers, not {rows} of {self.table.product_dim}: index again"
             )
         return index
 
@@ -157,7 +158,7 @@ class SearchIndex:
             raise UserError(f"no row {row}: rows are 0 to {len(self) - 1}")
 
     def search(self, vectors: Tensor | np.ndarray, field: str, k: int = 10, without: Sequence[int] = ()) -> list[Any]:
-        """The rows nearest to a unit vector [D], best first, as `Hit`s; for [Q, D], a list of them for each.
+        """The rows nearest to an embedding [D], best first, as `Hit`s; for [Q, D], a list of them for each.
 
         Args:
             field: in whose index.

@@ -42,6 +42,8 @@ class Searcher:
         self._turn = {"texts": Lock(), "audio": Lock()}  # tokenizers and extractors of libraries take one caller at a time
         if embedder.model.embed_dim != index.table.dim:
             raise UserError(f"{embedder.name} makes {embedder.model.embed_dim} numbers, the index holds {index.table.dim}")
+        if (embedder.model.hyperbolic is None) != (index.table.distances is None):
+            raise UserError(f"{embedder.name} and the index differ: one is of cosines, one of hyperbolic scores: embed again")
         self.kinds = {
             field: kind_of(embedder.model.modality(field)) for field in embedder.fields if field in index.table.fields
         }
@@ -79,8 +81,8 @@ class Searcher:
         like: Row | None = None,
         words: float = 0.5,
     ) -> Tensor:
-        """A unit vector [D]: the weighted sum of the unit embeddings of what is given, normalised (embedding-space arithmetic,
-        ImageBind, arXiv:2305.05665).
+        """An embedding [D]: the weighted sum of the embeddings of what is given, normalised where they are unit vectors
+        (embedding-space arithmetic, ImageBind, arXiv:2305.05665).
 
         Args:
             image, audio: a file that is opened, or its bytes.
@@ -101,7 +103,8 @@ class Searcher:
             assert asked is not None
             return asked
         rest = torch.stack(parts).mean(0)
-        return F.normalize(rest if asked is None else words * asked + (1 - words) * rest, dim=0)
+        together = rest if asked is None else words * asked + (1 - words) * rest
+        return F.normalize(together, dim=0) if self.index.table.distances is None else together
 
     def _embedded(self, kind: str, value: Any) -> Tensor:
         query: dict[str, Any] = {kind: [value]}

@@ -18,8 +18,9 @@ from torch import Tensor
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.evaluation.finite import check_finite
+from mmcontrast.score import Lorentz
 
-FORMAT = "mmcontrast embedding table 1"
+FORMATS = ("mmcontrast embedding table 1", "mmcontrast embedding table 2")  # 2: of a hyperbolic model
 BLOCK_ROWS = 16_384  # read at a time
 KEPT_GROUPS = 8  # row groups of metadata that stay in memory
 
@@ -53,6 +54,7 @@ class StoredTable:
     Attributes:
         manifest: as `mmcontrast embed` wrote it.
         fields: the names of its fields.
+        distances: of a hyperbolic model, whose embeddings are tangent vectors; None: scores are cosines.
 
     Raises:
         UserError: if the folder holds no complete table, or a part is missing or damaged.
@@ -63,8 +65,10 @@ class StoredTable:
         try:
             text = (folder / MANIFEST).read_bytes()
             self.manifest: dict[str, Any] = json.loads(text)
-            if self.manifest["format"] != FORMAT:
-                raise UserError(f"{folder / MANIFEST} is of the format {self.manifest['format']!r}, not {FORMAT!r}")
+            if self.manifest["format"] not in FORMATS:
+                raise UserError(f"{folder / MANIFEST} is of the format {self.manifest['format']!r}, not {FORMATS[0]!r}")
+            given = self.manifest.get("curvature")
+            self.distances = None if given is None else Lorentz(float(given))
             self.digest = hashlib.blake2b(text, digest_size=8).hexdigest()
             self.fields: list[str] = list(self.manifest["fields"])
             self.dim, self._names = int(self.manifest["dim"]), [part["name"] for part in self.manifest["parts"]]
@@ -95,6 +99,23 @@ class StoredTable:
                     f"{path}: {field!r} is not of {rows} rows of {self.dim} numbers, as {MANIFEST} says: embed again"
                 )
         return part
+
+    @property
+    def product_dim(self) -> int:
+        """The numbers of a row that is `compared`."""
+        return self.dim + (self.distances is not None)
+
+    def compared(self, vectors: np.ndarray, columns: bool = False) -> np.ndarray:
+        """Return vectors [..., D] as they are to be multiplied: the greater the product of a query and a row (`columns`), the
+        better it fits. Of a hyperbolic model float64 points of the hyperboloid, [..., D + 1]."""
+        if self.distances is None:
+            return vectors
+        return self.distances.rows(torch.from_numpy(vectors).double(), columns).numpy()
+
+    def scores(self, queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Return cosines, or −distances, [Q, C] of queries [Q, D] and of rows for each of them [Q, C, D]."""
+        products = np.einsum("qcd,qd->qc", self.compared(vectors, columns=True), self.compared(queries))
+        return products if self.distances is None else self.distances.value(torch.from_numpy(products)).numpy()
 
     def check_unchanged(self) -> None:
         """

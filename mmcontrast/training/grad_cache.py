@@ -49,9 +49,9 @@ def cached_backward(
             states.append(_random_state(device))
             seen.append(inner(part.to(device)))
     fields = {field: _leaf(torch.cat([part.fields[field] for part in seen])) for field in seen[0].fields}
-    scale, bias = seen[0].logit_scale, seen[0].logit_bias
+    scale, bias, curvature = seen[0].logit_scale, seen[0].logit_bias, seen[0].curvature
     scale = {pair: _leaf(one) for pair, one in scale.items()} if isinstance(scale, dict) else _leaf(scale)
-    leaves = Embeddings(fields, scale, None if bias is None else _leaf(bias))
+    leaves = Embeddings(fields, scale, None if bias is None else _leaf(bias), None if curvature is None else _leaf(curvature))
     del seen
     loss = loss_of(leaves)
     loss.backward()
@@ -64,7 +64,7 @@ def cached_backward(
         with nullcontext() if last and synchronise else no_sync(model):
             again = model(part.to(device))
             pairs = [(found, _grad(fields[field])[rows]) for field, found in again.fields.items()]
-            if last:  # the scale and the bias are one for all
+            if last:  # the scale, the bias and the curvature are one for all
                 pairs += [(found, _grad(leaf)) for found, leaf in zip(_shared(again), _shared(leaves), strict=True)]
             backward(torch.stack([(found * grad).sum() for found, grad in pairs]).sum())
     _set_random_state(after, device)
@@ -80,9 +80,9 @@ def _grad(leaf: Tensor) -> Tensor:
 
 
 def _shared(embeddings: Embeddings) -> list[Tensor]:
-    """What all samples share: scales, and the bias."""
-    scale, bias = embeddings.logit_scale, embeddings.logit_bias
-    return [*(scale.values() if isinstance(scale, dict) else [scale]), *([] if bias is None else [bias])]
+    """What all samples share: scales, the bias, and the curvature."""
+    scale, more = embeddings.logit_scale, (embeddings.logit_bias, embeddings.curvature)
+    return [*(scale.values() if isinstance(scale, dict) else [scale]), *(one for one in more if one is not None)]
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder
 from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models import ContrastiveModel
-from mmcontrast.objectives import Objective, Pairing
+from mmcontrast.objectives import Hyperbolic, Objective, Pairing
 from mmcontrast.training.options import DataOptions, TrainOptions
 from mmcontrast.training.teachers import Teacher
 
@@ -15,7 +15,8 @@ from mmcontrast.training.teachers import Teacher
 @dataclass
 class Job:
     """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
-    negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone."""
+    negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone; `score` is None where
+    it is the cosine."""
 
     name: str
     folder: Path
@@ -32,3 +33,4 @@ class Job:
     negative_of: Mapping[str, str]
     teachers: list[Teacher] = field(default_factory=list)
     own: frozenset[str] = frozenset()
+    score: Hyperbolic | None = None

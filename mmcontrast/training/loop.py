@@ -75,7 +75,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
         teacher.to(accelerator.device)
     learner = Learner(
         model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until, job.teachers,
-        job.own,
+        job.own, job.score,
     )  # fmt: skip
 
     start = 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmcontrast.errors import TrainingStopped
 from mmcontrast.models import ContrastiveModel, Embeddings
-from mmcontrast.objectives import Objective, Pairing, contrastive_loss
+from mmcontrast.objectives import Hyperbolic, Objective, Pairing, contrastive_loss
 from mmcontrast.objectives.inputs import NO_GROUP
 from mmcontrast.objectives.pairing import term_name
 from mmcontrast.training.grad_cache import cached_backward, no_sync
@@ -46,6 +46,7 @@ class Learner:
         until: the step until which weights are locked, by their names.
         teachers: models to learn from, each of which has a view of every batch.
         own: those of `negative_of` that are candidates of their own sample's anchors alone.
+        score: of a hyperbolic model; its curvature is the model's.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Learner:
     until: dict[str, int] = dataclasses.field(default_factory=dict)
     teachers: Sequence[Teacher] = ()
     own: frozenset[str] = frozenset()
+    score: Hyperbolic | None = None
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -105,6 +107,7 @@ class Learner:
             matryoshka=self.options.matryoshka,
             teacher=taught or None,
             teacher_scale=[teacher.scale for teacher in self.teachers],
+            score=None if embeddings.curvature is None else (self.score or Hyperbolic()).at(embeddings.curvature),
             group=self.group,
             signals=signals,
         )
@@ -189,6 +192,7 @@ def training_step(
     per_pair = scale if isinstance(scale, dict) else {}
     scales = torch.stack([*per_pair.values()] if isinstance(scale, dict) else [scale]).detach()
     values = {"loss": value, "lr": lr, "logit_scale": float(scales.mean()), "grad_norm": float(norm)}
+    values |= {} if embeddings.curvature is None else {"curvature": float(embeddings.curvature.detach())}
     values |= {"bad_samples": round(bad * accelerator.num_processes), "asked": asked_of_all > 0}
     values |= {f"logit_scale/{term_name(pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
     if signals:

@@ -106,6 +106,8 @@ def _opened(given: TeacherOptions, scored: Sequence[str], model: ContrastiveMode
         teacher = opener(given.start)
     except UserError as error:
         raise UserError(f"train.teacher: {str(error).removeprefix('model.start: ')}") from error
+    if teacher.hyperbolic is not None:
+        raise UserError(f"train.teacher: the scores of {given.model} are hyperbolic, a teacher's are cosines: take another")
     for name, own in given.fields.items():
         if name not in model.modalities:
             raise UserError(f"train.teacher.fields: no field {name!r}; {nearest(name, model.modalities)}")

@@ -156,6 +156,9 @@ def test_own_fields_and_own_candidates_are_the_textbooks(joint, margin, scale, b
         ({"objective": {"type": "infonce", "label_smoothing": 1.0}}, "label_smoothing is 1.0"),
         ({"matryoshka": (2, 5)}, "matryoshka: width 5 of embeddings of width 4"),
         ({"matryoshka": (2, 4), "score": "lorentz"}, "prefixes need an objective without memory, and cosines"),
+        ({"score": {"type": "lorentz", "general": "c"}}, "score: general is 'c', which is none of the fields a, b"),
+        ({"score": {"type": "lorentz", "entailment": -1.0}}, "entailment is -1.0, it must be ≥ 0"),
+        ({"score": "lorentz", "objective": "debiased"}, "Debiased is a formula of cosines"),
     ],
 )
 def test_mistakes_are_named(change, message):

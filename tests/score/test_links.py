@@ -48,6 +48,14 @@ def test_where_points_meet_nothing_is_infinite(dtype):
 
 
 def test_a_curvature_is_a_number_above_0():
-    for wrong in (0.0, -1.0, torch.ones(2)):
+    for wrong in (0.0, -1.0, float("inf"), float("nan"), torch.ones(2)):
         with pytest.raises(ValueError, match="curvature is .*, it must be one number above 0"):
             Lorentz(wrong)
+    Lorentz(torch.ones((), device="meta"))  # of a learnt one, nobody asks a device for the value
+
+
+def test_what_is_far_stays_finite():
+    far = (1e4 * unit(6, 4, seed=0, dtype=torch.float32)).requires_grad_()
+    scores = Lorentz(10.0).scores(far, far.detach().flip(0))
+    scores.sum().backward()
+    assert scores.isfinite().all() and far.grad.isfinite().all() and scores.min() < -3
