@@ -1,7 +1,8 @@
 """Rules by which `mmcontrast data filter` keeps samples, and files of them.
 
-A rule measures one thing of a sample and drops it below `min` or above `max`; `key` names where a rule reads, as `fields.*.keys` of a
-config does, by default the usual members. A sample without what a rule measures is dropped too, unless the rule says `missing: keep`.
+A rule measures one thing of a sample and drops it below `min` or above `max`; `key` names where it reads, as `fields.*.keys` of
+a config does, by default the usual members. A sample without what a rule measures is dropped too, unless the rule says
+`missing: keep`.
 """
 
 import sysconfig

@@ -2,8 +2,8 @@
 when it is whole and is a function of the shard and the stage's options alone.
 
 So any number of processes, on any number of machines that share the folder, may be at it; what was killed goes on; and the
-bytes are the same. Stages that must see all shards to judge one (the best 30 %, duplicates) do so in two passes: the tables of the
-first are in `measured/`, and whoever finds them complete does the second.
+bytes are the same. Stages that must see all shards to judge one (the best 30 %, duplicates) do so in two passes: the tables of
+the first are in `measured/`, and whoever finds them complete does the second.
 """
 
 import hashlib
@@ -141,8 +141,8 @@ def run_stage(
 ) -> Outcome:
     """Run a stage over shards, or what is left of it to do.
 
-    Under torchrun (RANK, WORLD_SIZE) and in a Slurm array (SLURM_ARRAY_TASK_ID) each process takes every W-th shard; they need not
-    talk to each other, and who ends last completes the selection.
+    Under torchrun (RANK, WORLD_SIZE) and in a Slurm array (SLURM_ARRAY_TASK_ID) each process takes every W-th shard; they need
+    not talk to each other, and who ends last completes the selection.
 
     Args:
         out: the selection's folder.

@@ -2,8 +2,8 @@
 
 A stage (`mmcontrast data filter` and others) writes a folder, `mmcontrast.curation.stage`:
 
-    manifest.json                  last, when all is there: {"stage", "options", "shards": [{"name", "digest", "samples", "kept", "part"}]}
-    parts/NNNNN-DIGEST.parquet     of one shard, a row a sample in its order: key, row, keep, reason, and what the stage measured
+    manifest.json                last, when all is there: stage, options, and name, digest, samples, kept, part of each shard
+    parts/NNNNN-DIGEST.parquet   of a shard, a row a sample in its order: key, row, keep, reason, and what the stage measured
 
 Shards are found by their digest, so their folder may have moved. A selection may also be one's own file: Parquet or CSV with a
 column `sample_id`, `key` or `json:NAME` (an entry of the samples' json), and perhaps `keep`; or DataComp's .npy of uids.
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,8 @@ class StageSelection(Selection):
         entries = self.entries.get(shard.digest, [])
         if not entries:
             raise UserError(
-                f"select {self.folder}: shard {shard.name} is not in it, or has changed since: run `mmcontrast data {self.stage}`"
-                " over all shards, into another folder if the shards have changed"
+                f"select {self.folder}: shard {shard.name} is not in it, or has changed since: run `mmcontrast data"
+                f" {self.stage}` over all shards, into another folder if some have changed"
             )
         if len(entries) > 1:  # equal keys and sizes: told apart by their paths
             alike = [_common_end(str(entry["name"]), shard.name) for entry in entries]
@@ -332,14 +332,11 @@ def _by_shard(values: pa.ChunkedArray, shards: Sequence[ShardIndex]) -> Iterable
 def _checked_names(column: pa.ChunkedArray, by: str) -> tuple[pa.Array, str]:
     """Return the names as they are compared, and what is wrong with them."""
     names: list[Any] = []
-    convert: Callable[[Any], Any] = (
-        (lambda value: id_of(by, value, 0)) if by == "sample_id" else lambda value: str(value).encode()
-    )
     for row, value in enumerate(column.to_pylist()):
         if value is None or value == "":
             return None, f"row {row}: no {by}"
         try:
-            names.append(convert(value))
+            names.append(id_of(by, value, 0) if by == "sample_id" else str(value).encode())
         except DecodeError as error:
             return None, f"row {row}: {error}"
     return pa.array(names, pa.int64() if by == "sample_id" else pa.large_binary()), ""

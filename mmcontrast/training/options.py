@@ -43,9 +43,9 @@ class DataOptions(Options):
         held_out: this share of the samples is never trained on; it is the split `held_out` of the evaluation (of several
             sources, one of the name of each), if no splits are named, and else where one is: {val: held_out}. Which samples
             they are: `mmcontrast.data.held_out`.
-        select: the folder that `mmcontrast data filter` and the like wrote, or a Parquet or CSV file with a column `sample_id` or
-            `key` and perhaps `keep`: what is trained on, and held out, are the samples that it keeps, of every source that has no
-            `select` of its own.
+        select: the folder that `mmcontrast data filter` and the like wrote, or a Parquet or CSV file with a column `sample_id`
+            or `key` and perhaps `keep`: what is trained on, and held out, are the samples that it keeps, of every source that
+            has no `select` of its own.
         batches: of several sources: "mixed", or "single", a step's samples all of one.
         clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
             cluster, each other's hard negatives.
