@@ -2,11 +2,9 @@
 
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +26,14 @@ KEPT = "kept"
 SEEN = (*ImageModality.extensions, *AudioModality.extensions, *TextModality.extensions)
 
 
-def write_report(
-    target: Path,
+def report_page(
     stage: str,
     summary: Mapping[str, Any],
     shards: Sequence[ShardIndex],
     parts: Sequence[Path],
     abouts: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write the page, which appears when it is whole."""
+) -> str:
+    """Return the page as HTML: the same from the same samples."""
     sections = [_reasons(summary), _histograms(parts)]
     for reason in [KEPT, *list(summary["reasons"])[:REASONS]]:
         places = [(k, row) for k, about in enumerate(abouts) for row in about["examples"].get(reason, ())]
@@ -45,9 +42,7 @@ def write_report(
         if cards:
             sections.append(f'<h2>{html.escape(reason)}</h2><div class="cards">{cards}</div>')
     title = f"{stage}: {summary['kept']} of {summary['samples']} samples are kept"
-    partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
-    partial.write_text(page(title, sections), encoding="utf-8", errors="replace")
-    os.replace(partial, target)
+    return page(title, sections)
 
 
 def table_of(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

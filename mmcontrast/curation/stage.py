@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from mmcontrast.curation.report import report_page
 from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import start_worker
@@ -32,7 +33,7 @@ from mmcontrast.data.selection import FORMAT, MANIFEST, PARTS, Selection, StageS
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS, is_table, open_table
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.embed import write_json
+from mmcontrast.strict_json import dumps
 
 BEGUN, MEASURED, SUMMARY, REPORT = "stage.json", "measured", "summary.json", "report.html"
 ABOUT = b"mmcontrast"  # entry of a part's own metadata
@@ -187,16 +188,29 @@ def share_of_this_process() -> tuple[int, int]:
     return task * world + rank, tasks * world
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file that appears when it is whole."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a file appear when it is whole. Several processes, and several machines, may do so, each with the same bytes."""
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
-        pq.write_table(table, partial, row_group_size=GROUP_ROWS)
+        write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except FileNotFoundError:  # another process has completed the selection, and swept up
+        if not path.exists():
+            raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file that appears when it is whole."""
+    write_whole(path, lambda partial: pq.write_table(table, partial, row_group_size=GROUP_ROWS))
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write JSON that appears when it is whole."""
+    write_whole(path, lambda partial: partial.write_text(dumps(content, indent=1), encoding="utf-8"))
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -389,13 +403,13 @@ def _complete(jobs: Sequence[_Job], out: Path) -> Outcome:
         for job, shard, path, about in zip(jobs, shards, paths, abouts, strict=True)
     ]
     summary = _summary(stage, abouts)
-    from mmcontrast.curation.report import write_report
-
-    write_json(out / SUMMARY, summary)
-    write_report(out / REPORT, stage.name, summary, shards, paths, abouts)
+    write_json(summary, out / SUMMARY)
+    text = report_page(stage.name, summary, shards, paths, abouts)
+    write_whole(out / REPORT, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace"))
     begun = json.loads((out / BEGUN).read_text())
-    write_json(out / MANIFEST, {"format": FORMAT, **begun, "shards": entries})
-    for left in set((out / PARTS).iterdir()) - set(paths):  # of shards that were others, or of processes that were killed
+    write_json({"format": FORMAT, **begun, "shards": entries}, out / MANIFEST)
+    others = set((out / PARTS).iterdir()) - set(paths)  # of other shards, or of processes that were killed
+    for left in [*others, *out.rglob(".*.partial")]:
         left.unlink(missing_ok=True)
     return Outcome(out, len(jobs), 0, summary)
 
