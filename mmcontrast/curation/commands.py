@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmcontrast.data_commands import Shards
+from mmcontrast.errors import UserError
 
 if TYPE_CHECKING:
     from mmcontrast.curation.stage import Outcome
@@ -46,6 +47,64 @@ def filter_shards(
         given = parse_rules({**tree, "keys": {**tree.get("keys", {}), **read_keys(keys)}}, "--keys")
     stage = Filter(given, files)
     _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+
+
+def dedup(
+    shards: Shards,
+    out: Out,
+    by: Annotated[
+        list[str], typer.Option(help="image, text, audio, a member, or an entry as json:sha256; several: all of them together")
+    ],
+    decoded: Annotated[
+        bool, typer.Option("--decoded/--bytes", help="compare pixels, or samples of sounds, instead of the files' bytes")
+    ] = False,
+    best: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="keep the one with the largest: json:similarity, or an earlier measure")
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=KEY", help="of image, text or audio; may be repeated")
+    ] = None,
+    files: Files = None,
+    select: Select = None,
+    workers: Workers = None,
+) -> None:
+    """Select one of each set of samples that are exactly the same. docs/curation.md
+
+    The first is kept, or the best; a sample that lacks what is compared is kept. OUT is as `data filter` writes it.
+    """
+    from mmcontrast.curation.exact_duplicates import ExactDuplicates
+    from mmcontrast.curation.rules import FIELDS
+    from mmcontrast.curation.stage import run_stage
+    from mmcontrast.data import read_keys
+
+    given = read_keys(keys or ())
+    for field in given:
+        if field not in FIELDS or field not in by:
+            raise UserError(f"--keys {field}=…: keys are of the fields image, text and audio that --by names")
+    stage = ExactDuplicates(
+        tuple(by), decoded, best, tuple((field, tuple(map(str, of))) for field, of in sorted(given.items())), files
+    )
+    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+
+
+def write(
+    shards: Shards,
+    out: Annotated[Path, typer.Argument(help="a folder for the new shards", metavar="OUT")],
+    select: Annotated[Path, typer.Option(help="the selection whose samples are written")],
+    name: Annotated[str, typer.Option(help="of the shards: NAME-00000.tar")] = "train",
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="of each but the last")] = 10_000,
+    files: Files = None,
+    workers: Workers = None,
+) -> None:
+    """Write the samples of a selection as new shards, their members as they are, and a manifest.
+
+    Training needs none: it reads a selection where the samples are. Killed and started again, it goes on.
+    """
+    from mmcontrast.data.rewriting import write_selected
+
+    manifest = write_selected(shards, out, str(select), name, samples_per_shard, files, workers)
+    split = manifest["splits"][name]
+    console.print(f"{out}: {split['samples']} samples in {len(split['shards'])} shards", highlight=False)
 
 
 def _show(outcome: "Outcome") -> None:

@@ -42,6 +42,6 @@ def write_pairs(folder: Path, shards: int = 3, rows: int = 8, samples: list[list
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """Return the files of a selection, by name, but for the page."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "report.html")
+    """Return the files of a selection, by name."""
+    files = (file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}

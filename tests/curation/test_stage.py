@@ -90,7 +90,7 @@ def test_what_was_interrupted_anywhere_goes_on(tmp_path, rules, monkeypatch):
 
 
 def test_a_killed_command_goes_on(tmp_path):
-    folder = write_pairs(tmp_path / "data", shards=24, rows=40)
+    folder = write_pairs(tmp_path / "data", shards=16, rows=20)
     (tmp_path / "rules.yaml").write_text(json.dumps({"rules": [*ONE_PASS, {"type": "readable", "of": "image"}]}))
     words = ["data", "filter", folder / "*.tar", tmp_path / "out", "--rules", tmp_path / "rules.yaml"]
     env = {"MMCONTRAST_CACHE": str(tmp_path / "cache")}
