@@ -19,8 +19,9 @@ from mmcontrast.data.files import identities, is_remote
 from mmcontrast.data.held_out import Part, divide
 from mmcontrast.data.ids import default_id, ids_of, read_json, stable_hash, weight_of
 from mmcontrast.data.index import open_shards
+from mmcontrast.data.selection import open_selection
 from mmcontrast.data.shard import LABELS, NO_EXTENSION, ShardIndex, member_of
-from mmcontrast.data.tables import TableIndex, refuse_repeated_ids
+from mmcontrast.data.tables import refuse_repeated_ids
 from mmcontrast.data.views import StoredEmbeddings, TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
@@ -131,6 +132,8 @@ class ShardDataset(Samples):
         part: of the samples these alone: held out from training, or trained on. Of those held out, one that cannot be decoded
             is absent from all fields, and reported with its batch, as it does not end a training either.
         views: what teachers read beside it, in training.
+        select: the folder or file of a selection (`mmcontrast.data.selection`): the samples that it keeps alone. `part` is then
+            a part of these.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class ShardDataset(Samples):
         part: Part | None = None,
         templates: Mapping[str, Sequence[str]] | None = None,
         views: Sequence[TeacherView] = (),
+        select: str | None = None,
     ) -> None:
         self.templates, self.views = dict(templates or {}), views
         self.tolerant = bool(part and part.held_out and not training)
@@ -153,16 +157,21 @@ class ShardDataset(Samples):
         self.keys = {field: names_of(choices) for field, choices in self.choices.items()}
         named = {e for field, of in self.keys.items() if not isinstance(modalities[field], TextModality) for e in of}
         named |= {key for view in views for key in view.keys.values()}
-        self.shards: list[ShardIndex] = open_shards(shards, True, named, files)
+        selection = open_selection(select) if select else None
+        if selection:
+            self.shards = selection.of_all(open_shards(shards, True, named, files, selection.of_shard))
+        else:
+            self.shards = open_shards(shards, True, named, files)
         if part:
-            refuse_repeated_ids(shard for shard in self.shards if isinstance(shard, TableIndex))
+            refuse_repeated_ids(self.shards)
             self.shards = divide(self.shards, part, [*self._columns_of(ImageModality), *self._columns_of(AudioModality)])
         self.remote = any(is_remote(shard.name) for shard in self.shards)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.identities = identities([shard.name for shard in self.shards])
         if not len(self):
             raise UserError(f"{shards}: no sample in {len(self.shards)} shards ({self.shards[0].name})")
-        refuse_repeated_ids(shard for shard in self.shards if isinstance(shard, TableIndex))
+        if not part:
+            refuse_repeated_ids(self.shards)
         there = {extension for shard in self.shards for extension in shard.extensions}
         there |= self._entries({key for of in self.keys.values() for key in of if key.startswith(ENTRY)})
         if any(FOLDER in of for of in self.keys.values()) and any("/" in key for shard in self.shards for key in shard.keys):

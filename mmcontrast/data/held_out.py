@@ -8,7 +8,6 @@ The held-out part of a smaller share is a part of that of a larger one.
 It costs reading every `json` of tars and folders once; of tars what was found is kept beside their index.
 """
 
-import hashlib
 import math
 import os
 import posixpath
@@ -18,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from rich.progress import track
 
 from mmcontrast.data.files import is_remote
 from mmcontrast.data.ids import id_of, read_json, stable_hash
+from mmcontrast.data.parts import RowsOf, ShardPart, chosen_digest
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import RowKeys, TableIndex
 from mmcontrast.data.tar import TarIndex, index_file
@@ -58,55 +58,6 @@ class Part:
         return f"{self.share:g} held out" if self.held_out else f"without {self.share:g} held out"
 
 
-class RowsOf(Sequence[str]):
-    """The keys of some rows."""
-
-    def __init__(self, keys: Sequence[str], rows: np.ndarray) -> None:
-        self.keys, self.rows = keys, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # one at a time
-        return self.keys[int(self.rows[row])]
-
-
-@dataclass(frozen=True)
-class ShardPart(ShardIndex):
-    """Some samples of a shard, in its order.
-
-    Attributes:
-        rows: [n] int64, of the shard.
-    """
-
-    shard: ShardIndex
-    rows: np.ndarray
-
-    def identity(self, sample: int) -> str:
-        return self.shard.identity(int(self.rows[sample]))
-
-    def describe(self, sample: int, extension: str = "") -> str:
-        return self.shard.describe(int(self.rows[sample]), extension)
-
-    def has(self, extension: str) -> np.ndarray:
-        return self.shard.has(extension)[self.rows]
-
-    @cached_property
-    def _sizes(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def sizes_of(self, extension: str) -> np.ndarray:
-        if extension not in self._sizes:  # an order by length asks in every window
-            self._sizes[extension] = self.shard.sizes_of(extension)[self.rows]
-        return self._sizes[extension]
-
-    def size(self, sample: int, extension: str) -> int:
-        return self.shard.size(int(self.rows[sample]), extension)
-
-    def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
-        return self.shard.read(int(self.rows[sample]), extensions)
-
-
 def divide(shards: Sequence[ShardIndex], part: Part, columns: Sequence[str]) -> list[ShardIndex]:
     """Return the shards with the samples of one side alone.
 
@@ -125,8 +76,7 @@ def divide(shards: Sequence[ShardIndex], part: Part, columns: Sequence[str]) -> 
 
 
 def _part_of(shard: ShardIndex, rows: np.ndarray, part: Part) -> ShardPart:
-    chosen = hashlib.blake2b(rows.astype("<i8").data, digest_size=8).hexdigest()
-    digest = f"{shard.digest} {part} {chosen}"
+    digest = f"{shard.digest} {part} {chosen_digest(rows)}"
     return ShardPart(shard.name, RowsOf(shard.keys, rows), shard.extensions, digest, shard, rows, notes=shard.notes)
 
 
@@ -191,13 +141,14 @@ def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _links(shard: ShardIndex, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return two numbers a sample: samples that share the first or the second belong together."""
-    if isinstance(shard, TableIndex):
-        return _links_of_table(shard, columns)
+    table, rows = (shard.shard, shard.rows) if isinstance(shard, ShardPart) else (shard, None)
+    if isinstance(table, TableIndex):
+        return _links_of_table(table, columns, np.arange(len(table)) if rows is None else rows)
     found = _kept(shard) if isinstance(shard, TarIndex) else None
     if found is None:
         groups = _groups_in_json(shard)
         found = np.array([_hash(groups.get(row), f"key {shard.keys[row]}") for row in range(len(shard))], dtype=np.int64)
-        if isinstance(shard, TarIndex):
+        if isinstance(shard, TarIndex) and shard.rows is None:
             _keep(shard, found)
     return found, found
 
@@ -206,10 +157,15 @@ def _hash(group: int | None, otherwise: str) -> int:
     return stable_hash(f"held out: {otherwise if group is None else f'group {group}'}")
 
 
-def _groups_in_json(shard: ShardIndex) -> dict[int, int]:
-    """Return the group ids that samples say in their json, by row; not of json that is damaged."""
+def _groups_in_json(shard: ShardIndex, rows: np.ndarray | None = None) -> dict[int, int]:
+    """Return the group ids that samples say in their json, by row; not of json that is damaged.
+
+    Args:
+        rows: those that are looked into; default: all.
+    """
     groups = {}
-    for row in np.flatnonzero(shard.has("json")).tolist() if "json" in shard.extensions else ():
+    there = np.flatnonzero(shard.has("json")) if "json" in shard.extensions and rows is None else rows
+    for row in there.tolist() if there is not None else ():
         try:
             given = read_json(shard.read(row, ["json"])["json"]).get("group_id")
             if given is not None and given != "":
@@ -219,41 +175,45 @@ def _groups_in_json(shard: ShardIndex) -> dict[int, int]:
     return groups
 
 
-def _links_of_table(shard: TableIndex, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _links_of_table(shard: TableIndex, columns: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups: dict[int, int] = {}
     if "json" in shard.table.column_names:
-        groups = _groups_in_json(shard)
+        groups = _groups_in_json(shard, rows)
     elif "group_id" in shard.table.column_names:
-        for row, given in enumerate(shard.table["group_id"].to_pylist()):
+        for row, given in zip(rows.tolist(), _values(shard.table["group_id"], rows), strict=True):
+            given = given.as_py()
             try:
                 if given is not None and given != "" and given == given:
                     groups[row] = id_of("group_id", given, 0)
             except DecodeError:
                 continue
     named = not isinstance(shard.keys, RowKeys)
-    pictures = next((found for column in columns if (found := _pictures(shard, column))), [None] * len(shard))
-    first = np.empty(len(shard), dtype=np.int64)
-    second = np.empty(len(shard), dtype=np.int64)
-    for row, picture in enumerate(pictures):
+    pictures = next((found for column in columns if (found := _pictures(shard, column, rows))), [None] * len(rows))
+    first = np.empty(len(rows), dtype=np.int64)
+    second = np.empty(len(rows), dtype=np.int64)
+    for number, (row, picture) in enumerate(zip(rows.tolist(), pictures, strict=True)):
         by_key = f"key {shard.keys[row]}"
-        first[row] = _hash(groups.get(row), by_key if named or picture is None else picture)
-        second[row] = first[row] if row in groups or picture is None else stable_hash(f"held out: {picture}")
+        first[number] = _hash(groups.get(row), by_key if named or picture is None else picture)
+        second[number] = first[number] if row in groups or picture is None else stable_hash(f"held out: {picture}")
     return first, second
 
 
-def _pictures(shard: TableIndex, column: str) -> list[str | None]:
-    """Return of every row what tells its picture from others, None where it has none; nothing if the column holds no pictures.
+def _values(column: pa.ChunkedArray, rows: np.ndarray) -> Iterable[pa.Scalar]:
+    """Return the values of some rows, one after the other."""
+    if len(rows) == len(column):
+        return (value for chunk in column.chunks for value in chunk)
+    return (column[row] for row in rows.tolist())
+
+
+def _pictures(shard: TableIndex, column: str, rows: np.ndarray) -> list[str | None]:
+    """Return of some rows what tells its picture from others, None where it has none; nothing if the column holds no pictures.
     Pictures in the table are told apart by their length and some of their bytes: two that are taken for one are on one side,
     which does no harm."""
     if column not in shard.table.column_names:
         return []
-    found: list[str | None] = []
-    for chunk in shard._column(column).chunks:
-        read = _reader_of(chunk.type)
-        if read is None:
-            return []
-        found += [read(value) if value.is_valid else None for value in chunk]
-    return found
+    values = shard._column(column)
+    read = _reader_of(values.type)
+    return [read(value) if value.is_valid else None for value in _values(values, rows)] if read else []
 
 
 def _reader_of(kind: pa.DataType) -> Callable[[Any], str | None] | None:
@@ -290,7 +250,9 @@ def _kept(shard: TarIndex) -> np.ndarray | None:
             hashes = entry["hashes"] if str(entry["fingerprint"]) == fingerprint else None
     except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None  # not there, or not ours
-    return hashes if hashes is not None and len(hashes) == len(shard) else None
+    if hashes is None or shard.rows is None:
+        return hashes if hashes is not None and len(hashes) == len(shard) else None
+    return hashes[shard.rows] if not len(shard) or shard.rows.max() < len(hashes) else None
 
 
 def _keep(shard: TarIndex, hashes: np.ndarray) -> None:

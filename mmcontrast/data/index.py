@@ -1,7 +1,7 @@
 """Opening shards of every kind: tars on a disk or at a URL, folders, tables."""
 
 import signal
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -26,11 +26,13 @@ def open_shards(
     progress: bool = False,
     file_columns: Collection[str] = FILE_COLUMNS,
     files: str | None = None,
+    then: Callable[[ShardIndex], ShardIndex] = lambda shard: shard,
 ) -> list[ShardIndex]:
     """All shards, in order. Tars are scanned, at once where that is worth it, unless the cache has their indexes.
 
     Args:
         file_columns, files: of tables: columns whose texts are paths, and the folder in which those files are.
+        then: what is made of each when it is open, one after the other, so that not all of all of them is in memory.
 
     Raises:
         UserError: for the first shard that is missing or damaged.
@@ -38,7 +40,7 @@ def open_shards(
     names = expand_shards(patterns)
 
     def opened(name: str) -> ShardIndex:
-        return open_table(name, file_columns, files) if is_table(name) else index_shard(name)
+        return then(open_table(name, file_columns, files) if is_table(name) else index_shard(name))
 
     if any(map(is_remote, names)):
         with ThreadPoolExecutor(CONNECTIONS) as threads:

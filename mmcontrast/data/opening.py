@@ -34,6 +34,7 @@ class ShardOptions(Options):
         keys: of fields, the extensions or columns of their member, tried in turn: {text: [caption]}.
         templates: of text fields that hold names of classes, the prompts made of them: {text: ["a photo of a {}."]}.
         held_out: the part of them alone that a run with `data.held_out` of this share does not train on.
+        select: the folder or file of a selection: the samples that it keeps alone.
     """
 
     shards: Patterns
@@ -41,6 +42,7 @@ class ShardOptions(Options):
     keys: dict[str, Keys] = {}
     templates: Templates = {}
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    select: str | None = None
 
     @classmethod
     def of(cls, shards: "Shards | dict[str, Any]") -> "ShardOptions":
@@ -105,7 +107,9 @@ def open_dataset(
     if not training and any(keys.get(field) for field in modalities):
         asked = with_fallbacks(asked, modalities, given)
     part = Part(given.held_out, True) if given.held_out else Part(without, False) if without else None
-    dataset = ShardDataset(given.shards, modalities, asked, seed, training, partial, given.files, part, given.templates, views)
+    dataset = ShardDataset(
+        given.shards, modalities, asked, seed, training, partial, given.files, part, given.templates, views, given.select
+    )
     for field in given.keys:
         if field not in dataset.keys:
             raise UserError(

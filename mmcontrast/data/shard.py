@@ -95,10 +95,12 @@ class MemberIndex(ShardIndex):
 
     Attributes:
         places, sizes: [n, extensions] int64; where a member is, by the shard's own count, and its bytes, −1 if there is none.
+        rows: [n] int64, which samples of the shard these are; None: all.
     """
 
     places: np.ndarray
     sizes: np.ndarray
+    rows: np.ndarray | None = field(default=None, kw_only=True)
 
     def sizes_of(self, extension: str) -> np.ndarray:
         return self.sizes[:, self.extensions.index(extension)]

@@ -23,6 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from mmcontrast.data.files import is_remote, open_file
+from mmcontrast.data.parts import ShardPart
 from mmcontrast.data.range_cache import cache_root
 from mmcontrast.data.shard import Keys, ShardIndex, member_of
 from mmcontrast.errors import UserError
@@ -243,19 +244,22 @@ def open_table(name: str, file_columns: Collection[str] = FILE_COLUMNS, files: s
     return TableIndex(name, keys, (*columns, "json"), digest, arrow, frozenset(file_columns), folder, frozenset(numbers))
 
 
-def refuse_repeated_ids(tables: Iterable[TableIndex]) -> None:
+def refuse_repeated_ids(shards: Iterable[ShardIndex]) -> None:
     """
+    Args:
+        shards: of any kind, of which tables are looked at, and selected rows of tables.
+
     Raises:
         UserError: if a sample_id is that of two rows. Not looked for in more rows than can be compared in a second or so.
     """
-    tables = list({table.name: table for table in tables if "sample_id" in table.extensions}.values())
+    tables = list({shard.name: shard for shard in shards if "sample_id" in shard.extensions and _table_of(shard)}.values())
     if not tables or sum(map(len, tables)) > CHECKED_ROWS:
         return
     try:
-        chunks = [chunk.cast(pa.large_string()) for table in tables for chunk in table._column("sample_id").chunks]
+        columns = [_ids_of(shard) for shard in tables]
     except pa.ArrowException:
         return  # no ids: said of each sample when it is read
-    column = pa.chunked_array(chunks, pa.large_string())
+    column = pa.chunked_array([chunk for one in columns for chunk in one.chunks], pa.large_string())
     given = pc.drop_null(column)
     if pc.count_distinct(given).as_py() == len(given):
         return
@@ -264,11 +268,26 @@ def refuse_repeated_ids(tables: Iterable[TableIndex]) -> None:
     rows = pc.indices_nonzero(pc.fill_null(pc.equal(column, value), False)).to_pylist()[:2]
     starts = np.cumsum([0, *map(len, tables)])
     numbers = [int(np.searchsorted(starts, row, side="right")) - 1 for row in rows]
-    first, second = (f"{tables[k].name}, row {row - starts[k]}" for k, row in zip(numbers, rows, strict=True))
+    places = [(tables[k], row - int(starts[k])) for k, row in zip(numbers, rows, strict=True)]
+    first, second = (
+        f"{shard.name}, row {int(shard.rows[row]) if isinstance(shard, ShardPart) else row}" for shard, row in places
+    )
     raise UserError(
         f"{second}: its sample_id {value!r} is that of {first} too; a sample_id is one sample's: what several are about is a"
         " group_id"
     )
+
+
+def _table_of(shard: ShardIndex) -> TableIndex | None:
+    whole = shard.shard if isinstance(shard, ShardPart) else shard
+    return whole if isinstance(whole, TableIndex) else None
+
+
+def _ids_of(shard: ShardIndex) -> pa.ChunkedArray:
+    table = _table_of(shard)
+    assert table is not None
+    column = table._column("sample_id").cast(pa.large_string())
+    return column.take(pa.array(shard.rows)) if isinstance(shard, ShardPart) else column
 
 
 def _keys(table: pa.Table, name: str) -> Sequence[str]:

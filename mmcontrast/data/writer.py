@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,20 +17,25 @@ MANIFEST = "manifest.json"
 Sample = dict[str, Any]  # "__key__" and one value per extension: bytes, str (txt) or a dict (json)
 
 
-def write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
+def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
     """Writes one tar under a temporary name, flushes it to the disk, then gives it its own; returns its manifest entry,
     with how many members it has of each extension."""
     partial = path.with_name(f"{path.name}.partial")
+    members: Counter[str] = Counter()
+    count = checksum = 0
     with partial.open("wb") as file:
         with webdataset.TarWriter(file, mtime=0) as writer:
             for sample in samples:
                 writer.write(sample)
+                members.update(name for name in sample if not name.startswith("__"))
+                count += 1
         file.flush()
         os.fsync(file.fileno())
-    data = partial.read_bytes()
+    with partial.open("rb") as file:
+        while data := file.read(2**24):
+            checksum = zlib.crc32(data, checksum)
+    about = {"name": path.name, "samples": count, "bytes": partial.stat().st_size, "crc32": checksum}
     os.replace(partial, path)
-    members = Counter(name for sample in samples for name in sample if not name.startswith("__"))
-    about = {"name": path.name, "samples": len(samples), "bytes": len(data), "crc32": zlib.crc32(data)}
     return about | {"members": dict(sorted(members.items()))}
 
 

@@ -11,6 +11,7 @@ from mmcontrast.data import (
     MixtureOrder,
     SampleOrder,
     ShardDataset,
+    ShardOptions,
     Shards,
     StreamDataset,
     StreamOrder,
@@ -91,14 +92,15 @@ def make_training_data(
 
     dataset: ShardDataset | MixtureDataset
     if sources:
-        common: dict[str, Any] = {"seed": seed, "without": options.held_out, "views": views}
+        common: dict[str, Any] = {"seed": seed, "without": options.held_out, "views": views, "select": options.select}
         opened = {name: make_source(name, source, fields, model, **common) for name, source in sources.items()}
         every = training_modalities(fields, model)
         dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids], views)
     else:
         assert not isinstance(options.train, dict)
         part: dict[str, Any] = {"without": options.held_out, "views": views}
-        dataset = make_dataset(options.train, fields, model, seed=seed, training=True, **part)
+        shards = ShardOptions(shards=options.train, select=options.select)
+        dataset = make_dataset(shards, fields, model, seed=seed, training=True, **part)
     if options.clusters:
         clusters, table = clusters_of(dataset, options.clusters)
         return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest, table, clusters)
@@ -126,6 +128,8 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
         raise UserError("data.clusters: an epoch shows each sample once, so there are no weights and no data.batches")
     if options.sequential and options.held_out:
         raise UserError("data.held_out: which samples are held out is known of shards that are indexed: no data.sequential")
+    if options.sequential and options.select:
+        raise UserError("data.select: which samples are kept is known of shards that are indexed: no data.sequential")
     if options.sequential and (several or options.clusters or options.bucket_by):
         raise UserError("data.sequential: the order is that of the tars: no several sources, clusters or bucket_by")
 
@@ -138,8 +142,12 @@ def make_source(
     seed: int,
     without: float | None = None,
     views: Sequence[TeacherView] = (),
+    select: str | None = None,
 ) -> ShardDataset:
     """One of several sources, with its own keys and transforms; without a share that is held out.
+
+    Args:
+        select: the selection of all sources that have none of their own.
 
     Raises:
         UserError: for a field that there is not.
@@ -148,7 +156,10 @@ def make_source(
     keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
     part = Part(without, False) if without else None
     check_templates(source.templates, modalities, f"data.train.{name}")
-    dataset = ShardDataset(source.shards, modalities, keys, seed, True, True, source.files, part, source.templates, views)
+    select = source.select or select
+    dataset = ShardDataset(
+        source.shards, modalities, keys, seed, True, True, source.files, part, source.templates, views, select
+    )
     for field in source.keys.keys() - dataset.keys.keys():
         wanted = " or ".join(names_of(source.keys[field]))
         raise UserError(f"data.train.{name}.keys.{field}: no sample has a member {wanted}")

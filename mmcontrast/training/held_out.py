@@ -22,7 +22,7 @@ def with_held_out(tree: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict) or not data.get("train"):
         return dict(tree)
     splits = {name: _tree(shards) if isinstance(shards, BaseModel) else shards for name, shards in given.items()}
-    sources = _sources(data["train"], _tree(tree.get("fields")))
+    sources = _sources(data["train"], _tree(tree.get("fields")), data.get("select"))
     if share is not None and not splits:
         splits = {name: source | {HELD_OUT: share} for name, source in sources.items()}
     for name, shards in splits.items():
@@ -52,14 +52,16 @@ def _tree(options: Any) -> dict[str, Any]:
     return dict(options) if isinstance(options, Mapping) else {}
 
 
-def _sources(train: Any, fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _sources(train: Any, fields: Mapping[str, Any], select: Any) -> dict[str, dict[str, Any]]:
     """Return what is trained on as shards of a split, by source. Fields that only provide negatives are not evaluated."""
+    common = {} if select is None else {"select": select}
     if not isinstance(train, Mapping):
-        return {HELD_OUT: {"shards": train}}
+        return {HELD_OUT: {"shards": train, **common}}
     negatives = {field for field, of in fields.items() if _tree(of).get("negative_of")}
     sources = {}
     for name, source in train.items():
-        options = {key: value for key, value in _tree(source).items() if key in ("shards", "files", "keys", "templates")}
+        named = ("shards", "files", "keys", "templates", "select")
+        options = common | {key: value for key, value in _tree(source).items() if key in named and value is not None}
         if isinstance(options.get("keys"), Mapping):
             options["keys"] = {field: keys for field, keys in options["keys"].items() if field not in negatives}
         sources[name] = options

@@ -22,6 +22,7 @@ class SourceOptions(Options):
             Samples of one class are no negatives of each other.
         keys, modalities: of its fields that differ from `fields`: {text: [caption]}, {image: {augment: []}}.
         own_ids: its sample_id and group_id mean nothing to the other sources, where the same numbers may occur.
+        select: its own selection, in place of `data.select`.
     """
 
     shards: Patterns
@@ -31,6 +32,7 @@ class SourceOptions(Options):
     templates: Templates = {}
     modalities: dict[str, dict[str, Any]] = {}
     own_ids: bool = False
+    select: str | None = None
 
 
 class DataOptions(Options):
@@ -41,6 +43,9 @@ class DataOptions(Options):
         held_out: this share of the samples is never trained on; it is the split `held_out` of the evaluation (of several
             sources, one of the name of each), if no splits are named, and else where one is: {val: held_out}. Which samples
             they are: `mmcontrast.data.held_out`.
+        select: the folder that `mmcontrast data filter` and the like wrote, or a Parquet or CSV file with a column `sample_id`
+            or `key` and perhaps `keep`: what is trained on, and held out, are the samples that it keeps, of every source that
+            has no `select` of its own.
         batches: of several sources: "mixed", or "single", a step's samples all of one.
         clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
             cluster, each other's hard negatives.
@@ -58,6 +63,7 @@ class DataOptions(Options):
 
     train: Patterns | dict[str, SourceOptions]
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    select: str | None = None
     batches: Literal["mixed", "single"] = "mixed"
     clusters: str | None = None
     bucket_by: str | None = None

@@ -121,8 +121,10 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
     for name in sorted(state["order"].keys() | now.keys()):
         before, after = (str(order.get(name)) for order in (state["order"], now))
         if before != after:
-            held_out = (yaml.safe_load(job.config)["data"].get("held_out"), saved_share(path))
-            why = f" (data.held_out was {held_out[1]}, is {held_out[0]})" if held_out[0] != held_out[1] else ""
+            here, there = yaml.safe_load(job.config)["data"], saved_data(path)
+            changed = [f"data.{option}" for option in ("held_out", "select") if here.get(option) != there.get(option)]
+            said = [f"{name} was {there.get(name[5:])}, is {here.get(name[5:])}" for name in changed]
+            why = f" ({'; '.join(said)})" if said else ""
             raise UserError(
                 f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]}{why};"
                 " give it back, or start another run with train.init_from"
@@ -150,9 +152,9 @@ def restore(path: Path, job: Job, learner: Learner) -> int:
     return state["step"]
 
 
-def saved_share(path: Path) -> Any:
-    """Return the `data.held_out` of a checkpoint's config."""
-    return yaml.safe_load((path / checkpoint.CONFIG).read_text(encoding="utf-8"))["data"].get("held_out")
+def saved_data(path: Path) -> Any:
+    """Return the `data` of a checkpoint's config."""
+    return yaml.safe_load((path / checkpoint.CONFIG).read_text(encoding="utf-8"))["data"]
 
 
 def check_start(model: ContrastiveModel, path: Path) -> None:

@@ -1,0 +1,130 @@
+"""The commands that make selections: filter; exact duplicates; shards of what is kept."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mmcontrast.data_commands import Shards
+from mmcontrast.errors import UserError
+
+if TYPE_CHECKING:
+    from mmcontrast.curation.stage import Outcome
+
+console = Console(stderr=True, soft_wrap=True)
+Out = Annotated[Path, typer.Argument(help="the selection's folder", metavar="OUT")]
+Select = Annotated[Path | None, typer.Option(help="a selection to go on from: what it dropped stays dropped")]
+Files = Annotated[str | None, typer.Option(help="the folder of files that tables name; default: the table's own")]
+Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")]
+
+
+def filter_shards(
+    shards: Shards,
+    out: Out,
+    rules: Annotated[str, typer.Option(help="a YAML file of rules, or a preset: datacomp-basic, laion", metavar="RULES")],
+    keys: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=KEY", help="of text, image or audio: text=json:caption; may be repeated")
+    ] = None,
+    files: Files = None,
+    select: Select = None,
+    workers: Workers = None,
+) -> None:
+    """Select the samples that pass rules: words, language, sides of pictures, durations, scores … docs/curation.md
+
+    Nothing is copied: OUT gets a table of each shard that says of every sample whether it is kept, and why not, and what was
+    measured; summary.json and report.html. Train with data.select=OUT. Killed and started again, it goes on.
+    """
+    from mmcontrast.curation.filter import Filter
+    from mmcontrast.curation.rules import parse_rules, read_rules
+    from mmcontrast.curation.stage import run_stage
+    from mmcontrast.data import read_keys
+
+    given = read_rules(rules)
+    if keys:
+        tree = given.model_dump(by_alias=True, exclude_unset=True)
+        given = parse_rules({**tree, "keys": {**tree.get("keys", {}), **read_keys(keys)}}, "--keys")
+    stage = Filter(given, files)
+    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+
+
+def dedup(
+    shards: Shards,
+    out: Out,
+    by: Annotated[
+        list[str], typer.Option(help="image, text, audio, a member, or an entry as json:sha256; several: all of them together")
+    ],
+    decoded: Annotated[
+        bool, typer.Option("--decoded/--bytes", help="compare pixels, or samples of sounds, instead of the files' bytes")
+    ] = False,
+    best: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="keep the one with the largest: json:similarity, or an earlier measure")
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=KEY", help="of image, text or audio; may be repeated")
+    ] = None,
+    files: Files = None,
+    select: Select = None,
+    workers: Workers = None,
+) -> None:
+    """Select one of each set of samples that are exactly the same. docs/curation.md
+
+    The first is kept, or the best; a sample that lacks what is compared is kept. OUT is as `data filter` writes it.
+    """
+    from mmcontrast.curation.exact_duplicates import ExactDuplicates
+    from mmcontrast.curation.rules import FIELDS
+    from mmcontrast.curation.stage import run_stage
+    from mmcontrast.data import read_keys
+
+    given = read_keys(keys or ())
+    for field in given:
+        if field not in FIELDS or field not in by:
+            raise UserError(f"--keys {field}=…: keys are of the fields image, text and audio that --by names")
+    stage = ExactDuplicates(
+        tuple(by), decoded, best, tuple((field, tuple(map(str, of))) for field, of in sorted(given.items())), files
+    )
+    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+
+
+def write(
+    shards: Shards,
+    out: Annotated[Path, typer.Argument(help="a folder for the new shards", metavar="OUT")],
+    select: Annotated[Path, typer.Option(help="the selection whose samples are written")],
+    name: Annotated[str, typer.Option(help="of the shards: NAME-00000.tar")] = "train",
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="of each but the last")] = 10_000,
+    files: Files = None,
+    workers: Workers = None,
+) -> None:
+    """Write the samples of a selection as new shards, their members as they are, and a manifest.
+
+    Training needs none: it reads a selection where the samples are. Killed and started again, it goes on.
+    """
+    from mmcontrast.data.rewriting import write_selected
+
+    manifest = write_selected(shards, out, str(select), name, samples_per_shard, files, workers)
+    split = manifest["splits"][name]
+    console.print(f"{out}: {split['samples']} samples in {len(split['shards'])} shards", highlight=False)
+
+
+def _show(outcome: "Outcome") -> None:
+    if not outcome.complete:
+        console.print(
+            f"{outcome.folder}: this share is done; {outcome.missing} of {outcome.shards} shards are left to other processes",
+            highlight=False,
+        )
+        return
+    summary = outcome.summary
+    if rules := summary.get("rules"):
+        table = Table("rule", "removed, first of all", "would remove alone")
+        for rule in rules:
+            table.add_row(rule["rule"], str(rule["removed"]), str(rule["alone"]))
+        console.print(table, highlight=False)
+    elif summary["reasons"]:
+        table = Table("reason", "samples")
+        for reason, number in list(summary["reasons"].items())[:20]:
+            table.add_row(reason, str(number))
+        console.print(table, highlight=False)
+    share = f", {summary['kept'] / summary['samples']:.1%}" if summary["samples"] else ""
+    console.print(f"{outcome.folder}: {summary['kept']} of {summary['samples']} samples are kept{share}", highlight=False)
+    console.print(f"page: {outcome.folder / 'report.html'}", highlight=False)

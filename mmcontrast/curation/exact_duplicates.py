@@ -1,0 +1,157 @@
+"""`mmcontrast data dedup`: of samples whose members are the same, byte for byte or once decoded, one is kept.
+
+Every shard's members are hashed to 128 bits; then one process sorts all hashes, in about 80 bytes of memory a sample. Which
+sample is kept depends on the order of the shards and of the samples in them alone.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmcontrast.curation.looking import Look, Missing, members_of_keys
+from mmcontrast.curation.rules import FIELDS
+from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
+from mmcontrast.data.shard import ShardIndex
+from mmcontrast.data.tables import FILE_COLUMNS
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
+
+HASH = (f"{PRIVATE}hash.0", f"{PRIVATE}hash.1")  # 64 bits each, null where there is nothing to compare
+ROW, WHY, SCORE = f"{PRIVATE}row", f"{PRIVATE}why", f"{PRIVATE}score"
+DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True)
+class ExactDuplicates(Stage):
+    """A stage that keeps one of several samples which are the same.
+
+    Attributes:
+        by: what is compared, all of it: the fields image, text or audio, or members, or entries of the json (json:sha256).
+        decoded: compare what members decode to, pixels or samples, instead of their bytes.
+        best: keep the one with the largest number in this column, as the rule `column` reads it; default: the first.
+        keys: of fields, the members that they are read from, tried in turn.
+    """
+
+    by: tuple[str, ...]
+    decoded: bool = False
+    best: str | None = None
+    keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    files: str | None = None
+    name = "dedup"
+    two_passes = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "by": list(self.by), "decoded": self.decoded, "best": self.best, "files": self.files,
+            "keys": {field: list(keys) for field, keys in self.keys},
+        }  # fmt: skip
+
+    @property
+    def file_columns(self) -> frozenset[str]:
+        return FILE_COLUMNS | {
+            key for name in self.by if name in ("image", "audio") for key in self.keys_of(name) if ":" not in key
+        }
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        return dict(self.keys).get(name) or FIELDS.get(name) or (name,)
+
+    def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
+        members = {name for of in self.by for name in members_of_keys(self.keys_of(of))} | ({"json"} if self.best else set())
+        scores = previous[self.best].to_pylist() if previous is not None and self.best in previous.column_names else None
+        hashes: list[tuple[int, int] | tuple[None, None]] = []
+        why: list[str | None] = []
+        measured: list[float | None] = []
+        for number, row in enumerate(rows.tolist()):
+            look = Look(shard, row, sorted(members), {self.best or "": scores[number]} if scores else {})
+            found, reason = self._hash(look)
+            hashes.append(found)
+            why.append(reason)
+            measured.append(_score(look, self.best) if self.best else None)
+        columns = {name: pa.array([pair[k] for pair in hashes], pa.uint64()) for k, name in enumerate(HASH)}
+        columns |= {ROW: pa.array(rows), WHY: pa.array(why, pa.string())}
+        return pa.table(columns | ({SCORE: pa.array(measured, pa.float64())} if self.best else {}))
+
+    def _hash(self, look: Look) -> tuple[tuple[int, int] | tuple[None, None], str | None]:
+        """Return (the hash of what is compared, why the sample is dropped). One that lacks any of it is like no other."""
+        whole = hashlib.blake2b(digest_size=16)
+        for name in self.by:
+            try:
+                data = look.member(self.keys_of(name), name)
+                if self.decoded and name in FIELDS:
+                    data = _decoded(name, data)
+            except Missing:
+                return (None, None), None
+            except DecodeError as error:
+                return (None, None), f"{name} unreadable ({error})"
+            whole.update(f"{len(data)} ".encode())
+            whole.update(data)
+        digest = whole.digest()
+        return (int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")), None
+
+    def decide(self, tables: Iterator[pa.Table]) -> Decisions:
+        """Return (the place of the sample that is kept in the place of each, −1 of those that are like no other; where each
+        shard's places begin; the rows of all places)."""
+        halves: list[list[np.ndarray]] = [[], []]
+        known: list[np.ndarray] = []
+        scores: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
+        for table in tables:
+            known.append(table[HASH[0]].is_valid().to_numpy(zero_copy_only=False))
+            for half, name in zip(halves, HASH, strict=True):
+                half.append(table[name].fill_null(0).to_numpy())
+            rows.append(table[ROW].to_numpy())
+            if self.best:
+                scores.append(-table[SCORE].fill_null(-np.inf).to_numpy())
+        starts = np.cumsum([0, *map(len, rows)])
+        places = np.flatnonzero(np.concatenate(known))
+        first, second = (np.concatenate(half)[places] for half in halves)
+        order = np.lexsort((*([np.concatenate(scores)[places]] if self.best else []), second, first))  # stable
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
+        kept = np.full(int(starts[-1]), -1, dtype=np.int64)
+        kept[places[order]] = places[order[np.flatnonzero(new)[np.cumsum(new) - 1]]] if len(order) else 0
+        return kept, starts, np.concatenate(rows)
+
+    def judge(self, measured: pa.Table, decisions: Decisions, number: int) -> Judgement:
+        kept, starts, rows = decisions
+        reasons = measured[WHY].to_pylist()
+        kinds = [None if reason is None else reason.partition(" (")[0] for reason in reasons]
+        here = np.arange(starts[number], starts[number + 1])
+        keepers = kept[here]
+        for k in np.flatnonzero((keepers >= 0) & (keepers != here)).tolist():
+            shard = int(np.searchsorted(starts, keepers[k], side="right")) - 1
+            reasons[k], kinds[k] = f"{DUPLICATE} (row {rows[keepers[k]]} of shard {shard})", DUPLICATE
+        return Judgement(reasons, {"without": int((keepers < 0).sum())}, kinds)
+
+    def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        return {"not compared": counts.get("without", 0)}
+
+
+def _score(look: Look, column: str) -> float | None:
+    try:
+        return look.number(column)
+    except (Missing, DecodeError):
+        return None
+
+
+@cache
+def _decoder(field: str) -> Modality:
+    return {"image": lambda: ImageModality(size=224), "audio": AudioModality, "text": TextModality}[field]()
+
+
+def _decoded(field: str, data: bytes) -> bytes:
+    """Return what a member decodes to, as bytes: pixels of 8 bits on white with their sides, samples at 16 kHz, a text.
+
+    Raises:
+        DecodeError: if it cannot be decoded.
+    """
+    value = _decoder(field).decode(data)
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} ".encode() + value.contiguous().numpy().tobytes()
+    return str(value).encode()

@@ -1,0 +1,132 @@
+"""`mmcontrast data filter`: keeps the samples that pass all rules, and counts what each rule removes, first and alone."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmcontrast.curation.looking import Look, Missing
+from mmcontrast.curation.rules import Column, Rule, Rules
+from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
+from mmcontrast.data.shard import ShardIndex
+from mmcontrast.data.tables import FILE_COLUMNS
+from mmcontrast.modalities import DecodeError
+
+WHY = f"{PRIVATE}why."  # and the rule's number: why a rule drops a sample, null where it does not
+
+
+@dataclass(frozen=True)
+class Filter(Stage):
+    """A stage of rules, of which the first that drops a sample is its reason.
+
+    Attributes:
+        given: the rules, and where those that do not say it read.
+        files: the folder of files that tables name.
+    """
+
+    given: Rules
+    files: str | None = None
+    name = "filter"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.given.model_dump(mode="json", by_alias=True, exclude_defaults=True), "files": self.files}
+
+    @property
+    def rules(self) -> list[Rule]:
+        return list(self.given.rules)
+
+    @cached_property
+    def fields(self) -> dict[str, list[str]]:
+        return {str(field): list(keys) for field, keys in self.given.keys.items()}
+
+    @property
+    def two_passes(self) -> bool:  # type: ignore[override]
+        return any(isinstance(rule, Column) and rule.top is not None for rule in self.rules)
+
+    @property
+    def file_columns(self) -> frozenset[str]:
+        named = {key for rule in self.rules if rule.field != "text" for key in rule.keys(self.fields)}
+        return FILE_COLUMNS | {key for key in named if ":" not in key}
+
+    def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
+        members = sorted({name for rule in self.rules for name in rule.members(self.fields)})
+        keys = [rule.keys(self.fields) for rule in self.rules]
+        known = {rule.column for rule in self.rules if isinstance(rule, Column)}
+        before = {name: previous[name].to_pylist() for name in known & set(previous.column_names)} if previous else {}
+        values: list[list[Any]] = [[] for _ in self.rules]
+        why: list[list[str | None]] = [[] for _ in self.rules]
+        for number, row in enumerate(rows.tolist()):
+            look = Look(shard, row, members, {name: column[number] for name, column in before.items()})
+            for k, rule in enumerate(self.rules):
+                value, reason = _judged(rule, look, keys[k])
+                values[k].append(value)
+                why[k].append(reason)
+        columns = {rule.column: pa.array(values[k], rule.column_type) for k, rule in enumerate(self.rules)}
+        reasons = {f"{WHY}{k}": pa.array(why[k], pa.string()) for k in range(len(self.rules))}
+        return pa.table(columns | reasons)
+
+    def decide(self, tables: Iterator[pa.Table]) -> Decisions:
+        """Return, by the number of each rule of a share, the least value that is kept; None: no sample has one."""
+        shares = {k: rule for k, rule in enumerate(self.rules) if isinstance(rule, Column) and rule.top is not None}
+        values: dict[int, list[np.ndarray]] = {k: [] for k in shares}
+        samples = 0
+        for table in tables:
+            samples += len(table)
+            for k, rule in shares.items():
+                values[k].append(table[rule.column].drop_null().to_numpy())
+        return {k: least_of_top(np.concatenate(values[k]), samples, rule.top or 0) for k, rule in shares.items() if values[k]}
+
+    def judge(self, measured: pa.Table, decisions: Decisions, number: int) -> Judgement:
+        why = [measured[f"{WHY}{k}"].to_pylist() for k in range(len(self.rules))]
+        for k, least in (decisions or {}).items():
+            rule = self.rules[k]
+            assert isinstance(rule, Column)
+            said = f"{rule.column} < {least:.6g}, the top {rule.top:g}" if least is not None else ""
+            values = measured[rule.column].to_pylist()
+            why[k] = [reason if value is None or value >= least else said for reason, value in zip(why[k], values, strict=True)]
+        reasons: list[str | None] = []
+        kinds: list[str | None] = []
+        counts: dict[str, int] = {f"{k} {of}": 0 for k in range(len(why)) for of in ("removed", "alone")}
+        for given in zip(*why, strict=True):
+            dropped = [k for k, reason in enumerate(given) if reason is not None]
+            for k in dropped:
+                counts[f"{k} alone"] += 1
+            if dropped:
+                counts[f"{dropped[0]} removed"] += 1
+            reason = given[dropped[0]] if dropped else None
+            reasons.append(reason)
+            kinds.append(None if reason is None else reason.partition(" (")[0])
+        return Judgement(reasons, counts, kinds)
+
+    def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        rules = [
+            {"rule": rule.shown(), "removed": counts.get(f"{k} removed", 0), "alone": counts.get(f"{k} alone", 0)}
+            for k, rule in enumerate(self.rules)
+        ]
+        return {"rules": rules}
+
+
+def _judged(rule: Rule, look: Look, keys: list[str]) -> tuple[Any, str | None]:
+    """Return (what a rule measures of a sample, why it is dropped)."""
+    try:
+        value = rule.measure(look, keys)
+    except Missing as missing:
+        return None, None if rule.missing == "keep" else str(missing)
+    except DecodeError as error:
+        what = {"text": "text", "image": "picture", "audio": "sound"}[getattr(rule, "of", rule.field)]
+        return None, f"{rule.column if isinstance(rule, Column) else what} unreadable ({error})"
+    return value, rule.reason(value)
+
+
+def least_of_top(values: np.ndarray, samples: int, share: float) -> float | None:
+    """Return the least value among the largest ones that are the share of all samples, those without a value being the last;
+    None if there is no value."""
+    if not len(values):
+        return None
+    number = min(len(values), max(1, math.floor(share * samples + 0.5)))
+    return float(np.partition(values, len(values) - number)[len(values) - number])

@@ -1,0 +1,180 @@
+"""What rules look at of a sample: its text, the sides of its picture, the length of its sound, entries of its json. Nothing is
+decoded but texts and headers."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import soundfile
+from PIL import Image, UnidentifiedImageError
+
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES, entry_of, member_name
+from mmcontrast.data.ids import read_json
+from mmcontrast.data.shard import ShardIndex, member_of
+from mmcontrast.modalities import DecodeError
+from mmcontrast.modalities.audio import BLOCK, UNKNOWN, open_sound
+from mmcontrast.modalities.image import DAMAGED, FORMATS
+from mmcontrast.modalities.parts import check_parts
+
+ENTRY = "json:"
+T = TypeVar("T")
+
+
+class Missing(Exception):
+    """A sample has nothing of what a rule looks at; the message names it."""
+
+
+class Look:
+    """One sample, each part of it looked at once.
+
+    Args:
+        members: all that any rule reads, by extension.
+        previous: what an earlier stage measured of it.
+    """
+
+    def __init__(self, shard: ShardIndex, row: int, members: Sequence[str], previous: Mapping[str, Any]) -> None:
+        self.shard, self.row, self.previous = shard, row, previous
+        self.parts: dict[Any, Any] = {}
+        self.bytes: dict[str, bytes] = {}
+        self.error: DecodeError | None = None
+        there = []
+        for name in members:
+            if name in shard.extensions and (size := shard.size(row, name)) >= 0:
+                if size > MAX_MEMBER_BYTES:
+                    self.error = DecodeError(f"member .{name}: {size} bytes, more than {MAX_MEMBER_BYTES}")
+                else:
+                    there.append(name)
+        try:
+            self.bytes = shard.read(row, there) if there else {}
+        except DecodeError as error:  # of a table: a file that is not there
+            self.error = error
+
+    def once(self, name: Any, look: Callable[[], T]) -> T:
+        """Return what `look` returns, or raise what it raises, which is asked once."""
+        if name not in self.parts:
+            try:
+                self.parts[name] = look()
+            except (DecodeError, Missing) as error:
+                self.parts[name] = error
+        value = self.parts[name]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def member(self, keys: Sequence[str], what: str) -> bytes:
+        """Return the first of some members, or entries of the json, that the sample has.
+
+        Raises:
+            Missing: if it has none.
+            DecodeError: if it cannot be read.
+        """
+        for key in keys:
+            if key.startswith(ENTRY):
+                data = member_of(value) if (value := self.entry(key)) is not None else None
+            else:
+                data = self.bytes.get(key)
+            if data:
+                return data
+        if self.error:
+            raise self.error
+        if any(self.bytes.get(key) == b"" for key in keys):
+            raise DecodeError("empty")
+        raise Missing(f"no {what}")
+
+    def about(self) -> dict[str, Any]:
+        return self.once("json", lambda: read_json(self.bytes["json"]) if "json" in self.bytes else {})
+
+    def entry(self, key: str) -> Any:
+        """Return what "json:a.b" names, None if there is nothing."""
+        return entry_of(self.about(), key)
+
+    def text(self, keys: Sequence[str]) -> str:
+        """Return the text without the white space around it."""
+
+        def read() -> str:
+            try:
+                text = self.member(keys, "text").decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DecodeError("not UTF-8") from error
+            if not text:
+                raise DecodeError("empty")
+            return text
+
+        return self.once(("text", *keys), read)
+
+    def sides(self, keys: Sequence[str], named: Sequence[str] = ()) -> tuple[int, int]:
+        """Return (width, height) of the picture, by its header alone; or what two entries of the json say, where they do."""
+
+        def read() -> tuple[int, int]:
+            given = [_number(self.entry(name)) for name in named]
+            if len(given) == 2 and all(side is not None and side >= 1 for side in given):
+                return int(given[0] or 0), int(given[1] or 0)
+            data = self.member(keys, "picture")
+            try:
+                check_parts(data)
+                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                    return image.size
+            except UnidentifiedImageError as error:
+                raise DecodeError(f"no {', '.join(FORMATS)}") from error
+            except DAMAGED as error:
+                raise DecodeError(str(error) or type(error).__name__) from error
+
+        return self.once(("sides", *keys, *named), read)
+
+    def seconds(self, keys: Sequence[str]) -> float:
+        """Return how long the sound is, by its header; one whose header does not say is read to its end."""
+
+        def read() -> float:
+            data = self.member(keys, "sound")
+            try:
+                with open_sound(data) as file:
+                    frames = file.frames
+                    if frames >= UNKNOWN:
+                        frames = 0
+                        while block := len(file.read(max(1, BLOCK // file.channels), always_2d=True)):
+                            frames += block
+                    return frames / file.samplerate
+            except (soundfile.SoundFileError, ValueError, ZeroDivisionError) as error:
+                raise DecodeError(str(getattr(error, "error_string", error))) from error
+
+        return self.once(("seconds", *keys), read)
+
+    def size(self, keys: Sequence[str]) -> int:
+        """Return the bytes of the first of some members that the sample has: of a shard's without reading them."""
+        for key in keys:
+            if not key.startswith(ENTRY) and key in self.shard.extensions and (size := self.shard.size(self.row, key)) >= 0:
+                return size
+        return len(self.member(keys, f"member {' or '.join(keys)}"))
+
+    def number(self, column: str) -> float:
+        """Return a number of the json ("json:NAME"), of an earlier stage, or of a table's column.
+
+        Raises:
+            Missing: if there is none.
+            DecodeError: for what is no number.
+        """
+        if column.startswith(ENTRY):
+            value = self.entry(column)
+        else:
+            value = self.previous[column] if column in self.previous else self.entry(f"{ENTRY}{column}")
+        if value is None or value == "":
+            raise Missing(f"no {column}")
+        number = _number(value)
+        if number is None:
+            raise DecodeError(f"{str(value)[:40]!r} is no number")
+        return number
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def members_of_keys(keys: Sequence[str]) -> set[str]:
+    return {member_name(key) for key in keys}
