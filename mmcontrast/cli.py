@@ -346,6 +346,7 @@ command(app, "blend")(blend_commands.blend)
 for name in ("build", "index", "inspect", "verify"):
     command(data_app, name)(getattr(data_commands, name))
 command(data_app, "filter")(curation_commands.filter_shards)
+command(data_app, "balance")(curation_commands.balance)
 command(data_app, "dedup")(curation_commands.dedup)
 command(data_app, "write")(curation_commands.write)
 

@@ -107,6 +107,32 @@ def write(
     console.print(f"{out}: {split['samples']} samples in {len(split['shards'])} shards", highlight=False)
 
 
+def balance(
+    shards: Shards,
+    out: Out,
+    entries: Annotated[Path, typer.Option(help="one entry a line, or a list in JSON, as MetaCLIP's metadata", metavar="FILE")],
+    limit: Annotated[float | None, typer.Option(min=1, help="texts of an entry that are kept, about")] = None,
+    tail: Annotated[
+        float | None, typer.Option(min=0, max=1, help="instead: the share of all matches that rare entries have")
+    ] = None,
+    text: Annotated[str, typer.Option(help="where the text is: members or entries of the json, tried in turn")] = "txt",
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    files: Files = None,
+    select: Select = None,
+    workers: Workers = None,
+) -> None:
+    """Select texts in balance over a list of entries: of frequent ones some, of rare ones all (MetaCLIP).
+
+    A text matches an entry that stands in it between spaces; an entry in N texts keeps each with min(1, limit / N); what
+    matches none is dropped. Outputs as of `mmcontrast data filter`.
+    """
+    from mmcontrast.curation.balance import balance_of
+    from mmcontrast.curation.stage import run_stage
+
+    stage = balance_of(entries, limit, tail, seed, text.split(","), files)
+    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+
+
 def _show(outcome: "Outcome") -> None:
     if not outcome.complete:
         console.print(
