@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 import mmcontrast.blend.commands as blend_commands
+import mmcontrast.curation.table_commands as table_commands
 import mmcontrast.export.commands as export_commands
 import mmcontrast.search.commands as search_commands
 from mmcontrast import data_commands, train_commands
@@ -344,6 +345,7 @@ command(app, "export")(export_commands.export)
 command(app, "blend")(blend_commands.blend)
 for name in ("build", "index", "inspect", "verify"):
     command(data_app, name)(getattr(data_commands, name))
+command(data_app, "mine")(table_commands.mine)
 
 
 def keep_freed_memory() -> None:

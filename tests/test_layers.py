@@ -32,6 +32,7 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "tasks": ["embedder"],
     "suites": ["embedder"],
     "search": ["embedder"],
+    "curation": ["search", "tasks"],
     "export": ["embedder"],
     "blend": ["suites", "export"],
     "slurm": ["tasks"],
@@ -39,7 +40,7 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "plan": ["runs"],
     "finetune": ["plan"],
     "train_commands": ["finetune"],
-    "cli": ["slurm", "data_commands", "search", "blend", "doctor", "train_commands"],
+    "cli": ["slurm", "data_commands", "curation", "blend", "doctor", "train_commands"],
 }
 
 

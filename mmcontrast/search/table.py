@@ -148,13 +148,33 @@ class StoredTable:
         Raises:
             UserError: for a vector that is not finite.
         """
-        for part, start in zip(self._parts, self._starts.tolist(), strict=False):
+        for name, part, start in zip(self._names, self._parts, self._starts.tolist(), strict=False):
             for first in range(0, len(part[field]), BLOCK_ROWS):
-                inner = part[f"present.{field}"][first : first + BLOCK_ROWS].nonzero().squeeze(1) + first
-                vectors = part[field][inner].float().numpy()
-                self._check_finite(field, vectors, inner.numpy() + start)
-                if len(inner):
-                    yield inner.numpy() + start, vectors
+                inner = part[f"present.{field}"][first : first + BLOCK_ROWS].nonzero().squeeze(1)
+                if not len(inner):
+                    continue
+                with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:  # pages are let go with it
+                    vectors = file.get_slice(field)[first : first + BLOCK_ROWS][inner].float().numpy()
+                rows = inner.numpy() + first + start
+                self._check_finite(field, vectors, rows)
+                yield rows, vectors
+
+    def ids(self, column: str) -> np.ndarray:
+        """Return `sample_id` or `group_id` of all rows, int64 [N].
+
+        Raises:
+            UserError: if they cannot be read.
+        """
+        found = [np.empty(0, dtype=np.int64)]
+        for name, rows in zip(self._names, np.diff(self._starts), strict=True):
+            path = self.folder / f"{name}.parquet"
+            try:
+                found.append(pq.read_table(path, columns=[column])[column].to_numpy().astype(np.int64, casting="safe"))
+            except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+                raise UserError(f"{path}: missing or damaged ({error}): embed again") from error
+            if len(found[-1]) != rows:
+                raise UserError(f"{path} is not of {rows} rows, as {MANIFEST} says: embed again")
+        return np.concatenate(found)
 
     def about(self, row: int) -> tuple[str, dict[str, Any]]:
         """(key, metadata) of a row.
