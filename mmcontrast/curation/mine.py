@@ -1,5 +1,5 @@
-"""Hard negatives of an embedding table: for each sample the best candidates of another field, or of the same, without those that
-may be right.
+"""Hard negatives of an embedding table: for each sample the best candidates of another field, or of the same, without those
+that may be right.
 
 What each rule removes is counted, and so are queries with fewer negatives than asked for: none are made up.
 """
@@ -91,8 +91,8 @@ class MiningOptions:
             raise UserError(f"--count {self.count}, --range-min {self.range_min}: at least 1 negative, and no rank below 0")
         if self.window - self.range_min < self.count:
             raise UserError(
-                f"--range-min {self.range_min}, --range-max {self.window}: {max(0, self.window - self.range_min)} candidates are"
-                f" left for --count {self.count}: raise --range-max, or lower one of the others"
+                f"--range-min {self.range_min}, --range-max {self.window}: {max(0, self.window - self.range_min)} candidates"
+                f" are left for --count {self.count}: raise --range-max, or lower one of the others"
             )
         if self.sampling not in ("top", "random"):
             raise UserError(f"--sampling {self.sampling!r}: top, or random")
@@ -159,7 +159,8 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
         stored.check_unchanged()
         if not counted["candidates"]:
             raise UserError(
-                f"{table}: every sample with the field {options.candidate!r} is of the query's own group: there are no negatives"
+                f"{table}: every sample with the field {options.candidate!r} is of the query's own group: there are no"
+                " negatives"
             )
         summary = _summary(stored, options, counted, sums, sizes, measured)
         finish(out, writer, summary, _sections(summary, examples))
@@ -167,8 +168,9 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
 
 
 def choose(windows: Windows, ids: np.ndarray, options: MiningOptions) -> tuple[np.ndarray, dict[str, int]]:
-    """Return which candidates of each window become negatives, bool [Q, K], and how many were removed by which rule. A candidate
-    counts for the first rule that removes it.
+    """Return which candidates of each window become negatives, bool [Q, K], and how many were removed by which rule.
+
+    A candidate counts for the first rule that removes it.
 
     Args:
         ids: sample ids of all rows of the table.

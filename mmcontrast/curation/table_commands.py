@@ -60,8 +60,8 @@ def _tell_mined(summary: dict[str, Any]) -> None:
         console.print(f"of {summary['candidates']:,} candidates in their windows, removed: {words}", highlight=False)
     if short:
         console.print(
-            f"warning: {short:,} queries have fewer than {summary['options']['count']} negatives, {summary['empty_queries']:,} of"
-            f" them none: raise --range-max (it was {summary['options']['range_max']}), or lower --count or a rule",
+            f"warning: {short:,} queries have fewer than {summary['options']['count']} negatives, {summary['empty_queries']:,}"
+            f" of them none: raise --range-max (it was {summary['options']['range_max']}), or lower --count or a rule",
             highlight=False,
         )
     if summary["without_positive"]:

@@ -1,4 +1,4 @@
-"""The best candidates of every query of an embedding table, those of its own group left out: exactly, by tiles, or by faiss's IVF.
+"""The best candidates of every query of an embedding table, without its own group: exactly, by tiles, or by faiss's IVF.
 
 Shapes: Q queries of a block, C candidates of one, K candidates of a query's window, D numbers.
 """
@@ -27,8 +27,8 @@ class Windows:
 
     Attributes:
         rows: [Q] the queries' rows of the table.
-        candidates, scores: [Q, K] rows of the table and scores in float64, best first, the lower row first where they are equal;
-            −1 and −inf where there are no more.
+        candidates, scores: [Q, K] rows of the table and scores in float64, best first, of equal ones the lower row; −1 and −inf
+            where there are no more.
         positives: [Q] float64, the smallest score with a candidate of the query's own group (other than its own row in its own
             field), NaN if there is none.
         same_group: pairs of these queries with candidates of their group.
@@ -44,8 +44,8 @@ class Windows:
 class WindowSearch:
     """Windows of K candidates of one field for queries of another, or of the same.
 
-    A candidate of the query's own group is none, whatever its score. Which candidates are in a window is found in float32; their
-    scores are then computed in float64, so they depend on neither tiles nor threads.
+    A sample of the query's own group is no candidate, whatever its score. Which candidates are in a window is found in float32;
+    their scores are then computed in float64, so they depend on neither tiles nor threads.
 
     Args:
         groups: [N] of all rows of the table.
