@@ -11,7 +11,7 @@ from mmcontrast.evaluation import EmbeddingTable
 def write_table(
     folder: Path, fields: dict[str, Tensor], groups: Tensor | None = None, ids: Tensor | None = None, **options
 ) -> EmbeddingTable:
-    """Write rows [N, D] of fields, whose zero rows are absent; ids from 1000 on, which are the groups unless these are given."""
+    """Write rows [N, D] of fields, whose zero rows are absent; ids from 1000 on, which are the groups by default."""
     n = len(next(iter(fields.values())))
     ids = torch.arange(n) + 1000 if ids is None else ids
     present = {field: rows.any(1) for field, rows in fields.items()}
