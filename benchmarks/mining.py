@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-CLUSTERS = 2000
+CLUSTER = 500  # rows
 
 
 def write_table(folder: Path, rows: int, dim: int) -> None:
@@ -30,12 +30,13 @@ def write_table(folder: Path, rows: int, dim: int) -> None:
     from mmcontrast.evaluation.embed import PART_ROWS
 
     generator = torch.Generator().manual_seed(0)
-    centres = F.normalize(torch.randn(CLUSTERS, dim, generator=generator), dim=1)
+    clusters = max(1, rows // CLUSTER)
+    centres = F.normalize(torch.randn(clusters, dim, generator=generator), dim=1)
 
     def table(first: int) -> EmbeddingTable:
         n = min(PART_ROWS, rows - first)
         spread = torch.randn(n, dim, generator=generator) / dim**0.5
-        image = F.normalize(centres[torch.randint(CLUSTERS, (n,), generator=generator)] + spread, dim=1)
+        image = F.normalize(centres[torch.randint(clusters, (n,), generator=generator)] + spread, dim=1)
         text = F.normalize(image + 0.5 * torch.randn(n, dim, generator=generator) / dim**0.5, dim=1)
         ids, here = torch.arange(first, first + n), torch.ones(n, dtype=torch.bool)
         metadata = [{"key": f"k{row}"} for row in ids.tolist()]

@@ -121,8 +121,11 @@ class StoredTable:
         part, inner = self._locate(row)
         return bool(self._parts[part][f"present.{field}"][inner])
 
-    def vectors(self, field: str, rows: np.ndarray) -> np.ndarray:
+    def vectors(self, field: str, rows: np.ndarray, check: bool = True) -> np.ndarray:
         """Return float32 [R, D] of rows in any order.
+
+        Args:
+            check: False: of rows that `blocks` has given before.
 
         Raises:
             UserError: for a vector that is not finite.
@@ -133,7 +136,8 @@ class StoredTable:
             here = np.flatnonzero(parts == part)
             inner = torch.from_numpy(rows[here] - self._starts[part])
             found[here] = self._parts[part][field][inner].float().numpy()
-        self._check_finite(field, found, rows)
+        if check:
+            self._check_finite(field, found, rows)
         return found
 
     def _check_finite(self, field: str, vectors: np.ndarray, rows: np.ndarray) -> None:
