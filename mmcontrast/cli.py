@@ -15,6 +15,7 @@ from rich.console import Console
 
 import mmcontrast.blend.commands as blend_commands
 import mmcontrast.curation.commands as curation_commands
+import mmcontrast.curation.table_commands as table_commands
 import mmcontrast.export.commands as export_commands
 import mmcontrast.search.commands as search_commands
 from mmcontrast import data_commands, train_commands
@@ -349,6 +350,7 @@ command(data_app, "filter")(curation_commands.filter_shards)
 command(data_app, "balance")(curation_commands.balance)
 command(data_app, "dedup")(curation_commands.dedup)
 command(data_app, "write")(curation_commands.write)
+command(data_app, "mine")(table_commands.mine)
 
 
 def keep_freed_memory() -> None:

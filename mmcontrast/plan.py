@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,8 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
             largest = largest_that_fits(model, options, part, fixed, available)
     if getattr(objective, "stateful", False):
         notes.append("what the objective remembers of every sample is not counted")
+    for field, number in Counter(given.field for given in config.data.mined.values()).items():
+        notes.append(f"data.negatives: {number} more {field} a sample are neither in the FLOPs nor in the memory")
     if options.parallel == "fsdp" and devices > 1:
         notes.append("gradients and activations are those of a device that has all weights: more than fsdp takes")
     remedies = [] if options.recompute else [f"train.recompute=[{', '.join(model.towers)}]"]

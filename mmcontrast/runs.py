@@ -81,7 +81,7 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
         options=in_steps(config.train, order),
         negative_of=negative_fields(config),
         teachers=teachers,
-        own=frozenset(field for field, of in config.fields.items() if of.own),
+        own=frozenset(field for field, of in config.fields.items() if of.own) | config.data.mined.keys(),
         score=score_of(config),
     )
 
@@ -192,7 +192,8 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
     check_teaching(config, objective, pairing)
     check_score(config, objective, pairing)
     if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
-        what = f"fields.{next(iter(negatives))}.negative_of" if negatives else "train.queue_size"
+        named = [f"fields.{field}.negative_of" for field in negatives if field not in config.data.mined]
+        what = next(iter([*named, *(["data.negatives"] if config.data.mined else []), "train.queue_size"]))
         raise UserError(
             f"{what}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
         )
@@ -271,7 +272,7 @@ def scored_fields(config: RunConfig, pairing: Pairing) -> list[str]:
 
 
 def negative_fields(config: RunConfig) -> dict[str, str]:
-    """The fields that only provide negatives, and for which field.
+    """The fields that only provide negatives, and for which field; and mined negatives, by the names that a batch has for them.
 
     Raises:
         UserError: for one that names no field to be a negative of.
@@ -284,6 +285,12 @@ def negative_fields(config: RunConfig) -> dict[str, str]:
         anchors = contrasted_fields(config)
         if of not in anchors:
             raise UserError(f"fields.{field}.negative_of: no field {of!r} that is contrasted; {nearest(of, anchors)}")
+    for name, given in config.data.mined.items():
+        anchors = contrasted_fields(config)
+        if given.field not in anchors:
+            which = nearest(given.field, anchors)
+            raise UserError(f"data.negatives.field: no field {given.field!r} that is contrasted; {which}")
+        negatives[name] = given.field
     return negatives
 
 

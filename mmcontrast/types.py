@@ -26,6 +26,8 @@ class Batch:
             are several.
         weights: [N] ≥ 0, of the samples in the loss; None: all alike.
         views: the same samples as each teacher reads them, with values and present of its own.
+        encoded_as: of values that are further candidates of a field, as mined negatives are, that field, whose tower encodes
+            them.
     """
 
     values: dict[str, Tensor]
@@ -36,6 +38,7 @@ class Batch:
     replaced: list[dict[str, str]] = field(default_factory=list)
     weights: Tensor | None = None
     views: list["Batch"] = field(default_factory=list)
+    encoded_as: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -75,6 +78,7 @@ class Batch:
             self.metadata[chosen],
             weights=None if self.weights is None else self.weights[chosen],
             views=[view._part(chosen) for view in self.views],
+            encoded_as=self.encoded_as,
         )
 
     def labels(self) -> "Batch":

@@ -17,6 +17,10 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "blend/weights.py": ("export/test_blend.py", "mmcontrast.blend.weights"),
     "cli.py": ("test_config.py", "mmcontrast.cli"),
     "components.py": ("test_trust.py", "mmcontrast.components"),
+    **{
+        f"curation/{name}.py": ("curation/test_mine.py", "mmcontrast.curation.mine")  # all of it goes through them
+        for name in ("outputs", "table_commands", "windows")
+    },
     "data/build.py": ("test_glyphs.py", "mmcontrast.data.build"),
     "data/dataset.py": ("data/test_keys.py", "ShardDataset"),
     "data/files.py": ("data/test_stream.py", "StreamOrder, files"),

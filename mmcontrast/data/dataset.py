@@ -4,10 +4,10 @@ import hashlib
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from mmcontrast.data.files import identities, is_remote
 from mmcontrast.data.held_out import Part, divide
 from mmcontrast.data.ids import default_id, ids_of, read_json, stable_hash, weight_of
 from mmcontrast.data.index import open_shards
+from mmcontrast.data.negatives import MinedNegatives
 from mmcontrast.data.selection import open_selection
 from mmcontrast.data.shard import LABELS, NO_EXTENSION, ShardIndex, member_of
 from mmcontrast.data.tables import refuse_repeated_ids
@@ -45,7 +46,8 @@ class Sample:
     Attributes:
         lost: the reason lies with the storage, not with the sample: no other stands in for it.
         bad_member: where the reason lies.
-        replaces: the `error` of each of those in whose place it stands, its `sample_id`, and its `source` if there are several.
+        replaces: the `error` of each of those in whose place it stands, its `sample_id`, and its `source` if there are several;
+            and of its negatives that cannot be decoded, which are left out.
         weight: how much it counts in the loss.
         views: fields as each teacher reads them.
     """
@@ -79,31 +81,61 @@ class Samples(Dataset[Sample]):
     remote: bool
     modalities: dict[str, Modality]
     views: Sequence[TeacherView] = ()
+    negatives: Sequence[MinedNegatives] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def fetch(self, position: int) -> Members: ...
+    def fetch(self, position: int, field: str | None = None) -> Members:
+        """Return what all fields are read from, or one."""
 
     @abstractmethod
     def make(self, epoch: int, position: int, members: Members) -> Sample: ...
 
+    @abstractmethod
+    def make_candidate(self, epoch: int, position: int, members: Members, field: str) -> Sample:
+        """Return a sample with one field alone, or why it cannot be decoded; no other stands for it."""
+
     def __getitem__(self, place: int | tuple[int, int]) -> Sample:
         """The sample at (epoch, position), or at position."""
-        epoch, position = place if isinstance(place, tuple) else (0, place)
-        return self.make(epoch, position, self.fetch(position))
+        return self.__getitems__([place])[0]
 
     def __getitems__(self, places: Sequence[int | tuple[int, int]]) -> list[Sample]:
-        if not self.remote:
-            return [self[place] for place in places]
         pairs = [place if isinstance(place, tuple) else (0, place) for place in places]
+        fetched = self._fetched(self.fetch, [position for _, position in pairs])
+        samples = [self.make(epoch, position, members) for (epoch, position), members in zip(pairs, fetched, strict=True)]
+        for negatives in self.negatives:
+            self._add_negatives([epoch for epoch, _ in pairs], samples, negatives)
+        return samples
+
+    def _fetched(self, fetch: Callable[[int], Members], positions: Sequence[int]) -> Iterator[Members]:
+        if not self.remote:
+            yield from map(fetch, positions)
+            return
         with ThreadPoolExecutor(READERS) as threads:
-            fetched = threads.map(self.fetch, [position for _, position in pairs])
-            return [self.make(epoch, position, members) for (epoch, position), members in zip(pairs, fetched, strict=True)]
+            yield from threads.map(fetch, positions)
+
+    def _add_negatives(self, epochs: Sequence[int], samples: list[Sample], negatives: MinedNegatives) -> None:
+        """Give each sample the values of its negatives. One of the sample's own group is none; one that cannot be decoded, or
+        lacks the field, is absent."""
+        drawn = [negatives.draw(epoch, s.sample_id) if not s.error else [] for epoch, s in zip(epochs, samples, strict=True)]
+        wanted = [(k, name, at) for k, of in enumerate(drawn) for name, at in zip(negatives.names, of, strict=False)]
+        fetched = self._fetched(partial(self.fetch, field=negatives.field), [at for _, _, at in wanted])
+        for (number, name, position), members in zip(wanted, fetched, strict=True):
+            sample, other = samples[number], self.make_candidate(epochs[number], position, members, negatives.field)
+            if other.error and other.lost:
+                sample.error, sample.lost = other.error, True
+            elif other.error:
+                sample.replaces += (other.bad | {"error": f"{other.error} (a negative of {sample.sample_id}: left out)"},)
+            elif negatives.field in other.values and other.group_id != sample.group_id:
+                sample.values[name] = other.values[negatives.field]
 
     def collate(self, samples: list[Sample]) -> Batch | str:
-        return collate(samples, self.modalities, self.views)
+        encoded_as = {name: negatives.field for negatives in self.negatives for name in negatives.names}
+        modalities = self.modalities | {name: self.modalities[field] for name, field in encoded_as.items()}
+        batch = collate(samples, modalities, self.views)
+        return batch if isinstance(batch, str) else replace(batch, encoded_as=encoded_as)
 
 
 class ShardDataset(Samples):
@@ -350,9 +382,10 @@ class ShardDataset(Samples):
             members[FOLDER] = name
         return members
 
-    def fetch(self, position: int) -> Members:
-        wanted = [member_name(key) for keys in self.keys.values() for key in keys]
-        wanted += [member_name(key) for view in self.views for key in view.keys.values()]
+    def fetch(self, position: int, field: str | None = None) -> Members:
+        fields = self.keys if field is None else [field, *self.templates]  # of which the group is made
+        wanted = [member_name(key) for one in fields for key in self.keys.get(one, ())]
+        wanted += [member_name(key) for view in self.views for key in view.keys.values()] if field is None else []
         try:
             return self._read(position, list(dict.fromkeys([*wanted, *LABELS])))
         except (DecodeError, UserError) as error:
@@ -369,11 +402,17 @@ class ShardDataset(Samples):
             sample = replace(sample, values={}, error=None, replaces=(sample.bad,))
         return sample
 
-    def _sample(self, epoch: int, position: int, members: Members) -> Sample:
+    def make_candidate(self, epoch: int, position: int, members: Members, field: str) -> Sample:
+        return self._sample(epoch, position, members, field)
+
+    def _sample(self, epoch: int, position: int, members: Members, field: str | None = None) -> Sample:
+        """A sample of its members, with all fields or one."""
+        modalities = {name: modality for name, modality in self.modalities.items() if field in (None, name)}
         shard, row = self.locate(position)
         seed = f"{self.seed} {epoch}" if self.training else None
         key, default = shard.keys[row], self.default_id(position)
-        sample = decoded(key, default, members, self.modalities, self.choices, seed, self.templates, self.views)
+        views = self.views if field is None else ()
+        sample = decoded(key, default, members, modalities, self.choices, seed, self.templates, views)
         if sample.error and not sample.lost:
             where, colon = shard.describe(row, sample.bad_member), ":" if sample.bad_member else ","
             sample.error = f"shard {shard.name}{sample.id_in_words}, {where}{colon} {sample.error}"

@@ -159,14 +159,20 @@ class MixtureDataset(Samples):
     def digest(self) -> str:
         return " ".join(source.digest for source in self.sources.values())
 
-    def fetch(self, position: int) -> Members:
+    def fetch(self, position: int, field: str | None = None) -> Members:
         name, own = self.locate(position)
-        return self.sources[name].fetch(own)
+        return self.sources[name].fetch(own, field)
 
     def make(self, epoch: int, position: int, members: Members) -> Sample:
         """`epoch` is of the sample's source."""
         name, own = self.locate(position)
-        sample = self.sources[name].make(epoch, own, members)
+        return self._of_source(name, self.sources[name].make(epoch, own, members))
+
+    def make_candidate(self, epoch: int, position: int, members: Members, field: str) -> Sample:
+        name, own = self.locate(position)
+        return self._of_source(name, self.sources[name].make_candidate(epoch, own, members, field))
+
+    def _of_source(self, name: str, sample: Sample) -> Sample:
         sample.metadata["source"] = name
         for bad in sample.replaces:
             bad["source"] = name

@@ -142,15 +142,15 @@ class ContrastiveModel(nn.Module):
 
     def forward(self, batch: Batch) -> Embeddings:
         fields = {}
-        for field, values in batch.values.items():
-            here = batch.present[field]
+        for name, values in batch.values.items():
+            field, here = batch.encoded_as.get(name, name), batch.present[name]
             with self._as_it_counts(field, len(values), here):
                 embeddings = self.encode(field, values)
             if len(values) == len(batch):
-                fields[field] = embeddings * here.unsqueeze(1)
+                fields[name] = embeddings * here.unsqueeze(1)
             else:
                 blank = embeddings.new_zeros(len(batch), self.embed_dim) + 0 * embeddings[:1]
-                fields[field] = blank.masked_scatter(here.unsqueeze(1), embeddings) if here.any() else blank
+                fields[name] = blank.masked_scatter(here.unsqueeze(1), embeddings) if here.any() else blank
         bias = None if self.logit_bias is None else self.logit_bias.squeeze(0)
         scale = self.log_logit_scale.exp()
         scales = dict(zip(self.pairs, scale, strict=True)) if self.pairs else scale.squeeze(0)

@@ -142,8 +142,11 @@ class StoredTable:
         part, inner = self._locate(row)
         return bool(self._parts[part][f"present.{field}"][inner])
 
-    def vectors(self, field: str, rows: np.ndarray) -> np.ndarray:
+    def vectors(self, field: str, rows: np.ndarray, check: bool = True) -> np.ndarray:
         """Return float32 [R, D] of rows in any order.
+
+        Args:
+            check: False: of rows that `blocks` has given before.
 
         Raises:
             UserError: for a vector that is not finite.
@@ -154,7 +157,8 @@ class StoredTable:
             here = np.flatnonzero(parts == part)
             inner = torch.from_numpy(rows[here] - self._starts[part])
             found[here] = self._parts[part][field][inner].float().numpy()
-        self._check_finite(field, found, rows)
+        if check:
+            self._check_finite(field, found, rows)
         return found
 
     def _check_finite(self, field: str, vectors: np.ndarray, rows: np.ndarray) -> None:
@@ -169,13 +173,33 @@ class StoredTable:
         Raises:
             UserError: for a vector that is not finite.
         """
-        for part, start in zip(self._parts, self._starts.tolist(), strict=False):
+        for name, part, start in zip(self._names, self._parts, self._starts.tolist(), strict=False):
             for first in range(0, len(part[field]), BLOCK_ROWS):
-                inner = part[f"present.{field}"][first : first + BLOCK_ROWS].nonzero().squeeze(1) + first
-                vectors = part[field][inner].float().numpy()
-                self._check_finite(field, vectors, inner.numpy() + start)
-                if len(inner):
-                    yield inner.numpy() + start, vectors
+                inner = part[f"present.{field}"][first : first + BLOCK_ROWS].nonzero().squeeze(1)
+                if not len(inner):
+                    continue
+                with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:  # pages are let go with it
+                    vectors = file.get_slice(field)[first : first + BLOCK_ROWS][inner].float().numpy()
+                rows = inner.numpy() + first + start
+                self._check_finite(field, vectors, rows)
+                yield rows, vectors
+
+    def ids(self, column: str) -> np.ndarray:
+        """Return `sample_id` or `group_id` of all rows, int64 [N].
+
+        Raises:
+            UserError: if they cannot be read.
+        """
+        found = [np.empty(0, dtype=np.int64)]
+        for name, rows in zip(self._names, np.diff(self._starts), strict=True):
+            path = self.folder / f"{name}.parquet"
+            try:
+                found.append(pq.read_table(path, columns=[column])[column].to_numpy().astype(np.int64, casting="safe"))
+            except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+                raise UserError(f"{path}: missing or damaged ({error}): embed again") from error
+            if len(found[-1]) != rows:
+                raise UserError(f"{path} is not of {rows} rows, as {MANIFEST} says: embed again")
+        return np.concatenate(found)
 
     def about(self, row: int) -> tuple[str, dict[str, Any]]:
         """(key, metadata) of a row.

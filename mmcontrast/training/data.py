@@ -23,6 +23,7 @@ from mmcontrast.data import (
 )
 from mmcontrast.data.dataset import names_of
 from mmcontrast.data.held_out import Part
+from mmcontrast.data.negatives import MinedNegatives, open_negatives
 from mmcontrast.data.opening import check_templates
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, ImageModality, Modality
@@ -88,7 +89,7 @@ def make_training_data(
     def order_of(dataset: ShardDataset) -> SampleOrder:
         sizes, by = tuple(len(shard) for shard in dataset.shards), options.bucket_by
         lengths = partial(dataset.lengths, by) if by else None
-        return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest, by, lengths)
+        return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest + more, by, lengths)
 
     dataset: ShardDataset | MixtureDataset
     if sources:
@@ -101,14 +102,29 @@ def make_training_data(
         part: dict[str, Any] = {"without": options.held_out, "views": views}
         shards = ShardOptions(shards=options.train, select=options.select)
         dataset = make_dataset(shards, fields, model, seed=seed, training=True, **part)
+    dataset.negatives = make_negatives(options, dataset, seed)
+    more = "".join(f" {negatives.digest}" for negatives in dataset.negatives)
     if options.clusters:
         clusters, table = clusters_of(dataset, options.clusters)
-        return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest, table, clusters)
+        return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest + more, table, clusters)
     if isinstance(dataset, ShardDataset):
         return dataset, order_of(dataset)
     orders = tuple(order_of(source) for source in dataset.sources.values())
     weights = [source.weight or float(len(dataset.sources[name])) for name, source in sources.items()]
     return dataset, MixtureOrder(orders, tuple(weight / sum(weights) for weight in weights), options.batches)
+
+
+def make_negatives(options: DataOptions, dataset: ShardDataset | MixtureDataset, seed: int) -> list[MinedNegatives]:
+    """Open the tables of `data.negatives`.
+
+    Raises:
+        UserError: for a table that is not there, or of other samples.
+    """
+    names, opened = iter(options.mined), []
+    for given in options.tables_of_negatives:
+        own = [next(names) for _ in range(given.count)]
+        opened.append(open_negatives(dataset, given.table, given.field, own, seed, given.unknown_ids))
+    return opened
 
 
 def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]) -> None:
@@ -126,6 +142,8 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
     weighted = [name for name, source in options.train.items() if source.weight] if isinstance(options.train, dict) else []
     if options.clusters and (weighted or options.batches == "single"):
         raise UserError("data.clusters: an epoch shows each sample once, so there are no weights and no data.batches")
+    if options.sequential and options.mined:
+        raise UserError("data.negatives: they are read by their ids, from shards that are indexed: no data.sequential")
     if options.sequential and options.held_out:
         raise UserError("data.held_out: which samples are held out is known of shards that are indexed: no data.sequential")
     if options.sequential and options.select:

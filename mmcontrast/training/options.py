@@ -1,9 +1,11 @@
 """The options of training: `train`, `data` and `model` of a config."""
 
+from collections import Counter
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
+from mmcontrast.data.negatives import UnknownIds
 from mmcontrast.data.opening import Templates
 from mmcontrast.models.options import StartOptions
 from mmcontrast.options import Component, Keys, Options, Patterns, Positive
@@ -35,6 +37,23 @@ class SourceOptions(Options):
     select: str | None = None
 
 
+class NegativesOptions(Options):
+    """Mined negatives: candidates of each sample alone, read from the training shards by their ids.
+
+    Attributes:
+        table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it.
+        field: the field of the candidates: its tower encodes them, and anchors of all other fields see them.
+        count: so many are drawn of each sample's row, by (seed, epoch, sample id); where it has fewer, the others are absent.
+        unknown_ids: what to do with ids that the training data lack: "error", or "skip" where some samples are left out of the
+            training on purpose (`held_out`).
+    """
+
+    table: str
+    field: str
+    count: Positive = 1
+    unknown_ids: UnknownIds = "error"
+
+
 class DataOptions(Options):
     """Where training samples come from, and in which order. See `mmcontrast.data.order` and `.mixture`.
 
@@ -49,6 +68,7 @@ class DataOptions(Options):
         batches: of several sources: "mixed", or "single", a step's samples all of one.
         clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
             cluster, each other's hard negatives.
+        negatives: mined negatives of each sample, of one table or several.
         bucket_by: a field by whose length (in bytes) samples are brought together, so that little is padded.
         sequential: read tars from their beginning to their end, for what cannot be indexed. Not the exact order: see
             `mmcontrast.data.stream`.
@@ -66,6 +86,7 @@ class DataOptions(Options):
     select: str | None = None
     batches: Literal["mixed", "single"] = "mixed"
     clusters: str | None = None
+    negatives: NegativesOptions | list[NegativesOptions] = []
     bucket_by: str | None = None
     sequential: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 4
@@ -74,6 +95,21 @@ class DataOptions(Options):
     record_samples: bool = False
     block: Positive = 256
     window: Positive = 8192
+
+    @property
+    def tables_of_negatives(self) -> list[NegativesOptions]:
+        return self.negatives if isinstance(self.negatives, list) else [self.negatives]
+
+    @property
+    def mined(self) -> dict[str, NegativesOptions]:
+        """The names under which a batch has each mined negative, and of which table it is."""
+        found: dict[str, NegativesOptions] = {}
+        numbers: Counter[str] = Counter()
+        for given in self.tables_of_negatives:
+            for _ in range(given.count):
+                found[f"{given.field}.negative.{numbers[given.field]}"] = given
+                numbers[given.field] += 1
+        return found
 
 
 def _from_the_start(points: dict[int, T]) -> dict[int, T]:

@@ -1,0 +1,120 @@
+"""Time and peak memory of mining hard negatives from an embedding table, exactly and by IVF, as a multiple of the bare product.
+
+    python benchmarks/mining.py --rows 200000
+    python benchmarks/mining.py --rows 1000000 --searches ivf
+    python benchmarks/mining.py --rows 1000000 --searches exact,ivf     # on 2 cores the exact one takes hours
+
+The table is synthetic: clusters of unit rows, two fields. Each search is a process of its own (Linux). `anon` is the peak of
+what only that process holds, `peak` also has the pages of the table that it had mapped. The rate of the product is that of
+torch on tiles of the same shape, and the ideal is all pairs at that rate.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+CLUSTER = 500  # rows
+
+
+def write_table(folder: Path, rows: int, dim: int) -> None:
+    """In parts, so that the whole is never in memory."""
+    from mmcontrast.evaluation import EmbeddingTable, TableSlice
+    from mmcontrast.evaluation.embed import PART_ROWS
+
+    generator = torch.Generator().manual_seed(0)
+    clusters = max(1, rows // CLUSTER)
+    centres = F.normalize(torch.randn(clusters, dim, generator=generator), dim=1)
+
+    def table(first: int) -> EmbeddingTable:
+        n = min(PART_ROWS, rows - first)
+        spread = torch.randn(n, dim, generator=generator) / dim**0.5
+        image = F.normalize(centres[torch.randint(clusters, (n,), generator=generator)] + spread, dim=1)
+        text = F.normalize(image + 0.5 * torch.randn(n, dim, generator=generator) / dim**0.5, dim=1)
+        ids, here = torch.arange(first, first + n), torch.ones(n, dtype=torch.bool)
+        metadata = [{"key": f"k{row}"} for row in ids.tolist()]
+        return EmbeddingTable({"image": image, "text": text}, {"image": here, "text": here.clone()}, ids, ids, metadata)
+
+    whole = TableSlice(folder, 1, 1)
+    whole.write((table(first) for first in range(0, rows, PART_ROWS)), rows, {})
+    assert whole.complete()
+
+
+def product_rate(dim: int) -> float:
+    """Multiply-adds a second of tiles as the exact search has them."""
+    from mmcontrast.curation.windows import QUERIES
+    from mmcontrast.search.table import BLOCK_ROWS
+
+    queries, candidates = torch.randn(QUERIES, dim), torch.randn(BLOCK_ROWS, dim).T
+    queries @ candidates
+    seconds = []
+    for _ in range(9):
+        began = time.perf_counter()
+        queries @ candidates
+        seconds.append(time.perf_counter() - began)
+    return QUERIES * BLOCK_ROWS * dim / sorted(seconds)[4]
+
+
+def kilobytes(name: str) -> int:
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+
+def run(folder: str, search: str, threads: int, answers: multiprocessing.Queue) -> None:
+    import faiss
+
+    from mmcontrast.curation.mine import MiningOptions, mine
+
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    anon, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            anon[0] = max(anon[0], kilobytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    options = MiningOptions("image", "text", count=10, relative_margin=0.05, range_max=50, search=search)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    summary = mine(Path(folder) / "table", Path(folder) / f"{search}.parquet", options)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    about = {"seconds": round(seconds, 1), "peak_mb": kilobytes("VmHWM") // 1000, "anon_mb": anon[0] // 1000}
+    answers.put(about | {"short_queries": summary["short_queries"], "search": summary["search"]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--searches", default="exact,ivf")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    folder = tempfile.mkdtemp(prefix="mining-")
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        write_table(Path(folder) / "table", given.rows, given.dim)
+        ideal = given.rows**2 * given.dim / product_rate(given.dim)
+        for search in given.searches.split(","):
+            answers = spawn.Queue()
+            process = spawn.Process(target=run, args=(folder, search, given.threads, answers))
+            process.start()
+            found = answers.get()
+            process.join()
+            found["of_product"] = round(found["seconds"] / ideal, 2)
+            print(json.dumps({"rows": given.rows, "dim": given.dim, "kind": search} | found), flush=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Hard negatives of an embedding table: for each sample the best candidates of another field, or of the same, without those
+that may be right.
+
+What each rule removes is counted, and so are queries with fewer negatives than asked for: none are made up.
+"""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from mmcontrast.curation.outputs import (
+    about_table,
+    check_out,
+    counts_table,
+    finish,
+    ids_of_table,
+    open_stored,
+    parquet_file,
+    sample_cell,
+    spread,
+)
+from mmcontrast.curation.windows import Windows, WindowSearch
+from mmcontrast.errors import UserError
+from mmcontrast.search.table import StoredTable
+from mmcontrast.training.log import make_progress
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("candidate_ids", pa.list_(pa.int64())),
+        ("scores", pa.list_(pa.float32())),
+        ("positive_score", pa.float32()),
+    ]
+)
+RULES = ("no_positive", "absolute_margin", "relative_margin", "max_score", "min_score")  # in the order of their turns
+WIDER = 10  # times the count: the window where a rule may remove candidates, or some of it are drawn
+SHOWN = 24  # queries on the page
+
+
+@dataclass(frozen=True)
+class MiningOptions:
+    """Which candidates become negatives. The names and their meaning are those of sentence-transformers' mine_hard_negatives.
+
+    Attributes:
+        query, candidate: fields; they may be the same.
+        count: negatives of each query, at most.
+        range_max: the window: so many of the best candidates that are not of the query's group are looked at. Default:
+            range_min + count; ten times the count where a rule may remove some of them, or `random` draws.
+        range_min: so many of the best of those that the rules leave are skipped.
+        max_score, min_score: of a negative.
+        absolute_margin: a negative's score is at most p − this, p being the positive's: of several the smallest.
+        relative_margin: at most p − |p| · this: 0.05 is NV-Retriever's "95 % of the positive" (arXiv:2407.15831), for p < 0
+            too.
+        sampling: "top": the best; "random": some of those that are left, by (seed, sample id, candidate's sample id).
+        search: "exact": all pairs are scored; "ivf": by faiss's IVF, of whose windows `recall` is found at least, as
+            measured.
+    """
+
+    query: str
+    candidate: str
+    count: int = 5
+    range_min: int = 0
+    range_max: int | None = None
+    max_score: float | None = None
+    min_score: float | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    sampling: Literal["top", "random"] = "top"
+    seed: int = 0
+    search: Literal["exact", "ivf"] = "exact"
+    recall: float = 0.95
+
+    @property
+    def window(self) -> int:
+        if self.range_max is not None:
+            return self.range_max
+        removing = (self.max_score, self.absolute_margin, self.relative_margin)
+        wider = self.sampling == "random" or any(option is not None for option in removing)
+        return self.range_min + self.count * (WIDER if wider else 1)
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: for options that contradict each other.
+        """
+        if self.count < 1 or self.range_min < 0:
+            raise UserError(f"--count {self.count}, --range-min {self.range_min}: at least 1 negative, and no rank below 0")
+        if self.window - self.range_min < self.count:
+            raise UserError(
+                f"--range-min {self.range_min}, --range-max {self.window}: {max(0, self.window - self.range_min)} candidates"
+                f" are left for --count {self.count}: raise --range-max, or lower one of the others"
+            )
+        if self.sampling not in ("top", "random"):
+            raise UserError(f"--sampling {self.sampling!r}: top, or random")
+        if self.search not in ("exact", "ivf"):
+            raise UserError(f"--search {self.search!r}: exact, or ivf")
+        if not 0 < self.recall <= 1:
+            raise UserError(f"--recall {self.recall}: more than 0, and at most 1")
+        for name in ("max_score", "min_score", "absolute_margin", "relative_margin"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: it must be finite")
+        if self.max_score is not None and self.min_score is not None and self.max_score < self.min_score:
+            raise UserError(f"--min-score {self.min_score} is above --max-score {self.max_score}: no candidate is left")
+
+
+def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", progress: bool = True) -> dict[str, Any]:
+    """Mine hard negatives, and return what was counted, which is also in the file's metadata and beside it.
+
+    Args:
+        table: a folder that `mmcontrast embed` wrote. It is read a block at a time, as often as there are blocks of queries.
+        out: a Parquet file: of every sample that has the query's field, in the table's order, `sample_id`, `candidate_ids`,
+            their `scores`, best first, and `positive_score`.
+        device: of the exact product.
+
+    Raises:
+        UserError: for a table that is damaged or lacks a field, a file that exists, options that contradict each other.
+    """
+    options.check()
+    check_out(out)
+    stored = open_stored(table, {"--query": options.query, "--candidate": options.candidate})
+    ids, groups = ids_of_table(stored), stored.ids("group_id")
+    search = WindowSearch(stored, options.query, options.candidate, groups, options.window, device)
+    measured: dict[str, Any] | None = None
+    number = len(stored.present(options.query))
+    shown, examples = set(stored.present(options.query)[spread(SHOWN, number)].tolist()), []
+    counted, sums = Counter[str](dict.fromkeys(RULES, 0)), Counter[str]()
+    sizes = np.zeros(options.count + 1, dtype=np.int64)
+    with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
+        if options.search == "ivf":
+            task = bar.add_task("learning and measuring the IVF", total=None, note="")
+            index, measured = search.make_ivf(options.recall)
+            bar.remove_task(task)
+        task = bar.add_task(f"mining {options.candidate} for {options.query}", total=number, note="")
+        for windows in search.exact() if options.search == "exact" else search.approximate(index):
+            chosen, removed = choose(windows, ids, options)
+            counted.update(removed)
+            per_query = chosen.sum(1)
+            sizes += np.bincount(per_query, minlength=len(sizes))
+            offsets = np.concatenate([[0], np.cumsum(per_query)])
+            scores = windows.scores[chosen]
+            gaps = (windows.positives[:, None] - windows.scores)[chosen & ~np.isnan(windows.positives)[:, None]]
+            sums.update({"negatives": float(scores.sum()), "gap": float(gaps.sum()), "gaps": len(gaps)})
+            there = windows.positives[~np.isnan(windows.positives)]
+            sums.update({"positives": float(there.sum()), "with_positive": len(there)})
+            columns = [
+                pa.array(ids[windows.rows]),
+                pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[windows.candidates[chosen]])),
+                pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(scores.astype(np.float32))),
+                pa.array(windows.positives.astype(np.float32), mask=np.isnan(windows.positives)),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            examples += [_example(stored, windows, chosen, k) for k, row in enumerate(windows.rows.tolist()) if row in shown]
+            bar.advance(task, len(windows.rows))
+        stored.check_unchanged()
+        if not counted["candidates"]:
+            raise UserError(
+                f"{table}: every sample with the field {options.candidate!r} is of the query's own group: there are no"
+                " negatives"
+            )
+        summary = _summary(stored, options, counted, sums, sizes, measured)
+        finish(out, writer, summary, _sections(summary, examples))
+    return summary
+
+
+def choose(windows: Windows, ids: np.ndarray, options: MiningOptions) -> tuple[np.ndarray, dict[str, int]]:
+    """Return which candidates of each window become negatives, bool [Q, K], and how many were removed by which rule.
+
+    A candidate counts for the first rule that removes it.
+
+    Args:
+        ids: sample ids of all rows of the table.
+    """
+    scores, positives = windows.scores, windows.positives[:, None]
+    left = windows.candidates >= 0
+    removed = {"candidates": int(left.sum()), "same_group": windows.same_group}
+    removed["without_positive"] = int(np.isnan(positives).sum())
+    removed["window_short"] = int((left.sum(1) < options.window).sum())
+    falls: dict[str, Any] = {}
+    if options.absolute_margin is not None or options.relative_margin is not None:
+        falls["no_positive"] = np.isnan(positives)
+    if options.absolute_margin is not None:
+        falls["absolute_margin"] = scores + options.absolute_margin > positives
+    if options.relative_margin is not None:
+        falls["relative_margin"] = scores > positives - np.abs(positives) * options.relative_margin
+    if options.max_score is not None:
+        falls["max_score"] = scores > options.max_score
+    if options.min_score is not None:
+        falls["min_score"] = scores < options.min_score
+    for rule, those in falls.items():
+        removed[rule] = int((left & those).sum())
+        left = left & ~those
+    rank = left.cumsum(1) - 1  # among those that are left
+    skipped = left & (rank < options.range_min)
+    removed["range_min"] = int(skipped.sum())
+    left = left & ~skipped
+    if options.sampling == "random":
+        keys = _random_keys(options.seed, ids[windows.rows], ids[windows.candidates])
+        order = np.lexsort((keys, ~left))  # those that are left first, in a random order
+        rank = np.empty_like(order)
+        np.put_along_axis(rank, order, np.arange(order.shape[1])[None, :], 1)
+    else:
+        rank = rank - options.range_min
+    return left & (rank < options.count), removed
+
+
+def _random_keys(seed: int, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Return uint64 [Q, K] of sample ids [Q] and [Q, K]: a function of them and the seed alone (splitmix64)."""
+    with np.errstate(over="ignore"):
+        keys = _mixed(np.uint64(seed) + _mixed(queries.astype(np.uint64)))[:, None]
+        return _mixed(keys + candidates.astype(np.uint64))
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _summary(
+    table: StoredTable,
+    options: MiningOptions,
+    counted: Counter[str],
+    sums: Counter[str],
+    sizes: np.ndarray,
+    measured: dict[str, Any] | None,
+) -> dict[str, Any]:
+    queries, negatives = int(sizes.sum()), int((sizes * np.arange(len(sizes))).sum())
+
+    def mean(total: str, number: float) -> float | None:
+        return sums[total] / number if number else None
+
+    return {
+        "stage": "mine",
+        "table": about_table(table),
+        "options": asdict(options) | {"range_max": options.window},
+        "queries": queries,
+        "negatives": negatives,
+        "short_queries": queries - int(sizes[-1]),
+        "empty_queries": int(sizes[0]),
+        "queries_by_negatives": {str(number): int(size) for number, size in enumerate(sizes)},
+        "without_positive": counted["without_positive"],
+        "window_short": counted["window_short"],
+        "same_group_pairs": counted["same_group"],
+        "candidates": counted["candidates"],
+        "removed": {rule: counted[rule] for rule in (*RULES, "range_min")},
+        "mean_positive_score": mean("positives", sums["with_positive"]),
+        "mean_negative_score": mean("negatives", negatives),
+        "mean_gap": mean("gap", sums["gaps"]),
+        "search": measured or {"recall": 1.0},
+    }
+
+
+def _example(table: StoredTable, windows: Windows, chosen: np.ndarray, k: int) -> str:
+    positive = windows.positives[k]
+    note = "no positive" if np.isnan(positive) else f"positive {positive:.3f}"
+    found = zip(windows.candidates[k][chosen[k]].tolist(), windows.scores[k][chosen[k]].tolist(), strict=True)
+    cells = [sample_cell(table, row, f"{score:.3f}") for row, score in found] or ['<div class="item">none</div>']
+    return f'<div class="row">{sample_cell(table, int(windows.rows[k]), note, "query")}{"".join(cells)}</div>'
+
+
+def _sections(summary: dict[str, Any], examples: list[str]) -> list[str]:
+    asked = {name: value for name, value in summary["options"].items() if value is not None}
+    names = ("queries", "negatives", "short_queries", "empty_queries", "without_positive", "window_short", "same_group_pairs")
+    counts = {name.replace("_", " "): summary[name] for name in (*names, "candidates")}
+    counts |= {f"removed by {rule}": number for rule, number in summary["removed"].items()}
+    means = {name.replace("_", " "): summary[name] for name in ("mean_positive_score", "mean_negative_score", "mean_gap")}
+    tables = [counts_table("Options", asked), counts_table("Counts", counts | means | summary["search"])]
+    return [*tables, "<h2>Queries, evenly spread, and their negatives</h2>", *examples]

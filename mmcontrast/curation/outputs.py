@@ -1,0 +1,142 @@
+"""What stages of embedding tables write: one Parquet file that appears whole, what was counted, and a page."""
+
+import hashlib
+import html
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmcontrast.components import nearest
+from mmcontrast.data.page import page
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation.embed import write_json
+from mmcontrast.search.table import StoredTable
+from mmcontrast.strict_json import dumps
+
+METADATA = b"mmcontrast"  # of the Parquet file: the summary as JSON
+SUFFIX = ".parquet"
+TEXTS = ("caption", "text", "title", "name")  # entries of a sample's json that a page shows
+
+
+def summary_file(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.summary.json")
+
+
+def report_file(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.report.html")
+
+
+def check_out(out: Path) -> None:
+    """
+    Raises:
+        UserError: for a name that is no Parquet file's, or a file that is there already.
+    """
+    if out.suffix != SUFFIX:
+        raise UserError(f"{out}: the output is one Parquet file: name it {out.with_suffix(SUFFIX).name}")
+    if out.exists():
+        raise UserError(f"{out} exists: remove it, or choose another file")
+
+
+def open_stored(folder: Path, fields: Mapping[str, str]) -> StoredTable:
+    """Open an embedding table.
+
+    Args:
+        fields: by the option that names it, a field that some rows must have.
+
+    Raises:
+        UserError: if it is damaged, lacks a field, or holds a sample twice.
+    """
+    table = StoredTable(folder)
+    for option, field in fields.items():
+        if field not in table.fields:
+            raise UserError(f"{option} {field}: {folder} has none of this name; {nearest(field, table.fields)}")
+        if not len(table.present(field)):
+            raise UserError(f"{option} {field}: no row of {folder} has it")
+    return table
+
+
+def ids_of_table(table: StoredTable) -> np.ndarray:
+    """Return the sample ids of all rows, int64 [N].
+
+    Raises:
+        UserError: if two rows have the same.
+    """
+    ids = table.ids("sample_id")
+    ordered = np.argsort(ids, kind="stable")
+    again = np.flatnonzero(np.diff(ids[ordered]) == 0)
+    if len(again):
+        first, second = ordered[again[0]], ordered[again[0] + 1]
+        raise UserError(
+            f"{table.folder}: rows {first} ({table.about(int(first))[0]!r}) and {second} ({table.about(int(second))[0]!r}) have"
+            f" one sample_id, {ids[first]}: a sample_id is one sample's; what several are about is a group_id"
+        )
+    return ids
+
+
+def about_table(table: StoredTable) -> dict[str, Any]:
+    """Return which table it is: its folder's name, digest, rows, and of which model and data."""
+    about = {name: table.manifest[name] for name in ("model", "checkpoint", "precision", "data") if name in table.manifest}
+    digest = hashlib.blake2b(table.digest.encode(), digest_size=8)
+    for column in ("sample_id", "group_id"):
+        digest.update(np.ascontiguousarray(table.ids(column)).data)
+    return {"name": table.folder.resolve().name, "digest": digest.hexdigest(), "rows": len(table)} | about
+
+
+@contextmanager
+def parquet_file(out: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A Parquet file under a temporary name, which becomes `out` at the end.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.{uuid4().hex}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(partial, schema) as writer:
+            yield writer
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def finish(out: Path, writer: pq.ParquetWriter, summary: dict[str, Any], sections: Iterable[str]) -> None:
+    """Put the summary into the file's metadata and beside it, and the page too."""
+    writer.add_key_value_metadata({METADATA: dumps(summary).encode()})
+    write_json(summary_file(out), summary)
+    partial = report_file(out).with_name(f".{report_file(out).name}.{uuid4().hex}.partial")
+    partial.write_text(page(f"{summary['stage']}: {summary['table']['name']}", sections), encoding="utf-8")
+    os.replace(partial, report_file(out))
+
+
+def counts_table(title: str, rows: Mapping[str, Any]) -> str:
+    """Return a section of a page with numbers and their names."""
+    cells = (f"<tr><td>{html.escape(str(name))}</td><td>{_shown(value)}</td></tr>" for name, value in rows.items())
+    return f"<h2>{html.escape(title)}</h2><table>{''.join(cells)}</table>"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def sample_cell(table: StoredTable, row: int, note: str = "", kind: str = "item") -> str:
+    """Return a row of the table as a part of a page: its key, a text of its metadata, and a note."""
+    key, metadata = table.about(row)
+    texts = [str(metadata[name])[:120] for name in TEXTS if metadata.get(name)]
+    lines = [html.escape(key), *map(html.escape, texts[:1]), *([f"<small>{html.escape(note)}</small>"] if note else [])]
+    return f'<div class="{kind}">{"<br>".join(lines)}</div>'
+
+
+def spread(number: int, total: int) -> Sequence[int]:
+    """Return up to so many of 0 … total − 1, evenly spread."""
+    return np.unique(np.linspace(0, total - 1, min(number, total)).astype(np.int64)).tolist() if total else []

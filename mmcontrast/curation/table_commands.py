@@ -1,0 +1,79 @@
+"""The commands that work on embedding tables: mine hard negatives, drop near duplicates, cluster."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console = Console(stderr=True, soft_wrap=True)
+Table = Annotated[Path, typer.Argument(help="an embedding table: the OUT of mmcontrast embed", metavar="TABLE")]
+Out = Annotated[Path, typer.Argument(help="a new Parquet file", metavar="OUT.parquet")]
+
+
+def mine(
+    table: Table,
+    out: Out,
+    query: Annotated[str, typer.Option(help="the field of the samples that get negatives")],
+    candidate: Annotated[str, typer.Option(help="the field of which the negatives are; it may be the same")],
+    count: Annotated[int, typer.Option(min=1, help="negatives of each query, at most")] = 5,
+    range_min: Annotated[int, typer.Option(min=0, help="skip so many of the best that are left by the rules below")] = 0,
+    range_max: Annotated[
+        int | None, typer.Option(min=1, help="look at so many of the best candidates; default: enough of them for --count")
+    ] = None,
+    max_score: Annotated[float | None, typer.Option(help="of a negative")] = None,
+    min_score: Annotated[float | None, typer.Option(help="of a negative")] = None,
+    absolute_margin: Annotated[
+        float | None, typer.Option(help="a negative's score is at most p − this, p the positive's")
+    ] = None,
+    relative_margin: Annotated[float | None, typer.Option(help="at most p − |p| · this; 0.05 is a good start")] = None,
+    sampling: Annotated[str, typer.Option(help="top, or random of what is left")] = "top",
+    seed: Annotated[int, typer.Option(min=0, help="of random")] = 0,
+    search: Annotated[str, typer.Option(help="exact, or ivf: approximate, with its recall measured")] = "exact",
+    recall: Annotated[float, typer.Option(help="of ivf, at least")] = 0.95,
+    device: Annotated[str, typer.Option(help="of the exact search: cpu, cuda")] = "cpu",
+) -> None:
+    """Mine hard negatives: of each sample the best candidates of a field, without those that may be right.
+
+    Samples of one group id are never each other's negatives. OUT has a row a query: sample_id, candidate_ids, scores,
+    positive_score. Beside it are OUT.summary.json and OUT.report.html. Training reads it with data.negatives. docs/mining.md
+
+    mmcontrast data mine table mined.parquet --query image --candidate text --relative-margin 0.05
+    """
+    from mmcontrast.curation.mine import MiningOptions
+    from mmcontrast.curation.mine import mine as mine_table
+
+    options = MiningOptions(
+        query, candidate, count, range_min, range_max, max_score, min_score, absolute_margin, relative_margin,
+        sampling, seed, search, recall,  # type: ignore[arg-type]
+    )  # fmt: skip
+    summary = mine_table(table, out, options, device)
+    _tell_mined(summary)
+
+
+def _tell_mined(summary: dict[str, Any]) -> None:
+    queries, short = summary["queries"], summary["short_queries"]
+    console.print(f"{summary['negatives']:,} negatives of {queries:,} queries", highlight=False)
+    removed = {rule: number for rule, number in summary["removed"].items() if number}
+    if removed:
+        words = ", ".join(f"{number:,} by {rule}" for rule, number in removed.items())
+        console.print(f"of {summary['candidates']:,} candidates in their windows, removed: {words}", highlight=False)
+    if short:
+        console.print(
+            f"warning: {short:,} queries have fewer than {summary['options']['count']} negatives, {summary['empty_queries']:,}"
+            f" of them none: raise --range-max (it was {summary['options']['range_max']}), or lower --count or a rule",
+            highlight=False,
+        )
+    if summary["without_positive"]:
+        console.print(
+            f"warning: {summary['without_positive']:,} queries have no positive: nobody else of their group has the field"
+            f" {summary['options']['candidate']!r}; with a margin they get no negatives",
+            highlight=False,
+        )
+    if "nprobe" in summary["search"]:
+        found = summary["search"]
+        console.print(
+            f"recall of the approximate search: {found['recall']:.3f} at {found['at']} ({found['queries']:,} queries;"
+            f" {found['nprobe']} of {found['lists']} lists)",
+            highlight=False,
+        )
