@@ -346,6 +346,7 @@ command(app, "blend")(blend_commands.blend)
 for name in ("build", "index", "inspect", "verify"):
     command(data_app, name)(getattr(data_commands, name))
 command(data_app, "mine")(table_commands.mine)
+command(data_app, "score")(table_commands.score)
 
 
 def keep_freed_memory() -> None:
