@@ -351,6 +351,7 @@ command(data_app, "balance")(curation_commands.balance)
 command(data_app, "dedup")(curation_commands.dedup)
 command(data_app, "write")(curation_commands.write)
 command(data_app, "mine")(table_commands.mine)
+command(data_app, "score")(table_commands.score)
 
 
 def keep_freed_memory() -> None:

@@ -77,3 +77,28 @@ def _tell_mined(summary: dict[str, Any]) -> None:
             f" {found['nprobe']} of {found['lists']} lists)",
             highlight=False,
         )
+
+
+def score(
+    table: Table,
+    out: Out,
+    pair: Annotated[tuple[str, str], typer.Option(help="two fields whose cosine is a sample's score: image text")],
+    minimum: Annotated[float | None, typer.Option("--min", help="keep samples of at least this score")] = None,
+    top: Annotated[
+        float | None, typer.Option(help="instead, keep this share of all samples, those of the largest scores")
+    ] = None,
+) -> None:
+    """Score how well two fields of each sample fit, and keep the best samples.
+
+    OUT has a row a sample: sample_id, key, keep, reason, score. It is a selection: data.select=OUT, or --select OUT of another
+    stage. Beside it are OUT.summary.json and OUT.report.html with the scores' histogram.
+
+    mmcontrast data score table scores.parquet --pair image text --top 0.3
+    """
+    from mmcontrast.curation.score import ScoreOptions
+    from mmcontrast.curation.score import score as score_table
+
+    summary = score_table(table, out, ScoreOptions(*pair, minimum, top))
+    quantiles = ", ".join(f"{value:.3f}" for value in summary["quantiles"].values())
+    console.print(f"scores at 1, 5, 25, 50, 75, 95 and 99 %: {quantiles}", highlight=False)
+    console.print(f"{out}: {summary['kept']:,} of {summary['samples']:,} samples are kept", highlight=False)
