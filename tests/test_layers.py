@@ -32,7 +32,7 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "tasks": ["embedder"],
     "suites": ["embedder"],
     "search": ["embedder"],
-    "curation": ["search", "tasks"],
+    "curation": ["search", "tasks", "data_commands"],
     "export": ["embedder"],
     "blend": ["suites", "export"],
     "slurm": ["tasks"],
