@@ -345,7 +345,8 @@ command(app, "export")(export_commands.export)
 command(app, "blend")(blend_commands.blend)
 for name in ("build", "index", "inspect", "verify"):
     command(data_app, name)(getattr(data_commands, name))
-command(data_app, "mine")(table_commands.mine)
+for name in ("mine", "dedup-near", "cluster"):
+    command(data_app, name)(getattr(table_commands, name.replace("-", "_")))
 
 
 def keep_freed_memory() -> None:
