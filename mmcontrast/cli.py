@@ -346,12 +346,11 @@ command(app, "export")(export_commands.export)
 command(app, "blend")(blend_commands.blend)
 for name in ("build", "index", "inspect", "verify"):
     command(data_app, name)(getattr(data_commands, name))
+for name in ("balance", "dedup", "write"):
+    command(data_app, name)(getattr(curation_commands, name))
 command(data_app, "filter")(curation_commands.filter_shards)
-command(data_app, "balance")(curation_commands.balance)
-command(data_app, "dedup")(curation_commands.dedup)
-command(data_app, "write")(curation_commands.write)
-command(data_app, "mine")(table_commands.mine)
-command(data_app, "score")(table_commands.score)
+for name in ("mine", "score", "cluster", "dedup-near"):
+    command(data_app, name)(getattr(table_commands, name.replace("-", "_")))
 
 
 def keep_freed_memory() -> None:

@@ -21,6 +21,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
         f"curation/{name}.py": ("curation/test_mine.py", "mmcontrast.curation.mine")  # all of it goes through them
         for name in ("outputs", "table_commands", "windows")
     },
+    "curation/kmeans.py": ("curation/test_cluster.py", "--clusters"),
     "data/build.py": ("test_glyphs.py", "mmcontrast.data.build"),
     "data/dataset.py": ("data/test_keys.py", "ShardDataset"),
     "data/files.py": ("data/test_stream.py", "StreamOrder, files"),

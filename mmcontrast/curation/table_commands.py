@@ -79,6 +79,60 @@ def _tell_mined(summary: dict[str, Any]) -> None:
         )
 
 
+def dedup_near(
+    table: Table,
+    out: Out,
+    field: Annotated[str, typer.Option(help="the field by whose embeddings samples are alike")],
+    epsilon: Annotated[
+        float, typer.Option(help="drop what is more similar than 1 − this to one that is kept before it")
+    ] = 0.05,
+    clusters: Annotated[int | None, typer.Option(min=1, help="of k-means; default: about 1,000 samples each")] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(help="keep those with the largest number of this name in their json; default: the paper's order"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of k-means")] = 0,
+) -> None:
+    """Drop near duplicates by their embeddings (SemDeDup): OUT is a selection, which data.select reads.
+
+    OUT has a row a sample: sample_id, key, keep, reason, duplicate_of, similarity, cluster. docs/mining.md
+
+    mmcontrast data dedup-near table unique.parquet --field image --epsilon 0.03
+    """
+    from mmcontrast.curation.near import drop_near_duplicates
+
+    found = drop_near_duplicates(table, out, field, epsilon, clusters, best, seed)
+    share = found["dropped"] / found["samples"]
+    console.print(f"{found['kept']:,} of {found['samples']:,} samples are kept, {share:.1%} dropped", highlight=False)
+    at = ", ".join(f"{number:,} at {epsilon}" for epsilon, number in found["dropped_at_epsilon"].items())
+    console.print(f"dropped by ε: {at}", highlight=False)
+    if found["without_field"]:
+        console.print(f"warning: {found['without_field']:,} samples lack the field {field!r} and are kept", highlight=False)
+
+
+def cluster(
+    table: Table,
+    out: Out,
+    field: Annotated[str, typer.Option(help="the field whose embeddings are clustered")],
+    clusters: Annotated[int, typer.Option(min=1, help="how many")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    iterations: Annotated[int, typer.Option(min=1, help="of k-means")] = 20,
+) -> None:
+    """Cluster samples by their embeddings (spherical k-means): OUT is what data.clusters reads.
+
+    OUT has a row a sample: sample_id, key, cluster, distance. Samples that lack the field are cluster −1.
+
+    mmcontrast data cluster table clusters.parquet --field image --clusters 1000
+    """
+    from mmcontrast.curation.cluster import cluster as cluster_table
+
+    found = cluster_table(table, out, field, clusters, seed, iterations)
+    sizes = f"{found['smallest']:,} to {found['largest']:,} samples each, {found['median']:,.0f} in the median"
+    console.print(f"{clusters:,} clusters of {sizes}", highlight=False)
+    if found["without_field"]:
+        console.print(f"warning: {found['without_field']:,} samples lack the field {field!r}: cluster −1", highlight=False)
+
+
 def score(
     table: Table,
     out: Out,

@@ -90,7 +90,7 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
     if "cluster" not in opened.extensions or not {"key", "sample_id"} & set(opened.extensions):
         have = ", ".join(opened.extensions)
         raise UserError(f"data.clusters: {table} needs the columns 'cluster' and 'key' or 'sample_id'; it has {have}")
-    by = "key" if "key" in opened.extensions else "sample_id"
+    by = "sample_id" if "sample_id" in opened.extensions else "key"
     column = opened.table["cluster"]
     if column.null_count:
         raise UserError(f"data.clusters: {table} has {column.null_count} rows without a cluster")

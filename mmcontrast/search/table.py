@@ -82,7 +82,7 @@ class StoredTable:
                 raise
             raise UserError(f"{folder / MANIFEST} is damaged ({error!r}): embed again") from error
         refuse_paths([*self.fields, *self._names], folder / MANIFEST)
-        self._parts = [self._opened(name, int(rows)) for name, rows in zip(self._names, np.diff(self._starts), strict=True)]
+        self.release()
         self._group = lru_cache(maxsize=KEPT_GROUPS)(self._read_group)
         self._group_starts = lru_cache(maxsize=None)(self._read_group_starts)
 
@@ -184,22 +184,38 @@ class StoredTable:
                 self._check_finite(field, vectors, rows)
                 yield rows, vectors
 
+    def columns(self, *names: str) -> Iterator[pa.Table]:
+        """Yield columns of all rows, a part at a time: `key`, `sample_id`, `group_id`, or `metadata`, which is JSON.
+
+        Raises:
+            UserError: if they cannot be read.
+        """
+        for name, rows in zip(self._names, np.diff(self._starts), strict=True):
+            path = self.folder / f"{name}.parquet"
+            try:
+                found = pq.read_table(path, columns=list(names)).select(names)
+            except (OSError, KeyError, pa.ArrowException) as error:
+                raise UserError(f"{path}: missing or damaged ({error}): embed again") from error
+            if len(found) != rows:
+                raise UserError(f"{path} is not of {rows} rows, as {MANIFEST} says: embed again")
+            yield found
+
     def ids(self, column: str) -> np.ndarray:
         """Return `sample_id` or `group_id` of all rows, int64 [N].
 
         Raises:
             UserError: if they cannot be read.
         """
-        found = [np.empty(0, dtype=np.int64)]
-        for name, rows in zip(self._names, np.diff(self._starts), strict=True):
-            path = self.folder / f"{name}.parquet"
-            try:
-                found.append(pq.read_table(path, columns=[column])[column].to_numpy().astype(np.int64, casting="safe"))
-            except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-                raise UserError(f"{path}: missing or damaged ({error}): embed again") from error
-            if len(found[-1]) != rows:
-                raise UserError(f"{path} is not of {rows} rows, as {MANIFEST} says: embed again")
-        return np.concatenate(found)
+        parts = [np.empty(0, dtype=np.int64)]
+        for part in self.columns(column):
+            if not pa.types.is_int64(part[column].type) or part[column].null_count:
+                raise UserError(f"{self.folder}: its column {column} is not of whole numbers: embed again")
+            parts.append(part[column].to_numpy())
+        return np.concatenate(parts)
+
+    def release(self) -> None:
+        """Let the pages go that were read: they count as this process's memory while they are mapped."""
+        self._parts = [self._opened(name, int(rows)) for name, rows in zip(self._names, np.diff(self._starts), strict=True)]
 
     def about(self, row: int) -> tuple[str, dict[str, Any]]:
         """(key, metadata) of a row.

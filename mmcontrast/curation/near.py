@@ -1,0 +1,216 @@
+"""Near duplicates by their embeddings: SemDeDup (arXiv:2303.09540).
+
+Spherical k-means; each cluster's samples in an order; a sample is dropped if its largest similarity with an earlier one of its
+cluster is more than 1 − ε. The running maximum is taken over tiles, so memory does not grow with a cluster.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmcontrast.curation.kmeans import Clustering, kmeans
+from mmcontrast.curation.outputs import (
+    about_table,
+    check_out,
+    counts_table,
+    finish,
+    ids_of_table,
+    open_stored,
+    parquet_file,
+    sample_cell,
+    spread,
+)
+from mmcontrast.errors import UserError
+from mmcontrast.search.table import StoredTable
+from mmcontrast.training.log import make_progress
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("key", pa.string()),
+        ("keep", pa.bool_()),
+        ("reason", pa.string()),
+        ("duplicate_of", pa.int64()),
+        ("similarity", pa.float32()),
+        ("cluster", pa.int64()),
+    ]
+)
+REASON = "near duplicate"
+TILE = 4096  # rows that are multiplied with as many others
+CLUSTER = 1000  # rows of a cluster, about, where no number is given
+MAPPED = 2**30  # bytes that are read at random before their pages are let go
+EPSILONS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)  # for which the share that stays is told
+SHOWN = 24  # pairs on the page
+
+
+def drop_near_duplicates(
+    table: Path,
+    out: Path,
+    field: str,
+    epsilon: float = 0.05,
+    clusters: int | None = None,
+    best: str | None = None,
+    seed: int = 0,
+    iterations: int = 20,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write a selection without near duplicates, and return what was counted, which is also in the file's metadata and beside
+    it.
+
+    Args:
+        out: a Parquet file with a row a sample, in the table's order: `sample_id`, `key`, `keep`, `reason`, `duplicate_of` (the
+            sample_id of the most similar of those before it; it may be dropped itself, for another), `similarity` with the most
+            similar before it (of samples that stay too, so that another ε can be judged), `cluster`. Samples that lack the
+            field stay.
+        epsilon: ε.
+        clusters: of k-means; default: so many that a cluster has about 1,000 samples.
+        best: of the table's metadata, the number by which the order of a cluster is made, the largest first, those without one
+            last; default: the farthest from the centroid first, as in the paper.
+
+    Raises:
+        UserError: for a table that is damaged or lacks the field, a file that exists, an ε that is none.
+    """
+    if not 0 < epsilon < 2:
+        raise UserError(
+            f"--epsilon {epsilon}: samples are dropped whose similarity is more than 1 − ε: it is above 0 and below 2"
+        )
+    check_out(out)
+    stored = open_stored(table, {"--field": field})
+    ids, present = ids_of_table(stored), stored.present(field)
+    clusters = clusters or max(1, round(len(present) / CLUSTER))
+    values = None if best is None else _numbers(stored, best)
+    duplicates, similarities = np.full(len(ids), -1, dtype=np.int64), np.full(len(ids), np.nan)
+    numbers = np.full(len(ids), -1, dtype=np.int64)
+    with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
+        task = bar.add_task(f"{clusters} clusters of {field}", total=None, note="")
+        found = kmeans(stored, field, clusters, seed, iterations)
+        bar.remove_task(task)
+        numbers[found.rows] = found.clusters
+        task = bar.add_task("comparing within clusters", total=len(present), note="")
+        read = 0
+        for rows in _ordered(found, ids, values):
+            earlier, similarity = nearest_before(lambda some: stored.vectors(field, some, check=False), rows)
+            duplicates[rows], similarities[rows] = earlier, similarity
+            read += 4 * stored.dim * len(rows)
+            if read > MAPPED:
+                stored.release()
+                read = 0
+            bar.advance(task, len(rows))
+        dropped = similarities > 1 - epsilon  # of NaN: stays
+        start = 0
+        for part in stored.columns("key"):
+            rows = slice(start, start := start + len(part))
+            gone = dropped[rows]
+            columns = [
+                pa.array(ids[rows]),
+                part["key"],
+                pa.array(~gone),
+                pa.array(np.where(gone, REASON, ""), pa.string(), mask=~gone),
+                pa.array(ids[duplicates[rows]], mask=~gone),
+                pa.array(similarities[rows].astype(np.float32), mask=np.isnan(similarities[rows])),
+                pa.array(numbers[rows], mask=numbers[rows] < 0),
+            ]
+            writer.write_table(pa.table(columns, schema=SCHEMA))
+        stored.check_unchanged()
+        options = {"field": field, "epsilon": epsilon, "clusters": clusters, "best": best, "seed": seed}
+        summary = _summary(stored, options | {"iterations": iterations}, dropped, similarities, len(present), found)
+        finish(out, writer, summary, _sections(stored, summary, dropped, duplicates, similarities))
+    return summary
+
+
+def nearest_before(read: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each of n rows the most similar of those before it, int64 [n], and the similarity, float64 [n]; −1 and NaN for
+    the first.
+
+    Args:
+        read: the vectors, float32 [R, D], of R rows.
+    """
+    earlier, similarity = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), np.nan)
+    for start in range(0, len(rows), TILE):
+        later = read(rows[start : start + TILE])
+        best, place = torch.full((len(later),), -torch.inf), torch.full((len(later),), -1)
+        for first in range(0, start + len(later), TILE):
+            here = first == start
+            scores = torch.from_numpy(later if here else read(rows[first : first + TILE])) @ torch.from_numpy(later).T
+            if here:
+                scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).tril_(), -torch.inf)
+            value, number = scores.max(0)
+            better = value > best
+            best, place = torch.where(better, value, best), torch.where(better, number + first, place)
+        chosen = np.flatnonzero(place.numpy() >= 0)
+        others = rows[place.numpy()[chosen]]
+        earlier[start + chosen] = others
+        exact = np.einsum("nd,nd->n", later[chosen].astype(np.float64), read(others).astype(np.float64))
+        similarity[start + chosen] = exact
+    return earlier, similarity
+
+
+def _ordered(found: Clustering, ids: np.ndarray, values: np.ndarray | None) -> list[np.ndarray]:
+    """Return the rows of each cluster, in the order in which they may stay."""
+    keys = [ids[found.rows], found.similarities]  # the last one counts first
+    if values is not None:
+        given = values[found.rows]
+        keys += [np.where(np.isnan(given), 0.0, -given), np.isnan(given)]
+    order = np.lexsort((*keys, found.clusters))
+    ends = np.cumsum(np.bincount(found.clusters))
+    return [part for part in np.split(found.rows[order], ends[:-1]) if len(part)]
+
+
+def _numbers(table: StoredTable, name: str) -> np.ndarray:
+    """Return a number of every row's metadata, float64 [N], NaN where there is none.
+
+    Raises:
+        UserError: if no row has it.
+    """
+    found: list[float] = []
+    for part in table.columns("metadata"):
+        for text in part["metadata"].to_pylist():
+            value = json.loads(text).get(name)
+            found.append(float(value) if isinstance(value, int | float) else np.nan)
+    values = np.array(found)
+    if np.isnan(values).all():
+        raise UserError(f"--best {name}: no sample of {table.folder} has a number of this name in its metadata")
+    return values
+
+
+def _summary(
+    table: StoredTable,
+    options: dict[str, Any],
+    dropped: np.ndarray,
+    similarities: np.ndarray,
+    present: int,
+    found: Clustering,
+) -> dict[str, Any]:
+    return {
+        "stage": "dedup-near",
+        "table": about_table(table),
+        "options": options,
+        "samples": len(dropped),
+        "kept": int((~dropped).sum()),
+        "dropped": int(dropped.sum()),
+        "without_field": len(dropped) - present,
+        "largest_cluster": int(np.bincount(found.clusters).max()),
+        "dropped_at_epsilon": {str(epsilon): int((similarities > 1 - epsilon).sum()) for epsilon in EPSILONS},
+    }
+
+
+def _sections(
+    table: StoredTable, summary: dict[str, Any], dropped: np.ndarray, duplicates: np.ndarray, similarities: np.ndarray
+) -> list[str]:
+    counts = {name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int)}
+    counts |= {f"dropped at ε = {epsilon}": number for epsilon, number in summary["dropped_at_epsilon"].items()}
+    options = {name: value for name, value in summary["options"].items() if value is not None}
+    gone = np.flatnonzero(dropped)
+    gone = gone[np.argsort(similarities[gone], kind="stable")]  # the least similar first: those to look at
+    shown = [
+        f'<div class="row">{sample_cell(table, int(row), f"dropped, {similarities[row]:.4f}", "query")}'
+        f"{sample_cell(table, int(duplicates[row]), 'before it')}</div>"
+        for row in gone[spread(SHOWN, len(gone))]
+    ]
+    heading = "<h2>Dropped samples, the least similar first, and the most similar before each</h2>"
+    return [counts_table("Options", options), counts_table("Counts", counts), heading, *shown]
