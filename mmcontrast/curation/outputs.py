@@ -51,9 +51,11 @@ def open_stored(folder: Path, fields: Mapping[str, str]) -> StoredTable:
         fields: by the option that names it, a field that some rows must have.
 
     Raises:
-        UserError: if it is damaged, lacks a field, or holds a sample twice.
+        UserError: if it is damaged, lacks a field, holds a sample twice, or is of a hyperbolic model.
     """
     table = StoredTable(folder)
+    if table.distances is not None:
+        raise UserError(f"{folder} is of a hyperbolic model: its tangent vectors have no cosines, by which this stage compares")
     for option, field in fields.items():
         if field not in table.fields:
             raise UserError(f"{option} {field}: {folder} has none of this name; {nearest(field, table.fields)}")

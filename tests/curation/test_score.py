@@ -1,6 +1,7 @@
 """Scores of samples against their definition in float64, and the selections that they make."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -50,6 +51,14 @@ def test_scores_are_cosines_and_the_best_are_kept(made):
     summary = json.loads((folder / "min.summary.json").read_text())
     assert summary["kept"] == rows["keep"].sum() and summary["without a score"] == 2
     assert "<svg" in (folder / "min.report.html").read_text()
+
+
+def test_a_table_of_tangent_vectors_is_refused(tmp_path):
+    rows = torch.randn(20, 4)
+    table = write_table(tmp_path / "cosines", {"image": F.normalize(rows, dim=1), "text": F.normalize(rows, dim=1)})
+    replace(table, curvature=1.0).write(tmp_path / "table")
+    done = run(tmp_path, "out.parquet")
+    assert done.exit_code == 2 and "is of a hyperbolic model" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(
