@@ -331,7 +331,10 @@ def plan(
     if memory is not None and not math.isfinite(memory):
         raise UserError(f"--memory {memory}: GiB of a device")
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which are meant
-    found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None)
+    try:
+        found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None)
+    finally:
+        logging.disable(logging.NOTSET)
     if as_json:
         print(dumps(found.to_json(), indent=1))
     else:

@@ -1,6 +1,7 @@
 """What `mmcontrast plan` computes is what a real forward keeps, what the field publishes, and what it advises fits."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,7 @@ def test_a_table_and_mistakes(tmp_path):
     assert refused.exit_code == 2
     with pytest.raises(UserError, match="train.batch_size=256 cannot be cut into equal parts for 3 devices"):
         plan_run(load_config(CONFIGS / "quickstart.yaml"), 3)
+    assert logging.root.manager.disable == logging.NOTSET, "what is logged later is not lost"
 
 
 def test_towers_without_a_projection():

@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import random
+import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -203,6 +204,16 @@ def _open_remote(name: str) -> RemoteFile:
         file = RemoteFile(name, size, "")
         stamps = [f"{zlib.crc32(file.fetch(0, min(ENDS, size)) + file.fetch(max(0, size - ENDS), size)):08x}"]
     return RemoteFile(name, size, " ".join([str(size), *stamps]))
+
+
+def _forget_event_loop() -> None:
+    """Let fsspec start an event loop of this process's own: a fork has not the thread that runs its parent's, and would wait
+    for it without an end. fsspec does so itself from 2025.5 on."""
+    if "fsspec.asyn" in sys.modules:
+        sys.modules["fsspec.asyn"].reset_lock()
+
+
+os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _filesystem(name: str) -> Any:
