@@ -168,6 +168,7 @@ def embed(
         list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column or extension in DATA; may be repeated")
     ] = None,
     files: Annotated[str | None, typer.Option(help="of a table that names files: their folder; default: the table's")] = None,
+    select: Annotated[str | None, typer.Option(help="a selection: the samples that it keeps alone")] = None,
     trust_code: TrustCode = False,
     width: Annotated[
         int | None, typer.Option(min=1, help="the first numbers of each embedding alone: of models of train.matryoshka")
@@ -186,7 +187,7 @@ def embed(
     from mmcontrast.tasks import embed_shards
 
     complete = embed_shards(
-        model, ShardOptions(shards=data, keys=read_keys(keys or ()), files=files), out,
+        model, ShardOptions(shards=data, keys=read_keys(keys or ()), files=files, select=select), out,
         part=TableSlice.parse(out, part) if part else None,
         checkpoint=checkpoint, pretrained=pretrained,
         device=device, precision=precision, batch_size=batch_size, num_workers=num_workers, slice_rows=slice_rows,

@@ -53,7 +53,8 @@ def embed_shards(
     end_with_torchrun()
     about = about_model(name, checkpoint, pretrained, precision)
     given = ShardOptions.of(shards)
-    about |= {"width": width, "shards": given.shown(), "data": ShardDataset(given.shards, {}, {}, files=given.files).digest}
+    about |= {"width": width, "shards": given.shown()}
+    about["data"] = ShardDataset(given.shards, {}, {}, files=given.files, select=given.select).digest
     begun = TableSlice.number_in(out)
     own = [part] if part else TableSlice.all(out, begun)[rank::world_size] if begun else []
     if not begun and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):

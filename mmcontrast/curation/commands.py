@@ -7,13 +7,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mmcontrast.data_commands import Shards
 from mmcontrast.errors import UserError
 
 if TYPE_CHECKING:
     from mmcontrast.curation.stage import Outcome
 
 console = Console(stderr=True, soft_wrap=True)
+Shards = Annotated[list[str], typer.Argument(help="tars (by URL too), folders, tables: globs, brace ranges", metavar="SHARDS")]
 Out = Annotated[Path, typer.Argument(help="the selection's folder", metavar="OUT")]
 Select = Annotated[Path | None, typer.Option(help="a selection to go on from: what it dropped stays dropped")]
 Files = Annotated[str | None, typer.Option(help="the folder of files that tables name; default: the table's own")]
@@ -73,7 +73,7 @@ def dedup(
     The first is kept, or the best; a sample that lacks what is compared is kept. OUT is as `data filter` writes it.
     """
     from mmcontrast.curation.exact_duplicates import ExactDuplicates
-    from mmcontrast.curation.rules import FIELDS
+    from mmcontrast.curation.looking import FIELDS
     from mmcontrast.curation.stage import run_stage
     from mmcontrast.data import read_keys
 

@@ -7,19 +7,17 @@ sample is kept depends on the order of the shards and of the samples in them alo
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from mmcontrast.curation.looking import Look, Missing, members_of_keys
-from mmcontrast.curation.rules import FIELDS
+from mmcontrast.curation.looking import FIELDS, Look, Missing, decoder, members_of_keys
 from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS
-from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
+from mmcontrast.modalities import DecodeError
 
 HASH = (f"{PRIVATE}hash.0", f"{PRIVATE}hash.1")  # 64 bits each, null where there is nothing to compare
 ROW, WHY, SCORE = f"{PRIVATE}row", f"{PRIVATE}why", f"{PRIVATE}score"
@@ -140,18 +138,13 @@ def _score(look: Look, column: str) -> float | None:
         return None
 
 
-@cache
-def _decoder(field: str) -> Modality:
-    return {"image": lambda: ImageModality(size=224), "audio": AudioModality, "text": TextModality}[field]()
-
-
 def _decoded(field: str, data: bytes) -> bytes:
     """Return what a member decodes to, as bytes: pixels of 8 bits on white with their sides, samples at 16 kHz, a text.
 
     Raises:
         DecodeError: if it cannot be decoded.
     """
-    value = _decoder(field).decode(data)
+    value = decoder(field).decode(data)
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} ".encode() + value.contiguous().numpy().tobytes()
     return str(value).encode()

@@ -4,6 +4,7 @@ decoded but texts and headers."""
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import soundfile
@@ -12,12 +13,14 @@ from PIL import Image, UnidentifiedImageError
 from mmcontrast.data.dataset import MAX_MEMBER_BYTES, entry_of, member_name
 from mmcontrast.data.ids import read_json
 from mmcontrast.data.shard import ShardIndex, member_of
-from mmcontrast.modalities import DecodeError
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
 from mmcontrast.modalities.audio import BLOCK, UNKNOWN, open_sound
 from mmcontrast.modalities.image import DAMAGED, FORMATS
 from mmcontrast.modalities.parts import check_parts
 
 ENTRY = "json:"
+KINDS: dict[str, type[Modality]] = {"text": TextModality, "image": ImageModality, "audio": AudioModality}
+FIELDS: dict[str, tuple[str, ...]] = {field: kind.extensions for field, kind in KINDS.items()}
 T = TypeVar("T")
 
 
@@ -174,6 +177,12 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+@cache
+def decoder(field: str) -> Modality:
+    """Return what decodes a field's members as training does."""
+    return KINDS[field](**({"size": 224} if field == "image" else {}))
 
 
 def members_of_keys(keys: Sequence[str]) -> set[str]:

@@ -16,18 +16,15 @@ import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from mmcontrast.components import nearest
-from mmcontrast.curation.looking import ENTRY, Look, members_of_keys
+from mmcontrast.curation.looking import ENTRY, FIELDS, Look, decoder, members_of_keys
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
+from mmcontrast.modalities import DecodeError
 from mmcontrast.options import Options
 from mmcontrast.yaml_files import read_yaml
 
 PACKAGE = Path(__file__).parent.parent
 Number = Annotated[float, Field(allow_inf_nan=False)]
 KeyList = Annotated[list[str], Field(min_length=1)]
-FIELDS: dict[str, tuple[str, ...]] = {
-    "text": TextModality.extensions, "image": ImageModality.extensions, "audio": AudioModality.extensions
-}  # fmt: skip
 
 
 class Rule(Options):
@@ -280,7 +277,7 @@ class Readable(Rule):
 
     def measure(self, look: Look, keys: list[str]) -> bool:
         data = look.member(keys, {"image": "picture", "audio": "sound", "text": "text"}[self.of])
-        _decoder(self.of).decode(data)
+        decoder(self.of).decode(data)
         return True
 
     def reason(self, value: bool) -> str | None:
@@ -317,11 +314,6 @@ class Rules(Options):
             rules = [{"type": "column"} | one if isinstance(one, dict) and "column" in one else one for one in given["rules"]]
             return {**given, "rules": rules}
         return given
-
-
-@cache
-def _decoder(field: str) -> Modality:
-    return {"image": lambda: ImageModality(size=224), "audio": AudioModality, "text": TextModality}[field]()
 
 
 @cache
