@@ -39,7 +39,7 @@ def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) 
     with batch norms, stay fp32 under autocast. Gradients are averaged in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -48,6 +48,10 @@ def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) 
             policy = half if options.precision == "bf16" and not batch_norms(block) else MixedPrecisionPolicy()
             fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh)
+    if device.type == "cpu":  # gloo of torch 2.8 sums gradients that it is asked to average
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_force_sum_reduction_for_comms(True)
 
 
 def place(
