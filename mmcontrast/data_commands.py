@@ -137,15 +137,16 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
     train = run.data.train
     for name, source in train.items() if isinstance(train, dict) else ():
         of_source = source_modalities(name, source, run.fields, modalities)
-        reading = Reading(of_source | embeddings, keys | source.keys | taught, source.files, as_training=True)
+        select = source.select or run.data.select
+        reading = Reading(of_source | embeddings, keys | source.keys | taught, source.files, True, select)
         sources[f"data.train.{name}"] = source.shards, reading
         shared += [] if source.own_ids else [f"data.train.{name}"]
     if not isinstance(train, dict):
-        sources["data.train"] = train, Reading(modalities | embeddings, keys | taught, as_training=True)
+        sources["data.train"] = train, Reading(modalities | embeddings, keys | taught, None, True, run.data.select)
     for name, split in with_layouts(run.evaluation, "", "").splits.items():
         given = ShardOptions.of(split)
         if given.held_out and run.data.held_out:
             continue  # it is read as a part of what is trained on
-        reading = Reading(modalities, keys | given.keys, given.files, as_training=True)
+        reading = Reading(modalities, keys | given.keys, given.files, True, given.select)
         sources[f"evaluation.splits.{name}"] = given.shards, reading
     return sources, shared

@@ -29,6 +29,8 @@ from mmcontrast.data.ids import ids_of, read_json, weight_of
 from mmcontrast.data.index import index_shard
 from mmcontrast.data.loading import start_worker
 from mmcontrast.data.page import media_type
+from mmcontrast.data.parts import ShardPart
+from mmcontrast.data.selection import Selection, open_selection
 from mmcontrast.data.shard import LABELS, ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS, TableIndex, is_table, open_table
 from mmcontrast.data.writer import MANIFEST
@@ -68,12 +70,14 @@ class Reading:
         keys: of those fields, or of any others, whose members are decoded as what their first bytes are.
         files: the folder of files that tables name.
         as_training: read these fields alone, and transform them too.
+        select: a selection: of a stage's the samples that it keeps are read alone; a list's are not looked up.
     """
 
     fields: Mapping[str, Modality] = field(default_factory=dict)
     keys: Mapping[str, FieldKeys] = field(default_factory=dict)
     files: str | None = None
     as_training: bool = False
+    select: str | None = None
 
     @property
     def names(self) -> dict[str, list[str]]:
@@ -202,7 +206,7 @@ def _add(whole: Decoded, part: Decoded) -> None:
 def _refused(patterns: str | Sequence[str], reading: Reading) -> list[Fault]:
     """What training would say when it opens them."""
     try:
-        ShardDataset(patterns, reading.fields, reading.keys, partial=True, files=reading.files)
+        ShardDataset(patterns, reading.fields, reading.keys, partial=True, files=reading.files, select=reading.select)
     except UserError as error:
         return [Fault(", ".join([patterns] if isinstance(patterns, str) else patterns), str(error))]
     return []
@@ -260,6 +264,7 @@ def _start(reading: Reading) -> None:
     global _reading
     _reading = reading
     _opened.cache_clear()
+    _selection.cache_clear()
     start_worker()
 
 
@@ -267,9 +272,20 @@ def _scanned(name: str) -> tuple[int, str, tuple[str, ...]]:
     """(samples, what is wrong with the shard as a whole, what is left out of it)."""
     try:
         shard = index_shard(name, scan=True)
-        return len(shard), _unlike_manifest(name), shard.notes
+        return len(_kept(shard)), _unlike_manifest(name), shard.notes
     except UserError as error:
         return 0, str(error), ()
+
+
+def _kept(shard: ShardIndex) -> ShardIndex:
+    if _reading.select and Path(_reading.select).is_dir():
+        return _selection(_reading.select).of_shard(shard)
+    return shard
+
+
+@lru_cache(maxsize=1)
+def _selection(path: str) -> Selection:
+    return open_selection(path)
 
 
 def _unlike_manifest(name: str) -> str:
@@ -297,6 +313,7 @@ def _decoded(job: tuple[str, int]) -> Decoded:
     """Of some of a shard's samples."""
     name, start = job
     shard, found, names = _opened(name), Decoded(), _reading.names
+    table = shard.shard if isinstance(shard, ShardPart) else shard
     wanted = {member_name(key) for key in names}
     for row in range(start, min(start + ROWS, len(shard))):
         there = False
@@ -311,13 +328,15 @@ def _decoded(job: tuple[str, int]) -> Decoded:
                 for error in _errors(shard, row, extension, size, found):
                     where = shard.describe(row, extension)
                     found.faults.append(Fault(name, error, shard.keys[row], extension, where))
-            elif not isinstance(shard, TableIndex) or extension in shard.undescribed:
+            elif not isinstance(table, TableIndex) or extension in table.undescribed:
                 found.untried[extension] += 1
             else:
-                _look_for_files(shard, row, extension, found)
+                _look_for_files(table, int(shard.rows[row]) if isinstance(shard, ShardPart) else row, extension, found)
         if not there:
             found.empty += 1
             found.first_empty = found.first_empty or shard.describe(row)
+    if (rows := getattr(shard, "rows", None)) is not None:  # of the whole shard, as the main process opens it
+        found.rows = rows[found.rows].tolist() if found.rows else []
     return found
 
 
@@ -339,9 +358,10 @@ def _look_for_files(shard: TableIndex, row: int, column: str, found: Decoded) ->
 @lru_cache(maxsize=1)  # a worker takes a shard's jobs one after the other
 def _opened(name: str) -> ShardIndex:
     if not is_table(name):
-        return index_shard(name)
+        return _kept(index_shard(name))
     texts = {key for key, of in _reading.names.items() if all(isinstance(_reading.fields.get(f), TextModality) for f in of)}
-    return open_table(name, {*(() if _reading.as_training else FILE_COLUMNS), *_reading.names} - texts, _reading.files)
+    columns = {*(() if _reading.as_training else FILE_COLUMNS), *_reading.names} - texts
+    return _kept(open_table(name, columns, _reading.files))
 
 
 def _errors(shard: ShardIndex, row: int, extension: str, size: int, found: Decoded) -> Iterable[str]:

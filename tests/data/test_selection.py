@@ -21,6 +21,8 @@ from mmcontrast.data.parts import ShardPart, narrowed
 from mmcontrast.data.selection import open_selection, selected
 from mmcontrast.data.shard import Keys
 from mmcontrast.data.tar import TarIndex
+from mmcontrast.data.verify import verify_sources
+from mmcontrast.data_commands import _sources
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
 from mmcontrast.runs import check_components, make_job
@@ -312,3 +314,19 @@ def test_a_run_with_another_selection_is_not_resumed(config, tmp_path):
     shutil.copytree(select, tmp_path / "moved")  # the same samples, kept elsewhere
     again = train(file, *NO_EVALUATION, f"data.select={tmp_path}/moved", *more)
     assert again.returncode == 0, again.stderr[-2000:]
+
+
+def test_verify_reads_what_training_would(config, tmp_path):
+    """A damaged sample that was dropped is no fault of a config that selects others; of what is kept, faults are named."""
+    file, folder = config
+    samples = [pair(0, row, picture=b"\xff\xd8\xff broken" if row in (3, 7) else None) for row in range(20)]
+    samples[9] = pair(0, 9, sample_id=8)
+    folder = write_pairs(tmp_path / "damaged", samples=[samples])
+    rules = {"rules": [{"type": "pixels", "min": 1}]}
+    run_stage(Filter(parse_rules(rules, "rules")), str(folder / "*.tar"), tmp_path / "well", workers=1)
+    words = [str(file), f"data.train={folder}/*.tar"]
+    faults = verify_sources(*_sources(words[0], words[1:]), 1, progress=False)["faults"]
+    assert len(faults) == 3
+    report = verify_sources(*_sources(words[0], [*words[1:], f"data.select={tmp_path}/well"]), 1, progress=False)
+    (fault,) = report["faults"]
+    assert report["samples"] == 18 and "000000009" in fault["where"] and "000000008" in fault["error"]
