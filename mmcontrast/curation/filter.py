@@ -56,7 +56,7 @@ class Filter(Stage):
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
         members = {name for rule in self.rules for name in rule.members(self.fields)}
         keys = [rule.keys(self.fields) for rule in self.rules]
-        known = {rule.column for rule in self.rules if isinstance(rule, Column)}
+        known = {rule.name for rule in self.rules if isinstance(rule, Column)}
         before = {name: previous[name].to_pylist() for name in known & set(previous.column_names)} if previous else {}
         rules = self.rules
         values: list[list[Any]] = [[] for _ in rules]

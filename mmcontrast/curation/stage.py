@@ -30,7 +30,7 @@ from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import start_worker
 from mmcontrast.data.parts import key_array
-from mmcontrast.data.selection import FORMAT, MANIFEST, PARTS, Selection, StageSelection, open_selection
+from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, Selection, StageSelection, open_selection
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS, is_table, open_table
 from mmcontrast.errors import UserError
@@ -87,7 +87,7 @@ class Stage(ABC):
         """Return [n] measures of some rows of a shard.
 
         Args:
-            previous: what the selection that this one goes on from has of these rows.
+            previous: what was measured of these rows before, by the selection that this one goes on from.
         """
 
     def decide(self, tables: Iterator[pa.Table]) -> Decisions:
@@ -231,6 +231,9 @@ def _begin(stage: Stage, out: Path, names: Sequence[str], select: str | None) ->
     Raises:
         UserError: if the folder holds anything else.
     """
+    if stage.two_passes and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{twice} is named twice: name it once, or all of its samples are duplicates")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder")
     begun: dict[str, Any] = {"stage": stage.name, "version": stage.version, "options": stage.options, "select": select}
@@ -305,7 +308,7 @@ def _measured(job: _Job) -> str:
         if path.exists():
             return ""
         rows, previous = _rows(job, shard)
-        there = previous.take(pa.array(rows)) if previous is not None else None
+        there = previous.drop_columns(list(OWN)).take(pa.array(rows)) if previous is not None else None
         measured = job.stage.measure(shard, rows, there)
         if job.stage.two_passes:
             write_table(measured, path)
@@ -360,8 +363,8 @@ def _whole(job: _Job, shard: ShardIndex, measured: pa.Table, judgement: Judgemen
     if previous is not None:
         columns |= {name: previous[name] for name in previous.column_names if name not in columns}
     for name in measured.column_names:
-        if not name.startswith(PRIVATE):
-            columns[name] = measured[name].take(spread)
+        if not name.startswith(PRIVATE):  # a table may have a column `row` itself
+            columns[f"measured {name}" if name in OWN else name] = measured[name].take(spread)
     kinds = judgement.kinds or judgement.reasons
     about: dict[str, Any] = {"samples": len(shard), "kept": int(keep.sum()), "given": len(rows), "counts": judgement.counts}
     about["reasons"], about["examples"] = {}, {}
