@@ -2,10 +2,11 @@
 
     python benchmarks/filter.py                     # --pairs 5 --samples 40000
 
-img2dataset-style tars (made on the first run): .jpg of about 30 kB, .txt, .json. The rules are a caption of at least 3 words and 6
-characters, a smaller side of at least 200, an aspect of at most 3, and a similarity of at least 0.28; sides by the json, or by the
-pictures' headers (PIL's lazy open, in both). Each measurement is one process, which writes what is kept: ours a selection with its
-page, its index of the tars made anew ("first") or there already ("again"); the other a Parquet file of keys. Both keep the same.
+img2dataset-style tars (made on the first run): .jpg of about 30 kB, .txt, .json. The rules are a caption of at least 3 words
+and 6 characters, a smaller side of at least 200, an aspect of at most 3, and a similarity of at least 0.28; sides by the json,
+or by the pictures' headers (PIL's lazy open, in both). Each measurement is one process, which writes what is kept: ours a
+selection with its page, its index of the tars made anew ("first") or there already ("again"); the other a Parquet file of keys.
+Both keep the same.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from PIL import Image
 from rich.progress import track
 
 EACH = 2000  # samples of a shard
-WORDS = "a red fox in the snow beside an old wooden bridge photograph 2019 stock image".split()
+WORDS = ["a", "red", "fox", "in", "the", "snow", "beside", "an", "old", "wooden", "bridge", "photograph", "2019", "stock"]
 RULES = [
     {"type": "words", "min": 3}, {"type": "characters", "min": 6}, {"type": "pixels", "min": 200}, {"type": "aspect", "max": 3},
     {"column": "json:similarity", "min": 0.28},

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmcontrast.curation.looking import FIELDS, Look, Missing, decoder, members_of_keys
+from mmcontrast.curation.looking import FIELDS, Look, Missing, decoder, looks, members_of_keys
 from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS
@@ -61,12 +61,12 @@ class ExactDuplicates(Stage):
 
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
         members = {name for of in self.by for name in members_of_keys(self.keys_of(of))} | ({"json"} if self.best else set())
-        scores = previous[self.best].to_pylist() if previous is not None and self.best in previous.column_names else None
+        scored = previous is not None and self.best in previous.column_names
+        before = {self.best: previous[self.best].to_pylist()} if previous is not None and self.best and scored else {}
         hashes: list[tuple[int, int] | tuple[None, None]] = []
         why: list[str | None] = []
         measured: list[float | None] = []
-        for number, row in enumerate(rows.tolist()):
-            look = Look(shard, row, sorted(members), {self.best or "": scores[number]} if scores else {})
+        for look in looks(shard, rows, members, before):
             found, reason = self._hash(look)
             hashes.append(found)
             why.append(reason)

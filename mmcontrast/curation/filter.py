@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmcontrast.curation.looking import Look, Missing
+from mmcontrast.curation.looking import Look, Missing, looks
 from mmcontrast.curation.rules import Column, Rule, Rules
 from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
 from mmcontrast.data.shard import ShardIndex
@@ -54,15 +54,15 @@ class Filter(Stage):
         return FILE_COLUMNS | {key for key in named if ":" not in key}
 
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
-        members = sorted({name for rule in self.rules for name in rule.members(self.fields)})
+        members = {name for rule in self.rules for name in rule.members(self.fields)}
         keys = [rule.keys(self.fields) for rule in self.rules]
-        known = {rule.column for rule in self.rules if isinstance(rule, Column)}
+        known = {rule.name for rule in self.rules if isinstance(rule, Column)}
         before = {name: previous[name].to_pylist() for name in known & set(previous.column_names)} if previous else {}
-        values: list[list[Any]] = [[] for _ in self.rules]
-        why: list[list[str | None]] = [[] for _ in self.rules]
-        for number, row in enumerate(rows.tolist()):
-            look = Look(shard, row, members, {name: column[number] for name, column in before.items()})
-            for k, rule in enumerate(self.rules):
+        rules = self.rules
+        values: list[list[Any]] = [[] for _ in rules]
+        why: list[list[str | None]] = [[] for _ in rules]
+        for look in looks(shard, rows, members, before):
+            for k, rule in enumerate(rules):
                 value, reason = _judged(rule, look, keys[k])
                 values[k].append(value)
                 why[k].append(reason)

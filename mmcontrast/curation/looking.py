@@ -3,16 +3,18 @@ decoded but texts and headers."""
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+import numpy as np
 import soundfile
 from PIL import Image, UnidentifiedImageError
 
 from mmcontrast.data.dataset import MAX_MEMBER_BYTES, entry_of, member_name
 from mmcontrast.data.ids import read_json
 from mmcontrast.data.shard import ShardIndex, member_of
+from mmcontrast.data.tar import TarIndex
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
 from mmcontrast.modalities.audio import BLOCK, UNKNOWN, open_sound
 from mmcontrast.modalities.image import DAMAGED, FORMATS
@@ -32,24 +34,32 @@ class Look:
     """One sample, each part of it looked at once.
 
     Args:
-        members: all that any rule reads, by extension.
+        members: of the shard's extensions those that any rule reads, of which some may be too large.
         previous: what an earlier stage measured of it.
+        read: those members, if they have been read.
     """
 
-    def __init__(self, shard: ShardIndex, row: int, members: Sequence[str], previous: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        shard: ShardIndex,
+        row: int,
+        members: Sequence[str],
+        previous: Mapping[str, Any],
+        read: dict[str, bytes] | None = None,
+    ) -> None:
         self.shard, self.row, self.previous = shard, row, previous
         self.parts: dict[Any, Any] = {}
         self.bytes: dict[str, bytes] = {}
         self.error: DecodeError | None = None
-        there = []
+        if read is not None:
+            self.bytes = read
+            return
         for name in members:
-            if name in shard.extensions and (size := shard.size(row, name)) >= 0:
-                if size > MAX_MEMBER_BYTES:
-                    self.error = DecodeError(f"member .{name}: {size} bytes, more than {MAX_MEMBER_BYTES}")
-                else:
-                    there.append(name)
+            if (size := shard.size(row, name)) > MAX_MEMBER_BYTES:
+                self.error = DecodeError(f"member .{name}: {size} bytes, more than {MAX_MEMBER_BYTES}")
+                members = [other for other in members if other != name]
         try:
-            self.bytes = shard.read(row, there) if there else {}
+            self.bytes = shard.read(row, members) if members else {}
         except DecodeError as error:  # of a table: a file that is not there
             self.error = error
 
@@ -183,6 +193,21 @@ def _number(value: Any) -> float | None:
 def decoder(field: str) -> Modality:
     """Return what decodes a field's members as training does."""
     return KINDS[field](**({"size": 224} if field == "image" else {}))
+
+
+def looks(shard: ShardIndex, rows: np.ndarray, members: Iterable[str], previous: Mapping[str, Sequence[Any]]) -> Iterator[Look]:
+    """Look at rows of a shard, one after the other.
+
+    Args:
+        previous: columns [n] of what an earlier stage measured of these rows.
+    """
+    names = sorted(set(members) & set(shard.extensions))
+    given: Iterable[dict[str, bytes] | None] = [None] * len(rows)
+    if names and isinstance(shard, TarIndex) and all(shard.sizes_of(name).max(initial=0) <= MAX_MEMBER_BYTES for name in names):
+        given = shard.read_many(rows, names)
+    for number, (row, read) in enumerate(zip(rows.tolist(), given, strict=True)):
+        before = {name: column[number] for name, column in previous.items()} if previous else {}
+        yield Look(shard, row, names, before, read)
 
 
 def members_of_keys(keys: Sequence[str]) -> set[str]:

@@ -2,7 +2,7 @@
 
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,20 @@ SEEN = (*ImageModality.extensions, *AudioModality.extensions, *TextModality.exte
 def report_page(
     stage: str,
     summary: Mapping[str, Any],
-    shards: Sequence[ShardIndex],
+    open_shard: Callable[[int], ShardIndex],
     parts: Sequence[Path],
     abouts: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Return the page as HTML: the same from the same samples."""
+    """Return the page as HTML: the same from the same samples.
+
+    Args:
+        open_shard: the shard of a number, of which few are looked at.
+    """
     sections = [_reasons(summary), _histograms(parts)]
     for reason in [KEPT, *list(summary["reasons"])[:REASONS]]:
         places = [(k, row) for k, about in enumerate(abouts) for row in about["examples"].get(reason, ())]
         chosen = [places[k] for k in np.unique(np.linspace(0, len(places) - 1, SHOWN).astype(int))] if places else []
-        cards = "".join(_card(shards[k], row, parts[k]) for k, row in chosen)
+        cards = "".join(_card(open_shard(k), row, parts[k]) for k, row in chosen)
         if cards:
             sections.append(f'<h2>{html.escape(reason)}</h2><div class="cards">{cards}</div>')
     title = f"{stage}: {summary['kept']} of {summary['samples']} samples are kept"

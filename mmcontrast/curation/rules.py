@@ -245,7 +245,7 @@ class Column(Bounded):
 
     @property
     def column(self) -> str:
-        return self.name
+        return f"column {self.name}" if self.name.startswith("_") else self.name  # such columns are a stage's own
 
     def members(self, fields: dict[str, list[str]]) -> set[str]:
         return {"json"}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,7 +30,7 @@ from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import start_worker
 from mmcontrast.data.parts import key_array
-from mmcontrast.data.selection import FORMAT, MANIFEST, PARTS, Selection, StageSelection, open_selection
+from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, Selection, StageSelection, open_selection
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS, is_table, open_table
 from mmcontrast.errors import UserError
@@ -86,7 +87,7 @@ class Stage(ABC):
         """Return [n] measures of some rows of a shard.
 
         Args:
-            previous: what the selection that this one goes on from has of these rows.
+            previous: what was measured of these rows before, by the selection that this one goes on from.
         """
 
     def decide(self, tables: Iterator[pa.Table]) -> Decisions:
@@ -132,9 +133,8 @@ class _Job:
     folder: Path
     number: int
     shard: str
-    previous: StageSelection | None
-    rows: np.ndarray | None  # of a selection that is a list; None: all, or those of `previous`
-    listed: str = ""  # that list's name
+    select: str | None
+    rows: np.ndarray | None  # of a selection that is a list; None: all, or those that the stage before kept
 
 
 def run_stage(
@@ -160,9 +160,8 @@ def run_stage(
     lists: list[np.ndarray] | None = None
     if before is not None and not isinstance(before, StageSelection):
         lists = _rows_of_list(before, names, stage)
-    previous = before if isinstance(before, StageSelection) else None
     jobs = [
-        _Job(stage, out, number, name, previous, lists[number] if lists is not None else None, select or "")
+        _Job(stage, out, number, name, select, lists[number] if lists is not None else None)
         for number, name in enumerate(names)
     ]
     if not (out / MANIFEST).exists():
@@ -232,6 +231,9 @@ def _begin(stage: Stage, out: Path, names: Sequence[str], select: str | None) ->
     Raises:
         UserError: if the folder holds anything else.
     """
+    if stage.two_passes and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{twice} is named twice: name it once, or all of its samples are duplicates")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder")
     begun: dict[str, Any] = {"stage": stage.name, "version": stage.version, "options": stage.options, "select": select}
@@ -302,11 +304,11 @@ def _measured(job: _Job) -> str:
     """Measure a shard, and judge it if that can be done at once; return what is wrong with it."""
     try:
         shard = _open(job)
-        path = _part(job, shard, MEASURED if job.stage.two_passes else PARTS)
+        path = _part(job, shard.digest, MEASURED if job.stage.two_passes else PARTS)
         if path.exists():
             return ""
         rows, previous = _rows(job, shard)
-        there = previous.take(pa.array(rows)) if previous is not None else None
+        there = previous.drop_columns(list(OWN)).take(pa.array(rows)) if previous is not None else None
         measured = job.stage.measure(shard, rows, there)
         if job.stage.two_passes:
             write_table(measured, path)
@@ -323,15 +325,22 @@ def _open(job: _Job) -> ShardIndex:
     return index_shard(job.shard)
 
 
-def _part(job: _Job, shard: ShardIndex, folder: str) -> Path:
-    return job.folder / folder / f"{job.number:05d}-{shard.digest}.parquet"
+@lru_cache(maxsize=1)
+def _opened_selection(path: str, _changed: int) -> StageSelection:
+    """Return a stage's selection, which a process reads once, and again if it has changed."""
+    return StageSelection.read(Path(path))
+
+
+def _part(job: _Job, digest: str, folder: str) -> Path:
+    return job.folder / folder / f"{job.number:05d}-{digest}.parquet"
 
 
 def _rows(job: _Job, shard: ShardIndex) -> tuple[np.ndarray, pa.Table | None]:
     """Return the rows that are still there, and what the previous selection has of all."""
-    if job.previous is None:
+    if job.rows is not None or job.select is None:
         return np.arange(len(shard)) if job.rows is None else job.rows, None
-    table = job.previous.read_part(job.previous.part(shard), None, len(shard))
+    previous = _opened_selection(job.select, (Path(job.select) / MANIFEST).stat().st_mtime_ns)
+    table = previous.read_part(previous.part(shard), None, len(shard))
     return np.flatnonzero(table["keep"].to_numpy(zero_copy_only=False)), table
 
 
@@ -349,13 +358,13 @@ def _whole(job: _Job, shard: ShardIndex, measured: pa.Table, judgement: Judgemen
     dropped_before = np.flatnonzero(place < 0)
     before = previous["reason"].to_pylist() if previous is not None else None
     for row in dropped_before.tolist():
-        whole[row] = before[row] if before is not None else f"not in {Path(job.listed).name}"
+        whole[row] = before[row] if before is not None else f"not in {Path(str(job.select)).name}"
     columns["reason"] = pa.array(whole, pa.string())
     if previous is not None:
         columns |= {name: previous[name] for name in previous.column_names if name not in columns}
     for name in measured.column_names:
-        if not name.startswith(PRIVATE):
-            columns[name] = measured[name].take(spread)
+        if not name.startswith(PRIVATE):  # a table may have a column `row` itself
+            columns[f"measured {name}" if name in OWN else name] = measured[name].take(spread)
     kinds = judgement.kinds or judgement.reasons
     about: dict[str, Any] = {"samples": len(shard), "kept": int(keep.sum()), "given": len(rows), "counts": judgement.counts}
     about["reasons"], about["examples"] = {}, {}
@@ -385,26 +394,26 @@ def _complete(jobs: Sequence[_Job], out: Path) -> Outcome:
     folder = out / (MEASURED if stage.two_passes else PARTS)
     there = {int(path.name.partition("-")[0]) for path in folder.glob("[0-9]*-*.parquet")}
     missing = len(jobs) - len(there & set(range(len(jobs))))
-    shards = [] if missing else [_open(job) for job in jobs]
-    paths = [_part(job, shard, folder.name) for job, shard in zip(jobs, shards, strict=False)]
+    digests = [] if missing else [_open(job).digest for job in jobs]  # one at a time: the indexes of all may not fit
+    paths = [_part(job, digest, folder.name) for job, digest in zip(jobs, digests, strict=False)]
     missing += sum(not path.exists() for path in paths)
     if missing:
         return Outcome(out, len(jobs), missing, {})
     if stage.two_passes:
         decisions = stage.decide(pq.read_table(path) for path in paths)
-        for job, shard, path in zip(jobs, shards, paths, strict=True):
-            if not (part := _part(job, shard, PARTS)).exists():
+        for job, digest, path in zip(jobs, digests, paths, strict=True):
+            if not (part := _part(job, digest, PARTS)).exists():
                 measured = pq.read_table(path)
-                write_table(_whole(job, shard, measured, stage.judge(measured, decisions, job.number)), part)
-        paths = [_part(job, shard, PARTS) for job, shard in zip(jobs, shards, strict=True)]
+                write_table(_whole(job, _open(job), measured, stage.judge(measured, decisions, job.number)), part)
+        paths = [_part(job, digest, PARTS) for job, digest in zip(jobs, digests, strict=True)]
     abouts = [read_about(path) for path in paths]
     entries = [
-        {"name": job.shard, "digest": shard.digest, "samples": about["samples"], "kept": about["kept"], "part": path.name}
-        for job, shard, path, about in zip(jobs, shards, paths, abouts, strict=True)
+        {"name": job.shard, "digest": digest, "samples": about["samples"], "kept": about["kept"], "part": path.name}
+        for job, digest, path, about in zip(jobs, digests, paths, abouts, strict=True)
     ]
     summary = _summary(stage, abouts)
     write_json(summary, out / SUMMARY)
-    text = report_page(stage.name, summary, shards, paths, abouts)
+    text = report_page(stage.name, summary, lambda number: _open(jobs[number]), paths, abouts)
     write_whole(out / REPORT, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace"))
     begun = json.loads((out / BEGUN).read_text())
     write_json({"format": FORMAT, **begun, "shards": entries}, out / MANIFEST)

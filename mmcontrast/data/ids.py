@@ -12,6 +12,8 @@ from mmcontrast.modalities import DecodeError
 LARGEST_WEIGHT = 3.4e38  # of float32
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as Python prints it: other texts are hashed
 
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))  # made once
+
 
 def read_json(data: bytes) -> dict[str, Any]:
     """
@@ -19,7 +21,7 @@ def read_json(data: bytes) -> dict[str, Any]:
         DecodeError: if it is not an object. Its NaN, which JSON does not have and others write for what is missing, is null.
     """
     try:
-        about = json.loads(data, parse_constant=lambda name: None if name == "NaN" else float(name))
+        about = _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error
     if not isinstance(about, dict):

@@ -35,6 +35,7 @@ MANIFEST, PARTS = "manifest.json", "parts"
 FORMAT = "mmcontrast selection 1"
 ENTRY = "json:"  # before the name of an entry of a sample's json
 UID = "uid"  # of DataComp's samples
+OWN = ("key", "row", "keep", "reason")  # columns of every part: others are what was measured
 logger = logging.getLogger("mmcontrast")
 
 

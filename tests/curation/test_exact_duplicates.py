@@ -13,6 +13,7 @@ from PIL import Image
 from mmcontrast.cli import app
 from mmcontrast.curation.exact_duplicates import ExactDuplicates
 from mmcontrast.curation.stage import run_stage
+from mmcontrast.errors import UserError
 from tests.curation.pairs import bytes_of, jpeg, pair, write_pairs
 
 
@@ -59,6 +60,12 @@ def test_the_same_bytes(tmp_path):
     for workers in (2, 3):
         deduplicated(folder / "*.tar", tmp_path / f"{workers}", "image", workers=workers)
         assert bytes_of(tmp_path / f"{workers}") == bytes_of(tmp_path / "out")
+
+
+def test_a_shard_that_is_named_twice_is_refused(tmp_path):
+    folder = planted(tmp_path / "data")
+    with pytest.raises(UserError, match=r"00000.tar is named twice"):
+        run_stage(ExactDuplicates(("image",)), [str(folder / "*.tar"), str(folder / "00000.tar")], tmp_path / "out", workers=1)
 
 
 def test_what_was_dropped_before_is_no_duplicate(tmp_path):

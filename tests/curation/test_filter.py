@@ -134,6 +134,17 @@ def test_numbers_of_the_json_and_of_tables(tmp_path):
         assert frame["aspect"].tolist() == pytest.approx([4 / 3, 6.4, 3.5])
 
 
+def test_columns_may_be_called_as_those_of_a_selection(tmp_path):
+    table = pd.DataFrame({"caption": ["a b c", "d"], "row": [5, 6], "keep": [0, 1], "reason": [7, 8], "_why.0": [3, 4]})
+    table.to_parquet(tmp_path / "t.parquet")
+    rules = [{"column": name, "min": 0} for name in ("row", "keep", "reason")] + [{"column": "_why.0", "min": 4}]
+    frame, _ = filtered(tmp_path / "t.parquet", tmp_path / "out", rules)
+    assert frame["row"].tolist() == [0, 1] and frame["measured row"].tolist() == [5, 6]
+    assert frame["keep"].tolist() == [False, True] and reasons(frame) == ["column _why.0 < 4", None]
+    frame, _ = filtered(tmp_path / "t.parquet", tmp_path / "next", [{"column": "row", "min": 6}], select=tmp_path / "out")
+    assert reasons(frame) == ["column _why.0 < 4", None]  # the table's row 6, not the part's row 1
+
+
 def test_a_tables_pictures_may_be_files(tmp_path):
     (tmp_path / "photos").mkdir()
     for name, side in (("a", 300), ("b", 100)):

@@ -218,3 +218,29 @@ class Numbers:
 
     def make_sample(self, split, item):
         return {"__key__": f"k{item:03d}", "txt": str(item)}
+
+
+def test_many_samples_are_read_as_each_of_them(tmp_path):
+    """Also where members are missing, empty, or far apart in the tar."""
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for row in range(40):
+            sample = {
+                "__key__": f"{row:04d}",
+                "a.bin": bytes([row]) * (row % 7),
+                "b.bin": bytes(row * 9000),
+                "c.txt": f"text {row}",
+            }
+            if row % 3 == 0:
+                del sample["b.bin"]
+            if row % 5 == 0:
+                del sample["a.bin"], sample["c.txt"]
+                sample["d.bin"] = b"alone"
+            writer.write(sample)
+    shard = index_shard(path)
+    rows = np.array([3, 5, 0, 15, 39, 38, 38, 20])
+    for names in ([*shard.extensions], ["a.bin", "c.txt"], ["c.txt"], ["b.bin"]):
+        assert list(shard.read_many(rows, names)) == [shard.read(row, names) for row in rows.tolist()]
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="has changed since it was indexed"):
+        list(shard.read_many(rows, ["a.bin", "c.txt"]))
