@@ -53,7 +53,7 @@ def cluster(
             writer.write_table(pa.table([ids[rows], part["key"], numbers[rows], distance], schema=SCHEMA))
         stored.check_unchanged()
         sizes = np.bincount(found.clusters, minlength=clusters)
-        summary = {
+        summary: dict[str, Any] = {
             "stage": "cluster",
             "table": about_table(stored),
             "options": {"field": field, "clusters": clusters, "seed": seed, "iterations": iterations},

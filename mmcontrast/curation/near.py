@@ -104,16 +104,16 @@ def drop_near_duplicates(
         dropped = similarities > 1 - epsilon  # of NaN: stays
         start = 0
         for part in stored.columns("key"):
-            rows = slice(start, start := start + len(part))
-            gone = dropped[rows]
+            here = slice(start, start := start + len(part))
+            gone, numbered, similar = dropped[here], numbers[here], similarities[here]
             columns = [
-                pa.array(ids[rows]),
+                pa.array(ids[here]),
                 part["key"],
                 pa.array(~gone),
                 pa.array(np.where(gone, REASON, ""), pa.string(), mask=~gone),
-                pa.array(ids[duplicates[rows]], mask=~gone),
-                pa.array(similarities[rows].astype(np.float32), mask=np.isnan(similarities[rows])),
-                pa.array(numbers[rows], mask=numbers[rows] < 0),
+                pa.array(ids[duplicates[here]], mask=~gone),
+                pa.array(similar.astype(np.float32), mask=np.isnan(similar)),
+                pa.array(numbered, mask=numbered < 0),
             ]
             writer.write_table(pa.table(columns, schema=SCHEMA))
         stored.check_unchanged()

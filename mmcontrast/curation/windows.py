@@ -16,7 +16,9 @@ from mmcontrast.search.table import StoredTable
 Block = tuple[np.ndarray, np.ndarray]  # rows of the table, int64 [Q], and their vectors, float32 [Q, D]
 QUERIES = 1024  # that are scored together with a block of candidates
 SLACK = 8  # candidates beyond a window: where float32 cannot tell which is better, float64 does
-PAIRS = 65_536  # vectors that are gathered together
+PAIRS = 65_536  # vectors of a group's candidates that are scored together
+GATHERED = 16_384  # vectors in memory at once, in float64
+MAPPED = 2**27  # bytes that are read at random before their pages are let go
 LISTED = 39  # rows that a list of the IVF is learnt from, at least
 SAMPLE, SAME = 1000, 1e-6  # queries by which the recall is measured; scores that differ by less are equal
 
@@ -57,7 +59,7 @@ class WindowSearch:
         self, table: StoredTable, query: str, candidate: str, groups: np.ndarray, size: int, device: str = "cpu"
     ) -> None:
         self.table, self.query, self.candidate, self.groups, self.size = table, query, candidate, groups, size
-        self.device = torch.device(device)
+        self.device, self.read = torch.device(device), 0
         rows = table.present(candidate)
         order = np.argsort(groups[rows], kind="stable")
         self.grouped_rows, self.sorted_groups = rows[order], groups[rows[order]]  # candidates by their group
@@ -123,10 +125,14 @@ class WindowSearch:
     def _products(self, vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return float64 [P], of P pairs of a query and a row of the table."""
         found = np.empty(len(rows))
-        for first in range(0, len(rows), PAIRS // 4):
-            some = slice(first, first + PAIRS // 4)
+        for first in range(0, len(rows), GATHERED):
+            some = slice(first, first + GATHERED)
             others = self.table.vectors(self.candidate, rows[some], check=False).astype(np.float64)
             found[some] = np.einsum("pd,pd->p", vectors[queries[some]].astype(np.float64), others)
+            self.read += len(others)
+            if 4 * self.table.dim * self.read > MAPPED:
+                self.table.release()
+                self.read = 0
         return found
 
     def make_ivf(self, recall: float) -> tuple[Any, dict[str, Any]]:
@@ -139,6 +145,7 @@ class WindowSearch:
         index.cp.seed = 1234
         learnt_from = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 64 * lists)).astype(np.int64))
         index.train(self.table.vectors(self.candidate, rows[learnt_from]))
+        self.table.release()
         for numbers, vectors in self.table.blocks(self.candidate):
             index.add_with_ids(vectors, numbers)
         asking = self.table.present(self.query)

@@ -4,6 +4,8 @@ Which of them an epoch shows is a function of (seed, epoch, sample id), as the o
 """
 
 import hashlib
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("sample_id", "candidate_ids")
 UnknownIds = Literal["error", "skip"]
+logger = logging.getLogger("mmcontrast")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def open_negatives(
         raise UserError(f"data.negatives: no candidate of {table} is a sample of the training data")
     arranged = np.argsort(owners, kind="stable")
     counts = np.bincount(owners, minlength=int(own.sum()))
+    if os.environ.get("RANK", "0") == "0":
+        _tell(table, len(there) - int((counts > 0).sum()), len(there), len(asked) - len(candidates))
     return MinedNegatives(
         field,
         tuple(names),
@@ -110,6 +115,15 @@ def open_negatives(
         np.concatenate([[0], np.cumsum(counts)]),
         by_id[np.searchsorted(known, candidates[arranged])],
     )
+
+
+def _tell(table: str, without: int, samples: int, skipped: int) -> None:
+    if skipped:
+        logger.warning(
+            "data.negatives: %s: %d candidates are skipped: they, or their rows, are no samples here", table, skipped
+        )
+    if without:
+        logger.warning("data.negatives: %s has no candidates for %d of %d samples", table, without, samples)
 
 
 def _found(known: np.ndarray, asked: np.ndarray) -> np.ndarray:

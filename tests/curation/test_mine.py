@@ -12,12 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.glyphs.glyphs import Glyphs
+from mmcontrast.config import load_config
 from mmcontrast.curation.mine import MiningOptions, mine
+from mmcontrast.data import open_dataset, training_batches
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed
+from mmcontrast.runs import make_job
 from mmcontrast.search import table as stored
 from tests.command import mmcontrast
 from tests.curation.tables import write_table
+from tests.training.teaching import run, write_config, write_vectors
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -238,6 +242,26 @@ def test_the_command_reports_what_was_left_out(random_table, tmp_path):
     assert json.loads(pq.read_metadata(out).metadata[b"mmcontrast"]) == summary
     assert "caption 0" in (tmp_path / "m.report.html").read_text()
     assert mmcontrast(*command).returncode == 2, "the file is there"
+
+
+def test_from_shards_to_a_training_with_what_was_mined(tmp_path):
+    """Embedded, mined and trained on, with ids of one's own and without; the negatives are those that the table names."""
+    shards = [write_vectors(tmp_path / "a.tar"), write_vectors(tmp_path / "b.tar", about=lambda k: {"sample_id": None})]
+    path = write_config(tmp_path, shards[0], data={"train": [str(shard) for shard in shards]})
+    job = make_job(load_config(path))
+    embed.embed_dataset(job.model, open_dataset([str(s) for s in shards], job.dataset.modalities, job.dataset.keys),
+                        batch_size=16).write(tmp_path / "table")  # fmt: skip
+    found, _ = mined(tmp_path / "table", tmp_path / "m.parquet", "a", "b", count=2, relative_margin=0.05)
+    job = run(path, f"data.negatives={{table: {tmp_path / 'm.parquet'}, field: b, count: 2}}")
+    positions = {job.dataset.sample_id(position): position for position in range(len(job.dataset))}
+    assert found.keys() == positions.keys() and len(positions) == 48
+    (batch,) = training_batches(job.dataset, job.order, range(1), rank=0, world_size=1, num_workers=0, pin_memory=False)
+    for k, name in enumerate(("b.negative.0", "b.negative.1")):
+        rows = iter(batch.values[name])
+        for sample_id, here in zip(batch.sample_ids.tolist(), batch.present[name].tolist(), strict=True):
+            candidates = found[sample_id]["candidate_ids"]
+            assert here == (len(candidates) > k)
+            assert not here or torch.equal(next(rows), job.dataset[positions[candidates[k]]].values["b"])
 
 
 def test_mistakes_are_named(tmp_path):

@@ -172,7 +172,7 @@ def table(path, **columns):
     return str(path)
 
 
-def test_what_the_table_or_the_data_lack_is_named(shards, tmp_path):
+def test_what_the_table_or_the_data_lack_is_named(shards, tmp_path, caplog):
     dataset = ShardDataset(shards, MODALITIES, {}, training=True)
     ask = {"field": "text", "names": ["n"], "seed": 0}
     good = table(tmp_path / "good.parquet", sample_id=["101", "102"], candidate_ids=[["103", "104"], None])
@@ -181,7 +181,9 @@ def test_what_the_table_or_the_data_lack_is_named(shards, tmp_path):
     other = table(tmp_path / "other.parquet", sample_id=[101, 7], candidate_ids=[[103, 8], [9]])
     with pytest.raises(UserError, match=r"other.parquet, row 0 \(sample_id 101\): its candidate 8 is no sample .* \(3 ids are"):
         open_negatives(dataset, other, **ask)
+    caplog.clear()
     left = open_negatives(dataset, other, **ask, unknown_ids="skip")
+    assert "2 candidates are skipped" in caplog.text and "no candidates for 71 of 72 samples" in caplog.text
     assert left.ids.tolist() == [101] and left.positions.tolist() == [3]
     query = table(tmp_path / "query.parquet", sample_id=[101, 7], candidate_ids=[[103], []])
     with pytest.raises(UserError, match="row 1: the sample_id 7 is no sample"):
