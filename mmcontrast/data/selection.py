@@ -332,6 +332,8 @@ def _by_shard(values: pa.ChunkedArray, shards: Sequence[ShardIndex]) -> Iterable
 
 def _checked_names(column: pa.ChunkedArray, by: str) -> tuple[pa.Array, str]:
     """Return the names as they are compared, and what is wrong with them."""
+    if by == "sample_id" and pa.types.is_signed_integer(column.type) and not column.null_count:
+        return column.cast(pa.int64()).combine_chunks(), ""
     names: list[Any] = []
     for row, value in enumerate(column.to_pylist()):
         if value is None or value == "":
@@ -344,6 +346,8 @@ def _checked_names(column: pa.ChunkedArray, by: str) -> tuple[pa.Array, str]:
 
 
 def _truths(column: pa.ChunkedArray, path: Path) -> pa.Array:
+    if pa.types.is_boolean(column.type) and not column.null_count:
+        return column.combine_chunks()
     words = {"true": True, "false": False, "1": True, "0": False}
     found = [words.get(str(value).lower()) for value in column.to_pylist()]
     if None in found:
