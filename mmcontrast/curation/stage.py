@@ -30,7 +30,7 @@ from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import start_worker
 from mmcontrast.data.parts import key_array
-from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, Selection, StageSelection, open_selection
+from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, NamedSamples, StageSelection, open_selection
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS, is_table, open_table
 from mmcontrast.errors import UserError
@@ -135,6 +135,7 @@ class _Job:
     shard: str
     select: str | None
     rows: np.ndarray | None  # of a selection that is a list; None: all, or those that the stage before kept
+    reasons: list[str | None] | None = None  # [n] what that list says of samples that it does not keep
 
 
 def run_stage(
@@ -157,13 +158,10 @@ def run_stage(
     index, count = share_of_this_process()
     before = open_selection(select) if select else None
     _begin(stage, out, names, _identity(select))
-    lists: list[np.ndarray] | None = None
-    if before is not None and not isinstance(before, StageSelection):
+    lists: list[Any] = [(None,)] * len(names)
+    if isinstance(before, NamedSamples):
         lists = _rows_of_list(before, names, stage)
-    jobs = [
-        _Job(stage, out, number, name, select, lists[number] if lists is not None else None)
-        for number, name in enumerate(names)
-    ]
+    jobs = [_Job(stage, out, number, name, select, *lists[number]) for number, name in enumerate(names)]
     if not (out / MANIFEST).exists():
         for error in _run(jobs[index::count], workers, f"{stage.name}: {len(jobs[index::count])} shards", count):
             if error:
@@ -278,11 +276,16 @@ def _short(value: Any) -> str:
     return text if len(text) < 300 else f"{text[:300]}…"
 
 
-def _rows_of_list(selection: Selection, names: Sequence[str], stage: Stage) -> list[np.ndarray]:
-    """Return the rows of each shard that a list of samples names."""
-    shards = selection.of_all(open_shards(names, True, stage.file_columns, stage.files, selection.of_shard))
-    rows = (getattr(shard, "rows", None) for shard in shards)
-    return [np.arange(len(shard)) if of is None else of for shard, of in zip(shards, rows, strict=True)]
+def _rows_of_list(
+    selection: NamedSamples, names: Sequence[str], stage: Stage
+) -> list[tuple[np.ndarray, list[str | None] | None]]:
+    """Return the rows of each shard that a list of samples keeps, and what it says of the others."""
+    shards = open_shards(names, True, stage.file_columns, stage.files)
+    asked = selection.names_of(shards)
+    kept = selection.narrowed(shards, asked)
+    rows = [getattr(shard, "rows", None) for shard in kept]
+    said = [selection.reasons_of(of) if selection.dropped is not None else None for of in asked]
+    return [(np.arange(len(shard)) if of is None else of, why) for shard, of, why in zip(kept, rows, said, strict=True)]
 
 
 def _run(jobs: Sequence[_Job], workers: int | None, label: str, processes: int) -> Iterator[str]:
@@ -356,9 +359,9 @@ def _whole(job: _Job, shard: ShardIndex, measured: pa.Table, judgement: Judgemen
     columns: dict[str, Any] = {"key": _texts(shard), "row": pa.array(np.arange(len(shard))), "keep": pa.array(keep)}
     whole = reasons.take(spread).to_pylist()
     dropped_before = np.flatnonzero(place < 0)
-    before = previous["reason"].to_pylist() if previous is not None else None
+    before = previous["reason"].to_pylist() if previous is not None else job.reasons or [None] * len(shard)
     for row in dropped_before.tolist():
-        whole[row] = before[row] if before is not None else f"not in {Path(str(job.select)).name}"
+        whole[row] = before[row] or f"not in {Path(str(job.select)).name}"
     columns["reason"] = pa.array(whole, pa.string())
     if previous is not None:
         columns |= {name: previous[name] for name in previous.column_names if name not in columns}

@@ -196,11 +196,14 @@ class NamedSamples(Selection):
     Attributes:
         by: "key", "sample_id", or "json:NAME".
         names: of the samples that are kept: int64 of ids, large binary of anything else.
+        dropped, reasons: names of samples that are not, where the list says why, and what it says.
     """
 
     name: str
     by: str
     names: pa.Array
+    dropped: pa.Array | None = None
+    reasons: pa.Array | None = None
 
     @classmethod
     def read(cls, path: Path) -> "NamedSamples":
@@ -217,23 +220,46 @@ class NamedSamples(Selection):
         names, problem = _checked_names(table.table[by], by)
         if problem:
             raise UserError(f"select {path}, {problem}")
+        said: tuple[pa.Array, pa.Array] | tuple[()] = ()
         if "keep" in table.table.column_names:
             keep = _truths(table.table["keep"], path)
+            if "reason" in table.table.column_names:
+                reasons = table.table["reason"].cast(pa.string()).combine_chunks()
+                why = pc.and_(pc.invert(keep), reasons.is_valid())
+                said = names.filter(why), reasons.filter(why)
             names, dropped = names.filter(keep), names.filter(pc.invert(keep))
             both = pc.is_in(dropped, value_set=names)
             if pc.any(both).as_py():
                 twice = dropped.filter(both)[0].as_py()
                 shown = twice.decode("utf-8", "replace") if isinstance(twice, bytes) else twice
                 raise UserError(f"select {path}: the {by} {shown!r} is there twice, once kept and once not")
-        return cls(str(path), f"{ENTRY}{UID}" if by == UID else by, pc.unique(names))
+        return cls(str(path), f"{ENTRY}{UID}" if by == UID else by, pc.unique(names), *said)
+
+    def names_of(self, shards: Sequence[ShardIndex]) -> list[pa.Array]:
+        """Return what the list would call the samples of each shard."""
+        if self.by == "sample_id":
+            return [pa.array(ids_of_shard(shard, name)) for shard, name in zip(shards, identities_of(shards), strict=True)]
+        if self.by == "key":
+            return [key_array(shard.keys) for shard in shards]
+        return [_entries(shard, self.by.removeprefix(ENTRY)) for shard in shards]
+
+    def reasons_of(self, names: pa.Array) -> list[str | None]:
+        """Return why samples are dropped, where the list says so."""
+        if self.dropped is None or self.reasons is None:
+            return [None] * len(names)
+        return self.reasons.take(pc.index_in(names, value_set=self.dropped, skip_nulls=True)).to_pylist()
 
     def _of_all(self, shards: Sequence[ShardIndex]) -> list[ShardIndex]:
-        if self.by == "sample_id":
-            asked = [pa.array(ids_of_shard(shard, name)) for shard, name in zip(shards, identities_of(shards), strict=True)]
-        elif self.by == "key":
-            asked = [key_array(shard.keys) for shard in shards]
-        else:
-            asked = [_entries(shard, self.by.removeprefix(ENTRY)) for shard in shards]
+        return self.narrowed(shards, self.names_of(shards))
+
+    def narrowed(self, shards: Sequence[ShardIndex], asked: Sequence[pa.Array]) -> list[ShardIndex]:
+        """
+        Args:
+            asked: what `names_of` returned.
+
+        Raises:
+            UserError: for a name that may mean samples of several shards.
+        """
         kind = pa.int64() if self.by == "sample_id" else pa.large_binary()
         column = pa.chunked_array(asked, kind)
         known = pc.is_in(column, value_set=self.names, skip_nulls=True)
@@ -332,6 +358,8 @@ def _by_shard(values: pa.ChunkedArray, shards: Sequence[ShardIndex]) -> Iterable
 
 def _checked_names(column: pa.ChunkedArray, by: str) -> tuple[pa.Array, str]:
     """Return the names as they are compared, and what is wrong with them."""
+    if by == "sample_id" and pa.types.is_signed_integer(column.type) and not column.null_count:
+        return column.cast(pa.int64()).combine_chunks(), ""
     names: list[Any] = []
     for row, value in enumerate(column.to_pylist()):
         if value is None or value == "":
@@ -344,6 +372,8 @@ def _checked_names(column: pa.ChunkedArray, by: str) -> tuple[pa.Array, str]:
 
 
 def _truths(column: pa.ChunkedArray, path: Path) -> pa.Array:
+    if pa.types.is_boolean(column.type) and not column.null_count:
+        return column.combine_chunks()
     words = {"true": True, "false": False, "1": True, "0": False}
     found = [words.get(str(value).lower()) for value in column.to_pylist()]
     if None in found:

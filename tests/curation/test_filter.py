@@ -193,6 +193,10 @@ def test_one_selection_goes_on_from_another(tmp_path):
     fourth, _ = filtered(folder / "*.tar", tmp_path / "fourth", [{"type": "words", "min": 1}], select=tmp_path / "own.csv")
     assert fourth["key"][fourth["keep"]].tolist() == ["000000003", "000010004"]
     assert set(filter(None, reasons(fourth))) == {"not in own.csv"}
+    own = pd.DataFrame({"sample_id": [3, 4, 104], "keep": [True, False, True], "reason": [None, "like sample 3", None]})
+    own.to_parquet(tmp_path / "own.parquet")  # as stages of embedding tables write it
+    fifth, _ = filtered(folder / "*.tar", tmp_path / "fifth", [{"type": "words", "min": 1}], select=tmp_path / "own.parquet")
+    assert reasons(fifth)[3:6] == [None, "like sample 3", "not in own.parquet"]
     with pytest.raises(UserError, match="holds another selection"):
         filtered(folder / "*.tar", tmp_path / "second", rules, select=tmp_path / "third")
 

@@ -152,6 +152,9 @@ def test_a_users_own_lists(tmp_path):
     assert ids(dataset(pattern, str(tmp_path / "ids.csv"))) == [3, 207]
     pq.write_table(pa.table({"json:uid": [f"{7:032x}", f"{100:032x}"]}), tmp_path / "uids.parquet")
     assert ids(dataset(pattern, str(tmp_path / "uids.parquet"))) == [7, 100]
+    by_stage = dataset(pattern, similar(str(pattern), tmp_path / "sel"))
+    pd.DataFrame({"key": keys_of(by_stage)[::-1]}).to_csv(tmp_path / "same.csv", index=False)
+    assert dataset(pattern, str(tmp_path / "same.csv")).digest == by_stage.digest  # the same samples, however they are named
     uids = np.array([(0, 100), (0, 6)], dtype="u8,u8")  # as DataComp's lists are
     np.save(tmp_path / "uids.npy", uids)
     assert ids(dataset(pattern, str(tmp_path / "uids.npy"))) == [6, 100]
