@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmcontrast.errors import UserError
 from mmcontrast.search.query import faiss_module
 from mmcontrast.search.table import StoredTable
 
@@ -53,13 +54,20 @@ class WindowSearch:
         groups: [N] of all rows of the table.
         size: K.
         device: of the product; default: the CPU.
+
+    Raises:
+        UserError: for a device that there is not.
     """
 
     def __init__(
         self, table: StoredTable, query: str, candidate: str, groups: np.ndarray, size: int, device: str = "cpu"
     ) -> None:
         self.table, self.query, self.candidate, self.groups, self.size = table, query, candidate, groups, size
-        self.device, self.read = torch.device(device), 0
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {' '.join(str(error).split())[:200]}") from error
+        self.read = 0  # vectors, since pages were let go
         rows = table.present(candidate)
         order = np.argsort(groups[rows], kind="stable")
         self.grouped_rows, self.sorted_groups = rows[order], groups[rows[order]]  # candidates by their group
@@ -178,7 +186,7 @@ class _Best:
         """Take note of scores [q, C] of a part of the queries with candidates whose rows follow those of before."""
         least = torch.from_numpy(self.scores[part, -1]).to(scores.device)[:, None]
         better = scores > least
-        if int(better.sum()) > 4 * self.k * len(scores):
+        if int(better.count_nonzero()) > 4 * self.k * len(scores):
             better &= scores >= scores.topk(min(self.k, scores.shape[1]), 1).values[:, -1:]
         queries, columns = better.nonzero(as_tuple=True)
         if not len(queries):

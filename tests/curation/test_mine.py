@@ -277,6 +277,8 @@ def test_mistakes_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             mine(tmp_path / "table", tmp_path / "m.parquet", options, progress=False)
+    with pytest.raises(UserError, match="--device nowhere: "):
+        mine(tmp_path / "table", tmp_path / "m.parquet", MiningOptions("a", "a"), "nowhere", progress=False)
     for name, message in (("t.parquet", "exists"), ("m.csv", "name it m.parquet")):
         with pytest.raises(UserError, match=message):
             mine(tmp_path / "table", tmp_path / name, MiningOptions("a", "a"), progress=False)
