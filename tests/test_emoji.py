@@ -58,10 +58,10 @@ def test_the_picture_is_what_the_text_names_in_the_language_that_is_spoken(annot
     described = tmp_path / "together.yaml"
     described.write_text(
         f"out: {tmp_path}/out\nsource: {{type: 'data_pipelines.emoji.together:Together', font: {FONT},"
-        f" annotations: {annotations}, languages: [en, fr], emoji: 4, train: 30, val: 5}}\n"
+        f" annotations: {annotations}, languages: [en, fr], emoji: 4, train: 12, val: 2}}\n"
     )
-    assert "train 30, val 5 samples" in " ".join(build_corpus(described, workers=1).split())
-    task = Together(FONT, annotations, ("en", "fr"), emoji=4, train=30, val=5)
+    assert "train 12, val 2 samples" in " ".join(build_corpus(described, workers=1).split())
+    task = Together(FONT, annotations, ("en", "fr"), emoji=4, train=12, val=2)
     abouts = []
     for number in task.splits()["train"]:
         sample = task.make_sample("train", number)

@@ -20,7 +20,7 @@ LANGUAGES = ("en", "fr", "de", "es", "ru", "tr", "sw", "hi", "ar", "zh")
 VOICES = {"en": "en-us", "zh": "cmn"}  # espeak-ng's names, where they are not the language's
 TRAIN_SPEAKERS, HELD_OUT_SPEAKERS = ("m1", "m3", "m4", "m7", "f1", "f2", "f4"), ("m2", "f3")
 HELD_OUT = 5  # one emoji in five is never trained on
-speaker, open_font = cache(speech.Speaker), cache(ImageFont.truetype)
+open_font = cache(ImageFont.truetype)
 
 
 class Emoji:
@@ -77,5 +77,5 @@ def draw(emoji: str, font: str, side: int, rng: np.random.Generator) -> bytes:
 def say(name: str, language: str, held_out: bool, rng: np.random.Generator) -> bytes:
     voice = f"{VOICES.get(language, language)}+{rng.choice(HELD_OUT_SPEAKERS if held_out else TRAIN_SPEAKERS)}"
     out = io.BytesIO()
-    soundfile.write(out, speaker().say(name, voice, int(rng.integers(160, 221))), speech.SAMPLE_RATE, format="FLAC")
+    soundfile.write(out, speech.speaker().say(name, voice, int(rng.integers(160, 221))), speech.SAMPLE_RATE, format="FLAC")
     return out.getvalue()

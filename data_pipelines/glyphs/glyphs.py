@@ -13,7 +13,6 @@ from mmcontrast.data.writer import Sample
 
 FONTS = (*characters.TRAIN_FONTS, characters.HELD_OUT_FONT, characters.HELD_OUT_FAMILY)
 PLAIN_LETTERS = [f"{script} {case} letter" for script in ("Latin", "Greek", "Cyrillic") for case in ("capital", "small")]
-speaker = cache(speech.Speaker)  # one a process
 
 
 @cache
@@ -56,7 +55,7 @@ class Glyphs:
         picture, sound = io.BytesIO(), io.BytesIO()
         size = int(rng.integers(round(self.side * 0.62), round(self.side * 0.7) + 1))
         draw(chr(character.code), name, size, self.side).save(picture, "PNG")
-        spoken = speaker().say(character.name, str(rng.choice(voices)), int(rng.integers(200, 281)))
+        spoken = speech.speaker().say(character.name, str(rng.choice(voices)), int(rng.integers(200, 281)))
         soundfile.write(sound, spoken, speech.SAMPLE_RATE, format="FLAC")
         about = {"sample_id": sample_id, "group_id": character.code, "character": chr(character.code), "font": name}
         labels = {"name": character.name, "script": character.script, "category": character.category}

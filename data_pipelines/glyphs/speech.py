@@ -1,6 +1,7 @@
 """Spoken names: espeak-ng, whose library and voices ship in the wheel `espeakng-loader`, called through ctypes."""
 
 import ctypes
+from functools import cache
 
 import espeakng_loader
 import numpy as np
@@ -44,3 +45,6 @@ class Speaker:
         data = text.encode()
         self.library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, _UTF8, None, None)
         return soxr.resample(np.concatenate(self.chunks), _NATIVE_RATE, SAMPLE_RATE)
+
+
+speaker = cache(Speaker)  # the one of this process: a second would take the first one's sound

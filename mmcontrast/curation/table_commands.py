@@ -115,7 +115,7 @@ def cluster(
     out: Out,
     field: Annotated[str, typer.Option(help="the field whose embeddings are clustered")],
     clusters: Annotated[int, typer.Option(min=1, help="how many")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of k-means")] = 0,
     iterations: Annotated[int, typer.Option(min=1, help="of k-means")] = 20,
 ) -> None:
     """Cluster samples by their embeddings (spherical k-means): OUT is what data.clusters reads.
