@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from tests.command import ROOT, mmcontrast
@@ -29,6 +30,7 @@ def write_raw(folder: Path) -> None:
     write_pairs(folder, samples=[samples[:20], samples[20:40], samples[40:]])
 
 
+@pytest.mark.slow  # each command has tests of its own
 def test_from_raw_pairs_to_a_search(config_file, tmp_path):
     write_raw(tmp_path / "pairs")
     (rules,), (commands,) = blocks("yaml"), blocks("")
