@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmcontrast.curation.looking import Look, Missing, members_of_keys
+from mmcontrast.curation.looking import Missing, looks, members_of_keys
 from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.errors import UserError
@@ -142,16 +142,16 @@ class Balance(Stage):
 
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
         """Return the entries that each text matches, and for each a number in [0, 1): a function of seed, shard and row."""
-        entries, members = read_entries(self.entries), sorted(members_of_keys(self.keys))
+        entries = read_entries(self.entries)
         found: list[list[int]] = []
         drawn: list[list[float]] = []
         why: list[str | None] = []
-        for row in rows.tolist():
+        for look in looks(shard, rows, members_of_keys(self.keys), {}):
             try:
-                matched, problem = entries.found_in(Look(shard, row, members, {}).text(self.keys)), None
+                matched, problem = entries.found_in(look.text(self.keys)), None
             except (Missing, DecodeError) as error:
                 matched, problem = [], str(error) if isinstance(error, Missing) else f"text unreadable ({error})"
-            digest = hashlib.blake2b(f"balance {self.seed} {shard.digest} {row}".encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(f"balance {self.seed} {shard.digest} {look.row}".encode(), digest_size=8).digest()
             random = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
             found.append(matched)
             drawn.append(random.random(len(matched)).tolist())

@@ -115,7 +115,9 @@ def balance(
     tail: Annotated[
         float | None, typer.Option(min=0, max=1, help="instead: the share of all matches that rare entries have")
     ] = None,
-    text: Annotated[str, typer.Option(help="where the text is: members or entries of the json, tried in turn")] = "txt",
+    keys: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=KEY", help="where the text is: text=json:caption; may be repeated")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     files: Files = None,
     select: Select = None,
@@ -127,9 +129,14 @@ def balance(
     matches none is dropped. Outputs as of `mmcontrast data filter`.
     """
     from mmcontrast.curation.balance import balance_of
+    from mmcontrast.curation.looking import FIELDS
     from mmcontrast.curation.stage import run_stage
+    from mmcontrast.data import read_keys
 
-    stage = balance_of(entries, limit, tail, seed, text.split(","), files)
+    given = read_keys(keys or ())
+    if given.keys() - {"text"}:
+        raise UserError(f"--keys {min(given.keys() - {'text'})}=…: what is balanced is the field text")
+    stage = balance_of(entries, limit, tail, seed, [str(key) for key in given.get("text", FIELDS["text"])], files)
     _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
 
 

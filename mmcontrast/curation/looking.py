@@ -1,5 +1,7 @@
-"""What rules look at of a sample: its text, the sides of its picture, the length of its sound, entries of its json. Nothing is
-decoded but texts and headers."""
+"""Looks at one sample for rules: its text, the sides of its picture, the length of its sound, entries of its json.
+
+Nothing is decoded but texts and headers.
+"""
 
 import io
 import math

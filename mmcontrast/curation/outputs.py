@@ -1,4 +1,4 @@
-"""What stages of embedding tables write: one Parquet file that appears whole, what was counted, and a page."""
+"""Writes the outputs of stages of embedding tables: one Parquet file that appears whole, what was counted, and a page."""
 
 import hashlib
 import html

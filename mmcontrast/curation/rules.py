@@ -104,7 +104,7 @@ class Bounded(Rule):
 
 
 class Words(Bounded):
-    """How many words a text has, between white space."""
+    """Count the words of a text, between white space."""
 
     type: Literal["words"]
 
@@ -113,7 +113,7 @@ class Words(Bounded):
 
 
 class Characters(Bounded):
-    """How many characters (code points) a text has, without the white space around it."""
+    """Count the characters (code points) of a text, without the white space around it."""
 
     type: Literal["characters"]
 
@@ -258,7 +258,7 @@ class Column(Bounded):
 
 
 class Readable(Rule):
-    """Whether a field's member can be decoded, all of it, as training does: much slower than the other rules.
+    """Decode a field's whole member, as training does, and drop what cannot be: much slower than the other rules.
 
     Attributes:
         of: image, audio or text.

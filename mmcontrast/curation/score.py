@@ -30,7 +30,7 @@ ROWS, SHOWN = 16_384, 12  # that are read, that the page shows of each kind
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What is scored, and which samples are kept.
+    """Say what is scored, and which samples are kept.
 
     Attributes:
         first, second: fields, whose cosine is a sample's score.
@@ -86,23 +86,24 @@ def score(table: Path, out: Path, options: ScoreOptions) -> dict[str, Any]:
         raise UserError(f"{table}: no sample is kept: {best}")
     said = "" if least is None else f"score < {least:.6g}" + (f", the top {options.top:g}" if options.top is not None else "")
     with parquet_file(out, SCHEMA) as writer:
-        for start in range(0, len(ids), ROWS):
-            rows = range(start, min(start + ROWS, len(ids)))
-            reasons = [None if keep[row] else said if there[row] else _lacking(stored, row, options) for row in rows]
-            part = slice(rows.start, rows.stop)
+        start = 0
+        for part in stored.columns("key"):
+            here = slice(start, start := start + len(part))
+            lacking = {int(row): _lacking(stored, int(row), options) for row in np.flatnonzero(~there[here]) + here.start}
+            reasons = [None if kept else lacking.get(here.start + k, said) for k, kept in enumerate(keep[here].tolist())]
             columns = [
-                pa.array(ids[part]),
-                pa.array([stored.about(row)[0] for row in rows], pa.string()),
-                pa.array(keep[part]),
+                pa.array(ids[here]),
+                part["key"],
+                pa.array(keep[here]),
                 pa.array(reasons, pa.string()),
-                pa.array(scores[part], pa.float32(), mask=~there[part]),
+                pa.array(scores[here], pa.float32(), mask=~there[here]),
             ]
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            writer.write_table(pa.table(columns, schema=SCHEMA))
         stored.check_unchanged()
         quantiles = {f"{q:g}": float(np.quantile(scores[there], q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
         summary = {
             "stage": "score", "table": about_table(stored), "options": asdict(options), "samples": len(ids),
-            "kept": int(keep.sum()), "without a score": int((~there).sum()), "least score kept": least, "quantiles": quantiles,
+            "kept": int(keep.sum()), "without_score": int((~there).sum()), "least_score_kept": least, "quantiles": quantiles,
         }  # fmt: skip
         finish(out, writer, summary, _sections(stored, scores, keep, summary))
     return summary
@@ -142,7 +143,7 @@ def _sections(table: StoredTable, scores: np.ndarray, keep: np.ndarray, summary:
     ordered = there[np.argsort(scores[there], kind="stable")]
     examples = [ordered[place] for place in spread(SHOWN, len(ordered))]
     cells = "".join(sample_cell(table, int(row), f"{scores[row]:.3f}{'' if keep[row] else ', dropped'}") for row in examples)
-    counts = {name: summary[name] for name in ("samples", "kept", "without a score", "least score kept")}
+    counts = {name.replace("_", " "): summary[name] for name in ("samples", "kept", "without_score", "least_score_kept")}
     counts |= {f"quantile {name}": value for name, value in summary["quantiles"].items()}
     return [
         counts_table("What was kept", {name: value for name, value in counts.items() if value is not None}),

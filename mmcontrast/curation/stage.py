@@ -46,7 +46,7 @@ Decisions = Any
 
 @dataclass(frozen=True)
 class Judgement:
-    """What becomes of the samples that a stage was given, and what its summary adds up: numbers, by name.
+    """Say which of the samples that a stage was given are dropped and why, with numbers for its summary.
 
     Attributes:
         reasons: [n] why a sample is dropped; None: it is kept.
@@ -109,7 +109,7 @@ class Stage(ABC):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of a stage has done: all of it, or its own share.
+    """Say what a run of a stage has done: all of it, or its own share.
 
     Attributes:
         missing: shards of which other processes have not yet written their tables.

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch.utils.data import Dataset
 
 from mmcontrast.data.class_texts import CLASS_NAME, FOLDER, class_of, folder_of, group_of, prompt_of
@@ -20,7 +22,7 @@ from mmcontrast.data.held_out import Part, divide
 from mmcontrast.data.ids import default_id, ids_of, read_json, stable_hash, weight_of
 from mmcontrast.data.index import open_shards
 from mmcontrast.data.negatives import MinedNegatives
-from mmcontrast.data.selection import open_selection
+from mmcontrast.data.selection import ids_of_shard, open_selection
 from mmcontrast.data.shard import LABELS, NO_EXTENSION, ShardIndex, member_of
 from mmcontrast.data.tables import refuse_repeated_ids
 from mmcontrast.data.views import StoredEmbeddings, TeacherView
@@ -339,6 +341,15 @@ class ShardDataset(Samples):
         if sample.error:
             raise UserError(f"shard {shard.name}, {shard.describe(row)}: {sample.error}")
         return sample.sample_id
+
+    def sample_ids(self) -> np.ndarray:
+        """Return the ids of all samples, int64 [N], by position. Reads the json of each.
+
+        Raises:
+            UserError: if one is wrong.
+        """
+        shards = track(self.shards, "reading sample ids", console=Console(stderr=True), transient=True)
+        return np.concatenate([ids_of_shard(shard, name) for shard, name in zip(shards, self.identities, strict=True)])
 
     def default_id(self, position: int) -> int:
         """The id of a sample that says none: of its shard and its name there."""

@@ -155,6 +155,14 @@ class MixtureDataset(Samples):
         sample_id = self.sources[name].sample_id(own)
         return stable_hash(f"{name} {sample_id}") if name in self.own_ids else sample_id
 
+    def sample_ids(self) -> np.ndarray:
+        """Return the ids of all samples, int64 [N], by position, as `ShardDataset.sample_ids`."""
+        found = []
+        for name, source in self.sources.items():
+            ids = source.sample_ids()
+            found.append(np.array([stable_hash(f"{name} {own}") for own in ids.tolist()]) if name in self.own_ids else ids)
+        return np.concatenate(found)
+
     @property
     def digest(self) -> str:
         return " ".join(source.digest for source in self.sources.values())

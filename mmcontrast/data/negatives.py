@@ -15,8 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import track
 
 from mmcontrast.data.ids import id_of
 from mmcontrast.errors import UserError
@@ -87,9 +85,7 @@ def open_negatives(
     if len(again := np.flatnonzero(np.diff(ids[order]) == 0)):
         rows = sorted(order[again[0] : again[0] + 2].tolist())
         raise UserError(f"data.negatives: {table}, rows {rows[0]} and {rows[1]} are both of the sample {ids[rows[0]]}")
-    console = Console(stderr=True)
-    numbers = track(range(len(dataset)), "looking up negatives", console=console, transient=True)
-    there = np.fromiter((dataset.sample_id(position) for position in numbers), np.int64, len(dataset))
+    there = dataset.sample_ids()
     by_id = np.argsort(there, kind="stable")
     known = there[by_id]
     owners = np.repeat(np.arange(len(ids)), np.diff(starts))

@@ -82,6 +82,28 @@ def test_a_frequent_entry_keeps_about_its_limit_and_a_rare_one_all(tmp_path):
     assert tail.exit_code == 0 and json.loads((tmp_path / "tail" / "summary.json").read_text())["kept"] < 130  # 40 and 40
 
 
+def test_texts_are_where_the_keys_say(tmp_path):
+    """Of the usual members one that a shard has; entries of the json as img2dataset writes them; none at all."""
+    shards = {"captions": {"caption": "a gnu"}, "entries": {"json": {"caption": "a gnu"}}, "pictures": {"cls": "1"}}
+    (tmp_path / "entries.txt").write_text("gnu\n")
+    for name, members in shards.items():
+        write_shard(tmp_path / f"{name}.tar", [{"__key__": "0", **members}])
+
+    def kept(name, *options):
+        arguments = ["data", "balance", "--entries", str(tmp_path / "entries.txt"), "--limit", "10", "--workers", "1", *options]
+        done = CliRunner().invoke(
+            app, [*arguments, str(tmp_path / f"{name}.tar"), str(tmp_path / f"out {name} {len(options)}")]
+        )
+        assert done.exit_code == 0, done.output
+        return json.loads((tmp_path / f"out {name} {len(options)}" / "summary.json").read_text())["kept"]
+
+    assert (kept("captions"), kept("entries"), kept("pictures")) == (1, 0, 0)
+    assert kept("entries", "--keys", "text=json:caption") == 1
+    wrong = [str(tmp_path / "captions.tar"), str(tmp_path / "wrong"), "--limit", "10", "--keys", "image=jpg"]
+    done = CliRunner().invoke(app, ["data", "balance", "--entries", str(tmp_path / "entries.txt"), *wrong])
+    assert done.exit_code == 2 and "--keys image=" in done.output
+
+
 def test_files_of_entries(tmp_path):
     (tmp_path / "list.json").write_text('["dog", "St. Louis"]')
     assert read_entries(str(tmp_path / "list.json")).names == ["dog", "St. Louis"]

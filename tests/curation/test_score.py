@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from mmcontrast.cli import app
+from mmcontrast.data import write_shard
+from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.modalities import TextModality
 from tests.curation.tables import write_table
 
 
@@ -49,8 +52,32 @@ def test_scores_are_cosines_and_the_best_are_kept(made):
     rows = pandas.read_parquet(folder / "min.parquet")
     assert set(np.flatnonzero(rows["keep"])) == set(there[rows["score"].to_numpy()[there] >= np.float32(0.2)])
     summary = json.loads((folder / "min.summary.json").read_text())
-    assert summary["kept"] == rows["keep"].sum() and summary["without a score"] == 2
+    assert summary["kept"] == rows["keep"].sum() and summary["without_score"] == 2
     assert "<svg" in (folder / "min.report.html").read_text()
+
+
+def test_training_reads_what_scores_and_near_duplicates_keep(made):
+    """The files of stages of tables are selections of the shards that the tables were made of."""
+    _, folder = made
+    samples = [{"__key__": f"k{row}", "txt": "a text", "json": {"sample_id": 1000 + row}} for row in range(500)]
+    write_shard(folder / "0.tar", samples)
+    assert run(folder, "top.parquet", "--top", "0.1").exit_code == 0
+    arguments = [
+        "data",
+        "dedup-near",
+        str(folder / "table"),
+        str(folder / "near.parquet"),
+        "--field",
+        "image",
+        "--epsilon",
+        "0.5",
+    ]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    for name in ("top", "near"):
+        rows = pandas.read_parquet(folder / f"{name}.parquet")
+        dataset = ShardDataset(str(folder / "0.tar"), {"text": TextModality()}, {}, select=str(folder / f"{name}.parquet"))
+        kept = rows["sample_id"][rows["keep"]].tolist()
+        assert 0 < len(kept) < 500 and dataset.sample_ids().tolist() == kept == [dataset.sample_id(k) for k in range(len(kept))]
 
 
 def test_a_table_of_tangent_vectors_is_refused(tmp_path):

@@ -103,6 +103,8 @@ def test_a_field_that_a_source_lacks_is_absent(sources, num_workers):
 
 def test_ids_that_mean_nothing_to_the_others_are_kept_apart(sources):
     shared, apart = (opened(sources, own_ids)[0] for own_ids in ((), ("words",)))
+    for dataset in (shared, apart):
+        assert dataset.sample_ids().tolist() == [dataset.sample_id(position) for position in range(len(dataset))]
     assert shared[0, 0].sample_id == shared[0, 40].sample_id == 0 and shared[0, 1].group_id == shared[0, 41].group_id
     assert apart[0, 0].sample_id == 0 and apart[0, 40].sample_id > 10**6
     assert apart[0, 40].group_id == apart[0, 41].group_id != apart[0, 42].group_id
