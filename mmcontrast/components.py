@@ -3,10 +3,13 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from mmcontrast.errors import UserError
 from mmcontrast.trust import import_by_path
+
+signature_of = cache(inspect.signature)  # a loss by name is built at every step
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -46,7 +49,7 @@ def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: t
         constructor = known[name]
     else:
         raise UserError(f"unknown {kind} type {name!r}; {nearest(name, known)} (or an import path 'package.module:Name')")
-    signature = inspect.signature(constructor)
+    signature = signature_of(constructor)
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     valid = [p for p in signature.parameters if p not in context]
     for option in options:

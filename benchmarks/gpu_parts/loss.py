@@ -18,7 +18,7 @@ WIDTHS = {"cuda": [512, 768, 1152], "cpu": [16]}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}  # the interpreter has no bf16
 SAMPLE = {"cuda": 4096, "cpu": 48}  # rows at which errors are found
 LONGEST = 40  # seconds of one run
-ALL_IN = {"cuda": 3, "cpu": 0}  # seconds that the runs of one measurement take together, if one run does not take longer
+ALL_IN = {"cuda": 1.5, "cpu": 0}  # seconds that the runs of one measurement take together, if one run does not take longer
 OURS = "ours"
 STOPPED = ("failed", "out of memory", "died", "timed out", "skipped")
 

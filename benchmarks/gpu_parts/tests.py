@@ -19,7 +19,7 @@ def run(context: Context) -> None:
     os.environ["GPU_RESULTS"] = str(context.results.path)
     options = ["--noconftest", "--continue-on-collection-errors", "-q", "-p", "no:cacheprovider"]
     if context.device == "cuda" and importlib.util.find_spec("xdist"):
-        options += ["-n", str(min(8, len(os.sched_getaffinity(0))))]  # most of the time kernels are compiled
+        options += ["-n", str(min(16, len(os.sched_getaffinity(0))))]  # most of the time kernels are compiled
     code = pytest.main(["tests/gpu", *options, "-p", "gpu_parts.pytest_results"])
     context.results.reload()
     if code not in (0, 1, 5):  # passed, failed, none left

@@ -42,7 +42,9 @@ class LogSumExp(Reduction):
         return float("-inf")
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([a, b]).logsumexp(0)  # `logaddexp` has NaN gradients where both are −inf
+        if not (a.requires_grad or b.requires_grad):
+            return torch.logaddexp(a, b)  # whose gradients are NaN where both are −inf
+        return torch.stack([a, b]).logsumexp(0)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,9 @@ def score_statistics(
         raise ValueError("a scale per row needs column_scale for the columns' direction")
     everyone = exchange([len(x), len(y)], group, x.device)
     rank = dist.get_rank(group) if group is not None else 0
+    negatives = None
+    if ids is None and column_ids is None:
+        negatives = sum(m for _, m in everyone) - paired, sum(n for n, _ in everyone) - paired
     if ids is None:
         ids = torch.arange(len(x), device=x.device) + sum(rows for rows, _ in everyone[:rank])
     if column_ids is None:
@@ -149,7 +152,7 @@ def score_statistics(
         column_scale = scale.new_zeros(len(y)) if per_anchor else None
     plan = _Plan(
         tuple(reductions), columns, chosen, size, driver(group, [m for _, m in everyone], communication), ids, column_ids,
-        per_anchor, paired, link, limits, tuple(teachers),
+        per_anchor, paired, negatives, link, limits, tuple(teachers),
     )  # fmt: skip
     parameter = None if link is None else link.parameter
     dots, row_negatives, column_negatives, *values = _Scores.apply(x, y, scale, column_scale, bias, parameter, plan)
@@ -201,7 +204,11 @@ def _with_log_sums(teacher: Teacher, all_of: Callable[..., tuple[Direction, Dire
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that the passes need beside the differentiable inputs."""
+    """All that the passes need beside the differentiable inputs.
+
+    Attributes:
+        negatives: of every row, and of every column, where no two samples are of one group; else None: they are counted.
+    """
 
     reductions: tuple[Reduction, ...]
     both: bool
@@ -212,6 +219,7 @@ class _Plan:
     column_ids: Tensor
     per_anchor: bool
     paired: bool
+    negatives: tuple[int, int] | None
     link: Link | None
     limits: Limits | None
     teachers: tuple[Teacher, ...]
@@ -266,17 +274,25 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Any:
         x, y, scale, column_scale, bias, _, plan = inputs
         backend, dtype = plan.backend, scale.dtype
-        rows = [x.new_full((len(x),), r.identity, dtype=dtype) for r in plan.reductions]
-        row_negatives = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        rows: list[Tensor] = []
+        row_negatives, column_negatives = (rows_of.new_zeros(len(rows_of), dtype=torch.int64) for rows_of in (x, y))
         home = plan.driver.accumulator()
-        merge: list[Merge] = [_add, *(r.merge for r in plan.reductions if plan.both)]
+        merge: list[Merge] = [r.merge for r in plan.reductions if plan.both]
+        counts = plan.negatives is None
         for step, block, _ in plan.visits(x, y, scale, column_scale, bias):
             part = backend.forward(block)
-            row_negatives += len(block.y) - block.same.row_counts
-            rows = [r.merge(a, b) for r, a, b in zip(plan.reductions, rows, part.rows, strict=True)]
+            rows = [r.merge(a, b) for r, a, b in zip(plan.reductions, rows, part.rows, strict=True)] if step else part.rows
+            if counts:
+                row_negatives += len(block.y) - block.same.row_counts
             if plan.both:
-                home.add(step, merge, [len(x) - block.same.column_counts, *part.columns])
-        column_negatives, *columns = home.home() if plan.both else [row_negatives]
+                own = [len(x) - block.same.column_counts] if counts else []
+                home.add(step, [_add] * counts + merge, [*own, *part.columns])
+        columns = home.home() if plan.both else []
+        if plan.negatives is not None:
+            row_negatives += plan.negatives[0]
+            column_negatives += plan.negatives[1]
+        elif plan.both:
+            column_negatives, *columns = columns
         dots = row_dots(x, y, dtype) if plan.paired else x.new_zeros(len(x), dtype=dtype)
         ctx.plan = plan
         ctx.save_for_backward(x, y, scale, column_scale, bias, *rows, *columns)

@@ -68,11 +68,11 @@ def gradients_by_tiles(
     grads: Statistics,
     dx: Tensor | None,
     tile: tuple[int, int],
-    weights: Callable[[slice, slice, Statistics], Weights],
+    weights_of: Callable[[Statistics], Callable[[slice, slice], Weights]],
 ) -> Gradients:
     """The backward pass: for each tile its weights W, then dx += W Y and dy += Wᵀ X, of those that are wanted.
 
-    Weights in fp16 would underflow (a gradient of 1/N times a probability), so there they are those of the gradients
+    `weights_of` makes the function that has the weights of rows and columns, for the gradients by the statistics. Weights in fp16 would underflow (a gradient of 1/N times a probability), so there they are those of the gradients
     divided by the largest of them.
     """
     dtype, low = block.dtype, product_dtype(block)
@@ -85,6 +85,8 @@ def gradients_by_tiles(
     def add(total: Tensor, a: Tensor, b: Tensor) -> None:
         if a.dtype == dtype:
             total.addmm_(a, b)
+        elif largest is None and a.is_cuda:
+            torch.addmm(total, a, b, out_dtype=dtype, out=total)
         elif largest is None:
             total += product(a, b, dtype)
         else:
@@ -94,10 +96,11 @@ def gradients_by_tiles(
     row_scale = block.row_scale if block.folded else None
     like = (row_scale, block.column_scale, block.bias, None if block.link is None else block.row_scale.new_zeros(()))
     sums = [None if one is None else torch.zeros_like(one) for one in like]
+    weights = weights_of(grads)
     for rows in cut(len(block.x), tile[0]):
         x = block.x[rows].to(low) if dy is not None else None
         for columns in cut(len(block.y), tile[1]):
-            part = weights(rows, columns, grads)
+            part = weights(rows, columns)
             w = part.w.to(low)
             if dx is not None:
                 add(dx[rows], w, block.y[columns].to(low))

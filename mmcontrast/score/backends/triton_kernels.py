@@ -2,7 +2,9 @@
 
 Both compute a tile of scores with one product in fp32 accumulators, and finish it where it lies. Each program writes to
 places of its own, so results do not depend on the order of execution.
-Shapes: BM, BN rows and columns of a tile, BK the width of one step of the product.
+A launch covers the rows from row0 to n and the columns from column0 to m of the block, whose x, y, ids, scales, values and
+gradients it is given whole; what it writes is as large as its part, R × C.
+Shapes: N, M rows and columns of the block; BM, BN rows and columns of a tile; BK the width of one step of the product.
 """
 
 import triton
@@ -38,12 +40,11 @@ def dot_products(
 
 
 @triton.jit
-def special(row_ids, column_ids, tile_n, tile_m, n, m, BM: tl.constexpr, BN: tl.constexpr):
+def special(row_ids, column_ids, rows, columns, n, m):
     """Whether the tile hangs over the edge, and whether a row and a column of it may be of one group."""
-    ids_n = tl.load(row_ids + tl.minimum(tile_n * BM + tl.arange(0, BM), n - 1))
-    ids_m = tl.load(column_ids + tl.minimum(tile_m * BN + tl.arange(0, BN), m - 1))
+    ids_n, ids_m = tl.load(row_ids + tl.minimum(rows, n - 1)), tl.load(column_ids + tl.minimum(columns, m - 1))
     meet = (tl.min(ids_n) <= tl.max(ids_m)) & (tl.min(ids_m) <= tl.max(ids_n))
-    return (tile_n * BM + BM > n) | (tile_m * BN + BN > m), meet
+    return (tl.max(rows) >= n) | (tl.max(columns) >= m), meet
 
 
 @triton.jit
@@ -130,17 +131,19 @@ def reduce_both(
 @triton.jit
 def reduce_tiles(
     x, y, row_ids, column_ids, row_scale, column_scale, bias, row_out, column_out,
-    n, m, D,
+    row0, column0, n, m, D,
     KINDS: tl.constexpr, EXPONENTS: tl.constexpr, OVERS: tl.constexpr,
     BOTH: tl.constexpr, PER_ANCHOR: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """row_out [K, tiles of m, n] and column_out [K, tiles of n, m]: each tile's reductions, for the caller to merge."""
-    tile_n, tile_m = place(n, m, BM, BN, GROUP)
-    rows, columns = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    """row_out [K, tiles of C, R] and column_out [K, tiles of R, C]: each tile's reductions, for the caller to merge."""
+    R, C = n - row0, m - column0
+    tile_n, tile_m = place(R, C, BM, BN, GROUP)
+    here, there = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    rows, columns = row0 + here, column0 + there
     some_rows, some_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
-    ragged, meet = special(row_ids, column_ids, tile_n, tile_m, n, m, BM, BN)
-    dots = dot_products(x, y, tile_n * BM, tile_m * BN, D, BM, BN, BK, PRECISION)
+    ragged, meet = special(row_ids, column_ids, rows, columns, n, m)
+    dots = dot_products(x, y, row0 + tile_n * BM, column0 + tile_m * BN, D, BM, BN, BK, PRECISION)
 
     if PER_ANCHOR:
         z = dots * tl.load(row_scale + some_rows)[:, None]
@@ -148,8 +151,8 @@ def reduce_tiles(
         z = dots * tl.load(row_scale)
     if BIAS:
         z += tl.load(bias)
-    row_at, column_at = row_out + tile_m * n + rows, column_out + tile_n * m + columns
-    row_step, column_step = tl.cdiv(m, BN) * n, tl.cdiv(n, BM) * m
+    row_at, column_at = row_out + tile_m * R + here, column_out + tile_n * C + there
+    row_step, column_step = tl.cdiv(C, BN) * R, tl.cdiv(R, BM) * C
     zc = z
     if BOTH and PER_ANCHOR:
         zc = dots * tl.load(column_scale + some_columns)[None, :]
@@ -216,21 +219,23 @@ def weigh_tiles(
     x, y, row_ids, column_ids, row_scale, column_scale, bias,
     row_values, column_values, row_grads, column_grads,
     w_out, bias_out, row_scale_out, column_scale_out,
-    n, m, D,
+    row0, column0, n, m, N, M, D,
     KINDS: tl.constexpr, EXPONENTS: tl.constexpr, OVERS: tl.constexpr,
     BOTH: tl.constexpr, PER_ANCHOR: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w_out [n, m] = ∂loss/∂z (times the scales where they are per anchor), from the final values and their gradients
-    [K, n] and [K, m] (of log-sum-exps: binary values, gradients times the exponent).
+    """w_out [R, C] = ∂loss/∂z (times the scales where they are per anchor), from the final values and their gradients
+    [K, N] and [K, M] (of log-sum-exps: binary values, gradients times the exponent).
 
-    And each tile's sums: bias_out [tiles of n, tiles of m], row_scale_out [tiles of m, n], column_scale_out [tiles of n, m].
+    And each tile's sums: bias_out [tiles of R, tiles of C], row_scale_out [tiles of C, R], column_scale_out [tiles of R, C].
     """
-    tile_n, tile_m = place(n, m, BM, BN, GROUP)
-    rows, columns = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    R, C = n - row0, m - column0
+    tile_n, tile_m = place(R, C, BM, BN, GROUP)
+    here, there = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    rows, columns = row0 + here, column0 + there
     some_rows, some_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
-    ragged, meet = special(row_ids, column_ids, tile_n, tile_m, n, m, BM, BN)
-    dots = dot_products(x, y, tile_n * BM, tile_m * BN, D, BM, BN, BK, PRECISION)
+    ragged, meet = special(row_ids, column_ids, rows, columns, n, m)
+    dots = dot_products(x, y, row0 + tile_n * BM, column0 + tile_m * BN, D, BM, BN, BK, PRECISION)
 
     if PER_ANCHOR:
         row_factor = tl.load(row_scale + some_rows)[:, None]
@@ -249,10 +254,10 @@ def weigh_tiles(
         wc = tl.zeros((BM, BN), tl.float32)  # the columns' own, as their scales are
     for r in tl.static_range(len(KINDS)):
         if KINDS[r] != MAXIMUM:
-            value, grad = tl.load(row_values + r * n + some_rows), tl.load(row_grads + r * n + some_rows)
+            value, grad = tl.load(row_values + r * N + some_rows), tl.load(row_grads + r * N + some_rows)
             if BOTH:
-                column_value = tl.load(column_values + r * m + some_columns)
-                column_grad = tl.load(column_grads + r * m + some_columns)
+                column_value = tl.load(column_values + r * M + some_columns)
+                column_grad = tl.load(column_grads + r * M + some_columns)
             if BOTH and not PER_ANCHOR:
                 w += derivative_of_both(
                     z, value, grad, column_value, column_grad,
@@ -272,12 +277,12 @@ def weigh_tiles(
         d_bias = tl.sum(w)
         if PER_ANCHOR:
             d_bias += tl.sum(wc)
-        tl.store(bias_out + tile_n * tl.cdiv(m, BN) + tile_m, d_bias)
+        tl.store(bias_out + tile_n * tl.cdiv(C, BN) + tile_m, d_bias)
     if PER_ANCHOR:
-        tl.store(row_scale_out + tile_m * n + rows, tl.sum(w * dots, 1), mask=rows < n)
+        tl.store(row_scale_out + tile_m * R + here, tl.sum(w * dots, 1), mask=rows < n)
         w *= row_factor
         if BOTH:
-            tl.store(column_scale_out + tile_n * m + columns, tl.sum(wc * dots, 0), mask=columns < m)
+            tl.store(column_scale_out + tile_n * C + there, tl.sum(wc * dots, 0), mask=columns < m)
             w += wc * column_factor
-    w_at = w_out + rows.to(tl.int64)[:, None] * m + columns[None, :]
+    w_at = w_out + here.to(tl.int64)[:, None] * C + there[None, :]
     tl.store(w_at, w.to(w_out.dtype.element_ty), mask=(rows < n)[:, None] & (columns < m)[None, :])

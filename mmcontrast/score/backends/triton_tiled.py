@@ -7,7 +7,7 @@ an accumulator of dX, 128 × D in fp32, does not fit in registers at D ≥ 512, 
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +38,9 @@ class Launch:
     stages: int
 
 
-LAUNCHES = {  # by the product; for sm_90 infonce and siglip spill no registers; not yet tuned on a card
-    "half": Launch(128, 128, 64, 8, 3),
-    "tf32": Launch(128, 128, 32, 8, 3),
+LAUNCHES = {  # by the product: of those that fit every card the fastest on NVIDIA H200
+    "half": Launch(128, 128, 64, 4, 3),
+    "tf32": Launch(64, 128, 32, 4, 3),
     "ieee": Launch(64, 64, 16, 8, 2),
 }
 
@@ -64,20 +64,23 @@ class TritonTiled:
     def forward(self, block: Block) -> Statistics:
         from mmcontrast.score.backends import triton_kernels
 
-        n, m, K = len(block.x), len(block.y), len(block.reductions)
-        rows = [block.x.new_full((n,), r.identity, dtype=torch.float32) for r in block.reductions]
-        columns = [block.x.new_full((m,), r.identity, dtype=torch.float32) for r in block.reductions if block.both]
-        launch = launch_of(block)
+        n, m, K, launch = len(block.x), len(block.y), len(block.reductions), launch_of(block)
+        start = starter(triton_kernels.reduce_tiles, block, launch)
+        rows = [block.x.new_empty(n, dtype=torch.float32) for _ in block.reductions]
+        columns = [block.x.new_empty(m, dtype=torch.float32) for _ in block.reductions if block.both]
         for at in cut(n, FORWARD_BLOCK):
             for to in cut(m, FORWARD_BLOCK):
                 R, C = at.stop - at.start, to.stop - to.start
                 row_parts = block.x.new_empty((K, -(-C // launch.BN), R), dtype=torch.float32)
                 column_parts = block.x.new_empty((K, -(-R // launch.BM) if block.both else 0, C), dtype=torch.float32)
-                start(triton_kernels.reduce_tiles, block, at, to, launch, row_parts, column_parts)
-                for k, reduction in enumerate(block.reductions):
-                    rows[k][at] = reduction.merge(rows[k][at], merged(reduction, row_parts[k]))
-                    if block.both:
-                        columns[k][to] = reduction.merge(columns[k][to], merged(reduction, column_parts[k]))
+                start(at, to, row_parts, column_parts)
+                for totals, parts, place, first in ((rows, row_parts, at, to.start), (columns, column_parts, to, at.start)):
+                    for reduction, total, part in zip(block.reductions, totals, parts, strict=False):
+                        found = merged(reduction, part)
+                        total[place] = found if first == 0 else reduction.merge(total[place], found)
+        if n == 0 or m == 0:
+            for reduction, total in zip(block.reductions * 2, rows + columns, strict=False):
+                total.fill_(reduction.identity)
         return Statistics(rows, columns)
 
     def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor | None) -> Gradients:
@@ -85,31 +88,35 @@ class TritonTiled:
 
         row_values, row_grads = finite(final.rows, grads.rows)
         column_values, column_grads = finite(final.columns, grads.columns)
-        factors = [r.exponent if isinstance(r, LogSumExp) else 1.0 for r in block.reductions]
-        binary = [LOG2E] * len(factors)
         launch, per_anchor = launch_of(block), block.row_scale.dim() > 0
         size = weights_size(block)
         scratch = torch.empty(
             min(size[0], len(block.x)) * min(size[1], len(block.y)), dtype=product_dtype(block), device=block.x.device
         )
+        start = starter(triton_kernels.weigh_tiles, block, launch, len(block.x), len(block.y))
 
-        def weights(at: slice, to: slice, grads: Statistics) -> Weights:
-            R, C = at.stop - at.start, to.stop - to.start
-            tiles_n, tiles_m = -(-R // launch.BM), -(-C // launch.BN)
-            w = scratch[: R * C].view(R, C)
-            bias = block.row_scale.new_empty((tiles_n, tiles_m)) if block.bias is not None else None
-            row_scale = block.row_scale.new_empty((tiles_m, R)) if per_anchor else None
-            column_scale = block.row_scale.new_empty((tiles_n, C)) if block.column_scale is not None else None
-            start(
-                triton_kernels.weigh_tiles, block, at, to, launch,
-                stacked(row_values, binary, at), stacked(column_values, binary, to),
-                stacked(grads.rows, factors, at), stacked(grads.columns, factors, to),
-                w, bias, row_scale, column_scale,
+        def weights_of(grads: Statistics) -> Callable[[slice, slice], Weights]:
+            factors = [r.exponent if isinstance(r, LogSumExp) else 1.0 for r in block.reductions]
+            binary = [LOG2E] * len(factors)
+            given = (
+                stacked(row_values, binary), stacked(column_values, binary),
+                stacked(grads.rows, factors), stacked(grads.columns, factors),
             )  # fmt: skip
-            sums = [None if part is None else part.sum(0) for part in (row_scale, column_scale)]
-            return Weights(w, None if bias is None else bias.sum(), *sums)
 
-        return gradients_by_tiles(block, Statistics(row_grads, column_grads), dx, size, weights)
+            def weights(at: slice, to: slice) -> Weights:
+                R, C = at.stop - at.start, to.stop - to.start
+                tiles_n, tiles_m = -(-R // launch.BM), -(-C // launch.BN)
+                w = scratch[: R * C].view(R, C)
+                bias = block.row_scale.new_empty((tiles_n, tiles_m)) if block.bias is not None else None
+                row_scale = block.row_scale.new_empty((tiles_m, R)) if per_anchor else None
+                column_scale = block.row_scale.new_empty((tiles_n, C)) if block.column_scale is not None else None
+                start(at, to, *given, w, bias, row_scale, column_scale)
+                sums = [None if part is None else part.sum(0) for part in (row_scale, column_scale)]
+                return Weights(w, None if bias is None else bias.sum(), *sums)
+
+            return weights
+
+        return gradients_by_tiles(block, Statistics(row_grads, column_grads), dx, size, weights_of)
 
 
 def interpreted() -> bool:
@@ -123,10 +130,11 @@ def launch_of(block: Block) -> Launch:
 
 
 def weights_size(block: Block) -> tuple[int, int]:
-    """Rows and columns whose weights are written at a time: as many bytes as half of the inputs have, from 1,024² on."""
+    """Rows and columns whose weights are written at a time: as many bytes as half of the inputs have, from 4,096² (32 MiB
+    of bf16) on, so that a block keeps the device busy for longer than its launches take."""
     if block.tile_size is not None:
         return block.tile_size
-    side = min(max(int(((block.x.numel() + block.y.numel()) / 2) ** 0.5) // 256 * 256, 1024), 8192)
+    side = min(max(int(((block.x.numel() + block.y.numel()) / 2) ** 0.5) // 256 * 256, 4096), 8192)
     return side, side
 
 
@@ -137,39 +145,44 @@ def merged(reduction: Reduction, parts: Tensor) -> Tensor:
     return parts.amax(0) if isinstance(reduction, Maximum) else parts.sum(0)
 
 
-def stacked(values: Sequence[Tensor], factors: Sequence[float], at: slice) -> Tensor | None:
-    """[K, n] of one part, each times its factor; None of nothing."""
+def stacked(values: Sequence[Tensor], factors: Sequence[float]) -> Tensor | None:
+    """[K, n], each times its factor; None of nothing."""
     if not values:
         return None
-    return torch.stack([value[at] * factor for value, factor in zip(values, factors, strict=True)])
+    return torch.stack([value if factor == 1.0 else value * factor for value, factor in zip(values, factors, strict=True)])
 
 
-def start(kernel: Any, block: Block, at: slice, to: slice, launch: Launch, *tensors: Tensor | None) -> None:
-    """The kernel on one part of the block; a tensor that does not exist is None."""
-    per_anchor = block.row_scale.dim() > 0
-    n, m = at.stop - at.start, to.stop - to.start
-    with torch.cuda.device(block.x.device) if block.x.is_cuda else nullcontext():
-        kernel[(-(-n // launch.BM) * -(-m // launch.BN),)](
-            described(block.x[at], [launch.BM, launch.BK]), described(block.y[to], [launch.BN, launch.BK]),
-            block.same.row_ids[at].contiguous(), block.same.column_ids[to].contiguous(),
-            block.row_scale[at].contiguous() if per_anchor else block.row_scale,
-            block.column_scale[to].contiguous() if block.column_scale is not None else None,
-            block.bias, *(None if t is None else t.contiguous() for t in tensors), n, m, block.x.shape[1],
-            KINDS=tuple(KINDS[type(r)] for r in block.reductions),
-            EXPONENTS=tuple(r.exponent if isinstance(r, LogSumExp) else 1.0 for r in block.reductions),
-            OVERS=tuple(OVERS[r.over] for r in block.reductions),
-            BOTH=block.both, PER_ANCHOR=per_anchor, BIAS=block.bias is not None,
-            BM=launch.BM, BN=launch.BN, BK=launch.BK, GROUP=8,
-            PRECISION="ieee" if launch is LAUNCHES["ieee"] else "tf32",
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+def starter(kernel: Any, block: Block, launch: Launch, *sizes: int) -> Callable[..., None]:
+    """What starts a kernel on some rows and columns of the block, with its further tensors."""
+    x, y = described(block.x, [launch.BM, launch.BK]), described(block.y, [launch.BN, launch.BK])
+    whole = (block.same.row_ids, block.same.column_ids, block.row_scale, block.column_scale, block.bias)
+    given = [None if tensor is None else tensor.contiguous() for tensor in whole]
+    constants = {
+        "KINDS": tuple(KINDS[type(r)] for r in block.reductions),
+        "EXPONENTS": tuple(r.exponent if isinstance(r, LogSumExp) else 1.0 for r in block.reductions),
+        "OVERS": tuple(OVERS[r.over] for r in block.reductions),
+        "BOTH": block.both, "PER_ANCHOR": block.row_scale.dim() > 0, "BIAS": block.bias is not None,
+        "BM": launch.BM, "BN": launch.BN, "BK": launch.BK, "GROUP": 8,
+        "PRECISION": "ieee" if launch is LAUNCHES["ieee"] else "tf32",
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    here = torch.cuda.device(block.x.device) if block.x.is_cuda else nullcontext()
+
+    def start(at: slice, to: slice, *tensors: Tensor | None) -> None:
+        tiles = -(-(at.stop - at.start) // launch.BM) * -(-(to.stop - to.start) // launch.BN)
+        with here:
+            kernel[(tiles,)](x, y, *given, *tensors, at.start, to.start, at.stop, to.stop, *sizes, block.x.shape[1], **constants)
+
+    return start
 
 
-def described(rows: Tensor, shape: list[int]) -> Any:
+def described(rows: Tensor, shape: list[int]) -> Any | None:
     """A tensor descriptor that reads blocks of that shape. Rows begin at multiples of 16 bytes, so others are copied."""
     import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if not rows.numel():
+        return None  # a rank without samples: nothing is started
     multiple = 16 // rows.element_size()
     if interpreted() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         multiple = 16  # that interpreter counts numbers where a card counts bytes
