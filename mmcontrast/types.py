@@ -57,7 +57,7 @@ class Batch:
     def deal(self, number: int) -> list["Batch"]:
         """Parts that take every `number`-th sample. Ranks hold consecutive samples of the whole batch: where `number` divides
         those of a rank, the parts of all ranks make up the same parts of the whole batch for any number of ranks."""
-        return [self._part(slice(k, None, number)) for k in range(number)]
+        return [self] if number == 1 else [self._part(slice(k, None, number)) for k in range(number)]
 
     def _part(self, chosen: slice) -> "Batch":
         values = {}
@@ -69,7 +69,7 @@ class Batch:
             elif chosen.step is None:
                 values[name] = rows[int(numbers[0]) : int(numbers[-1]) + 1]  # no copy, and pinned memory stays pinned
             else:
-                values[name] = rows[numbers]
+                values[name] = rows[numbers].pin_memory() if rows.is_pinned() else rows[numbers]
         return Batch(
             values,
             {name: present[chosen] for name, present in self.present.items()},

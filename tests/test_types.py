@@ -46,3 +46,12 @@ def test_what_is_dealt_is_the_same_on_any_number_of_ranks(number):
         dealt = [share.deal(number) for share in make(24).split(size)]
         for k, part in enumerate(whole):
             assert torch.cat([parts[k].sample_ids for parts in dealt]).tolist() == part.sample_ids.tolist()
+
+
+def test_one_part_is_the_batch_itself():
+    """Its memory stays pinned: a copy of it would be a slow way to a card."""
+    batch = make(24)
+    assert batch.deal(1) == [batch] and batch.deal(1)[0] is batch
+    assert all(
+        a.data_ptr() == b.data_ptr() for a, b in zip(batch.split(24)[0].values.values(), batch.values.values(), strict=True)
+    )

@@ -1,6 +1,7 @@
 """Pairing × objective → one loss: the public function that drops into any training script."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,8 @@ def contrastive_loss(
         logit_scale: 1/τ, a scalar (tensor or float); or one for each term, {(field, field): scalar}.
         logit_bias: added to every score (SigLIP: −10 at the start), likewise; None: no bias.
         ids: group ids, int64 [N], or one [N] per field. Equal ids are not negatives of each other; −1: the sample
-            lacks the field. Default: all samples of all ranks are different, and complete.
+            lacks the field. Default: all samples of all ranks are different, and complete. Ids on the host are checked
+            there, without waiting for a GPU.
         sample_ids: int64 [N], unique and stable, for objectives that keep state per sample.
         extra_negatives: per field, more candidates for the anchors of every field it is paired with: [K, D], or with
             group ids ([K, D], [K]).
@@ -109,7 +111,7 @@ def contrastive_loss(
     pairs.check(scorer)
     given = Given(
         ids=ids_by_field(embeddings, ids),
-        sample_ids=sample_ids,
+        sample_ids=None if sample_ids is None else sample_ids.to(first.device),
         weights=weights_of(sample_weights, first),
         values=values_of(sample_values or {}, scorer, first),
         extras=extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None),
@@ -155,6 +157,8 @@ def _loss(
     terms = [term for term, weight in weights.items() if weight]
     kept = [all_present(given.ids, term) for term in terms]
     local = [len(first) if keep is None else int(keep.sum()) for keep in kept]
+    kept = [None if keep is None else keep.to(first.device) for keep in kept]
+    given = replace(given, ids=None if given.ids is None else {f: ids.to(first.device) for f, ids in given.ids.items()})
     own_draw = int(torch.randint(2**62, ())) if pairs.draws else 0
     weighs = int(given.weights is not None)
     everyone = exchange([*local, weighs, own_draw], group, first.device)  # who has what, and the first one's draw

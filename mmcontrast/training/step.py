@@ -80,15 +80,16 @@ class Learner:
         signals: dict[str, Tensor] | None = None,
         taught: Sequence[dict[str, Tensor]] = (),
     ) -> Tensor:
-        """Of some samples' embeddings, over all ranks. `labels`: their batch, on the device, values apart; `taught`: what their
-        teachers make of them."""
+        """Of some samples' embeddings, over all ranks. `labels`: their batch, values apart, on the host, where looking at them
+        waits for no device; `taught`: what their teachers make of them."""
         extra = self.queue.negatives(self.accelerator.process_index, self.accelerator.num_processes) if self.queue else {}
         own: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for field, of in self.negative_of.items():
+            here = labels.present[field].to(embeddings.fields[field].device)
             if field in self.own:
-                own.setdefault(of, []).append((embeddings.fields[field], labels.present[field]))
+                own.setdefault(of, []).append((embeddings.fields[field], here))
                 continue
-            rows = embeddings.fields[field][labels.present[field]]
+            rows = embeddings.fields[field][here]
             nobodys = torch.full((len(rows),), NO_GROUP, device=rows.device)
             if of in extra:
                 rows, nobodys = torch.cat([extra[of][0], rows]), torch.cat([extra[of][1], nobodys])
@@ -114,7 +115,7 @@ class Learner:
 
     def backward(self, batch: Batch, share: float, last: bool, signals: dict[str, Tensor] | None) -> tuple[Tensor, Embeddings]:
         """Adds the gradients of `share` times a part's loss; the `last` part of a step reduces them over the ranks."""
-        device, labels, taught = self.accelerator.device, batch.labels().to(self.accelerator.device), self.taught(batch)
+        device, labels, taught = self.accelerator.device, batch.labels(), self.taught(batch)
         batch = dataclasses.replace(batch, views=[])
 
         def loss_of(embeddings: Embeddings) -> Tensor:
@@ -168,12 +169,14 @@ def training_step(
         model.get_parameter(name).grad = None
     norm = whole(accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf))
 
-    told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked()))])
-    value, bad, asked_of_all = accelerator.reduce(told, "mean").tolist()
+    scale = embeddings.logit_scale
+    scales = torch.stack([*scale.values()] if isinstance(scale, dict) else [scale]).detach()
+    told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked())), norm, *scales])
+    value, bad, asked_of_all, grad_norm, *scales_now = accelerator.reduce(told, "mean").tolist()  # waits for the device once
     # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
-    if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(float(norm))):
+    if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(grad_norm)):
         error = TrainingStopped(
-            f"step {step + 1}: the loss is {value}, the gradient norm {float(norm)}: stopped before the update; lower train.lr"
+            f"step {step + 1}: the loss is {value}, the gradient norm {grad_norm}: stopped before the update; lower train.lr"
             " or look at the samples (stopped.json), then continue from the last checkpoint with --resume"
         )
         error.sample_ids = accelerator.gather(batch.sample_ids.to(accelerator.device)).tolist()
@@ -188,13 +191,11 @@ def training_step(
         learner.queue.follow(model)
         with accelerator.autocast():
             learner.queue.push(batch, options.micro_batch_size, accelerator.device, learner.group)
-    scale = embeddings.logit_scale
-    per_pair = scale if isinstance(scale, dict) else {}
-    scales = torch.stack([*per_pair.values()] if isinstance(scale, dict) else [scale]).detach()
-    values = {"loss": value, "lr": lr, "logit_scale": float(scales.mean()), "grad_norm": float(norm)}
+    values = {"loss": value, "lr": lr, "logit_scale": sum(scales_now) / len(scales_now), "grad_norm": grad_norm}
     values |= {} if embeddings.curvature is None else {"curvature": float(embeddings.curvature.detach())}
     values |= {"bad_samples": round(bad * accelerator.num_processes), "asked": asked_of_all > 0}
-    values |= {f"logit_scale/{term_name(pair)}": s for pair, s in zip(per_pair, scales.tolist(), strict=False)}
+    if isinstance(scale, dict):
+        values |= {f"logit_scale/{term_name(pair)}": number for pair, number in zip(scale, scales_now, strict=True)}
     if signals:
         seen = accelerator.reduce(torch.stack([s.float() for s in signals.values()]), "mean")
         values |= {f"signals/{name}": number for name, number in zip(signals, seen.tolist(), strict=True)}

@@ -78,3 +78,19 @@ def test_it_is_the_dense_form(case, dtype):
     step = max(2e-5, torch.finfo(dtype).eps) * (8 if case == "multilinear" else 1)  # its products are rounded too
     for got, exact in zip(found, want, strict=True):
         assert (got.double().cpu() - exact).norm() <= step * exact.norm().clamp(min=1e-2)
+
+
+def test_ids_on_the_host_wait_for_no_card():
+    rows = [unit(N, D).float().cuda().requires_grad_() for _ in "ab"]
+    ids, scale = torch.randint(N // 2, (N,)), torch.tensor(20.0, device="cuda", requires_grad=True)
+    embeddings = dict(zip("ab", rows, strict=True))
+    there = contrastive_loss(embeddings, logit_scale=scale, ids=ids.cuda())
+    contrastive_loss(embeddings, logit_scale=scale, ids=ids).backward()  # kernels are compiled
+    pinned = ids.pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        here = contrastive_loss(embeddings, logit_scale=scale, ids=pinned)
+        here.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(here, there)

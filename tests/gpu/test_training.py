@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-WORDS = "red green blue grey small large round square".split()
+WORDS = ["red", "green", "blue", "grey", "small", "large", "round", "square"]
 
 
 @pytest.fixture(scope="module")

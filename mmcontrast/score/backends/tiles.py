@@ -72,7 +72,8 @@ def gradients_by_tiles(
 ) -> Gradients:
     """The backward pass: for each tile its weights W, then dx += W Y and dy += Wᵀ X, of those that are wanted.
 
-    `weights_of` makes the function that has the weights of rows and columns, for the gradients by the statistics. Weights in fp16 would underflow (a gradient of 1/N times a probability), so there they are those of the gradients
+    `weights_of` makes the function that has the weights of rows and columns, for the gradients by the statistics. Weights in
+    fp16 would underflow (a gradient of 1/N times a probability), so there they are those of the gradients
     divided by the largest of them.
     """
     dtype, low = block.dtype, product_dtype(block)

@@ -96,7 +96,8 @@ class TorchTiled:
                 out.w *= slope
             return out
 
-        return gradients_by_tiles(block, Statistics(row_grads, column_grads), dx, tile_size(block), lambda grads: partial(weights, grads=grads))
+        given = Statistics(row_grads, column_grads)
+        return gradients_by_tiles(block, given, dx, tile_size(block), lambda grads: partial(weights, grads=grads))
 
 
 def tile_size(block: Block) -> tuple[int, int]:

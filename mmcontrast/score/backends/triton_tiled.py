@@ -170,8 +170,9 @@ def starter(kernel: Any, block: Block, launch: Launch, *sizes: int) -> Callable[
 
     def start(at: slice, to: slice, *tensors: Tensor | None) -> None:
         tiles = -(-(at.stop - at.start) // launch.BM) * -(-(to.stop - to.start) // launch.BN)
+        numbers = (at.start, to.start, at.stop, to.stop, *sizes, block.x.shape[1])
         with here:
-            kernel[(tiles,)](x, y, *given, *tensors, at.start, to.start, at.stop, to.stop, *sizes, block.x.shape[1], **constants)
+            kernel[(tiles,)](x, y, *given, *tensors, *numbers, **constants)
 
     return start
 
