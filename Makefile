@@ -9,12 +9,13 @@ LOWEST := .venv-lowest
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)  # one more than cores: some tests wait for a server or a clock
 TESTS := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help env data quickstart test test-slow test-lowest check clean
+.PHONY: help env data quickstart test test-slow test-gpu test-lowest check clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a model of pictures, captions and speech (6 minutes on 2 cores)"
 	@echo "make data         build its corpus, data/glyphs"
 	@echo "make test         the test suite;  make test-slow: the longer part of it"
+	@echo "make test-gpu     what needs a GPU, which the others leave alone"
 	@echo "make test-lowest  the test suite with the lowest versions that pyproject.toml allows, in an environment of its own"
 	@echo "make check        ruff and mypy"
 	@echo "make clean        remove the environments (data/ and runs/ stay)"
@@ -40,6 +41,9 @@ test: env
 test-slow: env
 	$(BIN)/python $(TESTS) -m slow --ignore tests/slurm
 	$(BIN)/python -m pytest -m slow tests/slurm
+
+test-gpu: env
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 16 tests/gpu
 
 $(LOWEST)/installed: pyproject.toml
 	rm -rf $(LOWEST)

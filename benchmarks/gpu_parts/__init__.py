@@ -9,12 +9,12 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "tests": Part(100, "tests/gpu"),
-    "loss": Part(150, "the loss beside open_clip, Inf-CL and memeff: time, share of the product rate, memory, errors"),
-    "launches": Part(110, "launches of the kernels, and the fastest ones as a patch of LAUNCHES"),
-    "step": Part(70, "a training step of ViT-B/32 beside open_clip's own trainer"),
-    "decode": Part(30, "samples that this machine's cores decode, beside those that the card trains on"),
-    "evaluation": Part(30, "exact ranks on the card"),
-    "search": Part(40, "faiss on the card: exact search, and learning an index's lists"),
+    "tests": Part(170, "tests/gpu"),
+    "loss": Part(130, "the loss beside open_clip, Inf-CL and memeff: time, share of the product rate, memory, errors"),
+    "launches": Part(100, "launches of the kernels, and the fastest ones as a patch of LAUNCHES"),
+    "step": Part(60, "a training step of ViT-B/32 beside open_clip's own trainer"),
+    "decode": Part(20, "samples that this machine's cores decode, beside those that the card trains on"),
+    "evaluation": Part(20, "exact ranks on the card"),
+    "search": Part(30, "faiss on the card: exact search, and learning an index's lists"),
 }
 RESERVE = 5  # seconds at the end of a call, for the summary
