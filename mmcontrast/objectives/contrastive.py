@@ -34,7 +34,7 @@ from mmcontrast.objectives.pairing import Pairing, Scoring, term_name
 from mmcontrast.objectives.signals import WATCHED, signals_of
 from mmcontrast.score import score_statistics
 from mmcontrast.score.exact import outside_autocast, scalar
-from mmcontrast.score.ranks import Communication, exchange
+from mmcontrast.score.ranks import Communication, agreed, exchange, ranks_of_node
 
 
 @outside_autocast
@@ -58,7 +58,7 @@ def contrastive_loss(
     backend: str = "auto",
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
-    communication: Communication = "ring",
+    communication: Communication = "auto",
     signals: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The contrastive loss of N samples in any number of fields, in O(N·D) memory, exact, over the ranks of a group.
@@ -161,8 +161,12 @@ def _loss(
     given = replace(given, ids=None if given.ids is None else {f: ids.to(first.device) for f, ids in given.ids.items()})
     own_draw = int(torch.randint(2**62, ())) if pairs.draws else 0
     weighs = int(given.weights is not None)
-    everyone = exchange([*local, weighs, own_draw], group, first.device)  # who has what, and the first one's draw
-    totals = total_weights(given.weights, kept, local, group, first.device) if any(c[-2] for c in everyone) else None
+    more = {field: len(given.extras[field][0]) for field in sorted(given.extras)}
+    # the one exchange of a loss: who has what, and the first one's draw
+    everyone = exchange([*local, *more.values(), weighs, own_draw, ranks_of_node()], group, first.device)
+    extra_sizes = {field: [counts[len(local) + k] for counts in everyone] for k, field in enumerate(more)}
+    totals = total_weights(given.weights, kept, local, group, first.device) if any(c[-3] for c in everyone) else None
+    within = agreed([counts[-1] for counts in everyone])
     reductions = tuple(dict.fromkeys((*scorer.reductions, *(WATCHED if signals is not None else ()))))
     dtype = torch.promote_types(first.dtype, torch.float32)
 
@@ -185,7 +189,8 @@ def _loss(
             own=here.own,
             teachers=here.teachers,
             sizes=sizes,
-            draw=everyone[0][-1],
+            extra_sizes=extra_sizes,
+            draw=everyone[0][-2],
             group=group,
             scale=partial(scorer.anchor_scale, scale=scale, sample_ids=here.sample_ids),
             bias=0.0 if bias is None else bias,
@@ -194,7 +199,15 @@ def _loss(
             link=link,
             margin=scorer.false_negative_margin,
             guided=scorer.guided,
-            statistics=partial(score_statistics, reductions=reductions, bias=bias, link=link, **options),
+            statistics=partial(
+                score_statistics,
+                reductions=reductions,
+                bias=bias,
+                link=link,
+                sizes=[(n, n) for n in sizes],
+                within=within,
+                **options,
+            ),
         )
         share = len(sizes) / sum(sizes)  # of an anchor in the mean over all ranks
         weigh = partial(_weighted_sum, weights=here.weights, share=share if totals is None else len(sizes) / totals[number])

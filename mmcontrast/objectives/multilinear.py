@@ -115,6 +115,7 @@ class Multilinear(Pairing):
                 column_ids=ids,
                 paired=False,
                 columns=False,
+                sizes=[(n * len(tuples), n) for n in s.sizes],
             )
             shape = (len(rows), len(tuples))
             merged = [reduce(r.merge, found[r].view(shape).unbind(1)) for r in s.reductions]

@@ -32,7 +32,7 @@ class Scoring:
         extras: per field, further candidates: ([K, D], group ids [K]).
         own: per field, candidates of each anchor alone: ([n, K, D], which are there [n, K]).
         teachers: (per field, [n, E]; its scale) of each.
-        sizes: n of every rank. draw: a random number, the same on all ranks.
+        sizes: n of every rank. extra_sizes: per field, K of every rank. draw: a random number, the same on all ranks.
         scale: (a direction's name) → [] or [n], what multiplies its scores. bias: what is added.
         reductions: what to compute. both: of each direction of a pair, or of its rows alone.
         link, margin, guided: of scores; of the objective.
@@ -47,6 +47,7 @@ class Scoring:
     own: Mapping[str, tuple[Tensor, Tensor]]
     teachers: Sequence[tuple[Mapping[str, Tensor], float]]
     sizes: list[int]
+    extra_sizes: Mapping[str, list[int]]
     draw: int
     group: dist.ProcessGroup | None
     scale: Callable[[str], Tensor]
@@ -220,7 +221,8 @@ class Pairing:
             more, more_ids = s.extras[other]
             ids = more_ids.new_full((len(rows),), UNGROUPED) if s.ids is None else s.ids
             given = {"ids": ids, "column_ids": more_ids, "limits": None if limits is None else Limits(limits)}
-            further.append(s.statistics(rows, more, scale=direction.scale, paired=False, columns=False, **given)[0])
+            among = partial(s.statistics, sizes=list(zip(s.sizes, s.extra_sizes[other], strict=True)), **given)
+            further.append(among(rows, more, scale=direction.scale, paired=False, columns=False)[0])
         if other in s.own:
             candidates, there = s.own[other]
             own = partial(own_statistics, scale=direction.scale, bias=s.bias, link=s.link, limits=limits)

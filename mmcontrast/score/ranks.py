@@ -1,18 +1,24 @@
-"""How the columns of all ranks meet the rows of this one: round a ring, or gathered at once. The only file that knows ranks.
+"""How the columns of all ranks meet the rows of this one: round a ring, gathered, or both. The only file that knows ranks.
 
 A driver shows the caller column blocks (`visits`), and adds up, for each block's owner, what the ranks found for it
 (`accumulator`). A single process is a ring of one.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Communication = Literal["ring", "gather"]
+Communication = Literal["auto", "ring", "gather", "hierarchical"]
+COMMUNICATIONS = ("auto", "ring", "gather", "hierarchical")
 Merge = Callable[[Tensor, Tensor], Tensor]
+
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name from torch 2.14 on
 
 
 class Accumulator(Protocol):
@@ -31,19 +37,48 @@ class Driver(Protocol):
     def accumulator(self) -> Accumulator: ...
 
 
-def driver(group: dist.ProcessGroup | None, sizes: Sequence[int], communication: Communication) -> Driver:
+def driver(group: dist.ProcessGroup | None, sizes: Sequence[int], communication: Communication, within: int = 1) -> Driver:
     """
     Args:
         group: a torch.distributed group, or None: this process alone.
         sizes: columns of every rank; all ranks pass the same list, and the same of all else.
+        communication: "auto" is "hierarchical" if the group has as many ranks, and several, on each of several nodes, else
+            "ring".
+        within: ranks of a node, of which node k has the global ranks from k · within on.
+
+    Raises:
+        ValueError: for an unknown communication; for "hierarchical" on nodes with unequal numbers of ranks.
     """
-    if communication not in ("ring", "gather"):
-        raise ValueError(f'communication is "ring" or "gather", not {communication!r}')
-    return Gather(group, sizes) if group is not None and communication == "gather" else Ring(group, sizes)
+    if communication not in COMMUNICATIONS:
+        raise ValueError(f"communication is {communication!r}, it must be one of {', '.join(COMMUNICATIONS)}")
+    if group is None:
+        return Ring(group, sizes)
+    if communication == "gather":
+        return Gather(group, sizes)
+    members = dist.get_process_group_ranks(group)
+    nodes = [len(list(ranks)) for _, ranks in groupby(members, lambda rank: rank // within)]
+    equal = len(set(nodes)) == 1
+    if communication == "hierarchical" and not equal:
+        raise ValueError(
+            f"communication is hierarchical: nodes have {', '.join(map(str, nodes))} ranks, not equally many; use ring"
+        )
+    if communication == "hierarchical" or (communication == "auto" and equal and nodes[0] > 1 and len(nodes) > 1):
+        return Hierarchical(group, sizes, nodes[0])
+    return Ring(group, sizes)
+
+
+def ranks_of_node() -> int:
+    """How many ranks the launcher says that this node has: torchrun, accelerate and our Slurm script set LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def agreed(within: Sequence[int]) -> int:
+    """Ranks of a node, if all ranks say the same; else 1: nothing is known of nodes."""
+    return within[0] if len(set(within)) == 1 else 1
 
 
 class Gather:
-    """Every rank holds all columns for the length of a pass: O(global batch) memory, two collectives a pass."""
+    """Every rank holds all columns for the length of a pass: O(global batch) memory, two collectives a tensor."""
 
     def __init__(self, group: dist.ProcessGroup, sizes: Sequence[int]) -> None:
         self.group, self.sizes, self.rank = group, tuple(sizes), dist.get_rank(group)
@@ -56,44 +91,96 @@ class Gather:
         most = max(self.sizes)
         if most == 0:
             return tensor
-        own = tensor.new_zeros((most, *tensor.shape[1:]))
-        own[: len(tensor)] = tensor
         every = tensor.new_empty((len(self.sizes) * most, *tensor.shape[1:]))
-        dist.all_gather_into_tensor(every, own, group=self.group)
+        dist.all_gather_into_tensor(every, padded(tensor, most), group=self.group)
         return torch.cat([part[:size] for part, size in zip(every.split(most), self.sizes, strict=True)])
+
+    def owned(self, merge: Merge, part: Tensor) -> Tensor:
+        """What all ranks' parts say of this rank's own rows: of what has columns the sum (dY), else merged in their order."""
+        own, most = self.sizes[self.rank], max(self.sizes)
+        if most == 0:
+            return part
+        if part.dim() > 1:
+            sent = torch.cat([padded(rows, most) for rows in part.split(self.sizes)])
+            total = part.new_empty((most, *part.shape[1:]))
+            REDUCE_SCATTER(total, sent, group=self.group)
+            return total[:own]
+        every = part.new_empty(len(self.sizes) * own)
+        dist.all_to_all_single(every, part.contiguous(), [own] * len(self.sizes), list(self.sizes), group=self.group)
+        first, *others = every.view(len(self.sizes), own)
+        for other in others:
+            first = merge(first, other)
+        return first
 
     def accumulator(self) -> "GatherAccumulator":
         return GatherAccumulator(self)
 
 
 class GatherAccumulator:
-    """Statistics [columns] are gathered and merged; what has rows (dY) is summed at its owner."""
+    """Each rank gets its own rows of what all found."""
 
     def __init__(self, gather: Gather) -> None:
         self.gather = gather
 
     def add(self, step: int, merge: Sequence[Merge], parts: list[Tensor]) -> None:
-        self.parts = [self._owned(join, part) for join, part in zip(merge, parts, strict=True)]
-
-    def _owned(self, merge: Merge, part: Tensor) -> Tensor:
-        gather = self.gather
-        if part.dim() > 1:
-            own = list(part.split(gather.sizes))
-            for rank, rows in enumerate(own):
-                if len(rows):
-                    dist.reduce(rows, dist.get_global_rank(gather.group, rank), group=gather.group)
-            return own[gather.rank]
-        if len(part) == 0:
-            return part
-        every = part.new_empty(len(gather.sizes) * len(part))
-        dist.all_gather_into_tensor(every, part.contiguous(), group=gather.group)
-        first, *others = (found.split(gather.sizes)[gather.rank] for found in every.split(len(part)))
-        for other in others:
-            first = merge(first, other)
-        return first
+        self.parts = [self.gather.owned(join, part) for join, part in zip(merge, parts, strict=True)]
 
     def home(self) -> list[Tensor]:
         return self.parts
+
+
+def padded(rows: Tensor, most: int) -> Tensor:
+    if len(rows) == most:
+        return rows.contiguous()
+    out = rows.new_zeros((most, *rows.shape[1:]))
+    out[: len(rows)] = rows
+    return out
+
+
+class Hierarchical:
+    """Nodes are a ring, whose ranks gather: the k-th ranks of all nodes pass their columns on as a ring does, and at every step
+    the ranks of a node gather the columns that came. For M nodes of L ranks M steps in the place of the ring's M · L; a rank
+    holds the columns of a node and its own next ones. What a node found is summed within it before it travels on."""
+
+    def __init__(self, group: dist.ProcessGroup, sizes: Sequence[int], within: int) -> None:
+        members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+        node, local = divmod(rank, within)
+        self.node = subgroup(group, tuple(members[node * within : (node + 1) * within]))
+        self.ring = Ring(subgroup(group, tuple(members[local::within])), sizes[local::within])
+        self.sizes = [tuple(sizes[start : start + within]) for start in range(0, len(sizes), within)]
+
+    def gather(self, step: int) -> Gather:
+        """Of the columns that are here at a step."""
+        return Gather(self.node, self.sizes[self.ring.owner(step)])
+
+    def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        for step, own in self.ring.visits(block):
+            yield step, [self.gather(step).gathered(tensor) for tensor in own]
+
+    def accumulator(self) -> "HierarchicalAccumulator":
+        return HierarchicalAccumulator(self)
+
+
+class HierarchicalAccumulator:
+    """A node's share of each of its columns goes to the rank that passes it on."""
+
+    def __init__(self, hierarchical: Hierarchical) -> None:
+        self.hierarchical, self.travelling = hierarchical, hierarchical.ring.accumulator()
+
+    def add(self, step: int, merge: Sequence[Merge], parts: list[Tensor]) -> None:
+        gather = self.hierarchical.gather(step)
+        self.travelling.add(step, merge, [gather.owned(join, part) for join, part in zip(merge, parts, strict=True)])
+
+    def home(self) -> list[Tensor]:
+        return self.travelling.home()
+
+
+@cache
+def subgroup(group: dist.ProcessGroup, members: tuple[int, ...]) -> dist.ProcessGroup:
+    """Made once; only its members ask for it."""
+    made = dist.new_group(list(members), use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup), "only members ask"
+    return made
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None, sizes: Sequence[int]) -> Tensor:
@@ -184,10 +271,10 @@ class Move:
 
 
 def exchange(values: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
-    """Every rank's small list of integers (of one length), by rank."""
+    """Every rank's small list of integers (of one length), by rank: one collective, for which the host waits once."""
     if group is None:
         return [list(values)]
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, own, group=group)
-    return [rank.tolist() for rank in everyone]
+    everyone = own.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(everyone, own, group=group)
+    return everyone.view(-1, len(own)).tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmcontrast.score.backends import Backend, Block, SameGroup, Statistics, choose
 from mmcontrast.score.exact import outside_autocast, scalar, without_autocast
 from mmcontrast.score.links import Link
-from mmcontrast.score.ranks import Communication, Driver, Merge, driver, exchange
+from mmcontrast.score.ranks import Communication, Driver, Merge, agreed, driver, exchange, ranks_of_node
 from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction
 from mmcontrast.score.teachers import Limits, Teacher
 
@@ -71,7 +71,9 @@ def score_statistics(
     backend: str = "auto",
     tile_size: int | tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
-    communication: Communication = "ring",
+    communication: Communication = "auto",
+    sizes: Sequence[Sequence[int]] | None = None,
+    within: int | None = None,
     link: Link | None = None,
     limits: Limits | None = None,
     teachers: Sequence[Teacher] = (),
@@ -97,8 +99,10 @@ def score_statistics(
             where it has the device, dtype and reductions, else "torch".
         tile_size: rows and columns of a tile (one number, or two), for the tiled backends.
         group: a torch.distributed group; None: this process alone.
-        communication: "ring" (two column blocks on a rank at a time, overlapped with the work) or "gather" (all columns on
-            every rank at once, in a few large collectives). Same on all ranks.
+        communication: "ring" (two column blocks on a rank at a time, overlapped with the work), "gather" (all columns on
+            every rank at once, in a few large collectives), "hierarchical" (a ring of nodes, whose ranks gather) or "auto"
+            (hierarchical on several nodes, else the ring). Same on all ranks.
+        sizes, within: rows and columns of every rank, and ranks of a node, where the caller knows them: then nobody is asked.
         link: φ in z = scale · φ(x_i·y_j) + bias, as `Lorentz`; default: none.
         limits: of the candidates that reductions with `below` take: row limits [N], column limits [M] with `columns`.
         teachers: whose softmaxes `CrossSum` takes, averaged; rows [N, E], columns [M, E].
@@ -127,23 +131,25 @@ def score_statistics(
         raise ValueError(f"scale is {tuple(scale.shape)}, it must be a scalar [] or one for each of {len(x)} rows")
     if columns and per_anchor and column_scale is None:
         raise ValueError("a scale per row needs column_scale for the columns' direction")
-    everyone = exchange([len(x), len(y)], group, x.device)
+    if sizes is None or within is None:
+        *sizes_found, nodes = zip(*exchange([len(x), len(y), ranks_of_node()], group, x.device), strict=True)
+        sizes, within = list(zip(*sizes_found, strict=True)), agreed(nodes)
     rank = dist.get_rank(group) if group is not None else 0
     negatives = None
     if ids is None and column_ids is None:
-        negatives = sum(m for _, m in everyone) - paired, sum(n for n, _ in everyone) - paired
+        negatives = sum(m for _, m in sizes) - paired, sum(n for n, _ in sizes) - paired
     if ids is None:
-        ids = torch.arange(len(x), device=x.device) + sum(rows for rows, _ in everyone[:rank])
+        ids = torch.arange(len(x), device=x.device) + sum(rows for rows, _ in sizes[:rank])
     if column_ids is None:
         column_ids = ids if paired else torch.full((len(y),), -2, device=x.device)
     _check(x, y, reductions, columns, limits, teachers)
     if any(isinstance(r, CrossSum) for r in reductions):
         all_of = partial(
             score_statistics, reductions=[LogSumExp(over="all")], ids=ids, column_ids=column_ids, paired=paired,
-            columns=columns, tile_size=tile_size, group=group, communication=communication,
+            columns=columns, tile_size=tile_size, group=group, communication=communication, sizes=sizes, within=within,
         )  # fmt: skip
         teachers = [_with_log_sums(teacher, all_of) for teacher in teachers]
-    size = (tile_size, tile_size) if isinstance(tile_size, int) else tile_size
+    tile = (tile_size, tile_size) if isinstance(tile_size, int) else tile_size
     bias = None if bias is None else scalar(bias, dtype, x.device)
     if per_anchor and columns:
         assert column_scale is not None
@@ -151,8 +157,8 @@ def score_statistics(
     else:
         column_scale = scale.new_zeros(len(y)) if per_anchor else None
     plan = _Plan(
-        tuple(reductions), columns, chosen, size, driver(group, [m for _, m in everyone], communication), ids, column_ids,
-        per_anchor, paired, negatives, link, limits, tuple(teachers),
+        tuple(reductions), columns, chosen, tile, driver(group, [m for _, m in sizes], communication, within), ids,
+        column_ids, per_anchor, paired, negatives, link, limits, tuple(teachers),
     )  # fmt: skip
     parameter = None if link is None else link.parameter
     dots, row_negatives, column_negatives, *values = _Scores.apply(x, y, scale, column_scale, bias, parameter, plan)

@@ -9,6 +9,7 @@ from mmcontrast.data.negatives import UnknownIds
 from mmcontrast.data.opening import Templates
 from mmcontrast.models.options import StartOptions
 from mmcontrast.options import Component, Keys, Options, Patterns, Positive
+from mmcontrast.score.ranks import Communication
 
 T = TypeVar("T")
 
@@ -205,6 +206,8 @@ class TrainOptions(Options):
             the tensor cores of NVIDIA's.
         parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
             gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
+        communication: of the loss's columns between processes: ring, gather, hierarchical (a ring of nodes, whose ranks
+            gather), or auto: hierarchical on several nodes of as many ranks, else ring.
         reshard_after_forward: of fsdp: let a block's weights go after its forward, and fetch them again for its backward.
         recompute: towers whose blocks keep their inputs alone, and compute the rest again in the backward: activation
             checkpointing.
@@ -256,6 +259,7 @@ class TrainOptions(Options):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    communication: Communication = "auto"
     reshard_after_forward: bool = True
     recompute: list[str] = []
     compile: list[str] = []

@@ -110,6 +110,7 @@ class Learner:
             teacher_scale=[teacher.scale for teacher in self.teachers],
             score=None if embeddings.curvature is None else (self.score or Hyperbolic()).at(embeddings.curvature),
             group=self.group,
+            communication=self.options.communication,
             signals=signals,
         )
 

@@ -3,6 +3,7 @@
 Four processes are started once, and work through all cases in groups of as many ranks as a case has."""
 
 import itertools
+import os
 import pickle
 import traceback
 from datetime import timedelta
@@ -53,6 +54,13 @@ GIVEN = {
 }
 FURTHER = list(itertools.product([(5, 1, 6)], ["ring"], GIVEN)) + list(itertools.product([(5, 0, 6)], ["gather"], GIVEN))
 OTHER_GROUP = (3, 4), "ring", "infonce", True  # on ranks 0 and 2 of the world
+UNEQUAL = ((5, 1, 6),)
+NODES = (2, 5, 1, 4), "hierarchical"  # two nodes of two ranks
+LOSSES += [(*NODES, "infonce", True), (*NODES, "siglip", False), ((5, 0, 6, 0), "auto", "infonce", True)]
+LOSSES += [((5, 1), "hierarchical", "hard_negative", True)]  # one node
+PRODUCTS += [(*NODES, "n", True), (*NODES, "n_squared", False)]
+STATISTICS += [(*NODES, "torch", False), (*NODES, "dense", True)]
+FURTHER += [(*NODES, case) for case in ("distillation", "one denominator", "locked")]
 SLOW_LOSSES = [case for case in ALL_LOSSES if case not in LOSSES]
 SLOW_PRODUCTS = [case for case in ALL_PRODUCTS if case not in PRODUCTS]
 SLOW_STATISTICS = [*EXACT, *itertools.product(SIZES, DRIVERS, ["triton"], [False, True])]
@@ -222,7 +230,7 @@ def statistics_and_grads(leaves, ids, n, reductions, rows=None, **options):
 
 def reductions_of(sizes, driver, backend, per_anchor):
     """All of them; Triton's interpreter, which is slow, has those over the same scores: others for other cases."""
-    over = ("negatives", "positives", "all")[(SIZES.index(sizes) + DRIVERS.index(driver) + per_anchor) % 3]
+    over = ("negatives", "positives", "all")[(SIZES.index(sizes) + len(driver) + per_anchor) % 3]
     return [reduction for reduction in REDUCTIONS if backend != "triton" or reduction.over == over]
 
 
@@ -247,10 +255,17 @@ def check_statistics(group, rank, sizes, driver, backend, per_anchor):
         torch.testing.assert_close(a.double(), b if a.dim() == 0 else b[place], **tolerance)
 
 
+def check_unequal(group, rank, sizes):
+    x = torch.ones(sizes[rank], 2)
+    with pytest.raises(ValueError, match="nodes have 2, 1 ranks, not equally many; use ring"):
+        score_statistics(x, x, [], scale=1.0, group=group, communication="hierarchical")
+
+
 def worker(rank, port, folder, slow):
     """Run all cases, or the slow ones, and leave in a file what went wrong."""
     answers = []
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=600)
     )
@@ -262,7 +277,7 @@ def worker(rank, port, folder, slow):
         cases_of_each = (SLOW_LOSSES, SLOW_PRODUCTS, SLOW_MEMORIES, SLOW_STATISTICS, [])
     cases = [(check, case, first[len(case[0])]) for check, each in zip(checks, cases_of_each, strict=True) for case in each]
     if not slow:
-        cases.append((check_loss, OTHER_GROUP, apart))
+        cases += [(check_loss, OTHER_GROUP, apart), (check_unequal, UNEQUAL, first[3])]
     for check, case, group in cases:
         if dist.get_rank(group) >= 0:
             try:
@@ -326,3 +341,7 @@ def test_the_statistics_of_all_ranks_are_those_of_one_process(case, slow):
 
 def test_a_group_other_than_the_world():
     assert_right("check_loss", OTHER_GROUP)
+
+
+def test_nodes_of_unequal_ranks_are_no_hierarchy():
+    assert_right("check_unequal", UNEQUAL)

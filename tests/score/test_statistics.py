@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused():
         score_statistics(x, y, [LogSumExp()], scale=torch.ones(4))
     with pytest.raises(ValueError, match="floating point"):
         score_statistics(x.long(), y.long(), [LogSumExp()], scale=1.0)
-    with pytest.raises(ValueError, match='"ring" or "gather"'):
+    with pytest.raises(ValueError, match="one of auto, ring, gather, hierarchical"):
         score_statistics(x, y, [LogSumExp()], scale=1.0, communication="pigeon")
 
 
