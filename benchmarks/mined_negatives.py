@@ -1,7 +1,7 @@
 """Mined negatives, and batches of neighbours, beside in-batch negatives on letters that look alike, at equal compute.
 
     mmcontrast data build data_pipelines/glyphs/letters.yaml
-    python benchmarks/mined_negatives.py --plot docs/mined_negatives.png      # 25 minutes on 2 quiet cores; goes on where it was
+    python benchmarks/mined_negatives.py --plot docs/mined_negatives.png   # 25 minutes on 2 cores; goes on where it was
 
 All arms of a seed go on from one run of `configs/letters.yaml` with as many FLOPs of the towers, what is embedded to mine
 included. Letters whose pictures are those of another (Latin A, Greek Alpha) are its false negatives: as many of the mined
@@ -124,7 +124,7 @@ def main() -> None:
         place = base(seed, options.folder)
         for name, (alike, kept) in false_negatives(place).items():
             print(
-                f"seed {seed}, filter {name}: {alike:.3f} of the first candidates are drawn alike; {kept:.3f} of queries have any"
+                f"seed {seed}, filter {name}: {alike:.3f} of first candidates are drawn alike, {kept:.3f} of queries have any"
             )
         samples = len(EmbeddingTable.read(place / "train"))
         for arm in options.arms:
