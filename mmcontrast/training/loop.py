@@ -58,9 +58,9 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
     options, total, checkpoints = job.options, job.options.total_steps, job.folder / "checkpoints"
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     accelerator = make_accelerator(options, job.name, job.folder, yaml.safe_load(job.config))
+    if options.precision == "tf32" or (options.precision != "fp32" and accelerator.device.type == "cuda"):
+        torch.set_float32_matmul_precision("high")
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
     objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)

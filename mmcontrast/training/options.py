@@ -202,8 +202,8 @@ class TrainOptions(Options):
         patch_dropout: of towers, the share of patches that they drop from a step on: {image: {0: 0.5, 40000: 0.0}} (FLIP,
             arXiv:2212.00794).
         clip_grad_norm: largest gradient norm; null: no clipping.
-        precision: of the towers. Losses and statistics are fp32 always; "tf32": matrix products of fp32, theirs too, through
-            the tensor cores of NVIDIA's.
+        precision: of the towers. Losses and statistics are fp32 always, their products on a GPU tf32 with all but
+            "fp32" (gradients' error 6e-4, with bf16 embeddings 2e-3, on an H200); "tf32": the towers' products too.
         parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
             gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
         communication: of the loss's columns between processes: ring, gather, hierarchical (a ring of nodes, whose ranks
