@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 from mmcontrast.data.clusters import ClusterOrder
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
+from mmcontrast.data.neighbours import NeighbourOrder
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.stream import StreamDataset, StreamOrder
 from mmcontrast.errors import UserError
 from mmcontrast.types import Batch
 
 TrainingDataset = ShardDataset | MixtureDataset | StreamDataset
-ExactOrder = SampleOrder | MixtureOrder | ClusterOrder
+ExactOrder = SampleOrder | MixtureOrder | ClusterOrder | NeighbourOrder
 TrainingOrder = ExactOrder | StreamOrder
 PREFETCHED = 4  # batches that a worker has ready
 

@@ -9,6 +9,7 @@ from mmcontrast.data import (
     ClusterOrder,
     MixtureDataset,
     MixtureOrder,
+    NeighbourOrder,
     SampleOrder,
     ShardDataset,
     ShardOptions,
@@ -20,6 +21,7 @@ from mmcontrast.data import (
     TrainingOrder,
     clusters_of,
     open_dataset,
+    open_neighbours,
 )
 from mmcontrast.data.dataset import names_of
 from mmcontrast.data.held_out import Part
@@ -29,7 +31,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, ImageModality, Modality
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.models.options import FieldOptions
-from mmcontrast.training.options import DataOptions, SourceOptions
+from mmcontrast.training.options import DataOptions, NeighboursOptions, SourceOptions
 
 
 def make_dataset(
@@ -70,7 +72,8 @@ def make_training_data(
     seed: int,
     views: Sequence[TeacherView] = (),
 ) -> tuple[TrainingDataset, TrainingOrder]:
-    """The samples and their order: of one set of shards, of several sources, within clusters, or sequential.
+    """The samples and their order: of one set of shards, of several sources, within clusters, beside their neighbours, or
+    sequential.
 
     Raises:
         UserError: for shards, fields, weights or options that do not fit.
@@ -107,6 +110,10 @@ def make_training_data(
     if options.clusters:
         clusters, table = clusters_of(dataset, options.clusters)
         return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest + more, table, clusters)
+    if isinstance(given := options.batches, NeighboursOptions):
+        neighbours = open_neighbours(dataset, given.table, given.nearest, given.unknown_ids)
+        chosen = given.nearest, given.beside, given.share
+        return dataset, NeighbourOrder(batch_size, seed, lanes, dataset.digest + more, neighbours.digest, *chosen, neighbours)
     if isinstance(dataset, ShardDataset):
         return dataset, order_of(dataset)
     orders = tuple(order_of(source) for source in dataset.sources.values())
@@ -142,6 +149,8 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
     weighted = [name for name, source in options.train.items() if source.weight] if isinstance(options.train, dict) else []
     if options.clusters and (weighted or options.batches == "single"):
         raise UserError("data.clusters: an epoch shows each sample once, so there are no weights and no data.batches")
+    if isinstance(options.batches, NeighboursOptions):
+        refuse_beside_neighbours(options, bool(weighted))
     if options.sequential and options.mined:
         raise UserError("data.negatives: they are read by their ids, from shards that are indexed: no data.sequential")
     if options.sequential and options.held_out:
@@ -150,6 +159,21 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
         raise UserError("data.select: which samples are kept is known of shards that are indexed: no data.sequential")
     if options.sequential and (several or options.clusters or options.bucket_by):
         raise UserError("data.sequential: the order is that of the tars: no several sources, clusters or bucket_by")
+
+
+def refuse_beside_neighbours(options: DataOptions, weighted: bool) -> None:
+    """
+    Raises:
+        UserError: for what contradicts batches of neighbours.
+    """
+    if options.clusters:
+        raise UserError("data.batches neighbours and data.clusters: a step is of neighbours, or of one cluster, not both")
+    if options.bucket_by:
+        raise UserError("data.batches neighbours and data.bucket_by: a step is of neighbours, or of one length, not both")
+    if weighted:
+        raise UserError("data.batches neighbours: an epoch shows each sample once, so data.train takes no weights")
+    if options.sequential:
+        raise UserError("data.batches neighbours: they are read by their ids, from shards that are indexed: no data.sequential")
 
 
 def make_source(

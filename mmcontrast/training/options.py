@@ -41,7 +41,8 @@ class NegativesOptions(Options):
     """Mined negatives: candidates of each sample alone, read from the training shards by their ids.
 
     Attributes:
-        table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it.
+        table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it; or
+            a folder of such files.
         field: the field of the candidates: its tower encodes them, and anchors of all other fields see them.
         count: so many are drawn of each sample's row, by (seed, epoch, sample id); where it has fewer, the others are absent.
         unknown_ids: what to do with ids that the training data lack: "error", or "skip" where some samples are left out of the
@@ -52,6 +53,39 @@ class NegativesOptions(Options):
     field: str
     count: Positive = 1
     unknown_ids: UnknownIds = "error"
+
+
+class NeighboursOptions(Options):
+    """Batches of samples and their nearest neighbours: see `mmcontrast.data.neighbours`.
+
+    Attributes:
+        table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, the nearest first, as `mmcontrast data
+            mine` writes it; or a folder of such files.
+        nearest: so many of a sample's candidates are looked at, the first ones.
+        count: so many of them are put beside it, at most; default: half of `nearest`.
+        share: of these, the share that are the nearest; the others are random ones of `nearest`.
+        unknown_ids: as of `data.negatives`.
+    """
+
+    type: Literal["neighbours"]
+    table: str
+    nearest: Positive = 128
+    count: Positive | None = None
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    unknown_ids: UnknownIds = "error"
+
+    @model_validator(mode="after")
+    def _check_count(self) -> "NeighboursOptions":
+        if self.count is not None and self.count > self.nearest:
+            raise ValueError(
+                f"count={self.count} neighbours cannot be of nearest={self.nearest}: raise nearest, or lower count"
+            )
+        return self
+
+    @property
+    def beside(self) -> int:
+        """The neighbours beside a sample."""
+        return self.count or max(1, self.nearest // 2)
 
 
 class DataOptions(Options):
@@ -65,7 +99,8 @@ class DataOptions(Options):
         select: the folder that `mmcontrast data filter` and the like wrote, or a Parquet or CSV file with a column `sample_id`
             or `key` and perhaps `keep`: what is trained on, and held out, are the samples that it keeps, of every source that
             has no `select` of its own.
-        batches: of several sources: "mixed", or "single", a step's samples all of one.
+        batches: of several sources: "mixed", or "single", a step's samples all of one; or, of any data, samples and their
+            nearest neighbours: {type: neighbours, table: mined.parquet}.
         clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
             cluster, each other's hard negatives.
         negatives: mined negatives of each sample, of one table or several.
@@ -84,7 +119,7 @@ class DataOptions(Options):
     train: Patterns | dict[str, SourceOptions]
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     select: str | None = None
-    batches: Literal["mixed", "single"] = "mixed"
+    batches: Literal["mixed", "single"] | NeighboursOptions = "mixed"
     clusters: str | None = None
     negatives: NegativesOptions | list[NegativesOptions] = []
     bucket_by: str | None = None
