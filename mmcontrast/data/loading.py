@@ -95,7 +95,9 @@ def _share(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0, rows: range | None = None) -> Iterator[Batch]:
+def all_batches(
+    dataset: ShardDataset | MixtureDataset, batch_size: int, num_workers: int = 0, rows: range | None = None
+) -> Iterator[Batch]:
     """Every sample once, in the shards' order; with `rows` those at these positions.
 
     Raises:

@@ -66,6 +66,12 @@ class MinedNegatives:
     starts: np.ndarray
     positions: np.ndarray
 
+    @classmethod
+    def none(cls, field: str, names: Sequence[str], seed: int) -> "MinedNegatives":
+        """Return those of a table that is mined later: nobody has any."""
+        nothing = np.empty(0, dtype=np.int64)
+        return cls(field, tuple(names), seed, f"none {field} {len(names)}", nothing, np.zeros(1, dtype=np.int64), nothing)
+
     def draw(self, epoch: int, sample_id: int) -> list[int]:
         """Return the positions of a sample's negatives in an epoch, in the table's order: fewer than `names`, or none, where
         its row has no more."""
@@ -130,6 +136,8 @@ def open_candidates(
     if len(again := np.flatnonzero(np.diff(ids[order]) == 0)):
         rows = sorted(order[again[0] : again[0] + 2].tolist())
         raise UserError(f"{option}: {table}, rows {rows[0]} and {rows[1]} are both of the sample {ids[rows[0]]}")
+    if not len(candidates):
+        raise UserError(f"{option}: {table} names no candidate at all: whatever made it has removed all of them")
     there = dataset.sample_ids() if known is None else known
     by_id = np.argsort(there, kind="stable")
     known = there[by_id]
