@@ -135,6 +135,8 @@ class DataOptions(Options):
     @field_validator("batches", mode="before")
     @classmethod
     def _name_alone(cls, batches: Any) -> Any:
+        if isinstance(batches, str) and batches not in ("mixed", "single", "neighbours"):
+            raise ValueError("it is mixed, single, or neighbours with options: {type: neighbours, table: mined.parquet}")
         return {"type": "neighbours"} if batches == "neighbours" else batches
 
     @property
