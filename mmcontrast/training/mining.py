@@ -8,11 +8,9 @@ step; a checkpoint says which table is in use.
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.utils import gather_object
 from rich.progress import Progress
 
@@ -45,16 +43,12 @@ class Mining:
         self.job, self.learner, self.miner = job, learner, miner
         self.options, self.every = job.options.mine, job.options.mine_every
         self.folder, self.accelerator = job.folder / FOLDER, learner.accelerator
+        self.sample_ids = self.dataset.sample_ids()
 
     @property
     def dataset(self) -> ShardDataset | MixtureDataset:
         assert not isinstance(self.job.dataset, StreamDataset)
         return self.job.dataset
-
-    @cached_property
-    def sample_ids(self) -> np.ndarray:
-        """All ids of the training data, by position."""
-        return self.dataset.sample_ids()
 
     def file(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.parquet"

@@ -270,7 +270,7 @@ def test_what_is_embedded(tmp_path):
 
 
 def test_the_command_killed_and_resumed(tmp_path):
-    """The command itself, by its own miner: killed after a round, to the bit; on two ranks, and then on one."""
+    """The command itself, by its own miner: killed after a round, to the bit; on two ranks, in shards, and then on one."""
     path = write(tmp_path, ema_decay=0.5, checkpoint_every=5)
     done = mmcontrast("train", path, "run.name=whole")
     assert done.returncode == 0 and "mined at step 8: 96 candidates of 24 samples, of which 0 have" in done.stderr, done.stderr
@@ -282,7 +282,9 @@ def test_the_command_killed_and_resumed(tmp_path):
     assert mmcontrast("train", path, "run.name=killed", "--resume").returncode == 0
     assert_same_end(tmp_path, "killed")
 
-    assert mmcontrast("train", path, "run.name=again", "train.steps=7", ranks=2).returncode == 0
+    for stop, *options in ((5,), (7, "train.parallel=fsdp", "--resume")):
+        done = mmcontrast("train", path, "run.name=again", f"train.steps={stop}", *options, ranks=2)
+        assert done.returncode == 0, done.stderr
     done = mmcontrast("train", path, "run.name=again", "--resume")
     assert done.returncode == 0, done.stderr
     (weights, losses, seen), (want, others, seen_by_other) = end_of(tmp_path, "again"), end_of(tmp_path, "whole")

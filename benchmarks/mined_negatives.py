@@ -1,0 +1,137 @@
+"""Mined negatives, and batches of neighbours, beside in-batch negatives on letters that look alike, at equal compute.
+
+    mmcontrast data build data_pipelines/glyphs/letters.yaml
+    python benchmarks/mined_negatives.py --plot docs/mined_negatives.png      # 25 minutes on 2 quiet cores; goes on where it was
+
+All arms of a seed go on from one run of `configs/letters.yaml` with as many FLOPs of the towers, what is embedded to mine
+included. Letters whose pictures are those of another (Latin A, Greek Alpha) are its false negatives: as many of the mined
+candidates as are drawn the same is told for each filter. Recall at 1 on the held-out pictures and voices, of those letters and
+of the others, as `compare_objectives.py` takes it.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from compare_objectives import CONFIG, FONT, mmcontrast, plot, recalls, write_table
+
+from mmcontrast.config import load_config
+from mmcontrast.evaluation import EmbeddingTable
+
+BATCH, STEPS = 128, 116  # of the arm with in-batch negatives
+TRAIN = "data/letters/train-*.tar"
+MINED = {"query": "image", "candidate": "text"}
+FILTERS: dict[str, list[str]] = {
+    "none": [],
+    "relative margin 0.05": ["--relative-margin", "0.05"],
+    "relative margin 0.2": ["--relative-margin", "0.2"],
+}
+NEGATIVES = "data.negatives={{table: {table}, field: text, count: 1}}"
+NEIGHBOURS = "data.batches={{type: neighbours, table: {table}, nearest: 16, count: 7}}"
+ROUND = 40  # steps between two minings
+AGAIN = [f"train.mine_every={ROUND}", "train.mine={query: image, candidate: text, count: 16, relative_margin: 0.05, first: true}"]
+ARMS: dict[str, tuple[str | None, list[str]]] = {  # the filter of what is mined once, overrides
+    "in-batch": (None, []),
+    "mined, no filter": ("none", [NEGATIVES]),
+    "mined, relative margin 0.05": ("relative margin 0.05", [NEGATIVES]),
+    "mined, relative margin 0.2": ("relative margin 0.2", [NEGATIVES]),
+    "mined every 40 steps, relative margin 0.05": (None, ["data.negatives={{field: text, count: 1}}", *AGAIN]),
+    "neighbours": ("none", [NEIGHBOURS]),
+    "neighbours, mined every 40 steps": (None, ["data.batches={{type: neighbours, nearest: 16, count: 7}}", *AGAIN]),
+}
+
+
+def costs() -> dict[str, float]:
+    """FLOPs of a forward of one sample, by field."""
+    from mmcontrast.plan import plan_run
+
+    return {tower: plan.flops for tower, plan in plan_run(load_config(Path(CONFIG), [])).towers.items()}
+
+
+def steps_of(arm: str, samples: int, forward: Mapping[str, float]) -> int:
+    """As many as cost what the in-batch arm does: a backward is two forwards, an embedding one of two fields."""
+    whole, overrides = sum(forward.values()), ARMS[arm][1]
+    budget, step = STEPS * BATCH * 3 * whole, BATCH * 3 * whole
+    if any("negatives" in override for override in overrides):
+        step += BATCH * 3 * forward["text"]
+    if AGAIN[0] in overrides:
+        step += samples * (forward["image"] + forward["text"]) / ROUND
+    return round(budget / step)
+
+
+def base(seed: int, folder: Path) -> Path:
+    """The run that all arms of a seed go on from, with its training data embedded and mined."""
+    place = folder / f"base-{seed}"
+    if not (place / "results.json").exists():
+        mmcontrast("train", CONFIG, f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed}", "--overwrite")
+    if not (place / "train" / "manifest.json").exists():
+        mmcontrast("embed", str(place), TRAIN, str(place / "train"))
+    for name, options in FILTERS.items():
+        out = place / f"{name.replace(' ', '-')}.parquet"
+        if not out.exists():
+            fields = [f"--{side}={field}" for side, field in MINED.items()]
+            mmcontrast("data", "mine", str(place / "train"), str(out), *fields, "--count", "16", *options)
+    return place
+
+
+def false_negatives(place: Path) -> dict[str, tuple[float, float]]:
+    """By filter: the share of the first candidates that are drawn as the query is, and of queries that keep a candidate."""
+    import sys
+
+    sys.path.insert(0, "")
+    from data_pipelines.glyphs.glyphs import draw
+
+    table = EmbeddingTable.read(place / "train")
+    letter = dict(zip(table.sample_ids.tolist(), table.group_ids.tolist(), strict=True))
+    drawn = {code: draw(chr(code), FONT, 40, 48).tobytes() for code in set(letter.values())}
+    found = {}
+    for name in FILTERS:
+        rows = pq.read_table(place / f"{name.replace(' ', '-')}.parquet").to_pylist()
+        pairs = [(row["sample_id"], row["candidate_ids"][0]) for row in rows if row["candidate_ids"]]
+        alike = [drawn[letter[query]] == drawn[letter[candidate]] for query, candidate in pairs]
+        found[name] = sum(alike) / max(1, len(alike)), len(pairs) / len(rows)
+    return found
+
+
+def run(arm: str, seed: int, folder: Path, steps: int) -> dict[str, list[float]]:
+    start, (mined, overrides) = base(seed, folder), ARMS[arm]
+    place = folder / f"{list(ARMS).index(arm):02d}-{seed}"
+    table = start / f"{mined.replace(' ', '-')}.parquet" if mined else ""
+    given = [override if override in AGAIN else override.format(table=table) for override in overrides]
+    options = [f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed + 100}", f"train.init_from={start}"]
+    options += [f"train.steps={steps}", "train.lr=5e-3", "train.tower_lr={text: 1e-3}", "train.warmup_steps=10", *given]
+    mmcontrast("train", CONFIG, *options, "--overwrite")
+    mmcontrast("embed", str(place), "data/letters/val-*.tar", str(place / "table"))
+    return recalls(EmbeddingTable.read(place / "table"), multilinear=False) | {"steps": [steps]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/mined"), help="of the runs, and of results.json")
+    parser.add_argument("--plot", type=Path, help="a PNG of the table")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file, forward = options.folder / "results.json", costs()
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for seed in options.seeds:
+        place = base(seed, options.folder)
+        for name, (alike, kept) in false_negatives(place).items():
+            print(f"seed {seed}, filter {name}: {alike:.3f} of the first candidates are drawn alike; {kept:.3f} of queries have any")
+        samples = len(EmbeddingTable.read(place / "train"))
+        for arm in options.arms:
+            if str(seed) not in known.setdefault(arm, {}):
+                known[arm][str(seed)] = found = run(arm, seed, options.folder, steps_of(arm, samples, forward))
+                file.write_text(json.dumps(known, indent=1, ensure_ascii=False))
+                print(f"{arm}, seed {seed}: {found}", flush=True)
+    results = {arm: known[arm] for arm in options.arms}
+    write_table(results)
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
