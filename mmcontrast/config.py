@@ -20,7 +20,7 @@ from mmcontrast.yaml_files import parse_yaml, read_yaml
 
 T = TypeVar("T", bound=Options)
 FORM = re.compile(
-    r"str|list\[.*\]|dict\[.*\]|literal\[.*\]|[A-Z]\w*Options"
+    r"str|list\[.*\]|dict\[.*\]|literal\[.*\]|function-\w+\[.*\]|[A-Z]\w*Options"
 )  # what pydantic puts into a place where several forms are allowed
 
 
@@ -176,7 +176,8 @@ def _first_error(error: ValidationError, root: type[BaseModel]) -> str:
     errors = error.errors()
     start = next((k for k, part in enumerate(errors[0]["loc"]) if FORM.fullmatch(str(part))), len(errors[0]["loc"]))
     rivals = [e for e in errors if e["loc"][:start] == errors[0]["loc"][:start]]
-    first = max(rivals, key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden")) if len(rivals) > 1 else errors[0]
+    ours = ("extra_forbidden", "value_error")  # of a form's own keys, or of what its options say of each other
+    first = max(rivals, key=lambda e: (len(e["loc"]), e["type"] in ours)) if len(rivals) > 1 else errors[0]
     place = [part for part in map(str, first["loc"]) if not FORM.fullmatch(part)]
     if first["type"] == "extra_forbidden":
         return f"unknown key {'.'.join(place)!r}; {nearest(place[-1], _valid_keys(place[:-1], root))}"

@@ -32,13 +32,15 @@ from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.epochs import in_steps
 from mmcontrast.training.job import Job
+from mmcontrast.training.mining import FOLDER as MINED
+from mmcontrast.training.mining import check_mining, check_rounds
 from mmcontrast.training.state import check_start, load_weights, weights_path
 from mmcontrast.training.teachers import open_teachers
 from mmcontrast.trust import import_paths
 
 CONFIG, STOPPED = "config.yaml", "stopped.json"
 LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
-LEFT_BY_A_START |= {"profile", "stalled"}
+LEFT_BY_A_START |= {"profile", "stalled", MINED}
 
 
 def make_job(config: RunConfig, resume: bool = False) -> Job:
@@ -62,10 +64,12 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
     for option in ("patience", "evaluate_first"):
         if getattr(config.train, option) and not config.evaluation.splits:
             raise UserError(f"train.{option}: nothing is evaluated: name evaluation.splits")
+    check_mining(config.train, config.data, contrasted_fields(config), model)
     evaluation, eval_datasets = open_data(config, model)
     teachers = open_teachers(config.train.teachers, scored_fields(config, pairing), model, open_start)
     views = [teacher.view for teacher in teachers]
     dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed, views)
+    check_rounds(config.train, config.data, order)
     return Job(
         name=config.run.name,
         folder=config.folder,

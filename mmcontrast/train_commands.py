@@ -43,11 +43,17 @@ def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
     from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder, remove_failed_start
     from mmcontrast.training.distributed import join_processes
     from mmcontrast.training.loop import train as run_training
+    from mmcontrast.training.mining import mining_options
 
     state = join_processes()
     if state.is_main_process:
         check_folder(loaded, resume, overwrite)
         console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
+    miner = None
+    if loaded.train.mine:
+        from mmcontrast.curation.mine import training_miner
+
+        miner = training_miner(mining_options(loaded.train.mine, loaded.data))
     job = make_job(loaded, resume)
     if state.is_main_process:
         lock = lock_folder(loaded)
@@ -55,7 +61,7 @@ def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
             prepare_folder(loaded, overwrite, job.config)
     state.wait_for_everyone()
     try:
-        run_training(job, resume, preemption)
+        run_training(job, resume, preemption, miner)
     except UserError:
         if state.is_main_process and not resume:
             remove_failed_start(job.folder)

@@ -39,7 +39,7 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "doctor": ["runs"],
     "plan": ["runs"],
     "finetune": ["plan"],
-    "train_commands": ["finetune"],
+    "train_commands": ["finetune", "curation"],
     "cli": ["slurm", "data_commands", "curation", "blend", "doctor", "train_commands"],
 }
 

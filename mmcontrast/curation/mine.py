@@ -5,7 +5,8 @@ What each rule removes is counted, and so are queries with fewer negatives than 
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from mmcontrast.curation.outputs import (
 )
 from mmcontrast.curation.windows import Windows, WindowSearch
 from mmcontrast.errors import UserError
+from mmcontrast.search.query import faiss_module
 from mmcontrast.search.table import StoredTable
 from mmcontrast.training.log import make_progress
 
@@ -165,6 +167,27 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
         summary = _summary(stored, options, counted, sums, sizes, measured)
         finish(out, writer, summary, _sections(summary, examples))
     return summary
+
+
+def training_miner(options: Mapping[str, Any]) -> Callable[[Path, Path, int, str], dict[str, Any]]:
+    """Return what a run with `train.mine_every` mines with: a function of an embedding table, a new Parquet file, a seed and a
+    device.
+
+    Raises:
+        UserError: for options that contradict each other, or faiss if it is needed and not installed.
+    """
+    given = MiningOptions(**options)
+    try:
+        given.check()
+        if given.search == "ivf":
+            faiss_module()
+    except UserError as error:
+        raise UserError(f"train.mine: {error}") from error
+
+    def mined(table: Path, out: Path, seed: int, device: str) -> dict[str, Any]:
+        return mine(table, out, replace(given, seed=seed), device, progress=False)
+
+    return mined
 
 
 def choose(windows: Windows, ids: np.ndarray, options: MiningOptions) -> tuple[np.ndarray, dict[str, int]]:

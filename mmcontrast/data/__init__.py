@@ -6,6 +6,7 @@ from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.loading import TrainingDataset, TrainingOrder, all_batches, training_batches
 from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
+from mmcontrast.data.neighbours import NeighbourOrder, open_neighbours
 from mmcontrast.data.opening import ShardOptions, Shards, open_dataset, read_keys
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.shard import ShardIndex
@@ -17,6 +18,7 @@ __all__ = [
     "ClusterOrder",
     "MixtureDataset",
     "MixtureOrder",
+    "NeighbourOrder",
     "SampleOrder",
     "ShardDataset",
     "ShardIndex",
@@ -33,6 +35,7 @@ __all__ = [
     "expand_shards",
     "index_shard",
     "open_dataset",
+    "open_neighbours",
     "open_shards",
     "read_keys",
     "training_batches",

@@ -1,5 +1,6 @@
 """Samples of shards, decoded and transformed per field, collated into a `Batch`."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -322,6 +323,28 @@ class ShardDataset(Samples):
         """(shard, row in it) of a sample."""
         number = int(np.searchsorted(self.starts, position, side="right")) - 1
         return self.shards[number], position - int(self.starts[number])
+
+    def shard_name(self, position: int) -> str:
+        return self.locate(position)[0].name
+
+    def evaluated(self, modalities: Mapping[str, Modality]) -> "ShardDataset":
+        """Return the same samples in the same places as evaluation reads them, with some fields alone: without augmentation,
+        negatives or views. One that cannot be decoded is absent from all fields.
+
+        Args:
+            modalities: the model's; where a source has its own, that one is kept.
+        """
+        view = copy.copy(self)
+        view.training, view.tolerant, view.negatives, view.views = False, True, (), ()
+        view.modalities = {}
+        for field, modality in modalities.items():
+            if field in self.modalities:
+                changed = self.modalities[field] is not modality.for_training()
+                view.modalities[field] = self.modalities[field] if changed else modality
+        read = {*view.modalities, *self.templates}  # of names of classes the groups are made
+        view.keys = {field: keys for field, keys in self.keys.items() if field in read}
+        view.choices = {field: choices for field, choices in self.choices.items() if field in read}
+        return view
 
     def key(self, position: int) -> str:
         shard, row = self.locate(position)

@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 from mmcontrast.data.clusters import ClusterOrder
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.mixture import MixtureDataset, MixtureOrder
+from mmcontrast.data.neighbours import NeighbourOrder
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.stream import StreamDataset, StreamOrder
 from mmcontrast.errors import UserError
 from mmcontrast.types import Batch
 
 TrainingDataset = ShardDataset | MixtureDataset | StreamDataset
-ExactOrder = SampleOrder | MixtureOrder | ClusterOrder
+ExactOrder = SampleOrder | MixtureOrder | ClusterOrder | NeighbourOrder
 TrainingOrder = ExactOrder | StreamOrder
 PREFETCHED = 4  # batches that a worker has ready
 
@@ -94,7 +95,9 @@ def _share(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def all_batches(dataset: ShardDataset, batch_size: int, num_workers: int = 0, rows: range | None = None) -> Iterator[Batch]:
+def all_batches(
+    dataset: ShardDataset | MixtureDataset, batch_size: int, num_workers: int = 0, rows: range | None = None
+) -> Iterator[Batch]:
     """Every sample once, in the shards' order; with `rows` those at these positions.
 
     Raises:

@@ -1,5 +1,6 @@
 """Several sources in one order and one data set: exact weights, epochs of its own for each, one integer of state."""
 
+import copy
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,17 @@ class MixtureDataset(Samples):
         """(source, position in it)."""
         number = bisect_right(self.starts, position) - 1
         return self.names[number], position - self.starts[number]
+
+    def shard_name(self, position: int) -> str:
+        name, own = self.locate(position)
+        return self.sources[name].shard_name(own)
+
+    def evaluated(self, modalities: Mapping[str, Modality]) -> "MixtureDataset":
+        """As `ShardDataset.evaluated`."""
+        view = copy.copy(self)
+        view.negatives, view.views, view.modalities = (), (), dict(modalities)
+        view.sources = {name: source.evaluated(modalities) for name, source in self.sources.items()}
+        return view
 
     def key(self, position: int) -> str:
         name, own = self.locate(position)

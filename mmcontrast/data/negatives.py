@@ -1,6 +1,7 @@
 """Mined negatives: for each sample some others, named by a table, whose members are read by their ids for it alone.
 
 Which of them an epoch shows is a function of (seed, epoch, sample id), as the order and the augmentation are.
+`open_candidates` reads such tables, for `neighbours.py` too.
 """
 
 import hashlib
@@ -30,6 +31,22 @@ logger = logging.getLogger("mmcontrast")
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """What a table says of the samples of a data set.
+
+    Attributes:
+        digest: of what the table says.
+        ids: int64 [R], sorted: the samples that have a row. starts: int64 [R + 1], where each one's candidates begin.
+        positions: int64 [M] of the candidates in the data set, in the table's order.
+    """
+
+    digest: str
+    ids: np.ndarray
+    starts: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
 class MinedNegatives:
     """A table of negatives, opened for a data set.
 
@@ -48,6 +65,12 @@ class MinedNegatives:
     ids: np.ndarray
     starts: np.ndarray
     positions: np.ndarray
+
+    @classmethod
+    def none(cls, field: str, names: Sequence[str], seed: int) -> "MinedNegatives":
+        """Return those of a table that is mined later: nobody has any."""
+        nothing = np.empty(0, dtype=np.int64)
+        return cls(field, tuple(names), seed, f"none {field} {len(names)}", nothing, np.zeros(1, dtype=np.int64), nothing)
 
     def draw(self, epoch: int, sample_id: int) -> list[int]:
         """Return the positions of a sample's negatives in an epoch, in the table's order: fewer than `names`, or none, where
@@ -69,112 +92,176 @@ def open_negatives(
     names: Sequence[str],
     seed: int,
     unknown_ids: UnknownIds = "error",
+    known: np.ndarray | None = None,
 ) -> MinedNegatives:
-    """Open a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it.
+    """Open a table of negatives.
 
     Args:
         field, names: as `MinedNegatives`.
+        table, unknown_ids, known: as `open_candidates`.
+
+    Raises:
+        UserError: as `open_candidates`.
+    """
+    found = open_candidates(dataset, table, "data.negatives", unknown_ids, known=known)
+    digest = f"{found.digest} {field} {len(names)}"
+    return MinedNegatives(field, tuple(names), seed, digest, found.ids, found.starts, found.positions)
+
+
+def open_candidates(
+    dataset: "ShardDataset | MixtureDataset",
+    table: str,
+    option: str,
+    unknown_ids: UnknownIds = "error",
+    most: int | None = None,
+    known: np.ndarray | None = None,
+) -> Candidates:
+    """Open a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it; or a
+    folder of such files, of which each has some of the rows.
+
+    Args:
+        option: of the config that names the table, for messages.
         unknown_ids: "skip": leave out samples and candidates that the data set lacks.
+        most: so many candidates of a row are read, the first ones.
+        known: the data set's `sample_ids()`, where they have been read.
 
     Raises:
         UserError: for a file that is none; for an id that is repeated, or that the data set lacks.
     """
-    ids, starts, candidates = _read(table)
-    digest = hashlib.blake2b(b"".join(part.astype("<i8").tobytes() for part in (ids, starts, candidates)), digest_size=8)
+    ids, counts, candidates = _read(table, option, most)
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (ids, np.concatenate([[0], np.cumsum(counts)]), candidates):
+        digest.update(np.ascontiguousarray(part, dtype="<i8").data)
     order = np.argsort(ids, kind="stable")
     if len(again := np.flatnonzero(np.diff(ids[order]) == 0)):
         rows = sorted(order[again[0] : again[0] + 2].tolist())
-        raise UserError(f"data.negatives: {table}, rows {rows[0]} and {rows[1]} are both of the sample {ids[rows[0]]}")
-    there = dataset.sample_ids()
+        raise UserError(f"{option}: {table}, rows {rows[0]} and {rows[1]} are both of the sample {ids[rows[0]]}")
+    if not len(candidates):
+        raise UserError(f"{option}: {table} names no candidate at all: whatever made it has removed all of them")
+    there = dataset.sample_ids() if known is None else known
     by_id = np.argsort(there, kind="stable")
     known = there[by_id]
-    owners = np.repeat(np.arange(len(ids)), np.diff(starts))
-    own, asked = _found(known, ids), _found(known, candidates)
+    own = known[_places(known, ids)] == ids
+    asked = np.empty(len(candidates), dtype=bool)
+    positions = np.empty(len(candidates), dtype=np.int32 if len(known) < 2**31 else np.int64)
+    for some in _slices(len(candidates)):
+        places = _places(known, candidates[some])
+        asked[some], positions[some] = known[places] == candidates[some], by_id[places]
     if unknown_ids == "error" and not (own.all() and asked.all()):
-        _refuse(table, ids, candidates, owners, own, asked)
-    kept = asked & own[owners]
-    new_row = np.empty(len(ids), dtype=np.int64)
-    new_row[order[own[order]]] = np.arange(int(own.sum()))
-    owners, candidates = new_row[owners[kept]], candidates[kept]
-    if not len(candidates):
-        raise UserError(f"data.negatives: no candidate of {table} is a sample of the training data")
-    arranged = np.argsort(owners, kind="stable")
-    counts = np.bincount(owners, minlength=int(own.sum()))
-    if os.environ.get("RANK", "0") == "0":
-        _tell(table, len(there) - int((counts > 0).sum()), len(there), len(asked) - len(candidates))
-    return MinedNegatives(
-        field,
-        tuple(names),
-        seed,
-        f"{digest.hexdigest()} {field} {len(names)}",
-        ids[order][own[order]],
-        np.concatenate([[0], np.cumsum(counts)]),
-        by_id[np.searchsorted(known, candidates[arranged])],
-    )
-
-
-def _tell(table: str, without: int, samples: int, skipped: int) -> None:
+        _refuse(table, option, ids, candidates, counts, own, asked)
+    kept = asked & np.repeat(own, counts)
+    if not kept.any():
+        raise UserError(f"{option}: no candidate of {table} is a sample of the training data")
+    skipped = len(kept) - int(kept.sum())
     if skipped:
-        logger.warning(
-            "data.negatives: %s: %d candidates are skipped: they, or their rows, are no samples here", table, skipped
-        )
+        until = np.concatenate([[0], np.cumsum(kept)])
+        positions, counts = positions[kept], np.diff(until[np.concatenate([[0], np.cumsum(counts)])])
+    if os.environ.get("RANK", "0") == "0":
+        _tell(table, option, len(there) - int((counts > 0).sum()), len(there), skipped)
+    rows = order[own[order]]
+    starts, positions = rows_of(np.concatenate([[0], np.cumsum(counts)]), positions, rows)
+    return Candidates(digest.hexdigest(), ids[rows], starts, positions)
+
+
+def rows_of(starts: np.ndarray, values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return lists of values, as where each begins and all values, in another order: those of `rows`; −1 is an empty one."""
+    counts = np.where(rows < 0, 0, np.diff(starts)[rows])
+    into = np.concatenate([[0], np.cumsum(counts)])
+    found = np.empty(into[-1], dtype=values.dtype)
+    for some in _slices(len(rows), 2**16):
+        shift = np.repeat(starts[rows[some]] - into[some], counts[some])
+        first, last = into[some][0], into[some][0] + len(shift)
+        found[first:last] = values[shift + np.arange(first, last)]
+    return into, found
+
+
+def _slices(number: int, size: int = 2**22) -> list[slice]:
+    return [slice(first, min(first + size, number)) for first in range(0, number, size)]
+
+
+def _tell(table: str, option: str, without: int, samples: int, skipped: int) -> None:
+    if skipped:
+        logger.warning("%s: %s: %d candidates are skipped: they, or their rows, are no samples here", option, table, skipped)
     if without:
-        logger.warning("data.negatives: %s has no candidates for %d of %d samples", table, without, samples)
+        logger.warning("%s: %s has no candidates for %d of %d samples", option, table, without, samples)
 
 
-def _found(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    places = np.minimum(np.searchsorted(known, asked), len(known) - 1)
-    return known[places] == asked
+def _places(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    return np.minimum(np.searchsorted(known, asked), len(known) - 1)
 
 
 def _refuse(
-    table: str, ids: np.ndarray, candidates: np.ndarray, owners: np.ndarray, own: np.ndarray, asked: np.ndarray
+    table: str, option: str, ids: np.ndarray, candidates: np.ndarray, counts: np.ndarray, own: np.ndarray, asked: np.ndarray
 ) -> None:
     number = int((~own).sum() + (~asked).sum())
     if not asked.all():
         place = int(np.argmin(asked))
-        what = f"row {owners[place]} (sample_id {ids[owners[place]]}): its candidate {candidates[place]}"
+        row = int(np.searchsorted(np.cumsum(counts), place, side="right"))
+        what = f"row {row} (sample_id {ids[row]}): its candidate {candidates[place]}"
     else:
         what = f"row {int(np.argmin(own))}: the sample_id {ids[int(np.argmin(own))]}"
     raise UserError(
-        f"data.negatives: {table}, {what} is no sample of the training data ({number} ids are not): mine from a table of the"
-        " same shards, or set data.negatives.unknown_ids=skip, as with data.held_out and data.select"
+        f"{option}: {table}, {what} is no sample of the training data ({number} ids are not): mine from a table of the"
+        f" same shards, or set {option}.unknown_ids=skip, as with data.held_out and data.select"
     )
 
 
-def _read(table: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids [R], starts [R + 1], candidates [M]) of a table's rows.
+def _read(table: str, option: str, most: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids [R], number of candidates of each [R], candidates [M]) of the rows of a table, in one file or in all of a folder.
 
     Raises:
         UserError: if it has no such columns, or what is in them is no id.
     """
+    files = sorted(Path(table).glob("*.parquet")) if Path(table).is_dir() else [Path(table)]
+    if not files:
+        raise UserError(f"{option}: the folder {table} holds no Parquet file: name what `mmcontrast data mine` has written")
+    parts = [part for file in files for part in _read_file(str(file), option, most)]
+    ids, counts, candidates = ([part[k] for part in parts] for k in range(3))
+    del parts
+    return np.concatenate(ids), np.concatenate(counts), np.concatenate(candidates)
+
+
+def _read_file(table: str, option: str, most: int | None) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     if not Path(table).is_file():
-        raise UserError(f"data.negatives: no file {table}")
+        raise UserError(f"{option}: no file {table}")
+    nothing = np.empty(0, dtype=np.int64)
+    found = [(nothing, nothing, nothing)]
     try:
-        schema = pq.read_schema(table)
-        if missing := [name for name in COLUMNS if name not in schema.names]:
-            raise UserError(
-                f"data.negatives: {table} needs the columns 'sample_id' and 'candidate_ids'; it lacks {missing[0]!r} and has"
-                f" {', '.join(schema.names)}"
-            )
-        kind = schema.field("candidate_ids").type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-            raise UserError(f"data.negatives: {table}: candidate_ids is {kind}, not a list of ids")
-        read = pq.read_table(table, columns=list(COLUMNS))
+        with pq.ParquetFile(table) as file:
+            schema = file.schema_arrow
+            if missing := [name for name in COLUMNS if name not in schema.names]:
+                raise UserError(
+                    f"{option}: {table} needs the columns 'sample_id' and 'candidate_ids'; it lacks {missing[0]!r} and has"
+                    f" {', '.join(schema.names)}"
+                )
+            kind = schema.field("candidate_ids").type
+            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+            if not lists and file.metadata.num_rows:
+                raise UserError(f"{option}: {table}: candidate_ids is {kind}, not a list of ids")
+            for batch in file.iter_batches(columns=list(COLUMNS)) if lists else ():
+                found.append(_rows(table, option, batch["sample_id"], batch["candidate_ids"], most))
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data.negatives: {table} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    lists = read["candidate_ids"].combine_chunks()
+        raise UserError(f"{option}: {table} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    return found
+
+
+def _rows(
+    table: str, option: str, ids: pa.Array, lists: pa.Array, most: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    return _ids(table, read["sample_id"]), starts, _ids(table, pc.list_flatten(lists))
+    candidates = _ids(table, option, pc.list_flatten(lists))
+    if most is not None and len(counts) and counts.max() > most:
+        rank = np.arange(len(candidates)) - np.repeat(np.cumsum(counts) - counts, counts)
+        candidates, counts = candidates[rank < most], np.minimum(counts, most)
+    return _ids(table, option, ids), counts, candidates
 
 
-def _ids(table: str, column: Any) -> np.ndarray:
+def _ids(table: str, option: str, column: Any) -> np.ndarray:
     if column.null_count:
-        raise UserError(f"data.negatives: {table}: {column.null_count} ids are null")
+        raise UserError(f"{option}: {table}: {column.null_count} ids are null")
     if pa.types.is_signed_integer(column.type):
         return column.to_numpy().astype(np.int64)
     try:
         return np.array([id_of("sample_id", value, -1) for value in column.to_pylist()], dtype=np.int64)
     except DecodeError as error:
-        raise UserError(f"data.negatives: {table}: {error}") from error
+        raise UserError(f"{option}: {table}: {error}") from error

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmcontrast.data import ShardDataset, all_batches
+from mmcontrast.data import MixtureDataset, ShardDataset, all_batches
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import TextModality
@@ -176,7 +176,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 @torch.no_grad()
 def embed_dataset(
     model: ContrastiveModel,
-    dataset: ShardDataset,
+    dataset: ShardDataset | MixtureDataset,
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -213,7 +213,7 @@ def embed_dataset(
         )  # fmt: skip
         curvature = None if embeddings.curvature is None else float(embeddings.curvature)
         done = len(about["metadata"])
-        embedded.check_finite(name or label, lambda row, done=done: dataset.locate(positions[done + row])[0].name)  # type: ignore[misc]
+        embedded.check_finite(name or label, lambda row, done=done: dataset.shard_name(positions[done + row]))  # type: ignore[misc]
         for field in fields:
             fields[field].append(embedded.fields[field])
             present[field].append(batch.present[field])

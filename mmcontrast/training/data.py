@@ -1,14 +1,19 @@
 """From options to the objects of a run: modalities, towers, model, data. What the loop and the evaluation work on."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmcontrast.components import build, nearest
 from mmcontrast.data import (
     ClusterOrder,
     MixtureDataset,
     MixtureOrder,
+    NeighbourOrder,
     SampleOrder,
     ShardDataset,
     ShardOptions,
@@ -20,16 +25,19 @@ from mmcontrast.data import (
     TrainingOrder,
     clusters_of,
     open_dataset,
+    open_neighbours,
 )
 from mmcontrast.data.dataset import names_of
 from mmcontrast.data.held_out import Part
+from mmcontrast.data.loading import ExactOrder
 from mmcontrast.data.negatives import MinedNegatives, open_negatives
+from mmcontrast.data.neighbours import Neighbours
 from mmcontrast.data.opening import check_templates
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, ImageModality, Modality
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.models.options import FieldOptions
-from mmcontrast.training.options import DataOptions, SourceOptions
+from mmcontrast.training.options import DataOptions, NeighboursOptions, SourceOptions
 
 
 def make_dataset(
@@ -70,7 +78,8 @@ def make_training_data(
     seed: int,
     views: Sequence[TeacherView] = (),
 ) -> tuple[TrainingDataset, TrainingOrder]:
-    """The samples and their order: of one set of shards, of several sources, within clusters, or sequential.
+    """The samples and their order: of one set of shards, of several sources, within clusters, beside their neighbours, or
+    sequential.
 
     Raises:
         UserError: for shards, fields, weights or options that do not fit.
@@ -103,15 +112,22 @@ def make_training_data(
         shards = ShardOptions(shards=options.train, select=options.select)
         dataset = make_dataset(shards, fields, model, seed=seed, training=True, **part)
     dataset.negatives = make_negatives(options, dataset, seed)
-    more = "".join(f" {negatives.digest}" for negatives in dataset.negatives)
+    more, batches = digest_of(dataset), options.batches
     if options.clusters:
         clusters, table = clusters_of(dataset, options.clusters)
         return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest + more, table, clusters)
+    if isinstance(batches, NeighboursOptions):
+        if batches.table is None:
+            neighbours = Neighbours.none(len(dataset))
+        else:
+            neighbours = open_neighbours(dataset, batches.table, batches.nearest, batches.unknown_ids)
+        chosen = batches.nearest, batches.beside, batches.share
+        return dataset, NeighbourOrder(batch_size, seed, lanes, dataset.digest + more, neighbours.digest, *chosen, neighbours)
     if isinstance(dataset, ShardDataset):
         return dataset, order_of(dataset)
     orders = tuple(order_of(source) for source in dataset.sources.values())
     weights = [source.weight or float(len(dataset.sources[name])) for name, source in sources.items()]
-    return dataset, MixtureOrder(orders, tuple(weight / sum(weights) for weight in weights), options.batches)
+    return dataset, MixtureOrder(orders, tuple(weight / sum(weights) for weight in weights), batches)
 
 
 def make_negatives(options: DataOptions, dataset: ShardDataset | MixtureDataset, seed: int) -> list[MinedNegatives]:
@@ -123,8 +139,47 @@ def make_negatives(options: DataOptions, dataset: ShardDataset | MixtureDataset,
     names, opened = iter(options.mined), []
     for given in options.tables_of_negatives:
         own = [next(names) for _ in range(given.count)]
-        opened.append(open_negatives(dataset, given.table, given.field, own, seed, given.unknown_ids))
+        if given.table is None:
+            opened.append(MinedNegatives.none(given.field, own, seed))
+        else:
+            opened.append(open_negatives(dataset, given.table, given.field, own, seed, given.unknown_ids))
     return opened
+
+
+def use_mined(
+    table: Path, options: DataOptions, dataset: ShardDataset | MixtureDataset, order: ExactOrder, known: np.ndarray
+) -> ExactOrder:
+    """Give a data set the negatives of a table that training has mined, wherever the options name none, and return the order
+    with its neighbours, if there are such; its digest is part of the order's state.
+
+    Args:
+        known: the data set's sample ids.
+
+    Raises:
+        UserError: for a table that is not there, or of other samples.
+    """
+    opened = []
+    for given, old in zip(options.tables_of_negatives, dataset.negatives, strict=True):
+        renewed = given.table is None
+        opened.append(open_negatives(dataset, str(table), old.field, old.names, old.seed, known=known) if renewed else old)
+    dataset.negatives = opened
+    more = digest_of(dataset)
+    if isinstance(order, MixtureOrder):
+        assert isinstance(dataset, MixtureDataset)
+        sources = dataset.sources.values()
+        orders = [replace(one, data=source.digest + more) for one, source in zip(order.orders, sources, strict=True)]
+        return replace(order, orders=tuple(orders))
+    order = replace(order, data=dataset.digest + more)
+    batches = options.batches
+    if isinstance(order, NeighbourOrder) and isinstance(batches, NeighboursOptions) and batches.table is None:
+        neighbours = open_neighbours(dataset, str(table), batches.nearest, known=known)
+        order = replace(order, table=neighbours.digest, neighbours=neighbours, epochs={})
+    return order
+
+
+def digest_of(dataset: ShardDataset | MixtureDataset) -> str:
+    """Return what the tables of negatives add to the digest of the data."""
+    return "".join(f" {negatives.digest}" for negatives in dataset.negatives)
 
 
 def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]) -> None:
@@ -142,6 +197,8 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
     weighted = [name for name, source in options.train.items() if source.weight] if isinstance(options.train, dict) else []
     if options.clusters and (weighted or options.batches == "single"):
         raise UserError("data.clusters: an epoch shows each sample once, so there are no weights and no data.batches")
+    if isinstance(options.batches, NeighboursOptions):
+        refuse_beside_neighbours(options, bool(weighted))
     if options.sequential and options.mined:
         raise UserError("data.negatives: they are read by their ids, from shards that are indexed: no data.sequential")
     if options.sequential and options.held_out:
@@ -150,6 +207,21 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
         raise UserError("data.select: which samples are kept is known of shards that are indexed: no data.sequential")
     if options.sequential and (several or options.clusters or options.bucket_by):
         raise UserError("data.sequential: the order is that of the tars: no several sources, clusters or bucket_by")
+
+
+def refuse_beside_neighbours(options: DataOptions, weighted: bool) -> None:
+    """
+    Raises:
+        UserError: for what contradicts batches of neighbours.
+    """
+    if options.clusters:
+        raise UserError("data.batches neighbours and data.clusters: a step is of neighbours, or of one cluster, not both")
+    if options.bucket_by:
+        raise UserError("data.batches neighbours and data.bucket_by: a step is of neighbours, or of one length, not both")
+    if weighted:
+        raise UserError("data.batches neighbours: an epoch shows each sample once, so data.train takes no weights")
+    if options.sequential:
+        raise UserError("data.batches neighbours: they are read by their ids, from shards that are indexed: no data.sequential")
 
 
 def make_source(

@@ -16,7 +16,7 @@ from mmcontrast.training.teachers import Teacher
 class Job:
     """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
     negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone; `score` is None where
-    it is the cosine."""
+    it is the cosine; `mined` is the step whose mined table the data have, None before the first."""
 
     name: str
     folder: Path
@@ -34,3 +34,4 @@ class Job:
     teachers: list[Teacher] = field(default_factory=list)
     own: frozenset[str] = frozenset()
     score: Hyperbolic | None = None
+    mined: int | None = None

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, 
 from mmcontrast.training.evaluations import Evaluations
 from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLog, make_progress
+from mmcontrast.training.mining import Miner, Mining, make_mining
 from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import is_sharded, place
@@ -39,16 +40,18 @@ from mmcontrast.training.state import restore, state_of
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
+from mmcontrast.types import Batch
 
 STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
-def train(job: Job, resume: bool = False, preemption: Preemption | None = None) -> Results:
+def train(job: Job, resume: bool = False, preemption: Preemption | None = None, miner: Miner | None = None) -> Results:
     """Trains, evaluates, and writes the run's folder; returns the last results. A run that has all of its steps, or has ended
     early, is evaluated, if it was not.
 
     Args:
         preemption: of a caller that handles a scheduler's signals from its own beginning.
+        miner: of a run with `train.mine_every`.
 
     Raises:
         TrainingStopped: if the loss or the gradients cease to be finite.
@@ -78,25 +81,15 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
         job.own, job.score,
     )  # fmt: skip
 
-    start = 0
+    start, mining = 0, make_mining(job, learner, miner)
     if resume:
-        start = restore(checkpoint.find(checkpoints, "last"), job, learner)
+        start = restore(checkpoint.find(checkpoints, "last"), job, learner, mining)
         if accelerator.is_main_process:  # nothing refused it
             replace_text(job.folder / checkpoint.CONFIG, job.config)
     log = StepLog(job.folder / LOG, start, accelerator.num_processes, most) if accelerator.is_main_process else None
     saver = make_saver(checkpoints, options, accelerator)
     evaluations = Evaluations(job, start, learner, saver)
     audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)
-    batches = training_batches(
-        job.dataset,
-        job.order,
-        range(start, total),
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=job.data.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-
     results: Results = {}
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with (
@@ -118,6 +111,12 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
             progress.console.print(f"{job.name} is complete: {why}", highlight=False, markup=False)
         elif log and start and options.evaluate_first and 0 not in evaluations.steps:
             progress.console.print("warning: train.evaluate_first: step 0 was not evaluated when the run began; it is past")
+        if mining:
+            mining.begin()
+            if mining.due(start) and not evaluations.exhausted:
+                with watchdog.away():
+                    mining.run(start, progress)
+        batches = batches_from(start, job, accelerator, mining)
         for step in range(start, total):
             if evaluations.exhausted:
                 break
@@ -154,7 +153,12 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None) 
                     progress.console.print(f"step {done}/{total}  {note}{eta}", highlight=False, soft_wrap=True)
             progress.update(bar, completed=done)
             evaluating = due(done, options.evaluate_every, total) and (done == total or not stopping)
-            if due(done, options.checkpoint_every, total) or evaluating or stopping:
+            renewing = mining is not None and mining.due(done) and not stopping
+            if mining and renewing:
+                with log.paused() if log else nullcontext(), watchdog.away():
+                    mining.run(done, progress)
+                batches = batches_from(done, job, accelerator, mining)
+            if due(done, options.checkpoint_every, total) or evaluating or stopping or renewing:
                 with log.paused() if log else nullcontext(), watchdog.away():
                     if saver:
                         saver.save(done, state_of(done, job, learner))
@@ -195,6 +199,20 @@ def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Map
         trackers += accelerator.trackers
     accelerator.trackers = trackers
     return accelerator
+
+
+def batches_from(step: int, job: Job, accelerator: Accelerator, mining: Mining | None) -> Iterator[Batch]:
+    """This rank's batches from a step on, until something is mined anew."""
+    end = job.options.total_steps if mining is None else min(job.options.total_steps, mining.next_after(step))
+    return training_batches(
+        job.dataset,
+        job.order,
+        range(step, end),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=job.data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
 
 
 def due(done: int, every: int | None, total: int) -> bool:

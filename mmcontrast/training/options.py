@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mmcontrast.data.negatives import UnknownIds
 from mmcontrast.data.opening import Templates
@@ -42,17 +42,52 @@ class NegativesOptions(Options):
     """Mined negatives: candidates of each sample alone, read from the training shards by their ids.
 
     Attributes:
-        table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it.
+        table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it; or
+            a folder of such files. Default: what `train.mine_every` mines; until then there are none.
         field: the field of the candidates: its tower encodes them, and anchors of all other fields see them.
         count: so many are drawn of each sample's row, by (seed, epoch, sample id); where it has fewer, the others are absent.
         unknown_ids: what to do with ids that the training data lack: "error", or "skip" where some samples are left out of the
             training on purpose (`held_out`).
     """
 
-    table: str
+    table: str | None = None
     field: str
     count: Positive = 1
     unknown_ids: UnknownIds = "error"
+
+
+class NeighboursOptions(Options):
+    """Batches of samples and their nearest neighbours: see `mmcontrast.data.neighbours`.
+
+    Attributes:
+        table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, the nearest first, as `mmcontrast data
+            mine` writes it; or a folder of such files. Default: what `train.mine_every` mines; until then samples are drawn
+            at random.
+        nearest: so many of a sample's candidates are looked at, the first ones.
+        count: so many of them are put beside it, at most; default: half of `nearest`.
+        share: of these, the share that are the nearest; the others are random ones of `nearest`.
+        unknown_ids: as of `data.negatives`.
+    """
+
+    type: Literal["neighbours"]
+    table: str | None = None
+    nearest: Positive = 128
+    count: Positive | None = None
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    unknown_ids: UnknownIds = "error"
+
+    @model_validator(mode="after")
+    def _check_count(self) -> "NeighboursOptions":
+        if self.count is not None and self.count > self.nearest:
+            raise ValueError(
+                f"count={self.count} neighbours cannot be of nearest={self.nearest}: raise nearest, or lower count"
+            )
+        return self
+
+    @property
+    def beside(self) -> int:
+        """The neighbours beside a sample."""
+        return self.count or max(1, self.nearest // 2)
 
 
 class DataOptions(Options):
@@ -66,7 +101,8 @@ class DataOptions(Options):
         select: the folder that `mmcontrast data filter` and the like wrote, or a Parquet or CSV file with a column `sample_id`
             or `key` and perhaps `keep`: what is trained on, and held out, are the samples that it keeps, of every source that
             has no `select` of its own.
-        batches: of several sources: "mixed", or "single", a step's samples all of one.
+        batches: of several sources: "mixed", or "single", a step's samples all of one; or, of any data, samples and their
+            nearest neighbours: {type: neighbours, table: mined.parquet}.
         clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
             cluster, each other's hard negatives.
         negatives: mined negatives of each sample, of one table or several.
@@ -85,7 +121,7 @@ class DataOptions(Options):
     train: Patterns | dict[str, SourceOptions]
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     select: str | None = None
-    batches: Literal["mixed", "single"] = "mixed"
+    batches: Literal["mixed", "single"] | NeighboursOptions = "mixed"
     clusters: str | None = None
     negatives: NegativesOptions | list[NegativesOptions] = []
     bucket_by: str | None = None
@@ -96,6 +132,13 @@ class DataOptions(Options):
     record_samples: bool = False
     block: Positive = 256
     window: Positive = 8192
+
+    @field_validator("batches", mode="before")
+    @classmethod
+    def _name_alone(cls, batches: Any) -> Any:
+        if isinstance(batches, str) and batches not in ("mixed", "single", "neighbours"):
+            raise ValueError("it is mixed, single, or neighbours with options: {type: neighbours, table: mined.parquet}")
+        return {"type": "neighbours"} if batches == "neighbours" else batches
 
     @property
     def tables_of_negatives(self) -> list[NegativesOptions]:
@@ -168,6 +211,31 @@ class StoredTeacherOptions(Options):
 AnyTeacherOptions = str | TeacherOptions | StoredTeacherOptions
 
 
+class MineOptions(Options):
+    """What `train.mine_every` mines: the options of `mmcontrast data mine`, by the same names (docs/mining.md).
+
+    Attributes:
+        query, candidate: fields; they may be the same. `data.negatives` of the field `candidate` are mined.
+        count: candidates of each sample, at most; default: 5, or `nearest` of `data.batches`, if that is more.
+        range_min, range_max, max_score, min_score, absolute_margin, relative_margin, sampling, search, recall: as there.
+        first: mine before the first step too: for a model that knows something already.
+    """
+
+    query: str
+    candidate: str
+    count: Positive | None = None
+    range_min: Annotated[int, Field(ge=0)] = 0
+    range_max: Positive | None = None
+    max_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    min_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    absolute_margin: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    relative_margin: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    sampling: Literal["top", "random"] = "top"
+    search: Literal["exact", "ivf"] = "exact"
+    recall: Annotated[float, Field(gt=0, le=1)] = 0.95
+    first: bool = False
+
+
 class TrainOptions(Options):
     """The training loop.
 
@@ -187,6 +255,9 @@ class TrainOptions(Options):
         matryoshka: the loss is the sum of those of the first so many numbers of each embedding (arXiv:2205.13147):
             [64, 128, 512], or with weights {64: 0.5, 512: 1.0}. The whole width is one of them.
         seed: of weights, order and augmentation.
+        mine_every: every so many steps the training data are embedded with the weights at hand (averaged ones, if they are),
+            and what `mine` says is mined anew, for `data.negatives` and `data.batches` that name no table.
+        mine: what is mined.
         optimizer: adamw, or the name of one of timm's, with its options: {type: lion, betas: [0.95, 0.98]}.
         lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any). What does not decay: vectors (biases, norms, layer
             scales), logit scale and bias, class tokens and the like, tables of positions, a network's own `no_weight_decay()`.
@@ -240,6 +311,8 @@ class TrainOptions(Options):
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     teacher: AnyTeacherOptions | list[AnyTeacherOptions] | None = None
     matryoshka: MatryoshkaWidths | None = None
+    mine_every: Positive | None = None
+    mine: MineOptions | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     optimizer: Component = "adamw"
     lr: Annotated[float, Field(ge=0)] = 1e-3
@@ -292,6 +365,9 @@ class TrainOptions(Options):
             raise ValueError("neither steps nor epochs is given: set one of them, as steps: 1000 or epochs: 5")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"both steps={self.steps} and epochs={self.epochs:g} are given: leave one out, or set it to null")
+        if (self.mine_every is None) != (self.mine is None):
+            lacking = "mine: {query: image, candidate: text}" if self.mine is None else "mine_every: 2000"
+            raise ValueError(f"mine_every and mine go together: when, and what is mined; {lacking} is missing")
         if self.patience and self.evaluate_every == 0:
             raise ValueError(f"patience={self.patience} counts evaluations, and there is one alone: set evaluate_every")
         return self

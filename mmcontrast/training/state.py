@@ -13,6 +13,7 @@ from mmcontrast.models import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.job import Job
+from mmcontrast.training.mining import Mining
 from mmcontrast.training.parallel import all_like, in_shards, like, whole
 from mmcontrast.training.step import Learner
 
@@ -30,6 +31,7 @@ def state_of(done: int, job: Job, learner: Learner) -> Contents:
         "queue": _whole(learner.queue),
         "objective": job.objective.state_dict(),
         "order": job.order.state(),
+        "mined": job.mined,
         "threads": torch.get_num_threads(),
         "teachers": [teacher.identity for teacher in job.teachers],
     }
@@ -109,14 +111,19 @@ def read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Ten
     return into
 
 
-def restore(path: Path, job: Job, learner: Learner) -> int:
+def restore(path: Path, job: Job, learner: Learner, mining: Mining | None = None) -> int:
     """Loads a checkpoint into a job; returns the steps that are done.
+
+    Args:
+        mining: opens the table that was mined last before the checkpoint.
 
     Raises:
         UserError: if the checkpoint is damaged, of another model or another order of the data; it says what differs.
     """
     checkpoint.check(path)
     state: dict[str, Any] = checkpoint.load_state(path)
+    if mining and state.get("mined") is not None:
+        mining.open(state["mined"])
     now = job.order.state()
     for name in sorted(state["order"].keys() | now.keys()):
         before, after = (str(order.get(name)) for order in (state["order"], now))

@@ -13,11 +13,13 @@ from mmcontrast.data import (
     ClusterOrder,
     MixtureDataset,
     MixtureOrder,
+    NeighbourOrder,
     SampleOrder,
     ShardDataset,
     training_batches,
     write_shard,
 )
+from mmcontrast.data.neighbours import Neighbours
 from mmcontrast.modalities import ImageModality, TextModality
 
 SIZES = (60, 6, 33, 17)  # ten to one, among them
@@ -56,6 +58,10 @@ def run_of(shards, kind="plain"):
     if kind == "clusters":
         clusters = np.arange(len(dataset)) * 7 % 3
         return dataset, ClusterOrder(BATCH, 4, 4, dataset.digest, "", clusters)
+    if kind == "neighbours":
+        rows = (7 * np.arange(len(dataset))[:, None] + np.arange(10)) % len(dataset)
+        neighbours = Neighbours("", np.arange(0, 10 * len(dataset) + 1, 10), rows.ravel())
+        return dataset, NeighbourOrder(BATCH, 4, 4, dataset.digest, "", 10, 4, 0.5, neighbours)
     if kind in ("mixed", "single"):
         sources = {name: ordered(shards.replace("*", name)) for name in ("[03]", "[12]")}
         mixture = MixtureDataset({name: dataset for name, (dataset, _) in sources.items()}, modalities)
@@ -113,7 +119,7 @@ def test_interrupted_twice_in_an_epoch_and_once_across_its_end(shards, uninterru
         assert list(global_batches(shards, range(start, stop), world_size, num_workers)) == uninterrupted[start:stop]
 
 
-@pytest.mark.parametrize("kind", ["mixed", "single", "clusters", "buckets"])
+@pytest.mark.parametrize("kind", ["mixed", "single", "clusters", "neighbours", "buckets"])
 def test_so_are_those_of_every_other_order(shards, kind):
     """Interrupted three times, with other ranks and workers each time."""
     whole = list(global_batches(shards, range(24), 1, 0, kind))

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmcontrast.config import load_config
-from mmcontrast.data import ClusterOrder, MixtureOrder, SampleOrder, StreamOrder
+from mmcontrast.data import ClusterOrder, MixtureOrder, NeighbourOrder, SampleOrder, StreamOrder
+from mmcontrast.data.neighbours import Neighbours
 from mmcontrast.doctor.run import checkpoints, length_of
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
@@ -46,6 +47,7 @@ def test_every_sample_is_seen_once_an_epoch_whatever_the_order_is():
     for made, at_least in (
         (order(100), 100),
         (ClusterOrder(10, 0, 2, "", "", torch.arange(100).numpy() % 7), 100),
+        (NeighbourOrder(10, 0, 2, "", "", 9, 4, 0.5, Neighbours.none(100)), 100),
         (MixtureOrder(sources, (0.6, 0.4)), 75),  # its shares hold over thousands of samples: of so few some come twice
     ):
         steps = in_steps(TrainOptions(epochs=1, batch_size=10), made).total_steps

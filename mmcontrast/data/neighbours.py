@@ -1,0 +1,145 @@
+"""Batches of samples and their nearest neighbours, each other's hard negatives (Sample4Geo, arXiv:2303.11851)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from mmcontrast.data.dataset import ShardDataset
+from mmcontrast.data.mixture import MixtureDataset
+from mmcontrast.data.negatives import Candidates, UnknownIds, open_candidates, rows_of
+from mmcontrast.data.order import check_lanes, lanes_of, recent
+from mmcontrast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The neighbours of every sample of a data set, by position.
+
+    Attributes:
+        digest: of the table that named them.
+        starts: int64 [N + 1], where each sample's begin; none of a sample without a row.
+        positions: int32 or int64 [M], the nearest of each first.
+    """
+
+    digest: str
+    starts: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def none(cls, samples: int) -> "Neighbours":
+        """Return neighbours of which nobody has any: batches are drawn at random."""
+        return cls("none yet", np.zeros(samples + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
+
+
+@dataclass(frozen=True)
+class NeighbourOrder:
+    """Every step's samples are some that are drawn and their neighbours; a pure function of (seed, epoch), as every order.
+
+    An epoch permutes the samples. The first of them that no batch has yet is a seed: it goes into the batch at hand, and after
+    it up to `count` of its `nearest` neighbours that no batch of the epoch has yet, the nearest ones for `share` of them and
+    random ones of the others; then comes the next seed, until the batch is full. The batches come in a random order, each
+    sample once, but for fewer than a batch. Samples are read one by one, wherever they are, not in blocks.
+
+    Attributes:
+        batch_size: of all ranks together. lanes: the number of ranks must divide it.
+        data: digest of the shards. table: of the neighbours.
+        nearest: so many of a sample's neighbours are looked at.
+        count: so many neighbours of a seed are in its batch, at most.
+        share: of these, the share that are the nearest.
+    """
+
+    batch_size: int
+    seed: int
+    lanes: int
+    data: str
+    table: str
+    nearest: int
+    count: int
+    share: float
+    neighbours: Neighbours = field(compare=False, repr=False)
+    epochs: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_lanes(self.lanes, self.batch_size)
+        if self.steps_per_epoch < 1:
+            raise UserError(f"the training data has {self.samples} samples, fewer than train.batch_size={self.batch_size}")
+
+    @property
+    def samples(self) -> int:
+        return len(self.neighbours.starts) - 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.batch_size
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with this one."""
+        return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
+
+    def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """(epoch, position) of each sample of one rank at a global step."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        lanes, share = lanes_of(self.lanes, rank, world_size), self.batch_size // self.lanes
+        steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
+        return [(epoch, position) for position in steps[step, lanes.start * share : lanes.stop * share].tolist()]
+
+
+def _epoch(order: NeighbourOrder, epoch: int) -> np.ndarray:
+    """[steps, batch] positions."""
+    random = np.random.Generator(np.random.PCG64([order.seed, epoch]))
+    size, number = order.batch_size, order.steps_per_epoch * order.batch_size
+    found, filled = np.empty(number, dtype=np.int64), 0
+    free = np.ones(order.samples, dtype=bool)  # in no batch yet
+    for seed in random.permutation(order.samples).tolist():
+        if filled == number:
+            break
+        if not free[seed]:
+            continue
+        free[seed], found[filled] = False, seed
+        filled += 1
+        if room := min(order.count, -filled % size):
+            chosen = list(_chosen(order, seed, room, free, random))
+            free[chosen], found[filled : filled + len(chosen)] = False, chosen
+            filled += len(chosen)
+    return found.reshape(-1, size)[random.permutation(order.steps_per_epoch)]
+
+
+def _chosen(order: NeighbourOrder, seed: int, room: int, free: np.ndarray, random: np.random.Generator) -> Iterator[int]:
+    """Yield the neighbours that go into a seed's batch, at most `room`, the nearest first."""
+    neighbours = order.neighbours
+    start, stop = neighbours.starts[seed], neighbours.starts[seed + 1]
+    row = neighbours.positions[start : min(stop, start + order.nearest)]
+    left = list(dict.fromkeys(row[free[row]].tolist()))  # a table may name one twice
+    if len(left) <= room:
+        yield from left
+        return
+    near = round(room * order.share)
+    yield from left[:near]
+    for number in np.sort(random.choice(len(left) - near, room - near, replace=False)).tolist():
+        yield left[near + number]
+
+
+def open_neighbours(
+    dataset: ShardDataset | MixtureDataset,
+    table: str,
+    nearest: int,
+    unknown_ids: UnknownIds = "error",
+    known: np.ndarray | None = None,
+) -> Neighbours:
+    """Open a table of neighbours, the nearest of each sample first: as `open_candidates`, `nearest` of each row.
+
+    Raises:
+        UserError: as `open_candidates`.
+    """
+    known = dataset.sample_ids() if known is None else known
+    found = open_candidates(dataset, table, "data.batches", unknown_ids, nearest, known)
+    return by_position(found, known)
+
+
+def by_position(found: Candidates, known: np.ndarray) -> Neighbours:
+    """Return the neighbours of a data set whose sample ids are `known`, int64 [N]."""
+    rows = np.minimum(np.searchsorted(found.ids, known), len(found.ids) - 1)
+    starts, positions = rows_of(found.starts, found.positions, np.where(found.ids[rows] == known, rows, -1))
+    return Neighbours(found.digest, starts, positions)
