@@ -1,0 +1,141 @@
+"""A pool and a Ray cluster: the same bytes, the same errors; a worker that dies is tried again, or is one line."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmcontrast.curation.balance import balance_of
+from mmcontrast.curation.exact_duplicates import ExactDuplicates
+from mmcontrast.curation.filter import Filter
+from mmcontrast.curation.rules import parse_rules
+from mmcontrast.curation.stage import run_stage
+from mmcontrast.data.engines import TRIES, run_jobs
+from mmcontrast.data.rewriting import write_selected
+from mmcontrast.errors import UserError
+from tests.command import ROOT, mmcontrast
+from tests.curation.pairs import bytes_of, write_pairs
+
+ONE_PASS = [{"type": "pixels", "min": 20}, {"column": "json:similarity", "min": 0.4}]
+TWO_PASSES = [{"type": "words", "min": 3}, {"column": "json:similarity", "top": 0.4}]
+
+
+def dies(job: tuple[str, int]) -> int:
+    """Die as many times as asked, which a file counts, then answer; a negative number is a mistake."""
+    path, times = job
+    if times < 0:
+        raise KeyError(f"no such sample in {path}")
+    with open(path, "a") as file:
+        file.write("x")
+    if len(Path(path).read_text()) <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def filtering(rules):
+    return Filter(parse_rules({"rules": rules}, "rules"))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MMCONTRAST_CACHE", str(tmp_path / "cache"))
+
+
+def test_without_ray_it_is_refused(tmp_path, monkeypatch):
+    folder = write_pairs(tmp_path / "data", shards=1)
+    run_stage(filtering(ONE_PASS), str(folder), tmp_path / "there", workers=1)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--engine ray needs Ray: pip install 'mmcontrast\[ray\]'"):
+        run_stage(filtering(ONE_PASS), str(folder), tmp_path / "out", engine="ray")
+    with pytest.raises(UserError, match=r"pip install 'mmcontrast\[ray\]'"):
+        write_selected(str(folder), tmp_path / "out", str(tmp_path / "there"), engine="ray")
+    monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))  # a folder of that name is a module too
+    with pytest.raises(UserError, match=r"pip install 'mmcontrast\[ray\]'"):
+        run_stage(filtering(ONE_PASS), str(folder), tmp_path / "out", engine="ray")
+    with pytest.raises(UserError, match="--engine 'spark': pool, or ray"):
+        run_stage(filtering(ONE_PASS), str(folder), tmp_path / "out", engine="spark")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pool_says_which_worker_died(tmp_path):
+    jobs = [(str(tmp_path / str(number)), 0) for number in range(3)]
+    assert len(list(run_jobs(dies, jobs, "jobs", workers=2))) == 3
+    with pytest.raises(UserError, match=r"2', 9\), or one of the next: its process was ended from outside"):
+        list(run_jobs(dies, [*jobs[:2], (str(tmp_path / "2"), 9)], "jobs", workers=2))
+    with pytest.raises(KeyError, match="no such sample in b"):
+        list(run_jobs(dies, [jobs[0], ("b", -1)], "jobs", workers=2))
+
+
+@pytest.mark.slow  # a cluster takes 15 seconds to start, and each of its workers as long to import torch
+def test_ray_writes_what_the_pool_writes(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # whatever runs on this machine is not ours
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    folder = write_pairs(tmp_path / "data", shards=5)
+    (tmp_path / "entries.txt").write_text("fox\nowl\nteapot\n")
+    monkeypatch.chdir(tmp_path)  # relative names are of the folder that the command runs in
+    kinds = {
+        "one": filtering(ONE_PASS),
+        "two": filtering(TWO_PASSES),
+        "unique": ExactDuplicates(("image",), decoded=True),
+        "balanced": balance_of(Path("entries.txt"), 2, None, 0, ["txt"], None),
+    }
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        for name, stage in kinds.items():
+            outcome = run_stage(stage, "data/*.tar", Path(f"{name}-pool"), workers=2)
+            assert run_stage(stage, "data/*.tar", Path(f"{name}-ray"), engine="ray").summary == outcome.summary
+            expected = bytes_of(Path(f"{name}-pool"))
+            assert bytes_of(Path(f"{name}-ray")) == expected and len(expected) >= 9
+        for engine in ("pool", "ray"):
+            write_selected("data/*.tar", Path(f"new-{engine}"), "one-pool", samples_per_shard=3, engine=engine, workers=2)
+        assert bytes_of(Path("new-ray")) == bytes_of(Path("new-pool")) and len(bytes_of(Path("new-ray"))) > 4
+
+        (folder / "00003.tar").write_bytes(b"no tar")
+        said = []
+        for engine in ("pool", "ray"):
+            with pytest.raises(UserError) as refused:
+                run_stage(filtering(ONE_PASS), "data/*.tar", Path(f"torn-{engine}"), engine=engine, workers=2)
+            said.append(str(refused.value))
+            with pytest.raises(KeyError, match="no such sample in b") as mistake:
+                list(run_jobs(dies, [("a", 0), ("b", -1)], "jobs", engine=engine, workers=2))
+            said.append(repr(mistake.value))
+        assert said[:2] == said[2:] and "00003.tar is not a whole tar" in said[0]
+
+        jobs = [(str(tmp_path / f"dies-{times}"), times) for times in (0, 1, 2)]
+        assert os.getpid() not in list(run_jobs(dies, jobs, "jobs", engine="ray"))
+        assert [len(Path(path).read_text()) for path, _ in jobs] == [1, 2, 3]
+        with pytest.raises(UserError, match=rf"--engine ray: .*dies-99.*\(tried {TRIES} times\). Started again, it goes on"):
+            list(run_jobs(dies, [(str(tmp_path / "dies-99"), 99)], "jobs", engine="ray"))
+        assert len((tmp_path / "dies-99").read_text()) == TRIES
+
+        (folder / "00003.tar").unlink()
+        run_stage(filtering(TWO_PASSES), "data/*.tar", Path("four"), workers=2)
+        (tmp_path / "rules.yaml").write_text(str({"rules": TWO_PASSES}))
+        words = ["data", "filter", "data/*.tar", "--rules", "rules.yaml", "--engine", "ray", "--workers", "2"]
+        address = ray.get_runtime_context().gcs_address
+        done = mmcontrast(*words, "joined", real=True, cwd=tmp_path, env={"RAY_ADDRESS": address})  # a cluster that runs
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert ray.is_initialized() and len(ray.nodes()) == 1
+        assert bytes_of(Path("joined")) == bytes_of(Path("four"))
+    finally:
+        ray.shutdown()
+    done = mmcontrast(*words, "local", real=True, cwd=tmp_path)  # a cluster of its own
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert bytes_of(Path("local")) == bytes_of(Path("four"))
+    assert not [pid for pid in Path("/proc").glob("[0-9]*") if _of_ray(pid, tmp_path)], "processes of Ray are left"
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = mmcontrast(*words, "nowhere", real=True, cwd=tmp_path, env={"RAY_gcs_rpc_server_reconnect_timeout_s": "1"})
+    assert done.returncode == 2 and "error: --engine ray: RAY_ADDRESS=127.0.0.1:1: " in done.stderr, done.stderr[-2000:]
+
+
+def _of_ray(process: Path, folder: Path) -> bool:
+    """Return whether a process is one of Ray's, begun by this test: its variables name the test's folder."""
+    try:
+        names = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
+    except OSError:
+        return False
+    return str(folder).encode() in names[0] and b"ray" in names[1]
