@@ -5,6 +5,7 @@ A job is a call of a function of a module; it depends on nothing but its argumen
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -142,25 +143,37 @@ def _cluster(cores: int) -> Iterator[None]:
     """Connect to the Ray cluster that there is, or start one of this machine; leave, or end, it.
 
     Raises:
-        UserError: if there is none where RAY_ADDRESS, or the last `ray start`, says.
+        UserError: if there is none where RAY_ADDRESS says.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith("ray://"):
-        raise UserError(f"RAY_ADDRESS={address}: run the command on a machine of the cluster, with its own address, HOST:6379")
+    _check_address(os.environ.get("RAY_ADDRESS", ""))
     try:
-        try:
-            ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
-        except ValueError:  # there is a cluster, which has its own number of cores
-            ray.init(logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"RAY_ADDRESS={address}" if address else "the cluster that `ray start` began (`ray stop` forgets it)"
-        raise UserError(f"--engine ray: {where}: {' '.join(str(error).split())[:300]}") from error
+        ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
+    except ValueError:  # there is a cluster, which has its own number of cores
+        ray.init(logging_level=logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """
+    Raises:
+        UserError: if nobody listens where a cluster is said to be: Ray would end the whole process, after a minute.
+    """
+    host, colon, port = address.rpartition(":")
+    if address in ("", "auto", "local"):
+        return
+    if not colon or not port.isdecimal() or "://" in host:
+        raise UserError(
+            f"RAY_ADDRESS={address}: not of the form HOST:PORT, of a cluster whose machines share this one's folders"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--engine ray: no cluster at RAY_ADDRESS={address} ({error})") from error
