@@ -24,7 +24,7 @@ Engine = Annotated[str, typer.Option(help="pool: processes here; ray: the Ray cl
 def filter_shards(
     shards: Shards,
     out: Out,
-    rules: Annotated[str, typer.Option(help="a YAML file of rules, or a preset: datacomp-basic, laion", metavar="RULES")],
+    rules: Annotated[str, typer.Option(help="a YAML file of rules, or a preset: datacomp-basic, laion, cat", metavar="RULES")],
     keys: Annotated[
         list[str] | None, typer.Option(metavar="FIELD=KEY", help="of text, image or audio: text=json:caption; may be repeated")
     ] = None,
