@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from mmcontrast.curation.blocks import Blocks, stamps
+from mmcontrast.curation.blocks import Blocks
 from mmcontrast.curation.outputs import (
     about_table,
     check_out,
@@ -27,7 +27,7 @@ from mmcontrast.curation.outputs import (
 )
 from mmcontrast.curation.windows import Windows, WindowSearch
 from mmcontrast.errors import UserError
-from mmcontrast.search.table import BLOCK_ROWS, StoredTable
+from mmcontrast.search.table import StoredTable
 from mmcontrast.training.log import make_progress
 
 SCHEMA = pa.schema(
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
 RULES = ("no_positive", "absolute_margin", "relative_margin", "max_score", "min_score")  # in the order of their turns
 WIDER = 10  # times the count: the window where a rule may remove candidates, or some of it are drawn
 SHOWN = 24  # queries on the page
+MINED = "mined"
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,7 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
     stored = open_stored(table, {"--query": options.query, "--candidate": options.candidate})
     ids, groups = ids_of_table(stored), stored.ids("group_id")
     search = WindowSearch(stored, options.query, options.candidate, groups, options.window, device)
-    begun = {"options": asdict(options) | {"range_max": options.window}, "table": about_table(stored)}
-    blocks = Blocks(out, begun | {"state of the table": stamps(stored), "size of a block": BLOCK_ROWS})
+    blocks = Blocks(out, stored, asdict(options) | {"range_max": options.window})
     measured: dict[str, Any] | None = None
     number = len(stored.present(options.query))
     shown, examples = set(stored.present(options.query)[spread(SHOWN, number)].tolist()), []
@@ -145,7 +145,7 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
             bar.remove_task(task)
         task = bar.add_task(f"mining {options.candidate} for {options.query}", total=number, note="")
         for block, rows in _mined(stored, search, index, blocks, ids, options, shown):
-            table_of_block, counts = blocks.read(block)
+            table_of_block, counts = blocks.read(MINED, block)
             writer.write_table(table_of_block)
             counted.update(counts["counted"])
             sums.update(counts["sums"])
@@ -181,9 +181,9 @@ def _mined(
         shown: queries of the page.
     """
     for number, block in enumerate(stored.blocks(options.query)):
-        if not blocks.has(number):
+        if not blocks.has(MINED, number):
             (windows,) = search.exact([block]) if index is None else search.approximate(index, [block])
-            blocks.write(number, *_block(stored, windows, ids, options, shown))
+            blocks.write(MINED, number, *_block(stored, windows, ids, options, shown))
         yield number, len(block[0])
 
 

@@ -6,7 +6,7 @@ A job is a call of a function of a module; it depends on nothing but its argumen
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -23,7 +23,8 @@ from mmcontrast.errors import UserError
 ENGINES = ("pool", "ray")
 TRIES = 4  # of a job whose worker dies on Ray
 AHEAD = 64  # jobs that are handed to Ray at least, so that a cluster that can grow does
-J, R = TypeVar("J"), TypeVar("R")
+J = TypeVar("J")
+R = TypeVar("R")
 
 
 def check_engine(engine: str) -> None:
@@ -60,6 +61,7 @@ def run_jobs(
     """
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     number = min(workers or cores, len(jobs))
+    results: Generator[R, None, None]
     if engine == "ray" and jobs:
         results = _by_ray(function, jobs, workers, number)
     else:
@@ -68,7 +70,7 @@ def run_jobs(
         yield from track(results, label, len(jobs), console=Console(stderr=True), transient=True)
 
 
-def _by_pool(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[R]:
+def _by_pool(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Generator[R, None, None]:
     done = 0
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         try:
@@ -84,7 +86,7 @@ def _by_pool(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Ite
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _by_ray(function: Callable[[J], R], jobs: Sequence[J], workers: int | None, cores: int) -> Iterator[R]:
+def _by_ray(function: Callable[[J], R], jobs: Sequence[J], workers: int | None, cores: int) -> Generator[R, None, None]:
     import ray
 
     settings = {name: value for name, value in os.environ.items() if name.startswith("MMCONTRAST_")}

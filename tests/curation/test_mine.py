@@ -169,9 +169,9 @@ def test_a_run_that_was_killed_goes_on(random_table, tmp_path, monkeypatch, sear
     class Killed(BaseException):
         pass
 
-    def killed(blocks, number, *made):
-        write(blocks, number, *made)
-        kept[number] = (left / f"{number:06d}.parquet").stat().st_mtime_ns
+    def killed(blocks, kind, number, *made):
+        write(blocks, kind, number, *made)
+        kept[number] = (left / f"mined-{number:06d}.parquet").stat().st_mtime_ns
         (left / ".000009.parquet.partial").write_bytes(b"torn")
         raise Killed
 
@@ -181,7 +181,7 @@ def test_a_run_that_was_killed_goes_on(random_table, tmp_path, monkeypatch, sear
         with pytest.raises(Killed):
             mine(tmp_path / "table", out, asked, progress=False)
     monkeypatch.setattr(Blocks, "write", write)
-    times = {int(path.stem): path.stat().st_mtime_ns for path in left.glob("[0-9]*.parquet")}
+    times = {int(path.stem[-6:]): path.stat().st_mtime_ns for path in left.glob("mined-*.parquet")}
     assert times == kept and len(times) == 3 and not out.exists()
     with pytest.raises(UserError, match="unfinished run wrote, of another options: give the same as then"):
         mine(tmp_path / "table", out, MiningOptions("a", "b", count=3), progress=False)
