@@ -19,11 +19,12 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "components.py": ("test_trust.py", "mmcontrast.components"),
     **{
         f"curation/{name}.py": ("curation/test_mine.py", "mmcontrast.curation.mine")  # all of it goes through them
-        for name in ("outputs", "table_commands", "windows")
+        for name in ("blocks", "outputs", "table_commands", "windows")
     },
     "curation/kmeans.py": ("curation/test_cluster.py", "--clusters"),
     "data/build.py": ("test_glyphs.py", "mmcontrast.data.build"),
     "data/dataset.py": ("data/test_keys.py", "ShardDataset"),
+    "data/engines.py": ("curation/test_engines.py", "run_jobs"),
     "data/files.py": ("data/test_stream.py", "StreamOrder, files"),
     "curation/commands.py": ("curation/test_exact_duplicates.py", "standalone_mode"),
     "curation/looking.py": ("curation/test_filter.py", "aspect"),

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmcontrast.curation.kmeans import kmeans
+from mmcontrast.curation.blocks import Blocks
+from mmcontrast.curation.kmeans import check_clusters, kmeans
 from mmcontrast.curation.outputs import (
     about_table,
     check_out,
@@ -35,14 +36,18 @@ def cluster(
             1 − the cosine with the centroid. Samples that lack the field are cluster −1, without a distance.
 
     Raises:
-        UserError: for a table that is damaged or lacks the field, a file that exists, more clusters than rows.
+        UserError: for a table that is damaged or lacks the field, a file that exists, more clusters than rows, what
+            a run with other options has left.
     """
     check_out(out)
     stored = open_stored(table, {"--field": field})
     ids = ids_of_table(stored)
+    check_clusters(stored, field, clusters)
+    options = {"field": field, "clusters": clusters, "seed": seed, "iterations": iterations}
+    blocks = Blocks(out, stored, options)
     with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
         task = bar.add_task(f"{clusters} clusters of {field}", total=None, note="")
-        found = kmeans(stored, field, clusters, seed, iterations)
+        found = kmeans(stored, field, clusters, seed, iterations, blocks)
         bar.remove_task(task)
         numbers, distances = np.full(len(ids), NONE, dtype=np.int64), np.full(len(ids), np.nan, dtype=np.float32)
         numbers[found.rows], distances[found.rows] = found.clusters, 1 - found.similarities
@@ -56,7 +61,7 @@ def cluster(
         summary: dict[str, Any] = {
             "stage": "cluster",
             "table": about_table(stored),
-            "options": {"field": field, "clusters": clusters, "seed": seed, "iterations": iterations},
+            "options": options,
             "samples": len(ids),
             "without_field": len(ids) - len(found.rows),
             "empty_clusters": int((sizes == 0).sum()),
@@ -78,4 +83,5 @@ def cluster(
         counts = {name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int | float)}
         tables = [counts_table("Options", summary["options"]), counts_table("Counts", counts)]
         finish(out, writer, summary, [*tables, "<h2>Clusters, and the samples nearest to their centroids</h2>", *shown])
+    blocks.remove()
     return summary

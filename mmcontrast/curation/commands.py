@@ -18,18 +18,20 @@ Out = Annotated[Path, typer.Argument(help="the selection's folder", metavar="OUT
 Select = Annotated[Path | None, typer.Option(help="a selection to go on from: what it dropped stays dropped")]
 Files = Annotated[str | None, typer.Option(help="the folder of files that tables name; default: the table's own")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")]
+Engine = Annotated[str, typer.Option(help="pool: processes here; ray: the Ray cluster there is, or one for this command")]
 
 
 def filter_shards(
     shards: Shards,
     out: Out,
-    rules: Annotated[str, typer.Option(help="a YAML file of rules, or a preset: datacomp-basic, laion", metavar="RULES")],
+    rules: Annotated[str, typer.Option(help="a YAML file of rules, or a preset: datacomp-basic, laion, cat", metavar="RULES")],
     keys: Annotated[
         list[str] | None, typer.Option(metavar="FIELD=KEY", help="of text, image or audio: text=json:caption; may be repeated")
     ] = None,
     files: Files = None,
     select: Select = None,
     workers: Workers = None,
+    engine: Engine = "pool",
 ) -> None:
     """Select the samples that pass rules: words, language, sides of pictures, durations, scores … docs/curation.md
 
@@ -46,7 +48,7 @@ def filter_shards(
         tree = given.model_dump(by_alias=True, exclude_unset=True)
         given = parse_rules({**tree, "keys": {**tree.get("keys", {}), **read_keys(keys)}}, "--keys")
     stage = Filter(given, files)
-    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers, engine=engine))
 
 
 def dedup(
@@ -67,6 +69,7 @@ def dedup(
     files: Files = None,
     select: Select = None,
     workers: Workers = None,
+    engine: Engine = "pool",
 ) -> None:
     """Select one of each set of samples that are exactly the same. docs/curation.md
 
@@ -84,7 +87,7 @@ def dedup(
     stage = ExactDuplicates(
         tuple(by), decoded, best, tuple((field, tuple(map(str, of))) for field, of in sorted(given.items())), files
     )
-    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers, engine=engine))
 
 
 def write(
@@ -95,6 +98,7 @@ def write(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="of each but the last")] = 10_000,
     files: Files = None,
     workers: Workers = None,
+    engine: Engine = "pool",
 ) -> None:
     """Write the samples of a selection as new shards, their members as they are, and a manifest.
 
@@ -102,7 +106,7 @@ def write(
     """
     from mmcontrast.data.rewriting import write_selected
 
-    manifest = write_selected(shards, out, str(select), name, samples_per_shard, files, workers)
+    manifest = write_selected(shards, out, str(select), name, samples_per_shard, files, workers, engine)
     split = manifest["splits"][name]
     console.print(f"{out}: {split['samples']} samples in {len(split['shards'])} shards", highlight=False)
 
@@ -122,6 +126,7 @@ def balance(
     files: Files = None,
     select: Select = None,
     workers: Workers = None,
+    engine: Engine = "pool",
 ) -> None:
     """Select texts in balance over a list of entries: of frequent ones some, of rare ones all (MetaCLIP).
 
@@ -137,7 +142,7 @@ def balance(
     if given.keys() - {"text"}:
         raise UserError(f"--keys {min(given.keys() - {'text'})}=…: what is balanced is the field text")
     stage = balance_of(entries, limit, tail, seed, [str(key) for key in given.get("text", FIELDS["text"])], files)
-    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers))
+    _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers, engine=engine))
 
 
 def _show(outcome: "Outcome") -> None:

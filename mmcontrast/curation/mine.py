@@ -5,7 +5,7 @@ What each rule removes is counted, and so are queries with fewer negatives than 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from mmcontrast.curation.blocks import Blocks
 from mmcontrast.curation.outputs import (
     about_table,
     check_out,
@@ -41,6 +42,7 @@ SCHEMA = pa.schema(
 RULES = ("no_positive", "absolute_margin", "relative_margin", "max_score", "min_score")  # in the order of their turns
 WIDER = 10  # times the count: the window where a rule may remove candidates, or some of it are drawn
 SHOWN = 24  # queries on the page
+MINED = "mined"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class MiningOptions:
 def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", progress: bool = True) -> dict[str, Any]:
     """Mine hard negatives, and return what was counted, which is also in the file's metadata and beside it.
 
+    What a run that was killed has mined is kept beside `out`, a block of queries each, and not mined again.
+
     Args:
         table: a folder that `mmcontrast embed` wrote. It is read a block at a time, as often as there are blocks of queries.
         out: a Parquet file: of every sample that has the query's field, in the table's order, `sample_id`, `candidate_ids`,
@@ -120,52 +124,45 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
         device: of the exact product.
 
     Raises:
-        UserError: for a table that is damaged or lacks a field, a file that exists, options that contradict each other.
+        UserError: for a table that is damaged or lacks a field, a file that exists, options that contradict each other,
+            what a run with other options has left.
     """
     options.check()
     check_out(out)
     stored = open_stored(table, {"--query": options.query, "--candidate": options.candidate})
     ids, groups = ids_of_table(stored), stored.ids("group_id")
     search = WindowSearch(stored, options.query, options.candidate, groups, options.window, device)
+    blocks = Blocks(out, stored, asdict(options) | {"range_max": options.window})
     measured: dict[str, Any] | None = None
     number = len(stored.present(options.query))
     shown, examples = set(stored.present(options.query)[spread(SHOWN, number)].tolist()), []
     counted, sums = Counter[str](dict.fromkeys(RULES, 0)), Counter[str]()
     sizes = np.zeros(options.count + 1, dtype=np.int64)
     with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
+        index: Any = None
         if options.search == "ivf":
             task = bar.add_task("learning and measuring the IVF", total=None, note="")
-            index, measured = search.make_ivf(options.recall)
+            index, measured = search.make_ivf(options.recall, blocks.folder)
             bar.remove_task(task)
         task = bar.add_task(f"mining {options.candidate} for {options.query}", total=number, note="")
-        for windows in search.exact() if options.search == "exact" else search.approximate(index):
-            chosen, removed = choose(windows, ids, options)
-            counted.update(removed)
-            per_query = chosen.sum(1)
-            sizes += np.bincount(per_query, minlength=len(sizes))
-            offsets = np.concatenate([[0], np.cumsum(per_query)])
-            scores = windows.scores[chosen]
-            gaps = (windows.positives[:, None] - windows.scores)[chosen & ~np.isnan(windows.positives)[:, None]]
-            sums.update({"negatives": float(scores.sum()), "gap": float(gaps.sum()), "gaps": len(gaps)})
-            there = windows.positives[~np.isnan(windows.positives)]
-            sums.update({"positives": float(there.sum()), "with_positive": len(there)})
-            columns = [
-                pa.array(ids[windows.rows]),
-                pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[windows.candidates[chosen]])),
-                pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(scores.astype(np.float32))),
-                pa.array(windows.positives.astype(np.float32), mask=np.isnan(windows.positives)),
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            examples += [_example(stored, windows, chosen, k) for k, row in enumerate(windows.rows.tolist()) if row in shown]
-            bar.advance(task, len(windows.rows))
+        for block, rows in _mined(stored, search, index, blocks, ids, options, shown):
+            table_of_block, counts = blocks.read(MINED, block)
+            writer.write_table(table_of_block)
+            counted.update(counts["counted"])
+            sums.update(counts["sums"])
+            sizes += np.array(counts["sizes"])
+            examples += counts["examples"]
+            bar.advance(task, rows)
         stored.check_unchanged()
         if not counted["candidates"]:
+            blocks.remove()
             raise UserError(
                 f"{table}: every sample with the field {options.candidate!r} is of the query's own group: there are no"
                 " negatives"
             )
         summary = _summary(stored, options, counted, sums, sizes, measured)
         finish(out, writer, summary, _sections(summary, examples))
+    blocks.remove()
     return summary
 
 
@@ -188,6 +185,59 @@ def training_miner(options: Mapping[str, Any]) -> Callable[[Path, Path, int, str
         return mine(table, out, replace(given, seed=seed), device, progress=False)
 
     return mined
+
+
+def _mined(
+    stored: StoredTable,
+    search: WindowSearch,
+    index: Any,
+    blocks: Blocks,
+    ids: np.ndarray,
+    options: MiningOptions,
+    shown: set[int],
+) -> Iterator[tuple[int, int]]:
+    """Mine the blocks that are not there; yield the number and the queries of each, in order.
+
+    Args:
+        index: of the approximate search; None: the exact one.
+        shown: queries of the page.
+    """
+    for number, block in enumerate(stored.blocks(options.query)):
+        if not blocks.has(MINED, number):
+            (windows,) = search.exact([block]) if index is None else search.approximate(index, [block])
+            blocks.write(MINED, number, *_block(stored, windows, ids, options, shown))
+        yield number, len(block[0])
+
+
+def _block(
+    stored: StoredTable, windows: Windows, ids: np.ndarray, options: MiningOptions, shown: set[int]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Return the rows of the output of a block of queries, and what was counted in it."""
+    chosen, removed = choose(windows, ids, options)
+    per_query = chosen.sum(1)
+    offsets = np.concatenate([[0], np.cumsum(per_query)])
+    scores = windows.scores[chosen]
+    gaps = (windows.positives[:, None] - windows.scores)[chosen & ~np.isnan(windows.positives)[:, None]]
+    positives = windows.positives[~np.isnan(windows.positives)]
+    columns = [
+        pa.array(ids[windows.rows]),
+        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[windows.candidates[chosen]])),
+        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(scores.astype(np.float32))),
+        pa.array(windows.positives.astype(np.float32), mask=np.isnan(windows.positives)),
+    ]
+    counts = {
+        "counted": removed,
+        "sums": {
+            "negatives": float(scores.sum()),
+            "gap": float(gaps.sum()),
+            "gaps": len(gaps),
+            "positives": float(positives.sum()),
+            "with_positive": len(positives),
+        },
+        "sizes": np.bincount(per_query, minlength=options.count + 1).tolist(),
+        "examples": [_example(stored, windows, chosen, k) for k, row in enumerate(windows.rows.tolist()) if row in shown],
+    }
+    return pa.table(columns, schema=SCHEMA), counts
 
 
 def choose(windows: Windows, ids: np.ndarray, options: MiningOptions) -> tuple[np.ndarray, dict[str, int]]:

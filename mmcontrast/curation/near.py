@@ -5,7 +5,7 @@ cluster is more than 1 − ε. The running maximum is taken over tiles, so memor
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmcontrast.curation.kmeans import Clustering, kmeans
+from mmcontrast.curation.blocks import Blocks
+from mmcontrast.curation.kmeans import Clustering, check_clusters, kmeans
 from mmcontrast.curation.outputs import (
     about_table,
     check_out,
@@ -45,7 +46,9 @@ TILE = 4096  # rows that are multiplied with as many others
 CLUSTER = 1000  # rows of a cluster, about, where no number is given
 MAPPED = 2**30  # bytes that are read at random before their pages are let go
 EPSILONS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)  # for which the share that stays is told
+KEPT = 2**18  # rows whose comparison is kept together
 SHOWN = 24  # pairs on the page
+COMPARED = "compared"
 
 
 def drop_near_duplicates(
@@ -60,7 +63,7 @@ def drop_near_duplicates(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write a selection without near duplicates, and return what was counted, which is also in the file's metadata and beside
-    it.
+    it. What a run that was killed has learnt and compared is kept beside `out`, and not done again.
 
     Args:
         out: a Parquet file with a row a sample, in the table's order: `sample_id`, `key`, `keep`, `reason`, `duplicate_of` (the
@@ -73,7 +76,8 @@ def drop_near_duplicates(
             last; default: the farthest from the centroid first, as in the paper.
 
     Raises:
-        UserError: for a table that is damaged or lacks the field, a file that exists, an ε that is none.
+        UserError: for a table that is damaged or lacks the field, a file that exists, an ε that is none, what a run with
+            other options has left.
     """
     if not 0 < epsilon < 2:
         raise UserError(
@@ -84,22 +88,23 @@ def drop_near_duplicates(
     ids, present = ids_of_table(stored), stored.present(field)
     clusters = clusters or max(1, round(len(present) / CLUSTER))
     values = None if best is None else _numbers(stored, best)
+    check_clusters(stored, field, clusters)
+    options = {"field": field, "clusters": clusters, "best": best, "seed": seed, "iterations": iterations}
+    blocks = Blocks(out, stored, options)  # not ε: what is compared does not depend on it
     duplicates, similarities = np.full(len(ids), -1, dtype=np.int64), np.full(len(ids), np.nan)
     numbers = np.full(len(ids), -1, dtype=np.int64)
     with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
         task = bar.add_task(f"{clusters} clusters of {field}", total=None, note="")
-        found = kmeans(stored, field, clusters, seed, iterations)
+        found = kmeans(stored, field, clusters, seed, iterations, blocks)
         bar.remove_task(task)
         numbers[found.rows] = found.clusters
         task = bar.add_task("comparing within clusters", total=len(present), note="")
-        read = 0
-        for rows in _ordered(found, ids, values):
-            earlier, similarity = nearest_before(lambda some: stored.vectors(field, some, check=False), rows)
-            duplicates[rows], similarities[rows] = earlier, similarity
-            read += 4 * stored.dim * len(rows)
-            if read > MAPPED:
-                stored.release()
-                read = 0
+        for number, of_clusters in enumerate(_batches(_ordered(found, ids, values))):
+            if not blocks.has(COMPARED, number):
+                blocks.write(COMPARED, number, _compared(stored, field, of_clusters))
+            part, _ = blocks.read(COMPARED, number)
+            rows = np.concatenate(of_clusters)
+            duplicates[rows], similarities[rows] = part["earlier"].to_numpy(), part["similarity"].to_numpy()
             bar.advance(task, len(rows))
         dropped = similarities > 1 - epsilon  # of NaN: stays
         start = 0
@@ -117,10 +122,39 @@ def drop_near_duplicates(
             ]
             writer.write_table(pa.table(columns, schema=SCHEMA))
         stored.check_unchanged()
-        options = {"field": field, "epsilon": epsilon, "clusters": clusters, "best": best, "seed": seed}
-        summary = _summary(stored, options | {"iterations": iterations}, dropped, similarities, len(present), found)
+        options = {"field": field, "epsilon": epsilon} | options
+        summary = _summary(stored, options, dropped, similarities, len(present), found)
         finish(out, writer, summary, _sections(stored, summary, dropped, duplicates, similarities))
+    blocks.remove()
     return summary
+
+
+def _batches(clusters: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Yield clusters, so many at a time that they have about as many rows as what is kept together."""
+    batch: list[np.ndarray] = []
+    number = 0
+    for rows in clusters:
+        batch.append(rows)
+        number += len(rows)
+        if number >= KEPT:
+            yield batch
+            batch, number = [], 0
+    if batch:
+        yield batch
+
+
+def _compared(stored: StoredTable, field: str, clusters: list[np.ndarray]) -> pa.Table:
+    """Return `earlier` and `similarity`, as `nearest_before`, of the rows of some clusters."""
+    made, read = [], 0
+    for rows in clusters:
+        made.append(nearest_before(lambda some: stored.vectors(field, some, check=False), rows))
+        read += 4 * stored.dim * len(rows)
+        if read > MAPPED:
+            stored.release()
+            read = 0
+    stored.release()
+    earlier, similarity = zip(*made, strict=True)
+    return pa.table({"earlier": np.concatenate(earlier), "similarity": np.concatenate(similarity)})
 
 
 def nearest_before(read: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,13 +21,11 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import track
 
 from mmcontrast.curation.report import report_page
+from mmcontrast.data.engines import check_engine, run_jobs
 from mmcontrast.data.files import expand_shards
 from mmcontrast.data.index import index_shard, open_shards
-from mmcontrast.data.loading import start_worker
 from mmcontrast.data.parts import key_array
 from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, NamedSamples, StageSelection, open_selection
 from mmcontrast.data.shard import ShardIndex
@@ -137,9 +134,18 @@ class _Job:
     rows: np.ndarray | None  # of a selection that is a list; None: all, or those that the stage before kept
     reasons: list[str | None] | None = None  # [n] what that list says of samples that it does not keep
 
+    def __str__(self) -> str:
+        return self.shard
+
 
 def run_stage(
-    stage: Stage, patterns: str | Sequence[str], out: Path, *, select: str | None = None, workers: int | None = None
+    stage: Stage,
+    patterns: str | Sequence[str],
+    out: Path,
+    *,
+    select: str | None = None,
+    workers: int | None = None,
+    engine: str = "pool",
 ) -> Outcome:
     """Run a stage over shards, or what is left of it to do.
 
@@ -149,11 +155,12 @@ def run_stage(
     Args:
         out: the selection's folder.
         select: the selection to go on from: what that dropped stays dropped, for its first reason.
-        workers: processes; default: the cores that this one may use.
+        workers, engine: as `run_jobs`.
 
     Raises:
-        UserError: for shards that are not there or damaged; if `out` holds something else.
+        UserError: for shards that are not there or damaged; if `out` holds something else; as `check_engine` and `run_jobs`.
     """
+    check_engine(engine)
     names = expand_shards(patterns)
     index, count = share_of_this_process()
     before = open_selection(select) if select else None
@@ -163,7 +170,8 @@ def run_stage(
         lists = _rows_of_list(before, names, stage)
     jobs = [_Job(stage, out, number, name, select, *lists[number]) for number, name in enumerate(names)]
     if not (out / MANIFEST).exists():
-        for error in _run(jobs[index::count], workers, f"{stage.name}: {len(jobs[index::count])} shards", count):
+        share = jobs[index::count]
+        for error in run_jobs(_measured, share, f"{stage.name}: {len(share)} shards", engine=engine, workers=workers):
             if error:
                 raise UserError(error)
     return _complete(jobs, out)
@@ -286,21 +294,6 @@ def _rows_of_list(
     rows = [getattr(shard, "rows", None) for shard in kept]
     said = [selection.reasons_of(of) if selection.dropped is not None else None for of in asked]
     return [(np.arange(len(shard)) if of is None else of, why) for shard, of, why in zip(kept, rows, said, strict=True)]
-
-
-def _run(jobs: Sequence[_Job], workers: int | None, label: str, processes: int) -> Iterator[str]:
-    """Do jobs in a pool; yields an error, or nothing, of each."""
-    console = Console(stderr=True)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    number = min(workers or max(1, len(os.sched_getaffinity(0)) // local), len(jobs))
-    if number <= 1:
-        yield from track(map(_measured, jobs), label, len(jobs), console=console, transient=True)
-        return
-    with ProcessPoolExecutor(number, initializer=start_worker) as pool:
-        try:
-            yield from track(pool.map(_measured, jobs), label, len(jobs), console=console, transient=True)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _measured(job: _Job) -> str:

@@ -3,13 +3,16 @@
 Shapes: Q queries of a block, C candidates of one, K candidates of a query's window, D numbers.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mmcontrast.curation.stage import write_json, write_whole
 from mmcontrast.errors import UserError
 from mmcontrast.search.query import faiss_module
 from mmcontrast.search.table import StoredTable
@@ -21,6 +24,7 @@ PAIRS = 65_536  # vectors of a group's candidates that are scored together
 GATHERED = 16_384  # vectors in memory at once, in float64
 MAPPED = 2**27  # bytes that are read at random before their pages are let go
 LISTED = 39  # rows that a list of the IVF is learnt from, at least
+LEARNT, MEASURED = "ivf.faiss", "ivf.json"
 SAMPLE, SAME = 1000, 1e-6  # queries by which the recall is measured; scores that differ by less are equal
 
 
@@ -143,24 +147,41 @@ class WindowSearch:
                 self.read = 0
         return found
 
-    def make_ivf(self, recall: float) -> tuple[Any, dict[str, Any]]:
+    def make_ivf(self, recall: float, folder: Path) -> tuple[Any, dict[str, Any]]:
         """Return an index of the candidates, faiss's IVF with the vectors as they are, and what was measured: of the windows of
         up to 1,000 queries, evenly spread, the share that it finds. So many lists are looked into that it is `recall` at
-        least."""
+        least.
+
+        Args:
+            folder: keeps the centroids of the lists and what was measured, from which another run makes the same index.
+        """
         faiss, rows = faiss_module(), self.table.present(self.candidate)
-        lists = max(1, min(round(4 * np.sqrt(len(rows))), len(rows) // LISTED))
-        index = faiss.index_factory(self.table.dim, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        index.cp.seed = 1234
-        learnt_from = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 64 * lists)).astype(np.int64))
-        index.train(self.table.vectors(self.candidate, rows[learnt_from]))
-        self.table.release()
+        learnt, measured = folder / LEARNT, folder / MEASURED
+        if not learnt.exists():
+            lists = max(1, min(round(4 * np.sqrt(len(rows))), len(rows) // LISTED))
+            index = faiss.index_factory(self.table.dim, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+            index.cp.seed = 1234
+            learnt_from = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 64 * lists)).astype(np.int64))
+            index.train(self.table.vectors(self.candidate, rows[learnt_from]))
+            self.table.release()
+            write_whole(learnt, lambda partial: faiss.write_index(index, str(partial)))
+        index = faiss.read_index(str(learnt))
         for numbers, vectors in self.table.blocks(self.candidate):
             index.add_with_ids(vectors, numbers)
+        if not measured.exists():
+            write_json(self._measured(index, recall), measured)
+        about = json.loads(measured.read_text())
+        index.nprobe = about["nprobe"]
+        return index, about
+
+    def _measured(self, index: Any, recall: float) -> dict[str, Any]:
+        """Raise an index's nprobe until its recall is enough, and return what was measured."""
         asking = self.table.present(self.query)
         asking = asking[np.unique(np.linspace(0, len(asking) - 1, min(len(asking), SAMPLE)).astype(np.int64))]
         block = [(asking, self.table.vectors(self.query, asking))]
         (best,) = self.exact(block)
-        index.nprobe, value = max(1, lists // 64), 0.0
+        lists, value = index.nlist, 0.0
+        index.nprobe = max(1, lists // 64)
         while True:
             (found,) = self.approximate(index, block)
             wanted = (best.candidates >= 0).sum(1)
@@ -171,7 +192,7 @@ class WindowSearch:
                 break
             index.nprobe = min(lists, 2 * index.nprobe)
         about = {"lists": lists, "nprobe": index.nprobe, "asked": recall, "recall": round(value, 4)}
-        return index, about | {"at": self.size, "queries": len(asking)}
+        return about | {"at": self.size, "queries": len(asking)}
 
 
 class _Best:

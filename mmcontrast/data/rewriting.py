@@ -6,18 +6,15 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from mmcontrast.data.engines import check_engine, run_jobs
 from mmcontrast.data.index import index_shard, open_shards
-from mmcontrast.data.loading import start_worker
 from mmcontrast.data.parts import ShardPart
 from mmcontrast.data.selection import open_selection
 from mmcontrast.data.shard import COMPOUND, KNOWN, MemberIndex, ShardIndex
@@ -43,6 +40,9 @@ class _Job:
     renamed: bool
     files: str | None
 
+    def __str__(self) -> str:
+        return str(self.path)
+
 
 def write_selected(
     patterns: str | Sequence[str],
@@ -52,6 +52,7 @@ def write_selected(
     samples_per_shard: int = 10_000,
     files: str | None = None,
     workers: int | None = None,
+    engine: str = "pool",
 ) -> dict[str, Any]:
     """Write `NAME-00000.tar` and so on, and last `manifest.json`; return the manifest. What is there is not written again.
 
@@ -59,17 +60,17 @@ def write_selected(
     `json` of the rest. Keys that repeat become NNNNN-ROW-KEY, with the number of their shard.
 
     Raises:
-        UserError: for shards or a selection that cannot be read; if the folder holds other shards of this name.
+        UserError: for shards or a selection that cannot be read; if the folder holds other shards of this name; as
+            `check_engine` and `run_jobs`.
     """
+    check_engine(engine)
     selection = open_selection(select)
     shards = selection.of_all(open_shards(patterns, True, FILE_COLUMNS, files, selection.of_shard))
     rows = [_rows_of(shard) for shard in shards]
     renamed = _repeat(shards)
     jobs = _jobs(folder, name, shards, rows, samples_per_shard, renamed, files)
     _begin(folder, name, [shard.digest for shard in shards], samples_per_shard)
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        written = pool.map(_written, jobs)
-        entries = list(track(written, f"writing {folder}", total=len(jobs), console=Console(stderr=True), transient=True))
+    entries = list(run_jobs(_written, jobs, f"writing {folder}", engine=engine, workers=workers))
     for entry in entries:
         if "error" in entry:
             raise UserError(entry["error"])

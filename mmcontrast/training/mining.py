@@ -81,8 +81,7 @@ class Mining:
         """Remove what a killed run has mined after the checkpoint with which this one begins: it will be mined again."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder / TABLE, ignore_errors=True)
-            for partial in self.folder.glob(".step-*.partial"):
-                partial.unlink()
+            self._tidy()
             for step in self._steps():
                 if self.job.mined is None or step > self.job.mined:
                     self._remove(step)
@@ -97,6 +96,7 @@ class Mining:
         if accelerator.is_main_process:
             shutil.rmtree(table, ignore_errors=True)
             table.mkdir(parents=True)
+            self._tidy()
             self._remove(done)
         accelerator.wait_for_everyone()
         parts = gather_object(list(self._embed(table, progress)))
@@ -158,6 +158,14 @@ class Mining:
     def _remove(self, step: int) -> None:
         for path in self.folder.glob(f"{self.file(step).stem}.*"):
             path.unlink()
+
+    def _tidy(self) -> None:
+        """Remove what a killed miner has left: it was of other embeddings."""
+        for left in self.folder.glob(".step-*"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
     def _prune(self, kept: set[int | None]) -> None:
         """Remove the tables that no checkpoint needs; their summaries and pages stay."""

@@ -1,6 +1,7 @@
 """Mined negatives against float64 by hand with every option, and against sentence-transformers."""
 
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.config import load_config
+from mmcontrast.curation.blocks import Blocks
 from mmcontrast.curation.mine import MiningOptions, mine
 from mmcontrast.data import open_dataset, training_batches
 from mmcontrast.errors import UserError
@@ -20,6 +22,7 @@ from mmcontrast.evaluation import EmbeddingTable, embed
 from mmcontrast.runs import make_job
 from mmcontrast.search import table as stored
 from tests.command import mmcontrast
+from tests.curation.pairs import bytes_of
 from tests.curation.tables import write_table
 from tests.training.teaching import run, write_config, write_vectors
 
@@ -154,6 +157,42 @@ def test_blocks_random_draws_and_ivf(random_table, tmp_path):
     assert all(set(row["candidate_ids"]).isdisjoint(_group(random_table, sample_id)) for sample_id, row in ivf.items())
     whole, summary = mined(tmp_path / "table", tmp_path / "i.parquet", "a", "b", **options, search="ivf", recall=1.0)
     assert summary["search"]["recall"] == 1.0 and (whole == found or summary["search"]["nprobe"] < about["lists"])
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_a_run_that_was_killed_goes_on(random_table, tmp_path, monkeypatch, search):
+    """Ended at each block in turn and begun again: no block is mined twice, and the files are those of a run that was not."""
+    asked = MiningOptions("a", "b", count=4, range_max=24, relative_margin=0.05, sampling="random", search=search)
+    mine(tmp_path / "table", tmp_path / "whole" / "m.parquet", asked, progress=False)
+    out, left, kept = tmp_path / "killed" / "m.parquet", tmp_path / "killed" / ".m.parquet.blocks", {}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(blocks, kind, number, *made):
+        write(blocks, kind, number, *made)
+        kept[number] = (left / f"mined-{number:06d}.parquet").stat().st_mtime_ns
+        (left / ".000009.parquet.partial").write_bytes(b"torn")
+        raise Killed
+
+    write = Blocks.write
+    monkeypatch.setattr(Blocks, "write", killed)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            mine(tmp_path / "table", out, asked, progress=False)
+    monkeypatch.setattr(Blocks, "write", write)
+    times = {int(path.stem[-6:]): path.stat().st_mtime_ns for path in left.glob("mined-*.parquet")}
+    assert times == kept and len(times) == 3 and not out.exists()
+    with pytest.raises(UserError, match="unfinished run wrote, of another options: give the same as then"):
+        mine(tmp_path / "table", out, MiningOptions("a", "b", count=3), progress=False)
+    part = next((tmp_path / "table").glob("*.safetensors"))
+    when = part.stat().st_mtime_ns
+    os.utime(part, ns=(when, when + 1))
+    with pytest.raises(UserError, match="of another state of the table"):
+        mine(tmp_path / "table", out, asked, progress=False)
+    os.utime(part, ns=(when, when))
+    mine(tmp_path / "table", out, asked, progress=False)
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole") and len(bytes_of(tmp_path / "whole")) == 3
 
 
 def _group(table, sample_id):

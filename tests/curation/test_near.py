@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import suppress
 
 import faiss
 import numpy as np
@@ -14,12 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from mmcontrast.curation import near
+from mmcontrast.curation import kmeans, near
+from mmcontrast.curation.blocks import Blocks
+from mmcontrast.curation.cluster import cluster as cluster_table
 from mmcontrast.curation.near import drop_near_duplicates, nearest_before
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed
 from mmcontrast.search import table as stored
 from tests.command import mmcontrast
+from tests.curation.pairs import bytes_of
 from tests.curation.tables import write_table
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,6 +112,48 @@ def test_the_same_bytes_with_one_thread_and_with_two(table, tmp_path):
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     assert files[0] == files[1] == files[2]
+
+
+def test_runs_that_were_killed_go_on(table, tmp_path, monkeypatch):
+    """Ended at each block in turn and begun again: nothing is learnt, assigned or compared twice, with the same files."""
+    monkeypatch.setattr(near, "KEPT", 100)
+    source, done = tmp_path / "table", []
+    stages = {
+        "near": lambda out, epsilon=0.1: drop_near_duplicates(source, out, "a", epsilon, clusters=7, progress=False),
+        "cluster": lambda out: cluster_table(source, out, "a", 7, progress=False),
+    }
+    learnt, write = kmeans._learnt, Blocks.write
+
+    class Killed(BaseException):
+        pass
+
+    def killed(blocks, kind, number, *made):
+        write(blocks, kind, number, *made)
+        done.append((kind, number))
+        raise Killed
+
+    for name, stage in stages.items():
+        stage(tmp_path / "whole" / name / "o.parquet")
+        done.clear()
+        monkeypatch.setattr(Blocks, "write", killed)
+        monkeypatch.setattr(kmeans, "_learnt", lambda *given: done.append("learnt") or learnt(*given))
+        while not (tmp_path / "killed" / name / "o.parquet").exists():
+            with suppress(Killed):
+                stage(tmp_path / "killed" / name / "o.parquet")
+        monkeypatch.setattr(Blocks, "write", write)
+        assert len(done) == len({*done}) >= 7 and done[0] == "learnt"
+        assert {kind for kind, _ in done[1:]} == ({"assigned", "compared"} if name == "near" else {"assigned"})
+        assert bytes_of(tmp_path / "killed" / name) == bytes_of(tmp_path / "whole" / name)
+        assert len(bytes_of(tmp_path / "whole" / name)) == 3
+    monkeypatch.setattr(Blocks, "write", killed)
+    with pytest.raises(Killed):  # ε is of what comes after
+        stages["near"](tmp_path / "o.parquet")
+    monkeypatch.setattr(Blocks, "write", write)
+    with pytest.raises(UserError, match="unfinished run wrote, of another options"):
+        drop_near_duplicates(source, tmp_path / "o.parquet", "a", clusters=6, progress=False)
+    stages["near"](tmp_path / "o.parquet", 0.2)
+    stages["near"](tmp_path / "at-once.parquet", 0.2)
+    assert (tmp_path / "o.parquet").read_bytes() == (tmp_path / "at-once.parquet").read_bytes()
 
 
 def pictures():
