@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mmcontrast.data.mixture import MixtureDataset
 
 COLUMNS = ("sample_id", "candidate_ids")
+ROWS, LOOKED_UP = 2**16, 2**22  # rows, and candidates, at a time: what is in memory beside the table
 UnknownIds = Literal["error", "skip"]
 logger = logging.getLogger("mmcontrast")
 
@@ -144,7 +145,7 @@ def open_candidates(
     own = known[_places(known, ids)] == ids
     asked = np.empty(len(candidates), dtype=bool)
     positions = np.empty(len(candidates), dtype=np.int32 if len(known) < 2**31 else np.int64)
-    for some in _slices(len(candidates)):
+    for some in _slices(len(candidates), LOOKED_UP):
         places = _places(known, candidates[some])
         asked[some], positions[some] = known[places] == candidates[some], by_id[places]
     if unknown_ids == "error" and not (own.all() and asked.all()):
@@ -168,14 +169,14 @@ def rows_of(starts: np.ndarray, values: np.ndarray, rows: np.ndarray) -> tuple[n
     counts = np.where(rows < 0, 0, np.diff(starts)[rows])
     into = np.concatenate([[0], np.cumsum(counts)])
     found = np.empty(into[-1], dtype=values.dtype)
-    for some in _slices(len(rows), 2**16):
+    for some in _slices(len(rows), ROWS):
         shift = np.repeat(starts[rows[some]] - into[some], counts[some])
         first, last = into[some][0], into[some][0] + len(shift)
         found[first:last] = values[shift + np.arange(first, last)]
     return into, found
 
 
-def _slices(number: int, size: int = 2**22) -> list[slice]:
+def _slices(number: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, number)) for first in range(0, number, size)]
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +15,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmcontrast.data import ClusterOrder, MixtureDataset, MixtureOrder, SampleOrder, ShardDataset, training_batches, write_shard
-from mmcontrast.data.negatives import MinedNegatives, open_negatives
+from mmcontrast.data import (
+    ClusterOrder,
+    MixtureDataset,
+    MixtureOrder,
+    SampleOrder,
+    ShardDataset,
+    negatives,
+    training_batches,
+    write_shard,
+)
+from mmcontrast.data.negatives import COLUMNS, MinedNegatives, open_candidates, open_negatives
+from mmcontrast.data.neighbours import by_position
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
 
@@ -165,6 +177,46 @@ def test_draws(sizes, count, seed):
         assert drawn == [mined.draw(epoch, int(ids[row])) for epoch in range(30)]
         assert size <= count or len({tuple(positions) for positions in drawn}) > 1
     assert mined.draw(0, 1) == []
+
+
+class Known:
+    def __init__(self, ids):
+        self.ids = np.array(ids, dtype=np.int64)
+
+    def sample_ids(self):
+        return self.ids
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_candidates_are_found_as_a_dictionary_finds_them(data, tmp_path, monkeypatch):
+    """Of any rows in any order, some of unknown samples, empty, null, in several files, a few at a time; by position too."""
+    monkeypatch.setattr(negatives, "ROWS", data.draw(st.integers(1, 5)))
+    monkeypatch.setattr(negatives, "LOOKED_UP", data.draw(st.integers(1, 5)))
+    ids = data.draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12, unique=True))
+    some = st.sampled_from([*ids, *[i ^ 1 for i in ids]])
+    rows = data.draw(st.dictionaries(some, st.none() | st.lists(some, max_size=6), min_size=1, max_size=12))
+    most, cut = data.draw(st.none() | st.integers(1, 6)), data.draw(st.integers(0, len(rows)))
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    for number, part in enumerate((slice(0, cut), slice(cut, None))):
+        columns = [list(rows)[part], list(rows.values())[part]]
+        made = pa.table([pa.array(columns[0], pa.int64()), pa.array(columns[1], pa.list_(pa.int64()))], list(COLUMNS))
+        pq.write_table(made, folder / f"{number}.parquet", row_group_size=2)
+    place = {own: position for position, own in enumerate(ids)}
+    wanted = {k: [place[c] for c in (row or [])[:most] if c in place] for k, row in rows.items() if k in place}
+    if not any(wanted.values()):
+        with pytest.raises(UserError, match="no candidate"):
+            open_candidates(Known(ids), str(folder), "o", "skip", most)
+        return
+    found = open_candidates(Known(ids), str(folder), "o", "skip", most)
+    assert found.ids.tolist() == sorted(wanted)
+    assert [found.positions[a:b].tolist() for a, b in itertools.pairwise(found.starts)] == [wanted[k] for k in sorted(wanted)]
+    near = by_position(found, np.array(ids))
+    assert [near.positions[a:b].tolist() for a, b in itertools.pairwise(near.starts)] == [wanted.get(k, []) for k in ids]
+    known = {*rows} <= {*ids} and {c for row in rows.values() for c in (row or [])[:most]} <= {*ids}
+    if not known:
+        with pytest.raises(UserError, match=r"is no sample of the training data .*set o.unknown_ids=skip"):
+            open_candidates(Known(ids), str(folder), "o", "error", most)
 
 
 def table(path, **columns):
