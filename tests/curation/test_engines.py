@@ -71,6 +71,8 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(UserError, match=message):
             list(run_jobs(dies, [(str(tmp_path / "0"), 0)], "jobs", engine="ray"))
+    with pytest.raises(UserError, match=r"nowhere is not there on .* must share the folders"):  # as a machine of a cluster says
+        engines._on_worker(str, 1, str(tmp_path / "nowhere"), {})
 
 
 def test_a_pool_says_which_worker_died(tmp_path):
