@@ -121,6 +121,8 @@ def test_mined_with_the_averaged_weights_of_the_step(tmp_path):
     assert (folder / "mined" / "embeddings").is_dir(), "left by the killed round"
     (folder / "mined" / ".step-000008.parquet.1.partial").write_text("half")
     (folder / "mined" / "step-000008.parquet").write_text("of weights that are lost")
+    (folder / "mined" / ".step-000008.parquet.blocks").mkdir()
+    (folder / "mined" / ".step-000008.parquet.blocks" / "begun.json").write_text('{"table": "of those embeddings"}')
     run_with_miner(path, "run.name=killed", resume=True)
     assert_same_end(tmp_path, "killed")
     assert not [p for p in (folder / "mined").iterdir() if not p.name.startswith("step-")]
