@@ -30,7 +30,7 @@ FILTERS: dict[str, list[str]] = {
 }
 NEGATIVES = "data.negatives={{table: {table}, field: text, count: 1}}"
 NEIGHBOURS = "data.batches={{type: neighbours, table: {table}, nearest: 16, count: 7}}"
-ROUND = 40  # steps between two minings
+ROUND = 58  # steps between two minings: two epochs, as batches of neighbours ask for
 AGAIN = [
     f"train.mine_every={ROUND}",
     "train.mine={query: image, candidate: text, count: 16, relative_margin: 0.05, first: true}",
@@ -40,9 +40,9 @@ ARMS: dict[str, tuple[str | None, list[str]]] = {  # the filter of what is mined
     "mined, no filter": ("none", [NEGATIVES]),
     "mined, relative margin 0.05": ("relative margin 0.05", [NEGATIVES]),
     "mined, relative margin 0.2": ("relative margin 0.2", [NEGATIVES]),
-    "mined every 40 steps, relative margin 0.05": (None, ["data.negatives={{field: text, count: 1}}", *AGAIN]),
+    "mined every 58 steps, relative margin 0.05": (None, ["data.negatives={{field: text, count: 1}}", *AGAIN]),
     "neighbours": ("none", [NEIGHBOURS]),
-    "neighbours, mined every 40 steps": (None, ["data.batches={{type: neighbours, nearest: 16, count: 7}}", *AGAIN]),
+    "neighbours, mined every 58 steps": (None, ["data.batches={{type: neighbours, nearest: 16, count: 7}}", *AGAIN]),
 }
 
 
