@@ -304,7 +304,7 @@ def contrasted_fields(config: RunConfig) -> dict[str, FieldOptions]:
 
 
 def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOptions, dict[str, ShardDataset]]:
-    """What is to be evaluated, in full, and its data.
+    """Return what is to be evaluated, in full, and its data.
 
     Raises:
         UserError: for what could only be refused after training otherwise.
@@ -337,7 +337,7 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
 
 
 def never_began(folder: Path) -> bool:
-    """Whether a folder holds what a run leaves that failed at its start: its config, no checkpoint, no step in its log."""
+    """Return whether a folder holds what a run leaves that failed at its start: its config, no checkpoint, no step in its log."""
     try:
         names = {path.name for path in folder.iterdir()}
         same = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()

@@ -1,4 +1,4 @@
-"""What a stage of an embedding table has done so far: a file a block beside its output, so that a run that was killed goes on.
+"""Keep what a stage of an embedding table has done: a file a block beside its output, so that a run that was killed goes on.
 
 The blocks are gone once the output is there.
 """

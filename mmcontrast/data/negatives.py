@@ -33,7 +33,7 @@ logger = logging.getLogger("mmcontrast")
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a table says of the samples of a data set.
+    """The candidates that a table names for the samples of a data set.
 
     Attributes:
         digest: of what the table says.

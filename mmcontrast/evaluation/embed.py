@@ -57,7 +57,7 @@ class EmbeddingTable:
 
     @property
     def distances(self) -> Lorentz | None:
-        """What makes scores, −distance, of the inner products of `compared` rows; None: these are the scores."""
+        """Return what makes scores, −distance, of the inner products of `compared` rows; None: these are the scores."""
         return None if self.curvature is None else Lorentz(self.curvature)
 
     def compared(self, rows: Tensor, columns: bool = False) -> Tensor:
@@ -71,7 +71,7 @@ class EmbeddingTable:
         return replace(self, fields={field: F.normalize(rows[:, :width], dim=1) for field, rows in self.fields.items()})
 
     def first(self, number: int) -> "EmbeddingTable":
-        """Of the samples so many."""
+        """Return the first so many samples."""
         return EmbeddingTable(
             {field: rows[:number] for field, rows in self.fields.items()},
             {field: here[:number] for field, here in self.present.items()},

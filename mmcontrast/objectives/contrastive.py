@@ -234,5 +234,5 @@ def _loss(
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor | None, share: float) -> Tensor:
-    """Of the anchors here, so that the mean over the ranks is the mean over all anchors."""
+    """Sum the losses of the anchors here, so that the mean over the ranks is the mean over all anchors."""
     return (losses if weights is None else losses * weights).sum() * share

@@ -80,8 +80,8 @@ class Learner:
         signals: dict[str, Tensor] | None = None,
         taught: Sequence[dict[str, Tensor]] = (),
     ) -> Tensor:
-        """Of some samples' embeddings, over all ranks. `labels`: their batch, values apart, on the host, where looking at them
-        waits for no device; `taught`: what their teachers make of them."""
+        """Return the loss of some samples' embeddings, over all ranks. `labels`: their batch, values apart, on the host, where
+        looking at them waits for no device; `taught`: what their teachers make of them."""
         extra = self.queue.negatives(self.accelerator.process_index, self.accelerator.num_processes) if self.queue else {}
         own: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for field, of in self.negative_of.items():

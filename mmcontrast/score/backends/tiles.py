@@ -1,4 +1,4 @@
-"""What tiled backends share: the cuts, the products, and the gradients that follow from the weights of each tile.
+"""Shared by the tiled backends: the cuts, the products, and the gradients that follow from the weights of each tile.
 
 Shapes: R, C rows and columns of a tile.
 """
