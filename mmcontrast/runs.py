@@ -337,7 +337,7 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
 
 
 def never_began(folder: Path) -> bool:
-    """Return whether a folder holds what a run leaves that failed at its start: its config, no checkpoint, no step in its log."""
+    """Return whether a folder holds what a run that failed at its start leaves: its config, no checkpoint, no logged step."""
     try:
         names = {path.name for path in folder.iterdir()}
         same = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()

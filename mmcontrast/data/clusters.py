@@ -12,7 +12,7 @@ from rich.progress import track
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.ids import id_of
 from mmcontrast.data.mixture import MixtureDataset
-from mmcontrast.data.order import check_lanes, lanes_of, recent
+from mmcontrast.data.order import check_lanes, recent, share_of
 from mmcontrast.data.tables import open_table
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
@@ -58,9 +58,9 @@ class ClusterOrder:
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
         """(epoch, position) of each sample of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        lanes, share = lanes_of(self.lanes, rank, world_size), self.batch_size // self.lanes
         steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
-        return [(epoch, position) for position in steps[step, lanes.start * share : lanes.stop * share].tolist()]
+        share = share_of(self.batch_size, self.lanes, rank, world_size)
+        return [(epoch, position) for position in steps[step, share].tolist()]
 
 
 def _epoch(order: ClusterOrder, epoch: int) -> np.ndarray:

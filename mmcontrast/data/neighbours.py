@@ -9,7 +9,7 @@ import numpy as np
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.mixture import MixtureDataset
 from mmcontrast.data.negatives import Candidates, UnknownIds, open_candidates, rows_of
-from mmcontrast.data.order import check_lanes, lanes_of, recent
+from mmcontrast.data.order import check_lanes, recent, share_of
 from mmcontrast.errors import UserError
 
 
@@ -81,9 +81,9 @@ class NeighbourOrder:
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
         """(epoch, position) of each sample of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        lanes, share = lanes_of(self.lanes, rank, world_size), self.batch_size // self.lanes
         steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
-        return [(epoch, position) for position in steps[step, lanes.start * share : lanes.stop * share].tolist()]
+        share = share_of(self.batch_size, self.lanes, rank, world_size)
+        return [(epoch, position) for position in steps[step, share].tolist()]
 
 
 def _epoch(order: NeighbourOrder, epoch: int) -> np.ndarray:

@@ -130,6 +130,12 @@ def lanes_of(lanes: int, rank: int, world_size: int) -> range:
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 
 
+def share_of(batch_size: int, lanes: int, rank: int, world_size: int) -> slice:
+    """Return which of a step's samples are a rank's: those of its lanes."""
+    own, each = lanes_of(lanes, rank, world_size), batch_size // lanes
+    return slice(own.start * each, own.stop * each)
+
+
 class _Epoch:
     """One epoch's order: the permuted blocks (16 bytes each), and of each lane the window at hand."""
 
