@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -93,13 +93,21 @@ class Evaluation:
         return {
             "format": FORMAT,
             **about,
-            "versions": {package: version(package) for package in PACKAGES} | {"python": sys.version.split()[0]},
+            "versions": {package: installed(package) for package in PACKAGES} | {"python": sys.version.split()[0]},
             "command": " ".join(["mmcontrast", *sys.argv[1:]]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "results": results,
             "notes": self.notes,
             "reports": {place: _report_json(*report) for place, report in self.reports.items()},
         }
+
+
+def installed(package: str) -> str | None:
+    """Return a package's version; None of one that is imported from a checkout without being installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _report_json(report: Report, classes: Sequence[str]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def contrastive_loss(
     pairs.check(scorer)
     given = Given(
         ids=ids_by_field(embeddings, ids),
-        sample_ids=None if sample_ids is None else sample_ids.to(first.device),
+        sample_ids=None if sample_ids is None else sample_ids.to(first.device, non_blocking=True),
         weights=weights_of(sample_weights, first),
         values=values_of(sample_values or {}, scorer, first),
         extras=extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None),
@@ -156,9 +156,10 @@ def _loss(
     weights = pairs.weighted_terms(list(embeddings))
     terms = [term for term, weight in weights.items() if weight]
     kept = [all_present(given.ids, term) for term in terms]
-    local = [len(first) if keep is None else int(keep.sum()) for keep in kept]
-    kept = [None if keep is None else keep.to(first.device) for keep in kept]
-    given = replace(given, ids=None if given.ids is None else {f: ids.to(first.device) for f, ids in given.ids.items()})
+    local = [len(first) if keep is None else len(keep) for keep in kept]
+    there = partial(torch.Tensor.to, device=first.device, non_blocking=True)
+    kept = [None if keep is None else there(keep) for keep in kept]
+    given = replace(given, ids=None if given.ids is None else {f: there(ids) for f, ids in given.ids.items()})
     own_draw = int(torch.randint(2**62, ())) if pairs.draws else 0
     weighs = int(given.weights is not None)
     more = {field: len(given.extras[field][0]) for field in sorted(given.extras)}

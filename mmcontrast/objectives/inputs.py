@@ -148,11 +148,11 @@ def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Te
 
 
 def all_present(ids_of: Mapping[str, Tensor] | None, fields: Sequence[str]) -> Tensor | None:
-    """bool [N], who has all of some fields; None if everybody has."""
+    """Return the positions of the samples that have all of some fields; None if everybody has."""
     if ids_of is None:
         return None
     keep = torch.stack([ids_of[field] != ABSENT for field in fields]).all(0)
-    return None if keep.all() else keep
+    return None if keep.all() else keep.nonzero().squeeze(1)
 
 
 def of_term(value: Scalars | None, fields: Sequence[str], name: str) -> Tensor | float | None:
@@ -241,7 +241,7 @@ def values_of(given: Mapping[str, Tensor], objective: Objective, embeddings: Ten
             raise ValueError(f"{type(objective).__name__} takes no sample_values {name!r}: it takes {takes}")
         if values.shape != embeddings.shape[:1] or not values.is_floating_point():
             raise ValueError(f"sample_values {name!r} is {tuple(values.shape)} {values.dtype}, it must be [{len(embeddings)}]")
-    return {name: values.detach().to(embeddings.device) for name, values in given.items()}
+    return {name: values.detach().to(embeddings.device, non_blocking=True) for name, values in given.items()}
 
 
 def weights_of(sample_weights: Tensor | None, embeddings: Tensor) -> Tensor | None:
@@ -252,12 +252,12 @@ def weights_of(sample_weights: Tensor | None, embeddings: Tensor) -> Tensor | No
     """
     if sample_weights is None:
         return None
-    weights = sample_weights.detach().to(embeddings.device, torch.promote_types(embeddings.dtype, torch.float32))
+    weights = sample_weights.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
     if weights.shape != embeddings.shape[:1]:
         raise ValueError(f"sample_weights is {tuple(weights.shape)}, it must be [{len(embeddings)}], one a sample")
     if not ((weights >= 0) & weights.isfinite()).all():
         raise ValueError("sample_weights: a weight is a finite number, at least 0")
-    return weights
+    return weights.to(embeddings.device, non_blocking=True)
 
 
 def teachers_by_field(

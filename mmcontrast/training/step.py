@@ -85,11 +85,13 @@ class Learner:
         extra = self.queue.negatives(self.accelerator.process_index, self.accelerator.num_processes) if self.queue else {}
         own: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for field, of in self.negative_of.items():
-            here = labels.present[field].to(embeddings.fields[field].device)
+            device = embeddings.fields[field].device
             if field in self.own:
+                here = labels.present[field].to(device, non_blocking=True)
                 own.setdefault(of, []).append((embeddings.fields[field], here))
                 continue
-            rows = embeddings.fields[field][here]
+            here = labels.present[field].nonzero().squeeze(1)  # on the host, where the number of rows waits for no device
+            rows = embeddings.fields[field][here.to(device, non_blocking=True)]
             nobodys = torch.full((len(rows),), NO_GROUP, device=rows.device)
             if of in extra:
                 rows, nobodys = torch.cat([extra[of][0], rows]), torch.cat([extra[of][1], nobodys])
@@ -172,7 +174,8 @@ def training_step(
 
     scale = embeddings.logit_scale
     scales = torch.stack([*scale.values()] if isinstance(scale, dict) else [scale]).detach()
-    told = torch.stack([loss, loss.new_tensor(len(batch.replaced)), loss.new_tensor(float(asked())), norm, *scales])
+    counts = (loss.new_full((), number) for number in (len(batch.replaced), asked()))  # filled there: a copy would wait
+    told = torch.stack([loss, *counts, norm, *scales])
     value, bad, asked_of_all, grad_norm, *scales_now = accelerator.reduce(told, "mean").tolist()  # waits for the device once
     # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
     if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(grad_norm)):

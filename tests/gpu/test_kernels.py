@@ -29,9 +29,10 @@ def test_every_reduction(reduction, per_anchor, dtype, backend):
 @pytest.mark.parametrize("width", [512, 768, 1152])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reductions", [[LogSumExp()], [SoftplusSum()], [LogSumExp(1.5), LogSumExp(0.5)]], ids=str)
-def test_real_widths_over_several_blocks(width, dtype, reductions):
+@pytest.mark.parametrize("per_anchor", [False, True], ids=["scalar", "per_anchor"])
+def test_real_widths_over_several_blocks(per_anchor, width, dtype, reductions):
     """Against the dense backend in float64, at a size that takes several launches of weights."""
-    leaves, ids = problem(2500, width, 1, 2000, 50.0, dtype=dtype, device="cuda")
+    leaves, ids = problem(2500, width, 1, 2000, 50.0, per_anchor, dtype=dtype, device="cuda")
     exact = values_and_grads(ours(reductions, ids, backend="dense"), [leaf.double() for leaf in leaves])
     dense = values_and_grads(ours(reductions, ids, backend="dense"), leaves)  # products and sums in fp32
     found = values_and_grads(ours(reductions, ids, backend="triton", tile_size=(1024, 768)), leaves)

@@ -47,9 +47,10 @@ class SameGroup:
     def _pairs(self) -> tuple[Tensor, Tensor, list[int]] | None:
         """(rows, columns) of all pairs by row, and where each row's begin; None if they are too many to list, or on a
         device where looking them up would wait for it."""
+        if self.row_ids.device.type != "cpu":
+            return None
         order, first, counts = self._sorted
-        n, m = len(self.row_ids), len(self.column_ids)
-        total = int(counts.sum()) if counts.device.type == "cpu" else n * m
+        n, m, total = len(self.row_ids), len(self.column_ids), int(counts.sum())
         if total > SPARSE_PAIRS * (n + m):
             return None
         rows = torch.repeat_interleave(torch.arange(n), counts)

@@ -80,7 +80,7 @@ def gradients_by_tiles(
     largest = None
     if low == torch.float16:
         given = [grad.abs().amax() for grad in (*grads.rows, *grads.columns) if grad.numel()]
-        largest = torch.stack([*given, block.row_scale.new_tensor(torch.finfo(dtype).tiny)]).amax()
+        largest = torch.stack([*given, block.row_scale.new_full((), torch.finfo(dtype).tiny)]).amax()
         grads = Statistics([g / largest for g in grads.rows], [g / largest for g in grads.columns])
 
     def add(total: Tensor, a: Tensor, b: Tensor) -> None:

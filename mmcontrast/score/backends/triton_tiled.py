@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,8 +124,11 @@ def interpreted() -> bool:
 
 
 def launch_of(block: Block) -> Launch:
+    """Return the product's launch; with eight warps where a tile holds more than the weights of one reduction under one
+    scale, which four warps have no registers for."""
     if block.x.dtype != torch.float32:
-        return LAUNCHES["half"]
+        launch = LAUNCHES["half"]
+        return launch if len(block.reductions) == 1 and block.row_scale.dim() == 0 else replace(launch, warps=8)
     return LAUNCHES["ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"]
 
 
