@@ -7,15 +7,12 @@ Recall at 1 on pictures in a font that was never trained on, names in voices tha
 those of another too (Latin A, Greek Alpha, Cyrillic A): only their sound tells them apart. They are counted apart.
 """
 
-import argparse
-import json
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from arms import Recalls, compare, mmcontrast, parser_of  # type: ignore[import-not-found]  # beside this file
 
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.evaluation.rankings import Pairs, rank
@@ -58,6 +55,9 @@ QUERIES = {
 }
 
 
+KINDS = [("#2166ac", "other letters"), ("#d6604d", "look-alikes")]
+
+
 def lookalikes(codes: list[int]) -> torch.Tensor:
     """bool, one a code point: another one is drawn the same."""
     sys.path.insert(0, "")  # the corpus is described in the folder that this is run from
@@ -68,7 +68,7 @@ def lookalikes(codes: list[int]) -> torch.Tensor:
     return torch.tensor([pictures.count(drawn[code]) > 1 for code in codes])
 
 
-def recalls(table: EmbeddingTable, multilinear: bool) -> dict[str, list[float]]:
+def recalls(table: EmbeddingTable, multilinear: bool) -> Recalls:
     """Per query, recall at 1 of letters that look like no other, and of the others. Two fields are joined as they were trained:
     by the sum of their cosines, or by their product."""
     twins, found = lookalikes(table.group_ids.tolist()), {}
@@ -82,81 +82,23 @@ def recalls(table: EmbeddingTable, multilinear: bool) -> dict[str, list[float]]:
     return found
 
 
-def run(arm: str, seed: int, folder: Path, extra: list[str]) -> dict[str, list[float]]:
-    """Trains and embeds with the command line, as a user would; returns the recalls, and the seconds it took."""
+def run(arm: str, seed: int, folder: Path, extra: list[str]) -> Recalls:
+    """Return the recalls, and the seconds that training took."""
     place = folder / f"{list(ARMS).index(arm):02d}-{seed}"
     given = [option.replace("FOLDER", str(folder)) for option in ARMS[arm]]
     options = [f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed}", *given, *extra]
     began = time.perf_counter()
     mmcontrast("train", CONFIG, *options, "--overwrite")
     seconds = time.perf_counter() - began
-    mmcontrast("embed", str(place), "data/letters/val-*.tar", str(place / "table"))
+    mmcontrast("embed", place, "data/letters/val-*.tar", place / "table")
     return recalls(EmbeddingTable.read(place / "table"), ARMS[arm] is PRODUCTS) | {"seconds": [seconds]}
 
 
-def mmcontrast(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "mmcontrast", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"mmcontrast {' '.join(arguments)}\n{done.stderr}")
-
-
-def write_table(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
-    print(f"\n| recall at 1, look-alikes after the bar | {' | '.join(QUERIES)} |\n|---|{'---|' * len(QUERIES)}")
-    for arm, seeds in results.items():
-        cells = []
-        for query in QUERIES:
-            kinds = zip(*(found[query] for found in seeds.values()), strict=True)
-            cells.append(" \\| ".join(f"{statistics.mean(values):.2f} ± {spread(values):.2f}" for values in kinds))
-        print(f"| {arm} | {' | '.join(cells)} |")
-
-
-def spread(values: tuple[float, ...]) -> float:
-    """Half of the distance between the best and the worst seed."""
-    return (max(values) - min(values)) / 2
-
-
-def plot(results: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 0.32 * len(results) + 1.2), layout="constrained")
-    axes = figure.subplots(1, len(QUERIES), sharey=True)
-    for axis, query in zip(axes, QUERIES, strict=True):
-        for number, seeds in enumerate(results.values()):
-            for kind, (colour, label) in enumerate((("#2166ac", "other letters"), ("#d6604d", "look-alikes"))):
-                values = [found[query][kind] for found in seeds.values()]
-                y = [number - 0.12 + 0.24 * kind] * len(values)
-                axis.plot(values, y, "o", color=colour, markersize=4, alpha=0.8, label=label if number == 0 else None)
-        axis.set_title(query, fontsize=10)
-        axis.set_xlim(0, None)
-        axis.grid(alpha=0.3)
-    axes[0].set_yticks(range(len(results)), list(results), fontsize=8)
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=7, loc="lower right")
-    figure.supxlabel("recall at 1, one dot a seed", fontsize=9)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/objectives"), help="of the runs, and of results.json")
-    parser.add_argument("--plot", type=Path, help="a PNG of the table")
+    parser = parser_of(__doc__, ARMS, "runs/objectives")
     parser.add_argument("--override", nargs="*", default=[], help="further overrides of every run: train.steps=20")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.folder / "results.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    for seed in options.seeds:
-        for arm in options.arms:
-            if str(seed) not in known.setdefault(arm, {}):
-                known[arm][str(seed)] = found = run(arm, seed, options.folder, options.override)
-                file.write_text(json.dumps(known, indent=1, ensure_ascii=False))
-                print(f"{arm}, seed {seed}: {found}", flush=True)
-    results = {arm: known[arm] for arm in options.arms}
-    write_table(results)
-    if options.plot:
-        plot(results, options.plot)
+    compare(options, lambda arm, seed: run(arm, seed, options.folder, options.override), list(QUERIES), KINDS)
 
 
 if __name__ == "__main__":

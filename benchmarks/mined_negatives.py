@@ -9,13 +9,14 @@ candidates as are drawn the same is told for each filter. Recall at 1 on the hel
 of the others, as `compare_objectives.py` takes it.
 """
 
-import argparse
-import json
+import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from compare_objectives import CONFIG, FONT, mmcontrast, plot, recalls, write_table
+from arms import Recalls, compare, mmcontrast, parser_of  # type: ignore[import-not-found]  # beside this file
+from compare_objectives import CONFIG, FONT, KINDS, QUERIES, recalls
 
 from mmcontrast.config import load_config
 from mmcontrast.evaluation import EmbeddingTable
@@ -46,6 +47,7 @@ ARMS: dict[str, tuple[str | None, list[str]]] = {  # the filter of what is mined
 }
 
 
+@cache
 def costs() -> dict[str, float]:
     """FLOPs of a forward of one sample, by field."""
     from mmcontrast.plan import plan_run
@@ -81,8 +83,6 @@ def base(seed: int, folder: Path) -> Path:
 
 def false_negatives(place: Path) -> dict[str, tuple[float, float]]:
     """By filter: the share of the first candidates that are drawn as the query is, and of queries that keep a candidate."""
-    import sys
-
     sys.path.insert(0, "")
     from data_pipelines.glyphs.glyphs import draw
 
@@ -98,44 +98,29 @@ def false_negatives(place: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
-def run(arm: str, seed: int, folder: Path, steps: int) -> dict[str, list[float]]:
+def run(arm: str, seed: int, folder: Path) -> Recalls:
     start, (mined, overrides) = base(seed, folder), ARMS[arm]
+    steps = steps_of(arm, len(EmbeddingTable.read(start / "train")), costs())
     place = folder / f"{list(ARMS).index(arm):02d}-{seed}"
     table = start / f"{mined.replace(' ', '-')}.parquet" if mined else ""
     given = [override if override in AGAIN else override.format(table=table) for override in overrides]
     options = [f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed + 100}", f"train.init_from={start}"]
     options += [f"train.steps={steps}", "train.lr=5e-3", "train.tower_lr={text: 1e-3}", "train.warmup_steps=10", *given]
     mmcontrast("train", CONFIG, *options, "--overwrite")
-    mmcontrast("embed", str(place), "data/letters/val-*.tar", str(place / "table"))
+    mmcontrast("embed", place, "data/letters/val-*.tar", place / "table")
     return recalls(EmbeddingTable.read(place / "table"), multilinear=False) | {"steps": [steps]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/mined"), help="of the runs, and of results.json")
-    parser.add_argument("--plot", type=Path, help="a PNG of the table")
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    file, forward = options.folder / "results.json", costs()
-    known = json.loads(file.read_text()) if file.exists() else {}
-    for seed in options.seeds:
-        place = base(seed, options.folder)
-        for name, (alike, kept) in false_negatives(place).items():
+    options = parser_of(__doc__, ARMS, "runs/mined").parse_args()
+
+    def before(seed: int) -> None:
+        for name, (alike, kept) in false_negatives(base(seed, options.folder)).items():
             print(
                 f"seed {seed}, filter {name}: {alike:.3f} of first candidates are drawn alike, {kept:.3f} of queries have any"
             )
-        samples = len(EmbeddingTable.read(place / "train"))
-        for arm in options.arms:
-            if str(seed) not in known.setdefault(arm, {}):
-                known[arm][str(seed)] = found = run(arm, seed, options.folder, steps_of(arm, samples, forward))
-                file.write_text(json.dumps(known, indent=1, ensure_ascii=False))
-                print(f"{arm}, seed {seed}: {found}", flush=True)
-    results = {arm: known[arm] for arm in options.arms}
-    write_table(results)
-    if options.plot:
-        plot(results, options.plot)
+
+    compare(options, lambda arm, seed: run(arm, seed, options.folder), list(QUERIES), KINDS, before)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Runs compared over seeds: each trained and embedded with the command line as a user would, then a table and a figure."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+Recalls = dict[str, list[float]]  # of each query, a number for each kind of sample
+Results = dict[str, dict[str, Recalls]]  # by arm and seed
+
+
+def mmcontrast(*arguments: object) -> None:
+    command = [sys.executable, "-m", "mmcontrast", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"mmcontrast {' '.join(command[3:])}\n{done.stderr}")
+
+
+def parser_of(description: str | None, arms: Iterable[str], folder: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), metavar="ARM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="of the runs, and of results.json")
+    parser.add_argument("--plot", type=Path, help="a PNG of the table")
+    return parser
+
+
+def compare(
+    options: argparse.Namespace,
+    run: Callable[[str, int], Recalls],
+    queries: Sequence[str],
+    kinds: Sequence[tuple[str, str]],
+    before: Callable[[int], None] = lambda seed: None,
+) -> None:
+    """Runs every arm with every seed that results.json lacks; prints the table, draws the figure. kinds: (colour, label) of
+    each number of a query. before: what a seed needs first."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file = options.folder / "results.json"
+    known: Results = json.loads(file.read_text()) if file.exists() else {}
+    for seed in options.seeds:
+        before(seed)
+        for arm in options.arms:
+            if str(seed) not in known.setdefault(arm, {}):
+                known[arm][str(seed)] = found = run(arm, seed)
+                file.write_text(json.dumps(known, indent=1, ensure_ascii=False))
+                print(f"{arm}, seed {seed}: {found}", flush=True)
+    results = {arm: {str(seed): known[arm][str(seed)] for seed in options.seeds} for arm in options.arms}
+    labels = ", ".join(label for _, label in kinds)
+    print(f"\n| recall at 1: {labels} | {' | '.join(queries)} |\n|---|{'---|' * len(queries)}")
+    for arm, seeds in results.items():
+        cells = []
+        for query in queries:
+            numbers = zip(*(found[query] for found in seeds.values()), strict=True)
+            cells.append(" \\| ".join(f"{statistics.mean(values):.2f} ± {spread(values):.2f}" for values in numbers))
+        print(f"| {arm} | {' | '.join(cells)} |")
+    if options.plot:
+        plot(results, queries, kinds, options.plot)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half of the distance between the best and the worst seed."""
+    return (max(values) - min(values)) / 2
+
+
+def plot(results: Results, queries: Sequence[str], kinds: Sequence[tuple[str, str]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 0.32 * len(results) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(queries), sharey=True, squeeze=False)[0]
+    for axis, query in zip(axes, queries, strict=True):
+        for number, seeds in enumerate(results.values()):
+            for kind, (colour, label) in enumerate(kinds):
+                values = [found[query][kind] for found in seeds.values()]
+                y = [number + 0.24 * (kind - (len(kinds) - 1) / 2)] * len(values)
+                axis.plot(values, y, "o", color=colour, markersize=4, alpha=0.8, label=label if number == 0 else None)
+        axis.set_title(query, fontsize=10)
+        axis.set_xlim(0, None)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(results)), list(results), fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=7, loc="lower right")
+    figure.supxlabel("recall at 1, one dot a seed", fontsize=9)
+    figure.savefig(path, dpi=110)
