@@ -58,14 +58,14 @@ class Filter(Stage):
         keys = [rule.keys(self.fields) for rule in self.rules]
         known = {rule.name for rule in self.rules if isinstance(rule, Column)}
         before = {name: previous[name].to_pylist() for name in known & set(previous.column_names)} if previous else {}
-        rules = self.rules
-        values: list[list[Any]] = [[] for _ in rules]
-        why: list[list[str | None]] = [[] for _ in rules]
+        values: list[list[Any]] = [[] for _ in keys]
+        why: list[list[str | None]] = [[] for _ in keys]
+        judges = list(zip(self.rules, keys, [of.append for of in values], [of.append for of in why], strict=True))
         for look in looks(shard, rows, members, before):
-            for k, rule in enumerate(rules):
-                value, reason = _judged(rule, look, keys[k])
-                values[k].append(value)
-                why[k].append(reason)
+            for rule, named, add_value, add_reason in judges:
+                value, reason = _judged(rule, look, named)
+                add_value(value)
+                add_reason(reason)
         columns = {rule.column: pa.array(values[k], rule.column_type) for k, rule in enumerate(self.rules)}
         reasons = {f"{WHY}{k}": pa.array(why[k], pa.string()) for k in range(len(self.rules))}
         return pa.table(columns | reasons)

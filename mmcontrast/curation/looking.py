@@ -53,6 +53,7 @@ class Look:
         self.parts: dict[Any, Any] = {}
         self.bytes: dict[str, bytes] = {}
         self.error: DecodeError | None = None
+        self._json: dict[str, Any] | None = None
         if read is not None:
             self.bytes = read
             return
@@ -98,7 +99,9 @@ class Look:
         raise Missing(f"no {what}")
 
     def about(self) -> dict[str, Any]:
-        return self.once("json", lambda: read_json(self.bytes["json"]) if "json" in self.bytes else {})
+        if self._json is None:
+            self._json = self.once("json", lambda: read_json(self.bytes["json"]) if "json" in self.bytes else {})
+        return self._json
 
     def entry(self, key: str) -> Any:
         """Return what "json:a.b" names, None if there is nothing."""
@@ -123,8 +126,8 @@ class Look:
 
         def read() -> tuple[int, int]:
             given = [_number(self.entry(name)) for name in named]
-            if len(given) == 2 and all(side is not None and side >= 1 for side in given):
-                return int(given[0] or 0), int(given[1] or 0)
+            if len(given) == 2 and given[0] and given[1] and min(given) >= 1:  # type: ignore[type-var]
+                return int(given[0]), int(given[1])
             data = self.member(keys, "picture")
             try:
                 check_parts(data)
@@ -182,13 +185,14 @@ class Look:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return None
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            return None
+    return value if math.isfinite(value) else None
 
 
 @cache

@@ -21,7 +21,8 @@ def read_json(data: bytes) -> dict[str, Any]:
         DecodeError: if it is not an object. Its NaN, which JSON does not have and others write for what is missing, is null.
     """
     try:
-        about = _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
+        encoding = "utf-8" if data[:1] == b"{" and data[1:2] != b"\0" else json.detect_encoding(data)
+        about = _DECODER.decode(data.decode(encoding, "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error
     if not isinstance(about, dict):
