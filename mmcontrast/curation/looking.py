@@ -125,8 +125,8 @@ class Look:
         """Return (width, height) of the picture, by its header alone; or what two entries of the json say, where they do."""
 
         def read() -> tuple[int, int]:
-            given = [_number(self.entry(name)) for name in named]
-            if len(given) == 2 and given[0] and given[1] and min(given) >= 1:  # type: ignore[type-var]
+            given = [_number(self.entry(name)) or 0.0 for name in named]
+            if len(given) == 2 and min(given) >= 1:
                 return int(given[0]), int(given[1])
             data = self.member(keys, "picture")
             try:
