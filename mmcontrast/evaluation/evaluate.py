@@ -13,13 +13,14 @@ from rich.progress import Progress
 from mmcontrast.components import nearest
 from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.banks import read_bank
 from mmcontrast.evaluation.bootstrap import Estimate
 from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_classes, probe, trained_classes, zero_shot
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_together
 from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_rank, hubness, modality_gap, uniformity
 from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
 from mmcontrast.evaluation.layouts import is_layout, with_layouts
-from mmcontrast.evaluation.options import EvaluationOptions, ProbeOptions, ZeroShotOptions
+from mmcontrast.evaluation.options import BridgeOptions, EvaluationOptions, ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.evaluation.sides import embed_captions
@@ -52,6 +53,9 @@ def evaluate(
     embed = embed or partial(embed_split, model, options, device, progress, group)
     with autocast():
         widths = [width for width in options.widths or () if width < model.embed_dim]
+        bank = None
+        if isinstance(through := options.scoring, BridgeOptions) and datasets:
+            bank = read_bank(model, through.bank, through.field, through.scale, device)
         classes = {n: embed_classes(model, task, device, widths) for n, task in options.zero_shot.items()} if datasets else {}
     for split in options.splits:
         with autocast():
@@ -65,7 +69,8 @@ def evaluate(
             part = Evaluation(found.resamples) if width else found
             rows = table.prefix(width) if width else table
             sides = {field: side.prefix(width) if width else side for field, side in captions.items()}
-            RetrievalTasks(model, split, rows, sides, options, device, progress, group, part).run()
+            through_prefix = bank.prefix(width) if bank and width else bank
+            RetrievalTasks(model, split, rows, sides, options, device, progress, group, part, through_prefix).run()
             for name, task in options.zero_shot.items() if first else ():
                 if split in (task.splits or options.splits):
                     zero_shot(part, f"{split}/zero_shot/{name}", rows, task, classes[name][width])
@@ -269,6 +274,8 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
     for option in ("whiten", "scoring", "widths") if model.hyperbolic is not None else ():
         if getattr(options, option):
             raise UserError(f"evaluation.{option}: it is of cosines, and the model's scores are hyperbolic: leave it out")
+    if options.whiten and isinstance(options.scoring, BridgeOptions):
+        raise UserError("evaluation.whiten: a bank's rows are not whitened with the split's: leave it out, or the bridge")
     for width in options.widths or ():
         if width > model.embed_dim:
             raise UserError(f"evaluation.widths: {width} of embeddings of {model.embed_dim} numbers")

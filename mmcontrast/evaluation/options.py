@@ -137,6 +137,24 @@ class ProbeOptions(Options):
     splits: list[str] = []
 
 
+class BridgeOptions(Options):
+    """Compare two fields through a bank that both know: `mmcontrast.evaluation.bridge`. Pairs with the bank's own field keep
+    their cosines.
+
+    Attributes:
+        bank: a text file, a line an entry; or an embedding table of this model (mmcontrast embed), a group an entry.
+        field: that reads the texts, or whose rows of the table are the entries; default: the first text field.
+        scale: κ of p(entry|row) = softmax(κ row·entry); default: the model's logit scale.
+        rows: "exact": Σ √p √p; "expected": cosines of expected entries, as an index has them.
+    """
+
+    type: Literal["bridge"]
+    bank: str
+    field: str | None = None
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    rows: Literal["exact", "expected"] = "exact"
+
+
 class EvaluationOptions(Options):
     """What is evaluated: at the end of a run and every `train.evaluate_every` steps, or as a suite of any model.
 
@@ -153,7 +171,8 @@ class EvaluationOptions(Options):
         captions: text fields of which every line is a caption of its own: of all splits, or by the split's name.
         retrieval_at: the k of recall and nDCG at k.
         whiten: retrieval: each field's embeddings of a split are centred and whitened first.
-        scoring: retrieval: what scores are made of cosines, against hubs: csls, inverted_softmax, margin.
+        scoring: retrieval: what scores are made of cosines, against hubs: csls, inverted_softmax, margin; or through a bank:
+            {type: bridge, bank: words.txt}.
         widths: retrieval and zero-shot tasks also by so many first numbers of each embedding alone, "…/recall_at_1@64";
             default: of a run with `train.matryoshka` its widths.
         geometry: alignment, uniformity, modality gap, hubness, effective rank; of hyperbolic models these two and
@@ -174,7 +193,7 @@ class EvaluationOptions(Options):
     captions: list[str] | dict[str, list[str]] = []
     retrieval_at: list[Positive] = [1, 5, 10]
     whiten: bool = False
-    scoring: Literal["csls", "inverted_softmax", "margin"] | None = None
+    scoring: Literal["csls", "inverted_softmax", "margin"] | BridgeOptions | None = None
     widths: list[Positive] | None = None
     geometry: bool = True
     resamples: Count = 1000

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from rich.progress import Progress
 from torch import Tensor
 
+from mmcontrast.evaluation.bridge import Bridge
+
 TILE = {"cpu": (1024, 2048), "cuda": (8192, 16384)}
 PASSES = 48  # relevant candidates of a query up to which each is compared by itself; beyond, scores are sorted in among them
 Scoring = Callable[[Tensor, Tensor, Tensor], Tensor]  # (products [R, T], places of the queries [R], of the candidates [T])
@@ -73,6 +75,7 @@ def rank(
     both: bool = False,
     excluded: Tensor | None = None,
     scoring: Scoring | None = None,
+    bridge: Bridge | None = None,
     device: torch.device | str | None = None,
     group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
@@ -88,6 +91,7 @@ def rank(
         queries, candidates: [Q, D] and [C, D], on any device.
         excluded: int64 [Q], a candidate that is none for that query (itself), −1: all are.
         scoring: makes another score of the products, in place or not; it must grow with them.
+        bridge: through which rows are compared, in the place of their products.
         device: where tiles are computed; default: that of the queries.
         group: its ranks share the work; all give the same arguments and get the same result.
 
@@ -101,7 +105,9 @@ def rank(
         if not (finite := torch.isfinite(rows).all(1)).all():
             raise ValueError(f"{name}: the embedding at place {int(finite.logical_not().nonzero()[0])} is not finite")
     pairs = pairs if excluded is None else pairs.without(excluded)
-    counted = _Count(queries, candidates, pairs, both, excluded, scoring, torch.device(device or queries.device))
+    if bridge is not None:
+        queries, candidates = bridge.lift(queries), bridge.lift(candidates, candidates=True)
+    counted = _Count(queries, candidates, pairs, both, excluded, scoring, bridge, torch.device(device or queries.device))
     counted.run(group, progress)
     found = [_ranking(pairs, counted.scores, counted.rows.ahead, len(candidates))]
     return found + ([_ranking(pairs.transposed(), counted.scores, counted.columns.ahead, len(queries))] if both else [])
@@ -158,10 +164,11 @@ class _Count:
         both: bool,
         excluded: Tensor | None,
         scoring: Scoring | None,
+        bridge: Bridge | None,
         device: torch.device,
     ) -> None:
         self.queries, self.candidates, self.pairs, self.both = queries, candidates, pairs, both
-        self.scoring, self.device = scoring, device
+        self.scoring, self.bridge, self.device = scoring, bridge, device
         self.dtype = torch.promote_types(queries.dtype, torch.float32)
         heights, widths = TILE.get(device.type, TILE["cpu"])
         self.rows, self.columns = _Side(pairs.queries, len(queries), heights), _Side(pairs.candidates, len(candidates), widths)
@@ -199,6 +206,9 @@ class _Count:
     def _gathered(self, rows: Tensor, places: Tensor) -> Tensor:
         return rows[places.to(rows.device)].to(self.device, self.dtype)
 
+    def _products(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(x, y.T, out=out) if self.bridge is None else self.bridge.products(x, y, out)
+
     def _scored(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return products if self.scoring is None else self.scoring(products, rows, columns)
 
@@ -217,8 +227,11 @@ class _Count:
                 (local[here.to(self.device)], (which[here] - start).to(self.device)),
             )
             y = self._gathered(self.candidates, columns)
-            rounding = 2 * torch.finfo(self.dtype).eps * x.norm(dim=1, keepdim=True) * y.norm(dim=1)
-            products = x @ y.T
+            products = self._products(x, y)
+            if self.bridge is None:
+                rounding = 2 * torch.finfo(self.dtype).eps * x.norm(dim=1, keepdim=True) * y.norm(dim=1)
+            else:
+                rounding = self.bridge.rounding(x, y, products)
             self.least[pairs[here]] = self._scored(products - rounding, places, columns)[at].cpu()
             self.scores[pairs[here]] = self._scored(products, places, columns)[at].cpu()
 
@@ -230,7 +243,7 @@ class _Count:
         ones = torch.ones(max(height, width), dtype=self.dtype, device=self.device)
         for k, columns in enumerate(self.columns.tiles()):
             wanted = self.columns.order[columns]
-            products = torch.mm(x, self._gathered(self.candidates, wanted).T, out=scores[:, : len(wanted)])
+            products = self._products(x, self._gathered(self.candidates, wanted), out=scores[:, : len(wanted)])
             found = self._scored(products, places, wanted)
             inside = slice(*self.masks[number * self.wide + k : number * self.wide + k + 2])
             if inside.start < inside.stop:

@@ -1,6 +1,6 @@
 """The retrieval that a suite asks for on one split: every pair of fields, tasks of its own, languages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.banks import Bank
 from mmcontrast.evaluation.consistency import mean_rank_variance
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.evaluation.labels import entries_of
@@ -32,6 +33,7 @@ class RetrievalTasks:
         table: its embeddings.
         captions: per field of which every line is a caption, all of them.
         found: where results go; ranks of a group that are not the first take part, and drop theirs.
+        bank: of the options' bridge.
     """
 
     model: ContrastiveModel
@@ -43,6 +45,7 @@ class RetrievalTasks:
     progress: Progress | None
     group: dist.ProcessGroup | None
     found: Evaluation
+    bank: Bank | None = None
 
     def __post_init__(self) -> None:
         if self.options.whiten:
@@ -76,11 +79,12 @@ class RetrievalTasks:
             self.found.notes.append(f"{place}: no sample has both {first} and {second}: neither is retrieved by the other")
             return []
         once = [side.once_a_group() if self.says_once(f) else side for f, side in zip((first, second), sides, strict=True)]
-        if once[0] is sides[0] and once[1] is sides[1] and not self.options.scoring:
-            there, back = self.rank(*sides, Pairs.of_groups(sides[0].groups, sides[1].groups), both=True)
+        fields = [first], [second]
+        if once[0] is sides[0] and once[1] is sides[1] and not self.one_way:
+            there, back = self.rank(*sides, Pairs.of_groups(sides[0].groups, sides[1].groups), fields, both=True)
         else:
-            (there,) = self.rank(sides[0], once[1], Pairs.of_groups(sides[0].groups, once[1].groups))
-            (back,) = self.rank(sides[1], once[0], Pairs.of_groups(sides[1].groups, once[0].groups))
+            (there,) = self.rank(sides[0], once[1], Pairs.of_groups(sides[0].groups, once[1].groups), fields)
+            (back,) = self.rank(sides[1], once[0], Pairs.of_groups(sides[1].groups, once[0].groups), fields[::-1])
         recalls = []
         for name, queries, ranking in ((f"{first}_to_{second}", sides[0], there), (f"{second}_to_{first}", sides[1], back)):
             self.add(f"{place}/{name}", queries, ranking)
@@ -108,7 +112,8 @@ class RetrievalTasks:
                 f"{place}: there is nothing to retrieve: {len(queries)} samples have {task.query}, {len(candidates)} have"
                 f" {task.candidate}, and none of them {by}"
             )
-        (ranking,) = self.rank(queries, candidates, pairs, excluded=itself)
+        fields = [[given] if isinstance(given, str) else given for given in (task.query, task.candidate)]
+        (ranking,) = self.rank(queries, candidates, pairs, fields, excluded=itself)
         self.add(place, queries, ranking)
 
     def languages(self, place: str, options: LanguageOptions) -> None:
@@ -121,9 +126,10 @@ class RetrievalTasks:
         candidate = Side(self.table.fields[options.candidate][samples], samples, sides[0].groups)
         ranks: list[list[Tensor]] = [[], []]
         for field, side in zip(options.fields, sides, strict=True):
-            both = self.rank(side, candidate, Pairs.of_groups(side.groups, candidate.groups), both=not self.options.scoring)
-            if self.options.scoring:
-                both += self.rank(candidate, side, Pairs.of_groups(candidate.groups, side.groups))
+            pairs, pair = Pairs.of_groups(side.groups, candidate.groups), ([field], [options.candidate])
+            both = self.rank(side, candidate, pairs, pair, both=not self.one_way)
+            if self.one_way:
+                both += self.rank(candidate, side, pairs.transposed(), pair[::-1])
             names = f"{field}_to_{options.candidate}", f"{options.candidate}_to_{field}"
             for of, name, ranking in zip(ranks, names, both, strict=True):
                 of.append(self.add(f"{place}/{name}", side, ranking)["rank"])
@@ -139,16 +145,27 @@ class RetrievalTasks:
         """Texts of a group say the same, so as candidates they count once, unless every line is one."""
         return isinstance(self.model.modality(field), TextModality) and field not in self.captions
 
-    def rank(self, queries: Side, candidates: Side, pairs: Pairs, **options: Any) -> list[Ranking]:
-        scoring = None
-        if kind := self.options.scoring:
+    @property
+    def one_way(self) -> bool:
+        """Whether scores depend on which side asks."""
+        return isinstance(self.options.scoring, str)
+
+    def rank(
+        self, queries: Side, candidates: Side, pairs: Pairs, fields: Sequence[Sequence[str]], **options: Any
+    ) -> list[Ranking]:
+        """Rank by the options' scoring; `fields`: those of the queries, those of the candidates."""
+        x, y = self.table.compared(queries.rows), self.table.compared(candidates.rows, columns=True)
+        kind = self.options.scoring
+        if isinstance(kind, str):
             rows = queries.rows.to(self.device), candidates.rows.to(self.device)
-            scoring = Scoring.of(kind, *rows, alike=options.get("excluded") is not None)
+            options["scoring"] = Scoring.of(kind, *rows, alike=options.get("excluded") is not None)
+        elif kind and self.bank and (bridge := self.bank.between(self.model, *fields)):
+            if kind.rows == "exact":
+                options["bridge"] = bridge
+            else:
+                x, y = bridge.expected(x), bridge.expected(y, candidates=True)
         try:
-            return rank(
-                self.table.compared(queries.rows), self.table.compared(candidates.rows, columns=True), pairs, scoring=scoring,
-                device=self.device, group=self.group, progress=self.progress, **options,
-            )  # fmt: skip
+            return rank(x, y, pairs, device=self.device, group=self.group, progress=self.progress, **options)
         except ValueError as error:
             raise UserError(f"{self.split}: {error}") from error
 

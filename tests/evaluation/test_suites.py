@@ -290,6 +290,40 @@ def test_post_processing_changes_retrieval_alone(run, suite_file):
         assert changed and all("/retrieval/" in name or "/languages/" in name for name in changed), option
 
 
+@pytest.mark.parametrize("rows", ["exact", "expected"])
+def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
+    """Of words, and of a table; pairs with the bank's own field keep their cosines."""
+    words = tmp_path / "words.txt"
+    words.write_text("black chess king\n\ngreek small letter alpha\ndigit one\ndigit one\nplus sign\n")
+    plain = run_suite(str(run), open_suite(str(run), str(suite_file), ["resamples=0", "geometry=false"], None), device="cpu")
+    table, embedder = plain.tables["val"], load(str(run), device="cpu")
+    table.write(tmp_path / "table")
+    scale = embedder.model.log_logit_scale.exp().item()
+    lines = list(dict.fromkeys(words.read_text().split("\n")))
+    banks = {words: embedder.embed(texts=[line for line in lines if line]), tmp_path / "table": table.fields["text"]}
+    for source, bank in banks.items():
+        scoring = f"scoring={{type: bridge, bank: {source}, rows: {rows}}}"
+        suite = open_suite(str(run), str(suite_file), ["resamples=0", "geometry=false", scoring], None)
+        found = run_suite(str(run), suite, device="cpu").values
+        p, q = ((scale * table.fields[field] @ bank.T).double().softmax(1) for field in ("image", "audio"))
+        expected = [torch.nn.functional.normalize(of @ bank.double(), dim=1) for of in (p, q)]
+        scores = p.sqrt() @ q.sqrt().T if rows == "exact" else expected[0] @ expected[1].T
+        hits = (scores.argmax(1) == torch.arange(24)).double().mean().item()
+        assert found["val/retrieval/image_to_audio/recall_at_1"] == pytest.approx(hits, abs=1e-6)
+        for name in ("image_to_text", "text_to_audio"):
+            name = f"val/retrieval/{name}/median_rank"
+            assert found[name] == plain.values[name]
+    refused = {
+        f"bank: {tmp_path / 'none.txt'}": "none.txt: No such file",
+        f"bank: {words}, field: image": "field 'image' reads no texts; those that do: text",
+        f"bank: {tmp_path / 'table'}, field: name": "field 'name' is not of the table and the model; of both are audio, image, text",
+    }
+    for options, message in refused.items():
+        suite = open_suite(str(run), str(suite_file), ["resamples=0", f"scoring={{type: bridge, {options}}}"], None)
+        with pytest.raises(UserError, match=message):
+            run_suite(str(run), suite, device="cpu")
+
+
 def test_embeddings_are_kept_until_the_weights_or_the_data_change(run, suite_file, corpus, monkeypatch):
     suite = open_suite(str(run), str(suite_file), ["resamples=0"], None)
     before = run_suite(str(run), suite, device="cpu").values

@@ -1,0 +1,112 @@
+"""Banks for bridges: a text file that the model reads on the spot, or a field of an embedding table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmcontrast.errors import UserError
+from mmcontrast.evaluation.bridge import Bridge, mean_rows
+from mmcontrast.evaluation.embed import EmbeddingTable, embed_texts
+from mmcontrast.modalities import TextModality
+from mmcontrast.models import ContrastiveModel
+from mmcontrast.text_files import read_text
+
+TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Entries as one model embeds them.
+
+    Attributes:
+        rows: unit rows [B, D].
+        field: of the model, which read them.
+        scale: κ; None: the logit scale that the model has learnt for the field that is compared and this one.
+    """
+
+    rows: Tensor
+    field: str
+    scale: float | None = None
+
+    def prefix(self, width: int) -> "Bank":
+        return replace(self, rows=F.normalize(self.rows[:, :width], dim=1))
+
+    def between(self, model: ContrastiveModel, queries: Sequence[str], candidates: Sequence[str]) -> Bridge | None:
+        """Return the bridge between fields; None if one of them is the bank's own."""
+        if self.field in (*queries, *candidates):
+            return None
+        scales = (self.scale or scale_between(model, fields, self.field) for fields in (queries, candidates))
+        return Bridge(self.rows, self.rows, *scales)
+
+
+def scale_between(model: ContrastiveModel, fields: Sequence[str], other: str) -> float:
+    """Return the logit scale of fields and another one: of a model with a scale for each pair theirs, on average."""
+    scales = model.log_logit_scale.detach().double().exp().cpu()
+    if not model.pairs:
+        return scales.item()
+    theirs = torch.tensor([other in pair and bool({*pair} & {*fields} - {other}) for pair in model.pairs])
+    return scales[theirs if theirs.any() else ~theirs].mean().item()
+
+
+def text_field(model: ContrastiveModel, field: str | None, source: str | Path) -> str:
+    """Return the field that reads a file of texts: the one that is named, or the model's first text field.
+
+    Raises:
+        UserError: if it is none.
+    """
+    fields = [name for name in model.modalities if isinstance(model.modality(name), TextModality)]
+    if field is None and not fields:
+        raise UserError(f"bank {source}: the model has no text field that could read it: name an embedding table")
+    if field is not None and field not in fields:
+        raise UserError(f"bank {source}: field {field!r} reads no texts; those that do: {', '.join(fields) or 'none'}")
+    return field or fields[0]
+
+
+def read_texts(source: str | Path) -> list[str]:
+    """Return the lines of a text file, each once, without those that are empty.
+
+    Raises:
+        UserError: as `read_text`; if there is none.
+    """
+    texts = list(dict.fromkeys(line.strip() for line in read_text(source).splitlines() if line.strip()))
+    if not texts:
+        raise UserError(f"bank {source}: no line has a text")
+    return texts
+
+
+def embed_bank(model: ContrastiveModel, field: str, texts: Sequence[str], device: torch.device | str) -> Tensor:
+    """Return unit rows [B, D] of texts, some at a time."""
+    parts = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
+    return torch.cat([embed_texts(model, field, part, device) for part in parts])
+
+
+def read_bank(
+    model: ContrastiveModel, source: str | Path, field: str | None, scale: float | None, device: torch.device | str
+) -> Bank:
+    """Return the bank of a text file, a line an entry; or of an embedding table (of this model: its folder does not say so),
+    an entry a group, the mean of its rows.
+
+    Raises:
+        UserError: for a source that is neither, or fits the model not.
+    """
+    if not Path(source).is_dir():
+        field = text_field(model, field, source)
+        return Bank(embed_bank(model, field, read_texts(source), device), field, scale)
+    table = EmbeddingTable.read(Path(source))
+    both = [name for name in table.fields if name in model.modalities]
+    texts = [name for name in both if isinstance(model.modality(name), TextModality)]
+    field = field or next(iter(texts), None)
+    if field not in both:
+        raise UserError(f"bank {source}: field {field!r} is not of the table and the model; of both are {', '.join(both)}")
+    here = table.present[field]
+    if table.curvature is not None or not here.any():
+        what = "its scores are hyperbolic" if table.curvature is not None else f"no row has the field {field!r}"
+        raise UserError(f"bank {source}: {what}")
+    rows = table.fields[field][here]
+    if rows.shape[1] != model.embed_dim:
+        raise UserError(f"bank {source}: rows of {rows.shape[1]} numbers, the model's have {model.embed_dim}")
+    return Bank(mean_rows(rows, table.group_ids[here]), field, scale)
