@@ -11,6 +11,8 @@ from torch import Tensor
 from mmcontrast.data import ShardDataset, ShardOptions, Shards, open_dataset
 from mmcontrast.data.dataset import UNREADABLE, FieldKeys, names_of
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.banks import scale_between
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, library_of, open_model
@@ -152,6 +154,34 @@ class Embedder:
             raise UserError(f"{self.name}: its logit scale is {scales.tolist()}: use a sound checkpoint")
         scores = scales[pairs.index(set(pair or ())) if pairs else 0] * self.similarity(first, second)
         return scores if self.model.logit_bias is None else scores + self.model.logit_bias.cpu()
+
+    def bridge(self, texts: Sequence[str], to: "Embedder | None" = None, scales: tuple[float, float] | None = None) -> Bridge:
+        """Return the bridge of texts from this model's embeddings to those of another one, or of its own: what compares, say,
+        its pictures with the other's sounds, `bridge.scores(pictures, sounds)`.
+
+        Args:
+            texts: which both models read; the entries of the bank.
+            to: the model of the candidates; default: this one.
+            scales: κ of both; default: the logit scales that the models have learnt.
+
+        Raises:
+            UserError: as `embed`; for a hyperbolic model.
+        """
+        bank = self.embed(texts=texts)
+        other = bank if to is None else to.embed(texts=texts)
+        learnt = self.scale_of_texts(), (to or self).scale_of_texts()
+        return Bridge(bank, other, *(scales or learnt))
+
+    def scale_of_texts(self) -> float:
+        """Return the logit scale that the model has learnt between its texts and what else it embeds.
+
+        Raises:
+            UserError: for a hyperbolic model.
+        """
+        if self.model.hyperbolic is not None:
+            raise UserError(f"{self.name}: its scores are hyperbolic, and a bank is compared by cosines")
+        reads = self.field_of("texts")
+        return scale_between(self.model, [field for field in self.fields if field != reads], reads)
 
     def autocast(self) -> torch.autocast:
         """The precision that the towers compute in."""

@@ -28,7 +28,16 @@ def index(
     memory: Annotated[
         float | None, typer.Option(min=0.001, help="GiB that an index may take; default: half of this machine's")
     ] = None,
+    bridge: Annotated[
+        Path | None,
+        typer.Option(help="compare fields that were never paired through a bank: a text file, or an embedding table"),
+    ] = None,
+    through: Annotated[str | None, typer.Option(help="the bank's field; default: the first of texts", metavar="FIELD")] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=0.001, help="of the softmax over the bank; default: the model's logit scale")
+    ] = None,
     device: Device = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Build indexes of an embedding table, a faiss index a field, to search in millions of rows.
 
@@ -36,10 +45,13 @@ def index(
     The recall against an exact search is measured, printed and kept in index.json.
 
     mmcontrast embed runs/quickstart 'data/glyphs/val-*.tar' table && mmcontrast index table
+
+    mmcontrast index table table/bridged --bridge words.txt
     """
     from mmcontrast.search.index import build_index
 
-    about = build_index(table, out, field, kind, round(memory * 2**30) if memory else None, device)
+    through_bank: dict[str, Any] = {"bridge": bridge, "through": through, "scale": scale, "trust_code": trust_code}
+    about = build_index(table, out, field, kind, round(memory * 2**30) if memory else None, device, **through_bank)
     shown = Table("field", "kind", "rows", "MiB", "seconds", "recall", box=None)
     for name, entry in about["fields"].items():
         recall = entry["recall"]
@@ -61,6 +73,9 @@ def search(
     field: Annotated[str | None, typer.Option("--in", metavar="FIELD", help="default: pictures, if there are any")] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="how many")] = 10,
     words: Annotated[float, typer.Option(min=0, max=1, help="weight of --text beside a picture or a sound")] = 0.5,
+    model: Annotated[
+        str | None, typer.Option(help="another model, which asks through the index's bridge: what mmcontrast.load opens")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print rows, scores, keys, captions, metadata as JSON")] = False,
     device: Device = None,
     trust_code: TrustCode = False,
@@ -70,10 +85,12 @@ def search(
     mmcontrast search table/index --text "a black diamond suit" --k 5
 
     mmcontrast search table/index --image photo.jpg --text "at night" --words 0.3 --in caption
+
+    mmcontrast search sounds/bridged --image photo.jpg --in audio --model ViT-B-32/laion2b_s34b_b79k
     """
     from mmcontrast.search.searcher import Searcher
 
-    searcher = Searcher.open(index, device, trust_code)
+    searcher = Searcher.open(index, device, trust_code, model)
     hits = searcher.search(field, k, text=text, image=image, audio=audio, words=words)
     captions = _captions(searcher, hits)
     if as_json:

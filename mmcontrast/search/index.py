@@ -4,18 +4,23 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 from rich.progress import Progress
+from safetensors.torch import save_file
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.banks import Bank, read_bank, read_texts, scale_between
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import write_json
 from mmcontrast.search.kinds import IndexPlan, plan_index
-from mmcontrast.search.query import FORMAT, INDEX, faiss_module, nearest_rows, sha256_of
+from mmcontrast.search.query import BRIDGE, FORMAT, INDEX, TEXTS, faiss_module, nearest_rows, sha256_of
+from mmcontrast.search.searcher import model_of
 from mmcontrast.search.table import StoredTable
 from mmcontrast.training.log import make_progress
 
@@ -33,6 +38,10 @@ def build_index(
     memory: int | None = None,
     device: str | None = None,
     progress: bool = True,
+    bridge: Path | None = None,
+    through: str | None = None,
+    scale: float | None = None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Indexes an embedding table, `out/<field>.faiss` and `out/index.json`, and returns what the latter says.
 
@@ -43,6 +52,10 @@ def build_index(
         kind: "auto", "flat", "hnsw" or "ivf_pq"; see `plan_index`.
         memory: bytes that each index may take; default: half of the machine's.
         device: "cpu": leave GPUs alone, which otherwise learn the lists of ivf_pq, if this faiss can use them.
+        bridge: compare rows through a bank, a text file or an embedding table of the same model: the index has expected
+            entries, see `mmcontrast.evaluation.bridge`. The table's model, which is opened, reads the texts.
+        through: the bank's field. scale: its κ; default: the model's logit scale.
+        trust_code: of the model, as `mmcontrast.load`.
 
     Raises:
         UserError: if faiss is missing; for an incomplete or damaged table, a field that it lacks, an `out` that exists.
@@ -58,9 +71,11 @@ def build_index(
     empty = next((field for field in wanted if not len(stored.present(field))), None)
     if empty or not wanted:
         raise UserError(f"{table}: no row has {f'the field {empty!r}' if empty else 'any field'}: there is nothing to index")
+    bank = None if bridge is None else _bank(stored, bridge, through, scale, device, trust_code)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     try:
         partial.mkdir(parents=True)
+        bridged = {} if bank is None or bridge is None else {"bridge": _write_bridge(stored, bank, bridge, partial)}
         with make_progress(progress) as bar:
             exact = stored.distances is not None
             plans = {field: plan_index(len(stored.present(field)), stored.product_dim, kind, memory, exact) for field in wanted}
@@ -69,7 +84,7 @@ def build_index(
         about: dict[str, Any] = {"format": FORMAT, "table": os.path.relpath(table, folder) if inside else str(table.resolve())}
         about |= {"table_digest": stored.digest, "rows": len(stored), "dim": stored.dim}
         about |= {name: stored.manifest[name] for name in MODEL_AND_DATA if name in stored.manifest}
-        written = about | {"fields": entries}
+        written = about | bridged | {"fields": entries}
         write_json(partial / INDEX, written)
         partial.rename(folder)
     except OSError as error:
@@ -77,6 +92,34 @@ def build_index(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return written
+
+
+def _bank(
+    table: StoredTable, source: Path, through: str | None, scale: float | None, device: str | None, trust_code: bool
+) -> Bank:
+    if table.distances is not None:
+        raise UserError(f"--bridge {source}: the table's scores are hyperbolic, and a bank is compared by cosines")
+    if source.is_dir() and (other := StoredTable(source).manifest):
+        for name in ("model", "checkpoint", "pretrained", "width"):
+            if other.get(name) != table.manifest.get(name):
+                here = f"{other.get(name)!r}, that of {table.folder} {table.manifest.get(name)!r}"
+                raise UserError(f"--bridge {source}: its {name} is {here}: embed both with one model")
+    embedder = model_of(table.manifest, table.folder, device, trust_code)
+    with embedder.autocast():
+        bank = read_bank(embedder.model, source, through, scale, embedder.device)
+    others = [field for field in table.fields if field != bank.field]
+    return replace(bank, scale=scale or scale_between(embedder.model, others, bank.field))
+
+
+def _write_bridge(table: StoredTable, bank: Bank, source: Path, folder: Path) -> dict[str, Any]:
+    """Compare the table's rows through the bank from now on; return the bridge's entry in `index.json`."""
+    assert bank.scale is not None
+    table.bridge = Bridge(bank.rows, bank.rows, bank.scale, bank.scale)
+    save_file({"bank": bank.rows.contiguous()}, folder / BRIDGE)
+    if not source.is_dir():  # for other models to read
+        (folder / TEXTS).write_text("\n".join(read_texts(source)) + "\n", encoding="utf-8")
+    about = {"bank": str(source), "field": bank.field, "scale": bank.scale, "entries": len(bank.rows)}
+    return about | {"sha256": sha256_of(folder / BRIDGE)}
 
 
 def _build(
@@ -91,7 +134,8 @@ def _build(
             trainer = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(table.dim))  # faiss keeps no reference to it
             faiss.extract_index_ivf(index).clustering_index = trainer
         task = bar.add_task(f"{field}: learning {plan.factory}", total=None, note="")
-        index.train(table.vectors(field, _sample(rows, plan.train_rows)))
+        sample = table.vectors(field, _sample(rows, plan.train_rows))
+        index.train(sample if table.bridge is None else table.compared(sample, columns=True))
         faiss.extract_index_ivf(index).clustering_index = None
         bar.remove_task(task)
     task = bar.add_task(f"{field}: {plan.kind}", total=len(rows), note="")

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.search.table import ChangedError, StoredTable, refuse_paths, stamp
 
 FORMAT = "mmcontrast index 1"
-INDEX = "index.json"
+INDEX, BRIDGE, TEXTS = "index.json", "bridge.safetensors", "bridge.txt"
 CODES_CANDIDATES = 10  # times k, and 100 at least: found by codes, and scored again from the table
 SCORED_TOGETHER = 64  # queries
 
@@ -56,9 +59,9 @@ def nearest_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores [Q, k], best first; rows int64 [Q, k], −1 where there are fewer). The candidates that codes find, and
     those of hyperbolic scores, are scored again from the stored vectors."""
+    asked = table.compared(queries).astype(np.float32, copy=False)
     if kind != "ivf_pq" and table.distances is None:
-        return index.search(queries, min(k, index.ntotal))
-    asked = table.compared(queries).astype(np.float32)
+        return index.search(asked, min(k, index.ntotal))
     candidates = index.search(asked, min(max(CODES_CANDIDATES * k, 100), index.ntotal))[1]
     scores = np.full(candidates.shape, -np.inf, dtype=np.float32 if table.distances is None else np.float64)
     for first in range(0, len(queries), SCORED_TOGETHER):
@@ -74,7 +77,7 @@ class SearchIndex:
     """The indexes of a table's fields, and the table. An index is read when it is first asked, and compared with its SHA-256.
 
     Attributes:
-        about: `index.json`: model, checkpoint, shards, and per field kind, reason, rows, recall.
+        about: `index.json`: model, checkpoint, shards, bridge, and per field kind, reason, rows, recall.
         table: its rows.
         fields: those that have an index.
 
@@ -105,6 +108,8 @@ class SearchIndex:
         self.table = StoredTable(table)
         if self.table.digest != digest:
             raise UserError(f"{folder} is of another table than {table} holds now: index it again")
+        if (bridged := self.about.get("bridge")) is not None:
+            self.table.bridge = self._read_bridge(bridged)
         self._index = lru_cache(maxsize=None)(self._read)
 
     @classmethod
@@ -122,6 +127,18 @@ class SearchIndex:
         if stamp(self.folder / INDEX) != self._stamp:
             raise ChangedError(f"{self.folder} was made anew since it was opened: start again")
         self.table.check_unchanged()
+
+    def _read_bridge(self, about: dict[str, Any]) -> Bridge:
+        path = self.folder / BRIDGE
+        try:
+            if sha256_of(path) != about["sha256"]:
+                raise UserError(f"{path} is damaged (its SHA-256 is not the one that {INDEX} has): index again")
+            bank = load_file(path)["bank"]
+            return Bridge(bank, bank, about["scale"], about["scale"])
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): index again") from error
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): index again") from error
 
     def _read(self, field: str) -> Any:
         path, rows = self.folder / f"{field}.faiss", self.about["fields"][field]["rows"]
@@ -170,8 +187,10 @@ class SearchIndex:
         """
         self.check_field(field)
         queries = np.ascontiguousarray(torch.as_tensor(vectors, dtype=torch.float32).numpy())
-        if queries.ndim not in (1, 2) or queries.shape[-1] != self.table.dim:
-            raise UserError(f"a query of shape {tuple(queries.shape)}: the index has vectors of {self.table.dim} numbers")
+        if queries.ndim not in (1, 2) or queries.shape[-1] != self.table.query_dim:
+            raise UserError(
+                f"a query of shape {tuple(queries.shape)}: the index takes vectors of {self.table.query_dim} numbers"
+            )
         if not np.isfinite(queries).all():
             raise UserError("a query's vector is not finite (NaN or infinity)")
         kind = self.about["fields"][field]["kind"]

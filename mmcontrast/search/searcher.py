@@ -1,6 +1,8 @@
 """Search as a person does it: a text, a picture, a sound, a row that was found, or several at once, become one vector."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -13,8 +15,10 @@ from torch import Tensor
 from mmcontrast.data import ShardDataset
 from mmcontrast.embedder import KINDS, Embedder, load
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.banks import read_texts
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.modalities import DecodeError, Modality, TextModality
-from mmcontrast.search.query import Hit, SearchIndex
+from mmcontrast.search.query import TEXTS, Hit, SearchIndex
 
 SHOWN_CHARACTERS = 300  # of a caption
 NAMES = {"images": "the picture", "texts": "the text", "audio": "the sound"}
@@ -26,19 +30,55 @@ def kind_of(modality: Modality) -> str:
     return next((kind for kind, known in KINDS.items() if isinstance(modality, known)), "vectors")
 
 
+def model_of(about: Mapping[str, Any], folder: Path, device: str | None, trust_code: bool = False) -> Embedder:
+    """Open the model that an index, or an embedding table, says it was made by.
+
+    Raises:
+        UserError: if it does not say so; as `mmcontrast.load`.
+    """
+    for name in ("model", "checkpoint", "pretrained", "precision"):
+        if not isinstance(value := about.get(name), str | None):
+            raise UserError(f"{folder}: its {name} is {str(value)[:60]!r}: index again")
+    if not isinstance(width := about.get("width"), int | None):
+        raise UserError(f"{folder}: its width is {str(width)[:60]!r}: index again")
+    if not about.get("model"):
+        raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
+    named: dict[str, Any] = {name: about.get(name) for name in ("checkpoint", "pretrained")}
+    options: dict[str, Any] = {"precision": about.get("precision", "fp32"), "trust_code": trust_code, "width": width}
+    return load(about["model"], device=device, **options, **named)
+
+
+def bridge_from(asking: Embedder, index: SearchIndex) -> Bridge:
+    """Return the bridge of an index with its entries as another model reads them.
+
+    Raises:
+        UserError: if the index has none, or not of texts; as `Embedder.embed`.
+    """
+    own, texts = index.table.bridge, index.folder / TEXTS
+    if own is None or not texts.is_file():
+        raise UserError(
+            f"{index.folder} has no bridge of texts, through which {asking.name} could ask: make one with"
+            " mmcontrast index TABLE OUT --bridge words.txt"
+        )
+    return replace(own, queries=asking.embed(texts=read_texts(texts)), query_scale=asking.scale_of_texts())
+
+
 class Searcher:
     """An index with the model that its table was made by, and the shards that it was made of.
+
+    Args:
+        asking: another model, which embeds what is asked for; of an index with a bridge of texts, which both models read.
 
     Attributes:
         kinds: per field of the table, "images", "texts", "audio" or "vectors".
         default_field: in which to search: the first with pictures, else the first.
 
     Raises:
-        UserError: if the model's embeddings are of another width.
+        UserError: if the model's embeddings are of another width; for another model without a bridge.
     """
 
-    def __init__(self, index: SearchIndex, embedder: Embedder) -> None:
-        self.index, self.embedder = index, embedder
+    def __init__(self, index: SearchIndex, embedder: Embedder, asking: Embedder | None = None) -> None:
+        self.index, self.embedder, self.asking = index, embedder, asking or embedder
         self._turn = {"texts": Lock(), "audio": Lock()}  # tokenizers and extractors of libraries take one caller at a time
         if embedder.model.embed_dim != index.table.dim:
             raise UserError(f"{embedder.name} makes {embedder.model.embed_dim} numbers, the index holds {index.table.dim}")
@@ -47,30 +87,26 @@ class Searcher:
         self.kinds = {
             field: kind_of(embedder.model.modality(field)) for field in embedder.fields if field in index.table.fields
         }
+        if asking is not None:
+            index.table.bridge = bridge_from(asking, index)
         self.default_field = next((f for f in index.fields if self.kinds.get(f) == "images"), index.fields[0])
 
     @classmethod
-    def open(cls, folder: str | Path, device: str | None = None, trust_code: bool = False) -> "Searcher":
+    def open(
+        cls, folder: str | Path, device: str | None = None, trust_code: bool = False, model: str | None = None
+    ) -> "Searcher":
         """Open an index and the model that it names.
 
         Args:
             device, trust_code: of the model, as `mmcontrast.load`.
+            model: another one that asks, as `mmcontrast.load`.
 
         Raises:
             UserError: as `SearchIndex` and `mmcontrast.load`.
         """
         index = SearchIndex.open(folder)
-        for name in ("model", "checkpoint", "pretrained", "precision"):
-            if not isinstance(value := index.about.get(name), str | None):
-                raise UserError(f"{index.folder}: its {name} is {str(value)[:60]!r}: index again")
-        if not isinstance(width := index.about.get("width"), int | None):
-            raise UserError(f"{index.folder}: its width is {str(width)[:60]!r}: index again")
-        if not index.about.get("model"):
-            raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
-        about: dict[str, Any] = {name: index.about.get(name) for name in ("checkpoint", "pretrained")}
-        precision = index.about.get("precision", "fp32")
-        options: dict[str, Any] = {"precision": precision, "trust_code": trust_code, "width": width}
-        return cls(index, load(index.about["model"], device=device, **options, **about))
+        embedder = model_of(index.about, index.folder, device, trust_code)
+        return cls(index, embedder, None if model is None else load(model, device=device, trust_code=trust_code))
 
     def vector(
         self,
@@ -92,6 +128,8 @@ class Searcher:
         Raises:
             UserError: if nothing is given, or something cannot be read; if the model has no field for it.
         """
+        if like and self.asking is not self.embedder:
+            raise UserError(f"a row asks in the space of {self.embedder.name}, not of {self.asking.name}: give it as a file")
         parts = [self._embedded(kind, value) for kind, value in (("images", image), ("audio", audio)) if value is not None]
         parts += [self.index.vector(*like)] if like else []
         asked = None if text is None or not text.strip() else self._embedded("texts", text.strip())
@@ -110,7 +148,7 @@ class Searcher:
         query: dict[str, Any] = {kind: [value]}
         try:
             with self._turn.get(kind, nullcontext()):
-                return self.embedder.embed(**query)[0]
+                return self.asking.embed(**query)[0]
         except UserError as error:
             raise UserError(str(error).replace(f"{kind}[0]", NAMES[kind], 1)) from error
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.score import Lorentz
@@ -62,6 +63,7 @@ class StoredTable:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._stamp = folder, stamp(folder / MANIFEST)
+        self.bridge: Bridge | None = None
         try:
             text = (folder / MANIFEST).read_bytes()
             self.manifest: dict[str, Any] = json.loads(text)
@@ -101,13 +103,22 @@ class StoredTable:
         return part
 
     @property
+    def query_dim(self) -> int:
+        """The numbers of a query."""
+        return self.dim if self.bridge is None else self.bridge.queries.shape[1]
+
+    @property
     def product_dim(self) -> int:
         """The numbers of a row that is `compared`."""
         return self.dim + (self.distances is not None)
 
     def compared(self, vectors: np.ndarray, columns: bool = False) -> np.ndarray:
         """Return vectors [..., D] as they are to be multiplied: the greater the product of a query and a row (`columns`), the
-        better it fits. Of a hyperbolic model float64 points of the hyperboloid, [..., D + 1]."""
+        better it fits. Of a hyperbolic model float64 points of the hyperboloid, [..., D + 1]; through a bridge expected
+        entries."""
+        if self.bridge is not None:
+            rows = torch.from_numpy(vectors.reshape(-1, vectors.shape[-1]))
+            return self.bridge.expected(rows, candidates=columns).numpy().reshape(*vectors.shape[:-1], self.dim)
         if self.distances is None:
             return vectors
         return self.distances.rows(torch.from_numpy(vectors).double(), columns).numpy()
