@@ -16,6 +16,7 @@ import tarfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import yaml
 from arms import Recalls, compare, mmcontrast, parser_of  # type: ignore[import-not-found]  # beside this file
 from compare_objectives import CONFIG, KINDS, lookalikes
 
@@ -26,7 +27,6 @@ from mmcontrast.evaluation.retrieval import first_of_each_group
 DATA, VAL, QUERY = Path("data/letters"), "data/letters/val-*.tar", "image → text"
 WRONG = 0.2
 ARMS = ["planted", "best 80 % by score", "best 70 % by score", "perfect filter", "nothing planted"]
-TWO_FIELDS = ["fields.audio=null", "towers.audio=null"]
 
 
 def plant(folder: Path, seed: int) -> list[int]:
@@ -93,8 +93,11 @@ def selection(place: Path, arm: str) -> Path:
 
 
 def train(run: Path, seed: int, shards: str, *overrides: str) -> None:
+    config = yaml.safe_load(Path(CONFIG).read_text())
+    del config["fields"]["audio"], config["towers"]["audio"]
+    (file := run.parent / "two_fields.yaml").write_text(yaml.safe_dump(config))
     options = [f"run.dir={run.parent}", f"run.name={run.name}", f"train.seed={seed}", f"data.train={shards}"]
-    mmcontrast("train", CONFIG, *options, *TWO_FIELDS, *overrides, "--overwrite")
+    mmcontrast("train", file, *options, *overrides, "--overwrite")
 
 
 def run(arm: str, seed: int, folder: Path) -> Recalls:

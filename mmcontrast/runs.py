@@ -61,6 +61,7 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
     config = completed(config, model)
     objective, pairing = check_components(config)
     check_widths(config, model, objective)
+    check_bridge(config, model)
     for option in ("patience", "evaluate_first"):
         if getattr(config.train, option) and not config.evaluation.splits:
             raise UserError(f"train.{option}: nothing is evaluated: name evaluation.splits")
@@ -267,6 +268,26 @@ def check_widths(config: RunConfig, model: ContrastiveModel, objective: Objectiv
             f"train.matryoshka: its largest width is {max(widths)}, that of the embeddings {model.embed_dim}: it must be one of"
             " them, as what lies beyond would not learn"
         )
+
+
+def check_bridge(config: RunConfig, model: ContrastiveModel) -> None:
+    """
+    Raises:
+        UserError: for a bridge of fields that are not contrasted, or of hyperbolic scores.
+    """
+    if (bridge := config.train.bridge) is None:
+        return
+    fields = list(contrasted_fields(config))
+    for field in [bridge.through, *(field for pair in bridge.pairs_of(fields) for field in pair)]:
+        if field not in fields:
+            raise UserError(f"train.bridge: no field {field!r} that is contrasted; {nearest(field, fields)}")
+    for pair in bridge.pairs_of(fields):
+        if bridge.through in pair or pair[0] == pair[1]:
+            raise UserError(f"train.bridge.pairs: {' and '.join(pair)}: two fields beside {bridge.through!r} learn through it")
+    if not bridge.pairs_of(fields):
+        raise UserError(f"train.bridge: there are no two fields beside {bridge.through!r}")
+    if model.hyperbolic is not None:
+        raise UserError("train.bridge: a bank is compared by cosines, and score is hyperbolic: leave out one of the two")
 
 
 def scored_fields(config: RunConfig, pairing: Pairing) -> list[str]:

@@ -11,7 +11,7 @@ import yaml
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the network
-if not any("gpu" in argument for argument in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
+if not any("gpu" in str(argument) for argument in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine; `make test-gpu` is what a card is for
 
 import torch

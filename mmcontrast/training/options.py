@@ -1,6 +1,7 @@
 """The options of training: `train`, `data` and `model` of a config."""
 
 from collections import Counter
+from itertools import combinations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -236,6 +237,28 @@ class MineOptions(Options):
     first: bool = False
 
 
+class BridgeLossOptions(Options):
+    """A further term of the loss: pairs of fields learn what the batch's rows of a third field say of both, as a teacher; see
+    `mmcontrast.training.bridging`. The two fields need not occur in one sample.
+
+    Attributes:
+        through: the field whose rows are the bank: on each rank those of its own share of the batch.
+        pairs: of fields; default: all without `through`.
+        weight: of the term.
+        start: the step from which on it counts: before, the bank says little.
+        scale: κ of the softmax over the bank, and of the targets; default: the logit scale as it is then.
+    """
+
+    through: str
+    pairs: Annotated[list[tuple[str, str]], Field(min_length=1)] | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    start: Annotated[int, Field(ge=0)] = 0
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def pairs_of(self, fields: list[str]) -> list[tuple[str, str]]:
+        return self.pairs or list(combinations([field for field in fields if field != self.through], 2))
+
+
 class TrainOptions(Options):
     """The training loop.
 
@@ -254,6 +277,7 @@ class TrainOptions(Options):
             the shards; or several. It has no gradient, and reads the samples by its own preprocessing.
         matryoshka: the loss is the sum of those of the first so many numbers of each embedding (arXiv:2205.13147):
             [64, 128, 512], or with weights {64: 0.5, 512: 1.0}. The whole width is one of them.
+        bridge: pairs of fields that also learn from what the batch's rows of a third field say of both.
         seed: of weights, order and augmentation.
         mine_every: every so many steps the training data are embedded with the weights at hand (averaged ones, if they are),
             and what `mine` says is mined anew, for `data.negatives` and `data.batches` that name no table.
@@ -311,6 +335,7 @@ class TrainOptions(Options):
     queue_momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     teacher: AnyTeacherOptions | list[AnyTeacherOptions] | None = None
     matryoshka: MatryoshkaWidths | None = None
+    bridge: BridgeLossOptions | None = None
     mine_every: Positive | None = None
     mine: MineOptions | None = None
     seed: Annotated[int, Field(ge=0)] = 0

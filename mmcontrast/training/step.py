@@ -17,9 +17,10 @@ from mmcontrast.models import ContrastiveModel, Embeddings
 from mmcontrast.objectives import Hyperbolic, Objective, Pairing, contrastive_loss
 from mmcontrast.objectives.inputs import NO_GROUP
 from mmcontrast.objectives.pairing import term_name
+from mmcontrast.training.bridging import bridge_loss
 from mmcontrast.training.grad_cache import cached_backward, no_sync
 from mmcontrast.training.optim import follow, schedule
-from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.options import BridgeLossOptions, TrainOptions
 from mmcontrast.training.parallel import batches_counted, same_statistics, whole
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.stages import set_stage
@@ -47,6 +48,7 @@ class Learner:
         teachers: models to learn from, each of which has a view of every batch.
         own: those of `negative_of` that are candidates of their own sample's anchors alone.
         score: of a hyperbolic model; its curvature is the model's.
+        step: the one that is taken.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Learner:
     teachers: Sequence[Teacher] = ()
     own: frozenset[str] = frozenset()
     score: Hyperbolic | None = None
+    step: int = 0
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -96,8 +99,9 @@ class Learner:
             if of in extra:
                 rows, nobodys = torch.cat([extra[of][0], rows]), torch.cat([extra[of][1], nobodys])
             extra[of] = rows, nobodys
-        return contrastive_loss(
-            {field: rows for field, rows in embeddings.fields.items() if field not in self.negative_of},
+        contrasted = {field: rows for field, rows in embeddings.fields.items() if field not in self.negative_of}
+        loss = contrastive_loss(
+            contrasted,
             objective=self.objective,
             pairing=self.pairing,
             logit_scale=embeddings.logit_scale,
@@ -115,6 +119,41 @@ class Learner:
             communication=self.options.communication,
             signals=signals,
         )
+        bridge = self.options.bridge
+        if bridge is None or self.step < bridge.start:
+            return loss
+        return loss + bridge.weight * self.bridged(bridge, embeddings, labels, list(contrasted), signals)
+
+    def bridged(
+        self,
+        bridge: BridgeLossOptions,
+        embeddings: Embeddings,
+        labels: Batch,
+        fields: list[str],
+        signals: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """Return the mean loss of the pairs of fields that learn through a third one."""
+
+        def rows_of(field: str) -> Tensor:
+            here = labels.present[field].nonzero().squeeze(1)
+            rows = embeddings.fields[field]
+            return rows if len(here) == len(rows) else rows[here.to(rows.device, non_blocking=True)]
+
+        bank, losses = rows_of(bridge.through), []
+        for first, second in bridge.pairs_of(fields):
+            scale = embeddings.logit_scale
+            if isinstance(scale, dict):
+                scale = next(value for pair, value in scale.items() if {*pair} == {first, second})
+            known = bridge.scale or float(scale.detach())
+            losses.append(
+                bridge_loss(
+                    rows_of(first), rows_of(second), bank, logit_scale=scale, bank_scale=known, group=self.group,
+                    communication=self.options.communication,
+                )
+            )  # fmt: skip
+            if signals is not None:
+                signals[f"{first}-{second}/bridge"] = losses[-1].detach()
+        return torch.stack(losses).mean()
 
     def backward(self, batch: Batch, share: float, last: bool, signals: dict[str, Tensor] | None) -> tuple[Tensor, Embeddings]:
         """Adds the gradients of `share` times a part's loss; the `last` part of a step reduces them over the ranks."""
@@ -155,7 +194,7 @@ def training_step(
     lr = options.lr * share
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
-    learner.objective.progress = step / options.total_steps
+    learner.objective.progress, learner.step = step / options.total_steps, step
     model = accelerator.unwrap_model(learner.model)
     set_stage(model, options, step)
     if learner.queue:
