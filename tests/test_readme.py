@@ -1,11 +1,16 @@
-"""The README's Python example runs as it stands, in a folder that has what it names."""
+"""The README's commands are commands, its links lead somewhere, and its Python example runs as it stands."""
 
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
+import typer.main
 from PIL import Image, ImageDraw
 
+from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
@@ -16,8 +21,33 @@ from tests.command import run_script
 ROOT = Path(__file__).parents[1]
 
 
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:torchrun .* -m )?(mmcontrast .*?)(?:\s+#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_understood(line):
+    """Names, options and arguments; the models and data are the reader's."""
+    words, command = shlex.split(line)[1:], typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context("mmcontrast", list(words))
+    files = [word for word in words if word.startswith(("configs/", "eval/"))]
+    files += [f"data_pipelines/recipes/{preset}.yaml" for option, preset in pairwise(words) if option == "--rules"]
+    assert all((ROOT / file).exists() for file in files), files
+
+
+def test_links_and_targets_of_make():
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)]*)?\)", file.read_text()):
+            assert not target or (file.parent / target).exists(), f"{file.name}: {target}"
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert f"\n{target}:" in makefile, target
+
+
 def test_the_five_lines(config_file, tmp_path):
-    (example,) = re.findall(r"```python\n(import mmcontrast\n\nmodel = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(import mmcontrast\n\nmodel = .*?)```", README, re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) == 5
     config = load_config(config_file, ["run.name=quickstart", f"run.dir={tmp_path / 'runs'}"])
     prepare_folder(config, overwrite=False)

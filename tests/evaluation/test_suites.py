@@ -316,7 +316,7 @@ def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
     refused = {
         f"bank: {tmp_path / 'none.txt'}": "none.txt: No such file",
         f"bank: {words}, field: image": "field 'image' reads no texts; those that do: text",
-        f"bank: {tmp_path / 'table'}, field: name": "field 'name' is not of the table and the model; of both are audio, image, text",
+        f"bank: {tmp_path / 'table'}, field: name": "field 'name' is not of the table and the model; of both are audio, image",
     }
     for options, message in refused.items():
         suite = open_suite(str(run), str(suite_file), ["resamples=0", f"scoring={{type: bridge, {options}}}"], None)

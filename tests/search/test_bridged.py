@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.search import SearchIndex, Searcher, build_index
+from mmcontrast.search import Searcher, SearchIndex, build_index
 from tests.models.open_clip_models import save
 from tests.search.test_search import command
 
