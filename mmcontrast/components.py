@@ -12,11 +12,16 @@ from mmcontrast.trust import import_by_path
 signature_of = cache(inspect.signature)  # a loss by name is built at every step
 
 
+SHOWN = 24  # names of a list in a message
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "did you mean 'steps'?", or the list of what there is when nothing comes close."""
+    """Return "did you mean 'steps'?", or the list of what there is, of long ones the beginning, when nothing comes close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there is: {', '.join(known[:SHOWN])}" + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
 
 
 def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: type | None = None, **context: Any) -> Any:

@@ -104,7 +104,7 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str] = (), path: str | P
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("name", Path(path).stem)
     _read_tasks(tree.get("evaluation"))
-    return _validated(path, tree, RunConfig)
+    return _validated(path, tree, RunConfig, overrides)
 
 
 def load_suite(suite: str | Path | EvaluationOptions, overrides: Sequence[str] = ()) -> EvaluationOptions:
@@ -122,14 +122,25 @@ def load_suite(suite: str | Path | EvaluationOptions, overrides: Sequence[str] =
     for override in overrides:
         _apply(tree, override)
     _read_tasks(tree)
-    return _validated(path, tree, EvaluationOptions)
+    return _validated(path, tree, EvaluationOptions, overrides)
 
 
-def _validated(path: str | Path, tree: dict[str, Any], options: type[T]) -> T:
-    try:
-        return options.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first_error(error, options)}") from error
+def _validated(path: str | Path, tree: dict[str, Any], options: type[T], overrides: Sequence[str] = ()) -> T:
+    """Validate a tree. An override to null of what may not be null takes it away: its default is what counts."""
+    nulls = {tuple(place.split(".")) for place, _, value in (o.partition("=") for o in overrides) if parse_yaml(value) is None}
+    while True:
+        try:
+            return options.model_validate(tree)
+        except ValidationError as error:
+            refused = {tuple(part for part in map(str, e["loc"]) if not FORM.fullmatch(part)) for e in error.errors()}
+            if not nulls & refused:
+                raise UserError(f"{path}: {_first_error(error, options)}") from error
+            for *parents, last in nulls & refused:
+                within = tree
+                for parent in parents:
+                    within = within[parent]
+                del within[last]
+            nulls -= refused
 
 
 def _read_tasks(evaluation: Any) -> None:

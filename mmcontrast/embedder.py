@@ -29,6 +29,11 @@ KINDS: dict[str, type[Modality]] = {
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def kind_of(modality: Modality) -> str:
+    """Return "images", "texts" or "audio"; "vectors" of anything else."""
+    return next((kind for kind, known in KINDS.items() if isinstance(modality, known)), "vectors")
+
+
 class Embedder:
     """A model in evaluation mode on its device, with what it takes to feed it.
 
@@ -57,6 +62,12 @@ class Embedder:
             raise UserError(f"device {device}: {' '.join(str(error).split())[:200]}") from error
         self.name, self.fields, self._keys = name, list(fields or model.modalities), dict(keys or {})
         self.precision = precision
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name} ({kind_of(self.model.modality(name))})" for name in self.fields)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        about = f"{self.model.embed_dim} numbers, {parameters:.1f} M parameters, {self.precision} on {self.device}"
+        return f"Embedder({self.name!r}: {fields}; {about})"
 
     @torch.no_grad()
     def embed(

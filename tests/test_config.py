@@ -131,3 +131,17 @@ def test_help_says_what_each_command_does_and_each_option_means():
             assert words == "--help" or option.help, f"{path} {words} says nothing"
             if option.param_type_name == "option":
                 assert words in shown.stdout, f"{path} does not show {words}"
+
+
+def test_null_restores_a_default_or_takes_an_entry_away(config_file):
+    """Where null is no value itself."""
+    plain = load_config(config_file)
+    given = ["fields.image.keys=[jpg]", "evaluation.retrieval_at=[3]", "train.warmup_steps=7", "train.ema_decay=0.9"]
+    nulls = [f"{override.partition('=')[0]}=null" for override in given]
+    restored = load_config(config_file, [*given, *nulls])
+    assert restored.evaluation.retrieval_at == [1, 5, 10] and restored.train.warmup_steps == 0
+    assert restored.train.ema_decay is None and restored.fields["image"].keys == plain.fields["image"].keys
+    less = load_config(config_file, ["fields.audio=null", "towers.audio=null", "evaluation=null"])
+    assert list(less.fields) == [field for field in plain.fields if field != "audio"] and not less.evaluation.splits
+    with pytest.raises(UserError, match="train.batch_size: field required"):
+        load_config(config_file, ["train.batch_size=null"])

@@ -37,10 +37,18 @@ def test_a_command_is_understood(line):
     assert all((ROOT / file).exists() for file in files), files
 
 
+def headings(text):
+    """Return the anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_and_targets_of_make():
     for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#[^)]*)?\)", file.read_text()):
-            assert not target or (file.parent / target).exists(), f"{file.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", file.read_text()):
+            path = file.parent / target if target else file
+            assert path.exists(), f"{file.name}: {target}"
+            assert not anchor or anchor in headings(path.read_text()), f"{file.name}: {target}#{anchor}"
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)", README):
         assert f"\n{target}:" in makefile, target

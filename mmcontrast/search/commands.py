@@ -92,7 +92,7 @@ def search(
 
     searcher = Searcher.open(index, device, trust_code, model)
     hits = searcher.search(field, k, text=text, image=image, audio=audio, words=words)
-    captions = _captions(searcher, hits)
+    captions = _captions(searcher, hits, field)
     if as_json:
         found = [vars(hit) | {"caption": caption} for hit, caption in zip(hits, captions, strict=True)]
         print(dumps(found, ensure_ascii=False, indent=1))
@@ -104,9 +104,9 @@ def search(
     Console(soft_wrap=True).print(shown, highlight=False)
 
 
-def _captions(searcher: Any, hits: list[Any]) -> list[str]:
+def _captions(searcher: Any, hits: list[Any], field: str | None) -> list[str]:
     try:
-        return [searcher.caption(hit) for hit in hits]
+        return [searcher.caption(hit, field) for hit in hits]
     except UserError as error:
         console.print(f"captions are left out: {_plain(str(error))}", highlight=False)
         return [""] * len(hits)

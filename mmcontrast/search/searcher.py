@@ -13,21 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset
-from mmcontrast.embedder import KINDS, Embedder, load
+from mmcontrast.embedder import Embedder, kind_of, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import read_texts
 from mmcontrast.evaluation.bridge import Bridge
-from mmcontrast.modalities import DecodeError, Modality, TextModality
+from mmcontrast.modalities import DecodeError
 from mmcontrast.search.query import TEXTS, Hit, SearchIndex
 
 SHOWN_CHARACTERS = 300  # of a caption
 NAMES = {"images": "the picture", "texts": "the text", "audio": "the sound"}
 Row = tuple[int, str]  # and which of its fields asks
-
-
-def kind_of(modality: Modality) -> str:
-    """ "images", "texts", "audio"; anything else is "vectors"."""
-    return next((kind for kind, known in KINDS.items() if isinstance(modality, known)), "vectors")
 
 
 def model_of(about: Mapping[str, Any], folder: Path, device: str | None, trust_code: bool = False) -> Embedder:
@@ -194,16 +189,14 @@ class Searcher:
         self.index.check_unchanged()
         return next((members[extension] for extension in extensions if extension in members), None)
 
-    def caption(self, hit: Hit) -> str:
-        """What there is to read of a row: its text, else a text of its json, else its key.
+    def caption(self, hit: Hit, field: str | None = None) -> str:
+        """Return what there is to read of a row: its text, of `field` if that holds texts; else a text of its json or its key.
 
         Raises:
             UserError: as `dataset`.
         """
-        for field, kind in self.kinds.items():
-            if kind == "texts" and self.index.table.has(hit.row, field) and (data := self.media(hit.row, field)):
-                modality = self.embedder.model.modality(field)
-                assert isinstance(modality, TextModality)
+        for name in sorted(self.kinds, key=lambda name: name != field):  # the one that was searched first
+            if self.kinds[name] == "texts" and self.index.table.has(hit.row, name) and (data := self.media(hit.row, name)):
                 return data.decode("utf-8", "replace").strip()[:SHOWN_CHARACTERS]
         texts = (hit.metadata[name] for name in ("caption", "text", "title", "name") if hit.metadata.get(name))
         return str(next(texts, hit.key))[:SHOWN_CHARACTERS]

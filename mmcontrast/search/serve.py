@@ -176,13 +176,13 @@ def answer(searcher: Searcher, ask: Ask, files: dict[str, Any]) -> dict[str, Any
             ask.of or next((f for f in (field, *searcher.index.table.fields) if searcher.index.table.has(ask.row, f)), field),
         )
     hits = searcher.search(field, ask.k, like=like, text=ask.q, words=ask.words, **query)
-    start = shown(searcher, searcher.index.hit(ask.row, 1.0)) if ask.row is not None else None
-    return {"in": field, "hits": [shown(searcher, hit) for hit in hits], "like": start}
+    start = shown(searcher, searcher.index.hit(ask.row, 1.0), field) if ask.row is not None else None
+    return {"in": field, "hits": [shown(searcher, hit, field) for hit in hits], "like": start}
 
 
-def shown(searcher: Searcher, hit: Hit) -> dict[str, Any]:
+def shown(searcher: Searcher, hit: Hit, searched: str) -> dict[str, Any]:
     has = [field for field in searcher.kinds if searcher.index.table.has(hit.row, field)]
-    return {"row": hit.row, "score": hit.score, "key": hit.key, "caption": searcher.caption(hit), "has": has}
+    return {"row": hit.row, "score": hit.score, "key": hit.key, "caption": searcher.caption(hit, searched), "has": has}
 
 
 async def uploads(request: Request) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class StepLog(StepLines):
     def note(self, line: dict[str, Any]) -> str:
         """What of a line a person wants to see."""
         each = f" ({line['samples_per_second_per_device']:.0f} a device)" if self.devices > 1 else ""
-        parts = [f"loss {line['loss']:.3f}", f"scale {line['logit_scale']:.1f}", f"gradient {line['grad_norm']:.2f}"]
+        parts = [f"loss {line['loss']:.3f}", f"logit_scale {line['logit_scale']:.1f}", f"grad_norm {line['grad_norm']:.2f}"]
         parts += [f"{line['samples_per_second']:.0f} samples/s{each}"]
         parts += [f"mfu {line['mfu']:.0%}"] if "mfu" in line else []
         parts += [f"data {line['data_share']:.0%}", f"{line['peak_memory_bytes'] / 2**30:.1f} GiB"]

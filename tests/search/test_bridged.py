@@ -67,6 +67,7 @@ def test_another_model_asks_through_the_texts(small_index, bridged, tmp_path):
     searcher = Searcher.open(bridged, "cpu", model=str(folder))
     own = searcher.embedder
     assert other.model.embed_dim != own.model.embed_dim
+    assert "image (images), text (texts); 64 numbers" in repr(other)
     picture = searcher.media(5, "image")
     table = EmbeddingTable.read(small_index.parent)
     own_scale = own.model.log_logit_scale.exp().item()
