@@ -28,7 +28,8 @@ class RunOptions(Options):
     """The folder of a run, `dir`/`name`.
 
     Attributes:
-        name: default: the config file's name.
+        name: the folder's name; default: the config file's.
+        dir: the folder that it is in.
     """
 
     name: str
@@ -39,7 +40,16 @@ class RunConfig(Options):
     """All that determines a run. Saved with it as config.yaml, which is enough to rebuild it.
 
     Attributes:
+        run: where it is kept.
+        fields: what a sample has, by name: two fields or more.
+        towers: what encodes fields, by name: a type of the table of towers, or an import path, with its options.
+        model: how towers become one model, or the pretrained model that it starts from.
+        objective: the loss of an anchor and its candidates.
+        pairing: which fields are contrasted with which.
         score: of two embeddings; default: that of `model.start`, or their cosine.
+        data: what is trained on.
+        train: how.
+        evaluation: what is evaluated, at the end of the run and on the way.
     """
 
     run: RunOptions

@@ -1,5 +1,6 @@
 """Configs: overrides, defaults, and one line for every mistake."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,10 @@ def test_null_restores_a_default_or_takes_an_entry_away(config_file):
     assert list(less.fields) == [field for field in plain.fields if field != "audio"] and not less.evaluation.splits
     with pytest.raises(UserError, match="train.batch_size: field required"):
         load_config(config_file, ["train.batch_size=null"])
+
+
+def test_the_reference_of_options_is_fresh_and_says_what_each_is():
+    made = runpy.run_path(str(ROOT / "docs" / "make_options.py"))["page"]()
+    assert (ROOT / "docs" / "options.md").read_text() == made, "run python docs/make_options.py"
+    unsaid = [line for line in made.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert not unsaid, unsaid

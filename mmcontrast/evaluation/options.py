@@ -142,6 +142,7 @@ class BridgeOptions(Options):
     their cosines.
 
     Attributes:
+        type: says that it is this.
         bank: a text file, a line an entry; or an embedding table of this model (mmcontrast embed), a group an entry.
         field: that reads the texts, or whose rows of the table are the entries; default: the first text field.
         scale: κ of p(entry|row) = softmax(κ row·entry); default: the model's logit scale.

@@ -116,8 +116,12 @@ class ModelOptions(Options):
         lora: low-rank updates learn in the place of the start's weights.
         update_batch_norms: let the running statistics of a start's batch norms follow the data; default: they stay those that
             its weights were trained with, and batches are normalized by them. Those of random weights follow in any case.
-        embed_dim: default: the start's, or 512. logit_scale, logit_bias: default: the start's, or 1 / 0.07 and none.
-        max_logit_scale: default: 100, or a start's that is larger.
+        embed_dim: numbers of an embedding; default: the start's, or 512.
+        projection: from a tower's features to an embedding: of all towers, or by tower.
+        logit_scale: at the start of training, 1 / temperature; default: the start's, or 1 / 0.07.
+        logit_bias: added to every logit, learnt (SigLIP: -10 at the start); default: the start's, or none.
+        max_logit_scale: the largest that the logit scale may become; default: 100, or a start's that is larger.
+        scale_per_pair: learn a logit scale for each pair of fields.
     """
 
     start: str | StartOptions | list[str | StartOptions] | None = None

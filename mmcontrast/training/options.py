@@ -61,6 +61,7 @@ class NeighboursOptions(Options):
     """Batches of samples and their nearest neighbours: see `mmcontrast.data.neighbours`.
 
     Attributes:
+        type: says that it is this.
         table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, the nearest first, as `mmcontrast data
             mine` writes it; or a folder of such files. Default: what `train.mine_every` mines; until then samples are drawn
             at random.
@@ -290,6 +291,7 @@ class TrainOptions(Options):
         freeze: weights by patterns of their names, locked until a step or for good: {towers.image.*: null, towers.text.*: 9}.
         warmup_steps: of linear warm-up, before the schedule.
         schedule: cosine, linear, constant, or wsd (warm-up, stable, decay over the last decay_share of the steps).
+        decay_share: of wsd: the share of the steps in which the lr decays.
         final_lr_share: what is left of the lr after the last step.
         ema_decay: of an exponential moving average of the weights, which is evaluated and saved beside them; at step n no more
             than (1 + n) / (10 + n), so that it forgets the start.
@@ -317,7 +319,8 @@ class TrainOptions(Options):
         patience: end the run when so many evaluations in turn have not improved the result that `evaluation.best` names. A tie
             is no improvement; step 0 counts as one to improve on.
         async_checkpoints: write them beside the training, from a copy in memory.
-        keep_checkpoints: the last so many, the best, and those of every keep_every-th step (0: none).
+        keep_checkpoints: so many of the last are kept, beside the best.
+        keep_every: those of every so many steps are kept for good; 0: none.
         trackers: accelerate's by name, each with the options of its start: {tensorboard: {}, wandb: {entity: my-team}}.
         profile_steps: first and last step of a trace of torch's profiler, in profile/.
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
