@@ -126,6 +126,9 @@ def compare(
     ] = None,
     png: Annotated[Path | None, typer.Option(help="draw them: a file .png, .svg or .pdf")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page with the picture and the table")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="print all results, not the first recall and accuracies alone")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print them as JSON")] = False,
 ) -> None:
     """Show results of runs side by side, with their intervals: the best is bold, ▲ and ▼ are apart from the first run."""
@@ -142,7 +145,10 @@ def compare(
     if as_json:
         print(dumps(found.to_json(), indent=1))
     else:
-        Console(width=None if sys.stdout.isatty() else 1000).print(comparison_table(found), highlight=False)
+        shown = found if everything or match else found.headline()
+        Console(width=None if sys.stdout.isatty() else 1000).print(comparison_table(shown), highlight=False)
+        if shown is not found:
+            console.print(f"{len(shown.names)} of {len(found.names)} results: --all prints the others too", highlight=False)
     for warning in found.warnings():
         console.print(f"[bold red]warning:[/] {_escape(warning)}; do not compare", highlight=False)
 

@@ -67,8 +67,10 @@ def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
             remove_failed_start(job.folder)
         raise
     if state.is_main_process:
-        if (job.folder / "results.json").exists():
-            console.print(f"results: {job.folder / 'results.json'}\npage:    {job.folder / 'report.html'}", highlight=False)
+        places = {"checkpoint": "checkpoints", "results": "results.json", "page": "report.html", "log": "metrics.jsonl"}
+        for name, file in places.items():
+            if (job.folder / file).exists():
+                console.print(f"{f'{name}:':12}{job.folder / file}", highlight=False)
         lock.close()
 
 

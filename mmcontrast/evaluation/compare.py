@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class RunResults:
     digests: dict[str, str] = field(default_factory=dict)
 
 
+HEADLINES = ("recall_at_1", "mean_recall_at_1", "top1", "mean_rank_variance")
+SHORT = 24  # results that are shown in full
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Runs, and the names of the results to show, in order."""
@@ -82,6 +86,11 @@ class Comparison:
         for name in self.names:
             found.setdefault(name.partition("/")[0], []).append(name)
         return found
+
+    def headline(self) -> "Comparison":
+        """Return the few results that are looked at first, of long lists: recall at the first k, and accuracies."""
+        chosen = [name for name in self.names if name.rpartition("/")[2] in HEADLINES]
+        return self if len(self.names) <= SHORT or not chosen else replace(self, names=chosen)
 
     def best(self, name: str) -> float | None:
         """The best value, if there are several to choose from."""

@@ -134,3 +134,14 @@ def test_mistakes(runs, tmp_path):
     ]:
         done = command(*arguments)
         assert done.exit_code == 2 and message in done.stderr, done.output
+
+
+def test_long_lists_begin_with_what_is_looked_at_first(tmp_path):
+    names = [f"{split}/retrieval/a_to_b/{metric}" for split in "xyz" for metric in ("recall_at_1", "recall_at_5", "median_rank")]
+    few = [f"x/zero_shot/t/{metric}" for metric in ("top1", "top5")]
+    for number, chosen in enumerate((names + few, names * 1 + [f"x/geometry/{k}" for k in range(20)])):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(dict.fromkeys(chosen, 0.5)))
+        found = compare([file])
+        shown = found.headline().names
+        assert shown == found.names if number == 0 else shown == [n for n in names if n.endswith("recall_at_1")]
