@@ -113,7 +113,7 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str] = (), path: str | P
     tree.setdefault("run", {})
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("name", Path(path).stem)
-    _read_tasks(tree.get("evaluation"))
+    _read_tasks(tree.get("evaluation"), path)
     return _validated(path, tree, RunConfig, overrides)
 
 
@@ -131,7 +131,7 @@ def load_suite(suite: str | Path | EvaluationOptions, overrides: Sequence[str] =
         raise UserError(f"{path} holds no mapping of options")
     for override in overrides:
         _apply(tree, override)
-    _read_tasks(tree)
+    _read_tasks(tree, path)
     return _validated(path, tree, EvaluationOptions, overrides)
 
 
@@ -153,12 +153,13 @@ def _validated(path: str | Path, tree: dict[str, Any], options: type[T], overrid
             nulls -= refused
 
 
-def _read_tasks(evaluation: Any) -> None:
-    """Zero-shot tasks that are given by the path of a file."""
+def _read_tasks(evaluation: Any, path: str | Path) -> None:
+    """Read zero-shot tasks that are given by the path of a file: from this folder, or where the config is or one above it."""
     tasks = (evaluation or {}).get("zero_shot") or {} if isinstance(evaluation, dict) else {}
     for task, given in tasks.items() if isinstance(tasks, dict) else ():
         if isinstance(given, str):
-            tasks[task] = read_yaml(given)
+            places = [Path(given), Path(path).parent / given, Path(path).parent.parent / given]
+            tasks[task] = read_yaml(next((place for place in places if place.is_file()), given))
 
 
 def _apply(tree: dict[str, Any], override: str, components: Sequence[str] = ()) -> None:

@@ -153,3 +153,11 @@ def test_the_reference_of_options_is_fresh_and_says_what_each_is():
     assert (ROOT / "docs" / "options.md").read_text() == made, "run python docs/make_options.py"
     unsaid = [line for line in made.splitlines() if line.startswith("| `") and line.endswith("|  |")]
     assert not unsaid, unsaid
+
+
+def test_files_of_tasks_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    assert set(config.evaluation.zero_shot) == {"script", "category"}
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load_config(ROOT / "configs" / "quickstart.yaml", ["evaluation.zero_shot.script=nowhere.yaml"])
