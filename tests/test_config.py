@@ -161,3 +161,16 @@ def test_files_of_tasks_are_found_from_another_folder(tmp_path, monkeypatch):
     assert set(config.evaluation.zero_shot) == {"script", "category"}
     with pytest.raises(UserError, match="nowhere.yaml"):
         load_config(ROOT / "configs" / "quickstart.yaml", ["evaluation.zero_shot.script=nowhere.yaml"])
+
+
+def test_frozen_towers_by_name(config_file):
+    def frozen(*overrides):
+        return load_config(config_file, overrides).train.freeze
+
+    assert frozen("train.freeze=[image, logit_bias, towers.text.network.*]") == {
+        "towers.image.*": None, "logit_bias": None, "towers.text.network.*": None,
+    }  # fmt: skip
+    assert frozen("train.freeze=[image]", "train.unfreeze_at={text: 5, image: 9}") == {"towers.image.*": 9, "towers.text.*": 5}
+    assert frozen("train.unfreeze_at={text: 5}") == {"towers.text.*": 5} == frozen("train.freeze={towers.text.*: 5}")
+    with pytest.raises(UserError, match=r"train.freeze.0|train.freeze"):
+        load_config(config_file, ["train.freeze=[3]"])

@@ -260,6 +260,12 @@ class BridgeLossOptions(Options):
         return self.pairs or list(combinations([field for field in fields if field != self.through], 2))
 
 
+def _pattern(name: Any) -> Any:
+    """Return the weights of a tower that is named alone; anything else is a pattern."""
+    alone = isinstance(name, str) and not {".", "*"} & {*name} and name not in ("log_logit_scale", "logit_bias")
+    return f"towers.{name}.*" if alone else name
+
+
 class TrainOptions(Options):
     """The training loop.
 
@@ -288,7 +294,9 @@ class TrainOptions(Options):
             scales), logit scale and bias, class tokens and the like, tables of positions, a network's own `no_weight_decay()`.
         tower_lr: lr of the towers that need another, by name, with their projection: {text: 5e-4}.
         layer_decay: of towers by name: each layer has this times the lr of the one above: {image: 0.75}.
-        freeze: weights by patterns of their names, locked until a step or for good: {towers.image.*: null, towers.text.*: 9}.
+        freeze: towers by name, or weights by patterns of their names, that do not learn: [image, towers.text.blocks.0.*]; or a
+            mapping of patterns to the step until which they are locked, null: for good.
+        unfreeze_at: of those, the step from which on they learn: {text: 500}.
         warmup_steps: of linear warm-up, before the schedule.
         schedule: cosine, linear, constant, or wsd (warm-up, stable, decay over the last decay_share of the steps).
         decay_share: of wsd: the share of the steps in which the lr decays.
@@ -347,6 +355,7 @@ class TrainOptions(Options):
     tower_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
     layer_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     freeze: dict[str, Positive | None] = {}
+    unfreeze_at: dict[str, Positive] = {}
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -386,6 +395,16 @@ class TrainOptions(Options):
         if isinstance(given, dict) and given.get("epochs") is not None:
             return {"evaluate_every": None, "checkpoint_every": None} | given
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen_towers(cls, given: Any) -> Any:
+        """Write `freeze: [image]` and `unfreeze_at` as one mapping of patterns."""
+        if not isinstance(given, dict) or not (isinstance(given.get("freeze"), list) or given.get("unfreeze_at")):
+            return given
+        frozen, until = given.get("freeze") or {}, given.get("unfreeze_at") or {}
+        patterns = {_pattern(name): None for name in frozen} if isinstance(frozen, list) else dict(frozen)
+        return given | {"freeze": patterns | {_pattern(name): step for name, step in until.items()}, "unfreeze_at": {}}
 
     @model_validator(mode="after")
     def _check_length(self) -> "TrainOptions":

@@ -137,7 +137,9 @@ def test_mistakes(runs, tmp_path):
 
 
 def test_long_lists_begin_with_what_is_looked_at_first(tmp_path):
-    names = [f"{split}/retrieval/a_to_b/{metric}" for split in "xyz" for metric in ("recall_at_1", "recall_at_5", "median_rank")]
+    names = [
+        f"{split}/retrieval/a_to_b/{metric}" for split in "xyz" for metric in ("recall_at_1", "recall_at_5", "median_rank")
+    ]
     few = [f"x/zero_shot/t/{metric}" for metric in ("top1", "top5")]
     for number, chosen in enumerate((names + few, names * 1 + [f"x/geometry/{k}" for k in range(20)])):
         file = tmp_path / f"{number}.json"
