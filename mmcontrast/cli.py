@@ -189,8 +189,8 @@ def embed(
     import json
 
     from mmcontrast.data import ShardOptions, read_keys
+    from mmcontrast.embedding_job import embed_shards
     from mmcontrast.evaluation import TableSlice
-    from mmcontrast.tasks import embed_shards
 
     complete = embed_shards(
         model, ShardOptions(shards=data, keys=read_keys(keys or ()), files=files, select=select), out,

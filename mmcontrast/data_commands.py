@@ -120,7 +120,7 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
     from mmcontrast.config import load_config
     from mmcontrast.data import ShardOptions, StoredEmbeddings
     from mmcontrast.data.verify import Reading
-    from mmcontrast.evaluation.layouts import with_layouts
+    from mmcontrast.evaluation.clip_benchmark_layout import with_layouts
     from mmcontrast.options import Keys
     from mmcontrast.runs import modalities_of
     from mmcontrast.training.data import source_modalities

@@ -28,12 +28,12 @@ from mmcontrast.models.names import EXPORT_FIRST
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, Pairing
 from mmcontrast.objectives.inputs import Given, check_link, check_together
 from mmcontrast.training import checkpoint
-from mmcontrast.training.audit import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.epochs import in_steps
 from mmcontrast.training.job import Job
 from mmcontrast.training.mining import FOLDER as MINED
 from mmcontrast.training.mining import check_mining, check_rounds
+from mmcontrast.training.sample_log import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.state import check_start, load_weights, weights_path
 from mmcontrast.training.teachers import open_teachers
 from mmcontrast.trust import import_paths

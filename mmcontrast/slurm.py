@@ -18,11 +18,11 @@ from typing import Any
 import mmcontrast
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import expand_shards
+from mmcontrast.embedding_job import about_model
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
 from mmcontrast.evaluation.report import RESULTS
 from mmcontrast.runs import CONFIG, check_components, never_began
-from mmcontrast.tasks import about_model
 from mmcontrast.training import checkpoint
 
 PACKAGE = Path(mmcontrast.__file__).parent

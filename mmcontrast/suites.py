@@ -14,9 +14,9 @@ from mmcontrast.embedder import Embedder, identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, Evaluation, EvaluationOptions, evaluate, open_splits
 from mmcontrast.evaluation.cache import fingerprint, keep, table_folder
+from mmcontrast.evaluation.clip_benchmark_layout import in_layout
 from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.evaluation.evaluate import Embed, embed_split
-from mmcontrast.evaluation.layouts import in_layout
 from mmcontrast.evaluation.report import write_results
 from mmcontrast.runs import CONFIG, run_of
 from mmcontrast.training.distributed import join_processes

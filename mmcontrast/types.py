@@ -19,7 +19,7 @@ class Batch:
         values: per field, what its modality collates, P ≤ N rows. If nobody in the batch has the field, one blank row
             stands there, so that every tower takes part in every step.
         present: per field, bool [N].
-        sample_ids: int64 [N], unique and stable: the key of audit, augmentation and per-sample state.
+        sample_ids: int64 [N], unique and stable: the key of the sample log, augmentation and per-sample state.
         group_ids: int64 [N], what a sample is about; equal ones are not negatives of each other.
         metadata: per sample, what its shard says of it, with its `key`.
         replaced: of samples that could not be decoded, in whose place others stand: their `error`, and `source` if there

@@ -22,7 +22,7 @@ PRELOADED = (
     *("accelerate", "faiss", "matplotlib.figure", "matplotlib.backends.backend_svg", "open_clip", "pyarrow.parquet", "uvicorn"),
     *("timm.optim", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torchvision.transforms.v2"),
     *("transformers.models.bert.modeling_bert", "mmcontrast.cli", "mmcontrast.embedder", "mmcontrast.search"),
-    *("mmcontrast.doctor.run", "mmcontrast.plan", "mmcontrast.slurm", "mmcontrast.suites", "mmcontrast.tasks"),
+    *("mmcontrast.doctor.run", "mmcontrast.plan", "mmcontrast.slurm", "mmcontrast.suites", "mmcontrast.embedding_job"),
     "mmcontrast.training.loop",
 )
 

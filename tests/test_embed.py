@@ -18,12 +18,12 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
 from mmcontrast.embedder import identity
+from mmcontrast.embedding_job import embed_shards, slices_of
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
 from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
 from mmcontrast.search import Searcher, build_index
-from mmcontrast.tasks import embed_shards, slices_of
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from tests.command import children, start

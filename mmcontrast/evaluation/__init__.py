@@ -4,7 +4,7 @@ from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_tex
 from mmcontrast.evaluation.evaluate import evaluate, open_splits
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation, Results, results_table
-from mmcontrast.evaluation.slices import TableSlice
+from mmcontrast.evaluation.table_shards import TableSlice
 
 __all__ = [
     "EmbeddingTable",

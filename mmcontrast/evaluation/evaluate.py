@@ -16,10 +16,10 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import read_bank
 from mmcontrast.evaluation.bootstrap import Estimate
 from mmcontrast.evaluation.classification_tasks import embed_classes, labels_of_classes, probe, trained_classes, zero_shot
+from mmcontrast.evaluation.clip_benchmark_layout import is_layout, with_layouts
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_together
 from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_rank, hubness, modality_gap, uniformity
 from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
-from mmcontrast.evaluation.layouts import is_layout, with_layouts
 from mmcontrast.evaluation.options import BridgeOptions, EvaluationOptions, ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks

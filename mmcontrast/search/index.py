@@ -18,7 +18,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import Bank, read_bank, read_texts, scale_between
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import write_json
-from mmcontrast.search.kinds import IndexPlan, plan_index
+from mmcontrast.search.index_selection import IndexPlan, plan_index
 from mmcontrast.search.query import BRIDGE, FORMAT, INDEX, TEXTS, faiss_module, nearest_rows, sha256_of
 from mmcontrast.search.searcher import model_of
 from mmcontrast.search.table import StoredTable

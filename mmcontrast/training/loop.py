@@ -22,7 +22,7 @@ from mmcontrast.errors import Preempted, TrainingStopped, UserError
 from mmcontrast.evaluation import Results
 from mmcontrast.evaluation.report import LOG
 from mmcontrast.training import checkpoint
-from mmcontrast.training.audit import Audit, warnings
+from mmcontrast.training.anomalies import Anomalies
 from mmcontrast.training.cost import peak_samples
 from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, peers
 from mmcontrast.training.evaluations import Evaluations
@@ -34,7 +34,7 @@ from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import is_sharded, place
 from mmcontrast.training.preemption import Preemption, preemptible
 from mmcontrast.training.queue import MomentumQueue
-from mmcontrast.training.spikes import Spikes
+from mmcontrast.training.sample_log import SampleLog, warnings
 from mmcontrast.training.stages import check_stages
 from mmcontrast.training.state import restore, state_of
 from mmcontrast.training.step import Learner, training_step
@@ -89,7 +89,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
     log = StepLog(job.folder / LOG, start, accelerator.num_processes, most) if accelerator.is_main_process else None
     saver = make_saver(checkpoints, options, accelerator)
     evaluations = Evaluations(job, start, learner, saver)
-    audit, spikes = Audit(job, start, accelerator), Spikes(job.model.max_logit_scale)
+    sample_log, anomalies = SampleLog(job, start, accelerator), Anomalies(job.model.max_logit_scale)
     results: Results = {}
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with (
@@ -137,9 +137,9 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
                     (job.folder / STOPPED).write_text(json.dumps(about))
                 raise
             stopping = values.pop("asked")
-            for warning in spikes.see(done, values["loss"], values["logit_scale"]) if log else ():
+            for warning in anomalies.see(done, values["loss"], values["logit_scale"]) if log else ():
                 progress.console.print(f"warning: {warning}", highlight=False, markup=False)
-            values |= audit.step(done, batch, values["bad_samples"], progress)
+            values |= sample_log.step(done, batch, values["bad_samples"], progress)
 
             if log and logging:
                 seen = {"step": done, "samples_seen": done * options.batch_size}

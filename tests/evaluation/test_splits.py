@@ -15,12 +15,12 @@ from mmcontrast.cli import main
 from mmcontrast.config import load_config, load_suite
 from mmcontrast.data import ShardOptions, open_dataset, write_shard
 from mmcontrast.embedder import load
+from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.modalities import ImageModality, TextModality
 from mmcontrast.runs import make_job, prepare_folder
 from mmcontrast.suites import open_suite, run_suite
-from mmcontrast.tasks import embed_shards
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from tests.conftest import write_config

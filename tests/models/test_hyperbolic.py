@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mmcontrast import contrastive_loss, load
 from mmcontrast.blend.run import blend_models
 from mmcontrast.config import load_config
+from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.evaluation.probes import knn
@@ -20,7 +21,6 @@ from mmcontrast.runs import make_job, open_run
 from mmcontrast.score import Lorentz
 from mmcontrast.search.index import build_index
 from mmcontrast.search.searcher import Searcher
-from mmcontrast.tasks import embed_shards
 from mmcontrast.training.grad_cache import cached_backward
 from mmcontrast.training.optim import make_optimizer
 from tests.command import mmcontrast

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from data_pipelines.glyphs.glyphs import Glyphs
+from mmcontrast.cli import app
 from mmcontrast.data import write_shard
 from tests.command import Process, free_port, mmcontrast, start
 from tests.conftest import write_config
@@ -40,6 +42,11 @@ class Server:
         self.process.send_signal(by)
         said = self.process.communicate(timeout=300)[1]
         return self.process.returncode, said
+
+
+def command(*arguments):
+    """In this process: it has loaded what takes a command its seconds."""
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
 
 
 def serve(index: Path) -> Server:

@@ -12,7 +12,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.search import Searcher, SearchIndex, build_index
 from tests.models.open_clip_models import save
-from tests.search.test_search import command
+from tests.search.conftest import command
 
 WORDS = ["black chess queen", "greek small letter alpha", "digit one", "plus sign", "latin capital letter b", "snowman"]
 

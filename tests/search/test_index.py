@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed
 from mmcontrast.search import SearchIndex, build_index
-from mmcontrast.search.kinds import FLAT_ROWS, GIB, plan_index
+from mmcontrast.search.index_selection import FLAT_ROWS, GIB, plan_index
 from tests.command import run_script
 
 DIM = 32

@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from typer.testing import CliRunner
 
-from mmcontrast.cli import app
 from mmcontrast.errors import UserError
 from mmcontrast.search import Searcher
-from tests.search.conftest import HOSTILE, NO_PICTURE, NO_TEXT
-
-
-def command(*arguments):
-    """In this process: it has loaded what takes a command its seconds."""
-    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+from tests.search.conftest import HOSTILE, NO_PICTURE, NO_TEXT, command
 
 
 @pytest.fixture(scope="module")

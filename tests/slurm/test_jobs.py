@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from mmcontrast.cli import app
 from mmcontrast.config import load_config
+from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
-from mmcontrast.tasks import embed_shards
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from tests.slurm.cluster import Cluster, lacking

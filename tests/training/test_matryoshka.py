@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from mmcontrast import contrastive_loss, load
 from mmcontrast.config import load_config
 from mmcontrast.data import training_batches
+from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, evaluate
 from mmcontrast.runs import make_job, open_run
 from mmcontrast.search.index import build_index
 from mmcontrast.search.searcher import Searcher
-from mmcontrast.tasks import embed_shards
 from tests.training.teaching import run, write_config, write_vectors
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from mmcontrast.config import load_config
 from mmcontrast.curation.mine import MiningOptions, mine, training_miner
 from mmcontrast.data import training_batches
+from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.runs import make_job, open_run, prepare_folder
-from mmcontrast.tasks import embed_shards
 from mmcontrast.training.loop import train
 from mmcontrast.training.mining import Mining, mining_options
 from tests.command import mmcontrast, start

@@ -11,7 +11,7 @@ from mmcontrast.config import load_config
 from mmcontrast.data import open_shards, write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.runs import make_job
-from mmcontrast.training.audit import warnings
+from mmcontrast.training.sample_log import warnings
 from tests.command import NO_EVALUATION, train
 from tests.data.web_server import serving
 from tests.results import results_of

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
+from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import TrainingStopped, UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.runs import lock_folder, make_job, open_run
-from mmcontrast.tasks import embed_shards
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.cost import flops_per_sample, peak_samples

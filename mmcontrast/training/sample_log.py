@@ -21,7 +21,7 @@ from mmcontrast.types import Batch
 SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
 
 
-class Audit:
+class SampleLog:
     """Writes samples.jsonl (if asked for) and bad_samples.jsonl, continued on resume."""
 
     def __init__(self, job: Job, start: int, accelerator: Accelerator) -> None:

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from mmcontrast.training.spikes import Spikes
+from mmcontrast.training.anomalies import Anomalies
 
 
 def warnings_of(losses, scales=None, max_scale=100.0):
-    watch = Spikes(max_scale)
+    watch = Anomalies(max_scale)
     scales = scales or [14.0] * len(losses)
     pairs = enumerate(zip(losses, scales, strict=True))
     return {step: list(found) for step, (loss, scale) in pairs if (found := list(watch.see(step, loss, scale)))}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from mmcontrast.config import load_config
+from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice
 from mmcontrast.models import make_model
 from mmcontrast.runs import prepare_folder
-from mmcontrast.tasks import embed_shards
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 
@@ -91,7 +91,7 @@ def test_a_slice_is_embedded_once_and_never_mixed_with_another_table(config_file
     for field, embeddings in whole.fields.items():
         torch.testing.assert_close(table.fields[field], embeddings)
     (out / "manifest.json").unlink()
-    monkeypatch.setattr("mmcontrast.tasks.load", lambda *_: pytest.fail("it is done"))
+    monkeypatch.setattr("mmcontrast.embedding_job.load", lambda *_: pytest.fail("it is done"))
     assert embed("1/2") and EmbeddingTable.read(out).metadata == whole.metadata  # as if nobody had seen all slices
     with pytest.raises(UserError, match="already holds an embedding table"):
         embed_shards(config.folder, shards, tmp_path / "whole", part=TableSlice(tmp_path / "whole", 1, 2), device="cpu")

@@ -8,7 +8,7 @@ SEEN, DEVIATIONS = 50, 6.0  # steps before a leap is judged, and how far it is f
 STEPS_AT_BOUND = 200
 
 
-class Spikes:
+class Anomalies:
     """Sees every step's loss and logit scale, and says what to look at."""
 
     def __init__(self, max_scale: float) -> None:
