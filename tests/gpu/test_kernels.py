@@ -58,6 +58,18 @@ def test_tf32_is_taken_where_torch_allows_it():
     assert errors["highest"] < 3e-5 < errors["high"] < 1e-1
 
 
+@pytest.mark.parametrize("per_anchor", [False, True], ids=["scalar", "per_anchor"])
+@pytest.mark.parametrize("reductions", [[LogSumExp()], [LogSumExp(1.5), LogSumExp(0.5)], [LogSumExp(), SoftplusSum()]], ids=str)
+def test_gradients_in_tf32(per_anchor, reductions, monkeypatch):
+    """At a real width: its launch has tiles of its own."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    leaves, ids = problem(2500, 512, 1, 2000, 50.0, per_anchor, dtype=torch.float32, device="cuda")
+    exact = values_and_grads(ours(reductions, ids, backend="dense"), [leaf.double() for leaf in leaves])
+    found = values_and_grads(ours(reductions, ids, backend="triton"), leaves)
+    for want, got in zip(exact[1][:2], found[1][:2], strict=True):  # of the rows
+        assert (got - want).norm() <= 5e-3 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_every_time(dtype):
     leaves, ids = problem(3000, 512, 0, 1500, 50.0, dtype=dtype, device="cuda")
