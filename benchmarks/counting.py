@@ -19,8 +19,8 @@ class Counted(TorchDispatchMode):
 
     Attributes:
         calls: by kind; of moves the messages. sent: bytes that leave this rank, of a collective as its ring sends them.
-        waits: numbers fetched from tensors, for which the host would wait if they were on a device. Conditions on tensors are not
-            counted: in a loss only what is on the host has them, group ids and a CPU's tiles.
+        waits: numbers fetched from tensors, for which the host would wait if they were on a device. Conditions on tensors are
+            not counted: in a loss only what is on the host has them, group ids and a CPU's tiles.
     """
 
     def __init__(self) -> None:

@@ -173,5 +173,5 @@ def test_auto_takes_the_fastest_and_never_gathers_what_is_large(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(dist, "get_global_rank", lambda group, rank: rank)
     monkeypatch.setattr(ranks_module, "subgroup", lambda group, members: group)
-    for within, rows, kind in ((8, 256, Gather), (8, 16_384, Ring), (4, 16_384, Hierarchical)):
+    for within, rows, kind in ((8, 256, Gather), (8, 16_384, Ring), (4, 8192, Hierarchical)):
         assert type(driver("group", [rows] * 8, "auto", within, 512, "cuda")) is kind
