@@ -23,11 +23,12 @@ from mmcontrast.scaling import Cluster
 from mmcontrast.score import LogSumExp, score_statistics
 from mmcontrast.score.backends import SameGroup
 from mmcontrast.score.ranks import ALL_GATHER, REDUCE_SCATTER, driver
-from mmcontrast.score.traffic import OPERATIONS, SCHEMES, Calls, Link, loss_calls, passes
+from mmcontrast.score.traffic import SCHEMES, Calls, Link, blocks_of, loss_calls, passes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RANKS, WITHIN = 8, 4  # two nodes of four, which are processes of this machine
-ROWS, WIDTH, REPEATS = 256, 256, 9
+ROWS, WIDTH, REPEATS = 512, 256, 7
+CHAIN = 8  # equal calls in a row, of which each is timed
 Timed = dict[str, Callable[[], Any]]
 
 
@@ -94,9 +95,9 @@ def calls() -> Iterator[str]:
             f"| {scheme} | {counted[0]} ({moves}) | {counted[1]} ({collectives}) | {sum(one.messages for one in formula)} |"
             f" {sum(sent.values()) / 1024:.1f} ({sum(one.sent for one in formula) / 1024:.1f}) | {waits} |"
         )
-    yield "\nBy the same formulas, D = 512, a batch of 524,288, 8 ranks a node, of a rank in a loss. Before: the host waited for each"
-    yield "rank's size of each field.\n"
-    yield "| ranks | scheme | calls in turn | MiB between nodes | MiB within | MiB of others' columns | host waits before | now |"
+    yield "\nBy the same formulas, D = 512, a batch of 524,288, 8 ranks a node, of a rank in a loss. Before: the host waited"
+    yield "for each rank's size of each field.\n"
+    yield "| ranks | scheme | calls in turn | MiB between nodes | within | MiB of others' columns | host waits before | now |"
     yield "|---|---|---|---|---|---|---|---|"
     for ranks in (8, 64, 512, 4096):
         rows = 524_288 // ranks
@@ -159,37 +160,43 @@ def dtype_of(size: int) -> torch.dtype:
     return torch.int64 if size == 8 else torch.float32
 
 
-def calls_of_a_kind(ranks: int, rank: int, group: dist.ProcessGroup, numbers: int) -> Timed:
-    """Return a call of each kind, that sends so many fp32 numbers to each other rank."""
-    right, left = (rank + 1) % ranks, (rank - 1) % ranks
+def calls_of_a_kind(group: dist.ProcessGroup, numbers: int) -> Timed:
+    """Return CHAIN calls of each kind, that send so many fp32 numbers to each other rank; of moves a few more beside them."""
+    members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    ranks = len(members)
+    right, left = members[(rank + 1) % ranks], members[(rank - 1) % ranks]
     own, every = torch.zeros(numbers), torch.zeros(numbers * ranks)
+    columns = [torch.zeros(numbers), torch.zeros(SMALL)]
 
     def move() -> None:
-        arriving = torch.empty(numbers)
-        both = [dist.P2POp(dist.isend, own, right, group), dist.P2POp(dist.irecv, arriving, left, group)]
-        for work in dist.batch_isend_irecv(both):
+        arriving = [torch.empty_like(one) for one in columns]
+        sent = [dist.P2POp(dist.isend, one, right, group, k) for k, one in enumerate(columns)]
+        for work in dist.batch_isend_irecv(sent + [dist.P2POp(dist.irecv, o, left, group, k) for k, o in enumerate(arriving)]):
             work.wait()
 
+    def chain(call: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: [call() for _ in range(CHAIN)] and None
+
     return {
-        "move": move,
-        "all_gather": lambda: ALL_GATHER(torch.empty_like(every), own, group=group),
-        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(every), every, group=group),
-        "reduce_scatter": lambda: REDUCE_SCATTER(torch.empty_like(own), every, group=group),
-        "all_reduce": lambda: dist.all_reduce(own, group=group),
+        "move": chain(move),
+        "all_gather": chain(lambda: ALL_GATHER(torch.empty_like(every), own, group=group)),
+        "all_to_all": chain(lambda: dist.all_to_all_single(torch.empty_like(every), every, group=group)),
+        "reduce_scatter": chain(lambda: REDUCE_SCATTER(torch.empty_like(own), every, group=group)),
     }
 
 
 SMALL, LARGE = 64, ROWS * WIDTH  # numbers of a call whose time is taken
 
 
-def constants(taken: dict[str, float], ranks: int) -> dict[str, tuple[float, float]]:
+def constants(taken: dict[str, float], ranks: int, gradients: int, where: str = "") -> dict[str, tuple[float, float]]:
     """Return of each kind of call the seconds that it takes, and the seconds a byte that a rank sends."""
     found = {}
-    for kind in ("move", "all_gather", "all_to_all", "reduce_scatter", "all_reduce"):
-        factor = {"move": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, ranks - 1)
-        small, large = (taken[f"{kind} of {n}"] for n in (SMALL, LARGE))
+    for kind in ("move", "all_gather", "all_to_all", "reduce_scatter"):
+        factor = 1 if kind == "move" else ranks - 1
+        small, large = (taken[f"{where}{kind} of {n}"] / CHAIN for n in (SMALL, LARGE))
         a_byte = max(0.0, (large - small) / (4 * (LARGE - SMALL) * factor))
         found[kind] = max(0.0, small - 4 * SMALL * factor * a_byte), a_byte
+    found["all_reduce"] = 0.0, taken["all_reduce of half"] / (4 * (gradients // 2) * 2 * (ranks - 1) / ranks)
     return found
 
 
@@ -205,12 +212,13 @@ def measure_on(rank: int) -> list[tuple[int, dict[str, float], int]]:
     def trained(samples: int) -> Callable[[], None]:
         return lambda: towers(torch.zeros(samples, 512, requires_grad=True)).sum().backward()
 
+    nodes = [dist.new_group(list(range(first, first + WITHIN))) for first in range(0, RANKS, WITHIN)]
     for ranks in (1, 2, 4, 8):
         group = dist.new_group(list(range(ranks)))
         if rank < ranks:
             x, y = unit_rows(rank, ROWS)
             z = F.normalize(torch.randn(ROWS * ranks, WIDTH), dim=1).requires_grad_()
-            small_x, small_y = unit_rows(rank, 2 * ROWS)
+            more, few = unit_rows(rank, 2 * ROWS), unit_rows(rank, SMALL)
             gradients = torch.zeros(numbers)
 
             def loss(scheme: str | None, x: Tensor = x, y: Tensor = y, group: dist.ProcessGroup = group) -> None:
@@ -227,12 +235,17 @@ def measure_on(rank: int) -> list[tuple[int, dict[str, float], int]]:
                 rows[LogSumExp()].sum().backward()
 
             things: Timed = {"towers of 256": trained(256), "towers": trained(1024), "products": products}
-            things["products of 512"] = lambda a=small_x, b=small_y: products(a, b)
-            things["products of 512, both"] = lambda a=small_x, b=small_y: loss(None, a, b)
+            for rows, (a, b) in (("many", more), ("few", few)):
+                things[f"products of {rows}"] = lambda a=a, b=b: products(a, b)
+                things[f"loss of {rows}"] = lambda a=a, b=b: loss(None, a, b)
             if ranks > 1:
                 for n in (SMALL, LARGE):
-                    made = calls_of_a_kind(ranks, rank, group, n)
-                    things |= {f"{kind} of {n}": run for kind, run in made.items()}
+                    things |= {f"{kind} of {n}": run for kind, run in calls_of_a_kind(group, n).items()}
+                    if ranks > WITHIN:
+                        made = calls_of_a_kind(nodes[rank // WITHIN], n)
+                        things |= {f"in a node, {kind} of {n}": run for kind, run in made.items()}
+                half = torch.zeros(numbers // 2)
+                things["all_reduce of half"] = lambda g=half, group=group: dist.all_reduce(g, group=group)
                 things["reduction of the gradients"] = lambda g=gradients, group=group: dist.all_reduce(g, group=group)
                 for scheme in schemes_of(ranks):
                     things[f"sent by {scheme}"] = replayed(scheme, group, ranks, WITHIN)
@@ -248,33 +261,37 @@ def schemes_of(ranks: int) -> list[str]:
 
 def model() -> Iterator[str]:
     """The cost model beside what is measured here, by parts, on 1, 2, 4 and 8 ranks."""
-    yield f"{ROWS} rows a rank, D = {WIDTH}; towers of 1,024 samples; medians of {REPEATS} of the slowest rank, ms. Measured in"
-    yield "turn with them, on as many ranks at once: the rate of towers at 256 samples, of a loss of 512² alone, and of each kind of"
-    yield f"call the time of a small and of a large one. {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start.\n"
+    yield f"{ROWS} rows a rank, D = {WIDTH}; towers of 1,024 samples; medians of {REPEATS} of the slowest rank, ms. Measured"
+    yield f"in turn, on as many ranks at once: towers of 256 samples, a loss of {2 * ROWS} rows and one of {SMALL} alone,"
+    yield f"small and large calls of each kind. {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start.\n"
     yield "| ranks | part | measured | model | model / measured |"
     yield "|---|---|---|---|---|"
     errors: dict[str, list[float]] = {}
     for ranks, taken, flops in started(measure_on):
-        rate = 256 * flops / taken["towers of 256"]
-        loss_rate = OPERATIONS * (2 * ROWS) ** 2 * WIDTH / taken["products of 512, both"]
-        one_way_rate = OPERATIONS * (2 * ROWS) ** 2 * WIDTH / taken["products of 512"]
-        scores = OPERATIONS * ROWS * ROWS * ranks * WIDTH
-        rows = [("towers", taken["towers"], 1024 * flops / rate), ("products", taken["products"], scores / one_way_rate)]
+        scores = (2 * ROWS) ** 2  # of what is timed; fewer take a fixed time
+        block, fixed = taken["products of few"], taken["loss of few"]
+        a_score, a_score_of_both = (taken["products of many"] - block) / scores, (taken["loss of many"] - fixed) / scores
+        wanted = ROWS * ROWS * ranks
+        rows = [("towers", taken["towers"], 1024 / 256 * taken["towers of 256"])]
+        rows.append(("products", taken["products"], block + wanted * a_score))
         if ranks > 1:
-            known = constants(taken, ranks)
+            gradients = flops // 6  # a weight is 6 FLOPs
+            known = {ranks: constants(taken, ranks, gradients)}
+            if ranks > WITHIN:  # of a ring of two nodes the moves are those of eight ranks
+                known |= {WITHIN: constants(taken, WITHIN, gradients, "in a node, "), ranks // WITHIN: known[ranks]}
 
-            def seconds(one: Calls, known: dict[str, tuple[float, float]] = known) -> float:
-                each, a_byte = known[one.kind]
-                return one.count * one.tensors * each + one.sent * a_byte
+            def seconds(one: Calls, known: dict[int, dict[str, tuple[float, float]]] = known) -> float:
+                each, a_byte = known[one.ranks][one.kind]
+                return one.count * each + one.sent * a_byte
 
-            sent = 2 * (ranks - 1) * 4 * (flops // 6) // ranks  # a weight is 6 FLOPs
-            reduction = seconds(Calls("all_reduce", ranks, 1, 1, 1, sent))
+            reduction = seconds(Calls("all_reduce", ranks, 1, 1, 1, 2 * (ranks - 1) * 4 * gradients // ranks))
             rows.append(("reduction of the gradients", taken["reduction of the gradients"], reduction))
             for scheme in schemes_of(ranks):
                 nodes = max(1, ranks // WITHIN)
                 formula = loss_calls(scheme, nodes, ranks // nodes, ROWS, passes(WIDTH))
                 alone = sum(seconds(one) for one in formula)
-                whole = alone + seconds(Calls("all_gather", ranks, 1, 1, 1, (ranks - 1) * 32)) + scores / loss_rate
+                whole = fixed + (blocks_of(scheme, nodes, ranks // nodes) - 1) * block + wanted * a_score_of_both + alone
+                whole += seconds(Calls("all_gather", ranks, 1, 1, 1, (ranks - 1) * 32))
                 rows.append((f"sent by {scheme}", taken[f"sent by {scheme}"], alone))
                 rows.append((f"loss by {scheme}", taken[f"loss by {scheme}"], whole))
         for name, measured, predicted in rows:

@@ -17,6 +17,7 @@ from mmcontrast.score.traffic import (
     Link,
     Machine,
     Scheme,
+    blocks_of,
     cheapest,
     gathered_bytes,
     loss_calls,
@@ -192,7 +193,7 @@ def step_time(
         if devices == 1:
             calls = []
         schemes[one] = SchemeTime(
-            losses * waiting_seconds(calls, products, machine) + sizes,
+            losses * waiting_seconds(calls, blocks_of(one, nodes, within), products, machine) + sizes,
             losses * sum(call.seconds(machine) for call in calls) + sizes,
             losses * sum(call.count for call in calls) + (work.cuts if devices > 1 else 0),
             losses * sum(call.sent for call in calls),

@@ -57,7 +57,6 @@ def test_schemes_count_what_the_formulas_count():
     for scheme, one in time.schemes.items():
         calls = loss_calls(scheme, 4, 2, 1000, passes(100))
         assert one.calls == 1 + sum(call.count for call in calls) and one.sent == sum(call.sent for call in calls)
-        assert one.waits <= one.alone
     assert time.schemes[time.fastest].waits == min(one.waits for one in time.schemes.values())
 
 
@@ -107,6 +106,6 @@ def test_the_published_rows_of_inf_cl():
 
 
 def test_a_machine_that_does_not_overlap_pays_for_all():
-    machine = Machine(Link(1e-4, 1e9), Link(1e-4, 1e9), 0.0, 1e10, overlaps=False)
+    machine = Machine(Link(1e-4, 1e9), Link(1e-4, 1e9), 0.0, 1e-3, 1e10, overlaps=False)
     time = step_time(WORK, 1, 4, machine, 1e9, "ring")
-    assert time.schemes["ring"].waits == pytest.approx(time.schemes["ring"].alone)
+    assert time.schemes["ring"].waits == pytest.approx(time.schemes["ring"].alone + 3 * 1e-3)

@@ -36,15 +36,17 @@ class Machine:
 
     Attributes:
         within, between: links of a device to those of its node, and to other nodes.
-        call: seconds that the start of a call takes.
+        call: seconds that the start of a call takes; block: that the host takes to start the kernels of one block of columns,
+            forward and backward.
         products: FLOP/s of a loss, with all that it does beside its products.
-        overlaps: whether a ring's messages travel while the device multiplies.
+        overlaps: whether messages of a ring travel, and kernels are started, while the device multiplies.
         scatter: bytes that a reduce-scatter sends, of those that it must: gloo's is an all-reduce.
     """
 
     within: Link
     between: Link
     call: float
+    block: float
     products: float
     overlaps: bool
     scatter: float = 1.0
@@ -52,8 +54,8 @@ class Machine:
 
 # by the type of device; docs/scale.md says where each number comes from
 MACHINES = {
-    "cuda": Machine(Link(2e-6, 300e9), Link(5e-6, 25e9), 10e-6, 2e14, overlaps=True),
-    "cpu": Machine(Link(100e-6, 1e9), Link(100e-6, 1e9), 100e-6, 5e10, overlaps=False, scatter=2.0),
+    "cuda": Machine(Link(2e-6, 300e9), Link(5e-6, 25e9), 10e-6, 1e-3, 2e14, overlaps=True),
+    "cpu": Machine(Link(100e-6, 1e9), Link(100e-6, 1e9), 100e-6, 1e-3, 5e10, overlaps=False, scatter=2.0),
 }
 
 
@@ -111,7 +113,7 @@ class Calls:
         link, bytes = (machine.between if self.nodes > 1 else machine.within), float(self.sent)
         latency = self.count * machine.call
         if self.kind == "move":
-            return latency + self.messages * link.latency + bytes / link.bandwidth
+            return latency + self.count * link.latency + bytes / link.bandwidth  # the tensors of a call go together
         if self.kind == "reduce_scatter":
             bytes *= machine.scatter
         rounds = 2 * ceil(log2(self.ranks)) if self.kind == "all_reduce" else self.ranks - 1
@@ -163,13 +165,21 @@ def products_seconds(rows: int, columns: int, width: int, machine: Machine) -> f
     return OPERATIONS * rows * columns * width / machine.products
 
 
-def waiting_seconds(calls: Sequence[Calls], products: float, machine: Machine) -> float:
-    """Return what the calls add to a loss's products: a ring hides its messages behind the tiles, collectives come between."""
+def blocks_of(scheme: Scheme, nodes: int, within: int) -> int:
+    """Return the number of blocks in which a rank sees all columns."""
+    return {"ring": nodes * within, "hierarchical": nodes, "gather": 1}[scheme]
+
+
+def waiting_seconds(calls: Sequence[Calls], blocks: int, products: float, machine: Machine) -> float:
+    """Return what a scheme adds to a loss's products: its calls, and the start of more blocks than one. A ring hides its
+    messages behind the tiles, collectives come between."""
     moving = sum(call.seconds(machine) for call in calls if call.kind == "move")
-    if machine.overlaps and moving:
-        length = next(call.ranks for call in calls if call.kind == "move")
-        moving = max(0.0, moving - products * (length - 1) / length)
-    return moving + sum(call.seconds(machine) for call in calls if call.kind != "move")
+    starting = (blocks - 1) * machine.block
+    if machine.overlaps:
+        moving = max(0.0, moving - products * (blocks - 1) / blocks)
+        starting = max(0.0, starting - products)
+    between = sum(call.seconds(machine) for call in calls if call.kind != "move")
+    return (max(moving, starting) if machine.overlaps else moving + starting) + between
 
 
 def cheapest(nodes: int, within: int, rows: int, width: int, machine: Machine, element: int = 4) -> Scheme:
@@ -180,7 +190,8 @@ def cheapest(nodes: int, within: int, rows: int, width: int, machine: Machine, e
     possible += ["gather"] if gathered_bytes("gather", nodes, within, rows, width) <= GATHERED else []
 
     def waiting(scheme: Scheme) -> float:
-        return waiting_seconds(loss_calls(scheme, nodes, within, rows, passes(width, element)), products, machine)
+        calls = loss_calls(scheme, nodes, within, rows, passes(width, element))
+        return waiting_seconds(calls, blocks_of(scheme, nodes, within), products, machine)
 
     return min(possible, key=waiting)
 

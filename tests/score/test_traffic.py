@@ -23,6 +23,7 @@ from mmcontrast.score.traffic import (
     SCHEMES,
     Calls,
     Link,
+    blocks_of,
     cheapest,
     gathered_bytes,
     loss_calls,
@@ -133,19 +134,21 @@ def test_seconds_of_calls():
     machine = with_links(MACHINES["cuda"], within=Link(1e-6, 100e9), between=Link(10e-6, 10e9))
     call = machine.call
     ring = Calls("move", 8, 1, 7, 2, 7 * 10**9)
-    assert ring.seconds(machine) == pytest.approx(7 * call + 14 * 1e-6 + 0.07)
-    assert Calls("move", 16, 2, 15, 2, 15 * 10**9).seconds(machine) == pytest.approx(15 * call + 30 * 10e-6 + 1.5)
+    assert ring.seconds(machine) == pytest.approx(7 * call + 7 * 1e-6 + 0.07)
+    assert Calls("move", 16, 2, 15, 2, 15 * 10**9).seconds(machine) == pytest.approx(15 * call + 15 * 10e-6 + 1.5)
     # of 15 GB that a rank passes on in an all-gather of 2 nodes of 8, its node's own links carry 1 of each 15 across
     gather = Calls("all_gather", 16, 2, 1, 1, 15 * 10**9)
     assert gather.seconds(machine) == pytest.approx(call + 15 * 10e-6 + max(0.15, 0.1))
     # an all-reduce of 1 GB: twice (W − 1) / W of it, of which an eighth crosses by each of a node's eight links, twice
     reduce = Calls("all_reduce", 16, 2, 1, 1, round(2 * 15 / 16 * 10**9))
     assert reduce.seconds(machine) == pytest.approx(call + 8 * 10e-6 + 2 * 15 / 16 / 8 / 10)
-    # a ring hides behind the products; gathering does not
-    assert waiting_seconds([ring], products=1.0, machine=machine) == 0.0
-    assert waiting_seconds([gather], products=1.0, machine=machine) == gather.seconds(machine)
+    # a ring hides behind the products, and so does the start of its blocks; gathering does not
+    assert waiting_seconds([ring], 8, products=1.0, machine=machine) == 0.0
+    assert waiting_seconds([ring], 8, products=1e-3, machine=machine) == pytest.approx(ring.seconds(machine) - 7e-3 / 8)
+    assert waiting_seconds([], 8, products=1e-3, machine=machine) == pytest.approx(7 * machine.block - 1e-3)
+    assert waiting_seconds([gather], 1, products=1.0, machine=machine) == gather.seconds(machine)
     slow = with_links(MACHINES["cpu"], within=machine.within)
-    assert waiting_seconds([ring], products=1.0, machine=slow) == ring.seconds(slow)
+    assert waiting_seconds([ring], 8, products=1.0, machine=slow) == pytest.approx(ring.seconds(slow) + 7 * slow.block)
 
 
 def test_auto_takes_the_fastest_and_never_gathers_what_is_large(monkeypatch):
@@ -161,7 +164,9 @@ def test_auto_takes_the_fastest_and_never_gathers_what_is_large(monkeypatch):
                 chosen = cheapest(nodes, 8, rows, 768, machine)
                 products = products_seconds(rows, rows * nodes * 8, 768, machine)
                 times = {
-                    scheme: waiting_seconds(loss_calls(scheme, nodes, 8, rows, passes(768)), products, machine)
+                    scheme: waiting_seconds(
+                        loss_calls(scheme, nodes, 8, rows, passes(768)), blocks_of(scheme, nodes, 8), products, machine
+                    )
                     for scheme in SCHEMES
                     if not (scheme == "hierarchical" and nodes == 1)
                     and not (scheme == "gather" and gathered_bytes("gather", nodes, 8, rows, 768) > GATHERED)
