@@ -5,6 +5,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +125,20 @@ def traffic_of(scheme: str, formula: list[Calls], ranks: int) -> tuple[float, fl
     return moved, moved * (scheme == "ring") + gathered
 
 
-def timed(things: Timed, group: dist.ProcessGroup) -> dict[str, float]:
-    """Return the median seconds of the slowest rank of each, taken in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in things}
-    for repeat in range(REPEATS + 1):
+def timed(things: Timed, group: dist.ProcessGroup) -> list[dict[str, float]]:
+    """Return the seconds of each, the mean over the ranks, of every repeat, in which they are taken in turn."""
+    repeats = []
+    for _ in range(REPEATS + 1):
+        taken = {}
         for name, run in things.items():
             dist.barrier(group)
             start = time.perf_counter()
             run()
             seconds = torch.tensor(time.perf_counter() - start)
-            dist.all_reduce(seconds, dist.ReduceOp.MAX, group=group)
-            if repeat:
-                taken[name].append(float(seconds))
-    return {name: statistics.median(all_of) for name, all_of in taken.items()}
+            dist.all_reduce(seconds, group=group)
+            taken[name] = float(seconds) / dist.get_world_size(group)
+        repeats.append(taken)
+    return repeats[1:]
 
 
 def replayed(scheme: str, group: dist.ProcessGroup, ranks: int, within: int) -> Callable[[], None]:
@@ -186,6 +188,7 @@ def calls_of_a_kind(group: dist.ProcessGroup, numbers: int) -> Timed:
 
 
 SMALL, LARGE = 64, ROWS * WIDTH  # numbers of a call whose time is taken
+SHARES = 8, 2  # of the gradients
 
 
 def constants(taken: dict[str, float], ranks: int, gradients: int, where: str = "") -> dict[str, tuple[float, float]]:
@@ -196,11 +199,13 @@ def constants(taken: dict[str, float], ranks: int, gradients: int, where: str = 
         small, large = (taken[f"{where}{kind} of {n}"] / CHAIN for n in (SMALL, LARGE))
         a_byte = max(0.0, (large - small) / (4 * (LARGE - SMALL) * factor))
         found[kind] = max(0.0, small - 4 * SMALL * factor * a_byte), a_byte
-    found["all_reduce"] = 0.0, taken["all_reduce of half"] / (4 * (gradients // 2) * 2 * (ranks - 1) / ranks)
+    small, large = (taken[f"all_reduce of 1/{share}"] for share in SHARES)
+    a_gradient = max(0.0, (large - small) / (gradients // SHARES[1] - gradients // SHARES[0]))
+    found["all_reduce"] = large - a_gradient * (gradients // SHARES[1]), a_gradient / (4 * 2 * (ranks - 1) / ranks)
     return found
 
 
-def measure_on(rank: int) -> list[tuple[int, dict[str, float], int]]:
+def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
     """Time everything on groups of 1, 2, 4 and 8 ranks; return (ranks, seconds, FLOPs of the towers a sample) of each."""
     results = []
     torch.manual_seed(0)
@@ -244,8 +249,9 @@ def measure_on(rank: int) -> list[tuple[int, dict[str, float], int]]:
                     if ranks > WITHIN:
                         made = calls_of_a_kind(nodes[rank // WITHIN], n)
                         things |= {f"in a node, {kind} of {n}": run for kind, run in made.items()}
-                half = torch.zeros(numbers // 2)
-                things["all_reduce of half"] = lambda g=half, group=group: dist.all_reduce(g, group=group)
+                for share in SHARES:
+                    some = torch.zeros(numbers // share)
+                    things[f"all_reduce of 1/{share}"] = lambda g=some, group=group: dist.all_reduce(g, group=group)
                 things["reduction of the gradients"] = lambda g=gradients, group=group: dist.all_reduce(g, group=group)
                 for scheme in schemes_of(ranks):
                     things[f"sent by {scheme}"] = replayed(scheme, group, ranks, WITHIN)
@@ -259,45 +265,54 @@ def schemes_of(ranks: int) -> list[str]:
     return [scheme for scheme in SCHEMES if scheme != "hierarchical" or ranks > WITHIN]
 
 
+def compared(ranks: int, taken: dict[str, float], flops: int) -> Iterator[tuple[str, float, float]]:
+    """Yield (part, measured, predicted) of one repeat."""
+    scores = (2 * ROWS) ** 2  # of what is timed; fewer take a fixed time
+    block, fixed = taken["products of few"], taken["loss of few"]
+    a_score, a_score_of_both = (taken["products of many"] - block) / scores, (taken["loss of many"] - fixed) / scores
+    wanted = ROWS * ROWS * ranks
+    yield "towers", taken["towers"], 1024 / 256 * taken["towers of 256"]
+    yield "products", taken["products"], block + wanted * a_score
+    if ranks == 1:
+        return
+    gradients = flops // 6  # a weight is 6 FLOPs
+    known = {ranks: constants(taken, ranks, gradients)}
+    if ranks > WITHIN:  # of a ring of two nodes the moves are those of eight ranks
+        known |= {WITHIN: constants(taken, WITHIN, gradients, "in a node, "), ranks // WITHIN: known[ranks]}
+
+    def seconds(one: Calls) -> float:
+        each, a_byte = known[one.ranks][one.kind]
+        return one.count * each + one.sent * a_byte
+
+    reduction = seconds(Calls("all_reduce", ranks, 1, 1, 1, 2 * (ranks - 1) * 4 * gradients // ranks))
+    yield "reduction of the gradients", taken["reduction of the gradients"], reduction
+    for scheme in schemes_of(ranks):
+        nodes = max(1, ranks // WITHIN)
+        formula = loss_calls(scheme, nodes, ranks // nodes, ROWS, passes(WIDTH))
+        alone = sum(seconds(one) for one in formula)
+        yield f"sent by {scheme}", taken[f"sent by {scheme}"], alone
+        whole = fixed + (blocks_of(scheme, nodes, ranks // nodes) - 1) * block + wanted * a_score_of_both + alone
+        whole += seconds(Calls("all_gather", ranks, 1, 1, 1, (ranks - 1) * 32))
+        yield f"loss by {scheme}", taken[f"loss by {scheme}"], whole
+
+
 def model() -> Iterator[str]:
     """The cost model beside what is measured here, by parts, on 1, 2, 4 and 8 ranks."""
-    yield f"{ROWS} rows a rank, D = {WIDTH}; towers of 1,024 samples; medians of {REPEATS} of the slowest rank, ms. Measured"
-    yield f"in turn, on as many ranks at once: towers of 256 samples, a loss of {2 * ROWS} rows and one of {SMALL} alone,"
-    yield f"small and large calls of each kind. {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start.\n"
-    yield "| ranks | part | measured | model | model / measured |"
+    yield f"{ROWS} rows a rank, D = {WIDTH}; towers of 1,024 samples; ms, means of the ranks. In turn with them are taken, on as"
+    yield f"many ranks at once: towers of 256 samples, a loss of {2 * ROWS} rows and one of {SMALL} alone, small and large calls"
+    yield f"of each kind. Medians of {REPEATS} repeats, of model / measured as well."
+    yield f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}.\n"
+    yield "| ranks | part | measured | model / measured | of single repeats |"
     yield "|---|---|---|---|---|"
     errors: dict[str, list[float]] = {}
-    for ranks, taken, flops in started(measure_on):
-        scores = (2 * ROWS) ** 2  # of what is timed; fewer take a fixed time
-        block, fixed = taken["products of few"], taken["loss of few"]
-        a_score, a_score_of_both = (taken["products of many"] - block) / scores, (taken["loss of many"] - fixed) / scores
-        wanted = ROWS * ROWS * ranks
-        rows = [("towers", taken["towers"], 1024 / 256 * taken["towers of 256"])]
-        rows.append(("products", taken["products"], block + wanted * a_score))
-        if ranks > 1:
-            gradients = flops // 6  # a weight is 6 FLOPs
-            known = {ranks: constants(taken, ranks, gradients)}
-            if ranks > WITHIN:  # of a ring of two nodes the moves are those of eight ranks
-                known |= {WITHIN: constants(taken, WITHIN, gradients, "in a node, "), ranks // WITHIN: known[ranks]}
-
-            def seconds(one: Calls, known: dict[int, dict[str, tuple[float, float]]] = known) -> float:
-                each, a_byte = known[one.ranks][one.kind]
-                return one.count * each + one.sent * a_byte
-
-            reduction = seconds(Calls("all_reduce", ranks, 1, 1, 1, 2 * (ranks - 1) * 4 * gradients // ranks))
-            rows.append(("reduction of the gradients", taken["reduction of the gradients"], reduction))
-            for scheme in schemes_of(ranks):
-                nodes = max(1, ranks // WITHIN)
-                formula = loss_calls(scheme, nodes, ranks // nodes, ROWS, passes(WIDTH))
-                alone = sum(seconds(one) for one in formula)
-                whole = fixed + (blocks_of(scheme, nodes, ranks // nodes) - 1) * block + wanted * a_score_of_both + alone
-                whole += seconds(Calls("all_gather", ranks, 1, 1, 1, (ranks - 1) * 32))
-                rows.append((f"sent by {scheme}", taken[f"sent by {scheme}"], alone))
-                rows.append((f"loss by {scheme}", taken[f"loss by {scheme}"], whole))
-        for name, measured, predicted in rows:
-            kind = name.split(" by ")[0]
-            errors.setdefault(kind, []).append(abs(predicted / measured - 1))
-            yield f"| {ranks} | {name} | {measured * 1e3:.1f} | {predicted * 1e3:.1f} | {predicted / measured:.2f} |"
+    for ranks, repeats, flops in started(measure_on):
+        rows = zip(*(compared(ranks, taken, flops) for taken in repeats), strict=True)
+        for of_a_part in rows:
+            (name, *_), *_ = of_a_part
+            ratios = sorted(predicted / measured for _, measured, predicted in of_a_part)
+            ratio, measured = statistics.median(ratios), statistics.median(measured for _, measured, _ in of_a_part)
+            errors.setdefault(name.split(" by ")[0], []).append(abs(ratio - 1))
+            yield f"| {ranks} | {name} | {measured * 1e3:.1f} | {ratio:.2f} | {ratios[0]:.2f}–{ratios[-1]:.2f} |"
     said = ", ".join(f"{kind} {statistics.median(values):.0%}" for kind, values in errors.items())
     every = [error for values in errors.values() for error in values]
     yield f"\nMedian error: {said}; of all {statistics.median(every):.0%}, the worst {max(every):.0%}."
@@ -306,7 +321,7 @@ def model() -> Iterator[str]:
 A800 = Cluster(gpu="A800", within=Link(2e-6, 200e9), link=Link(5e-6, 50e9))
 FIGURE_4 = {32: 25.0, 64: 49.4, 128: 98.3, 256: 200.3}  # batch / 1,024: seconds of a step
 TABLE_1 = [(8, 32, 0.18), (8, 256, 1.45), (8, 1024, 6.53), (32, 256, 0.35), (32, 1024, 1.44)]  # GPUs, batch / 1,024, GB
-TABLE_2 = [("clip-vit-l-14", 8, 4096), ("clip-vit-l-14", 32, 12_288)]  # with inputs on the host, as ours
+TABLE_2 = [(8, 4096), (32, 12_288)]  # with inputs on the host, as ours
 
 
 def published() -> Iterator[str]:
@@ -315,19 +330,20 @@ def published() -> Iterator[str]:
     yield "| | published | plan | plan / published |"
     yield "|---|---|---|---|"
 
-    def planned(name: str, gpus: int, batch: int) -> Any:
+    @cache
+    def planned(gpus: int, batch: int) -> Any:
         overrides = [f"train.batch_size={batch * 1024}", "train.micro_batch_size=128"]
         cluster = Cluster(gpus // 8, A800.link, A800.within, A800.gpu)
-        return plan_run(load_config(CONFIGS / f"{name}.yaml", overrides), gpus, 80 * GIB, cluster)
+        return plan_run(load_config(CONFIGS / "clip-vit-l-14.yaml", overrides), gpus, 80 * GIB, cluster)
 
     for batch, seconds in FIGURE_4.items():
-        found = planned("clip-vit-l-14", 8, batch).time.total
+        found = planned(8, batch).time.total
         yield f"| a step of {batch}k on 8 | {seconds} s | {found:.1f} s | {found / seconds:.2f} |"
     for gpus, batch, size in TABLE_1:
-        found = planned("clip-vit-l-14", gpus, batch).memory["embeddings and loss"] / GIB
+        found = planned(gpus, batch).memory["embeddings and loss"] / GIB
         yield f"| memory of the loss at {batch}k on {gpus} | {size} GB | {found:.2f} GiB | {found / size:.2f} |"
-    for name, gpus, batch in TABLE_2:
-        found = planned(name, gpus, 1024).largest_batch // 1024
+    for gpus, batch in TABLE_2:
+        found = planned(gpus, 1024).largest_batch // 1024
         yield f"| largest batch on {gpus}, inputs on the host | {batch}k | {found}k | {found / batch:.2f} |"
 
 

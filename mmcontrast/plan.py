@@ -374,8 +374,8 @@ def assumptions(cluster: Cluster, options: TrainOptions, devices: int) -> list[s
             for where, link in links.items()
         ]
         said.append(
-            "a ring's messages and the gradients' reduction hide behind what is computed meanwhile; a call takes 10 µs to start,"
-            " the kernels of a block of columns 1 ms of the host's time"
+            "a ring's messages and the gradients' reduction hide behind what is computed meanwhile; a call takes 10 µs to"
+            " start, the kernels of a block of columns 1 ms of the host's time"
         )
     return said
 
