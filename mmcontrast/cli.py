@@ -321,11 +321,19 @@ def doctor(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(min=1, help="GPUs that share the batch")] = 1,
+    devices: Annotated[int | None, typer.Option(min=1, help="GPUs that share the batch; default: 1, or 8 a node")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of each; default: the GPU's here, else 80")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="that have them, as many each")] = 1,
+    link: Annotated[str, typer.Option(metavar="GB/s[,us]", help="between nodes, of a GPU, one direction")] = "50,5",
+    within: Annotated[str, typer.Option(metavar="GB/s[,us]", help="within a node, of a GPU, one direction")] = "450,2",
+    gpu: Annotated[str | None, typer.Option(help="A100, A800, H100, …; default: the one here, else H100")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="share of its peak that the towers reach; default: 0.4, from H100 on 0.2")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
-    """Say whether a config's batch fits, and what it costs: parameters, FLOPs, memory; computed, with no GPU, data or weights.
+    """Say whether a config's batch fits, and what it costs: parameters, FLOPs, memory, the time of a step; computed, with no
+    GPU, data or weights.
 
     Exit code 1 if it does not fit.
     """
@@ -333,13 +341,18 @@ def plan(
 
     from mmcontrast.config import load_config
     from mmcontrast.plan import GIB, plan_run, plan_table
+    from mmcontrast.scaling import Cluster, link_of
     from mmcontrast.strict_json import dumps
 
     if memory is not None and not math.isfinite(memory):
         raise UserError(f"--memory {memory}: GiB of a device")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu}: a share, above 0 and at most 1")
+    cluster = Cluster(nodes, link_of(link, "--link"), link_of(within, "--within"), gpu, mfu)
+    devices = devices or (8 * nodes if nodes > 1 else 1)
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which are meant
     try:
-        found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None)
+        found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None, cluster)
     finally:
         logging.disable(logging.NOTSET)
     if as_json:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel, TransformersTower
 from mmcontrast.options import Component
 from mmcontrast.runs import check_components, completed, contrasted_fields, model_of, open_start, scored_fields
+from mmcontrast.scaling import Cluster, StepTime, Work, step_time
+from mmcontrast.score.traffic import Scheme, gathered_bytes
 from mmcontrast.training.cost import Bytes, Flops, count_bytes, count_flops, fakes, make_values
 from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TeacherOptions, TrainOptions
@@ -56,6 +58,8 @@ class Plan:
         flops_per_sample: of forward and backward; of recomputation nothing.
         memory: bytes by what they are for. available: of one device.
         largest: the largest power of two for train.micro_batch_size that fits, or None where none does.
+        largest_batch: the largest batch of all devices that fits with gradient caching, or None where none does.
+        time: of a step, predicted. assumed: what it is made of that is neither counted nor measured here.
         notes: what was assumed, or is not counted. remedies: options of training that are left to take less memory.
     """
 
@@ -72,6 +76,9 @@ class Plan:
     memory: dict[str, int]
     available: int
     largest: int | None
+    largest_batch: int | None
+    time: StepTime
+    assumed: list[str]
     notes: list[str]
     remedies: list[str]
 
@@ -94,14 +101,17 @@ class Plan:
         return f"{over}, with any train.micro_batch_size: {' or '.join([*remedies, 'take a smaller model or larger devices'])}"
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"total": self.total, "fits": self.fits, "verdict": self.verdict}
+        time = dataclasses.asdict(self.time) | {"total": self.time.total, "dominant": self.time.dominant}
+        own = {"total": self.total, "fits": self.fits, "verdict": self.verdict, "time": time}
+        return dataclasses.asdict(self) | own
 
 
-def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) -> Plan:
+def plan_run(config: RunConfig, devices: int = 1, available: int | None = None, cluster: Cluster | None = None) -> Plan:
     """
     Args:
         devices: over which the batch is spread, each with all of the weights.
         available: bytes of one; default: the GPU's at hand, else 80 GiB.
+        cluster: the nodes that have them, and how they are linked; default: one node.
 
     Raises:
         UserError: for a mistake in the config, or a batch that so many devices cannot share.
@@ -112,7 +122,10 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
             f"train.batch_size={options.batch_size} cannot be cut into equal parts for {devices} devices and"
             f" train.accumulation_steps={options.accumulation_steps}"
         )
-    available = available or device_memory()
+    available, cluster = available or device_memory(), cluster or Cluster()
+    if devices % cluster.nodes:
+        raise UserError(f"{devices} devices cannot be spread evenly over {cluster.nodes} nodes: change --devices or --nodes")
+    shape = cluster.nodes, devices // cluster.nodes
     per_device = options.batch_size // devices
     part = per_device // options.accumulation_steps
     at_a_time = min(part, options.micro_batch_size or part)
@@ -136,9 +149,20 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
         recompute_blocks(model, options.recompute)
         step = bytes_of(model, at_a_time, options, several=at_a_time < per_device)
         state, notes = optimizer_state(model, options)
-        terms = pairing.weighted_terms(list(contrasted_fields(config)))
+        terms = [term for term, weight in pairing.weighted_terms(list(contrasted_fields(config))).items() if weight]
+        work = Work(
+            samples=per_device, at_a_time=at_a_time, cuts=options.accumulation_steps, forward=sum(flops.forward.values()),
+            backward=flops.backward, again=int(bool(options.micro_batch_size)), width=model.embed_dim,
+            recomputed=sum(flops.forward[f] for f, tower in model.tower_of.items() if tower in options.recompute),
+            terms=len(terms), reductions=len(objective.reductions), both=objective.both_directions,
+            gradients=size(p for p in model.parameters() if p.requires_grad),
+            weights=size(model.parameters()) if options.parallel == "fsdp" else 0, refetched=options.reshard_after_forward,
+        )  # fmt: skip
+        chosen: Scheme | None = None if options.communication == "auto" else options.communication
+        time = step_time(work, *shape, cluster.machine(options.precision), cluster.towers_rate(options.precision), chosen)
         fixed = resident(model, options, devices, state)
-        fixed |= {"embeddings and loss": loss_memory(model, options, part, devices, max(len(term) for term in terms))}
+        loss = loss_memory(model, part, shape, time.scheme, max(len(term) for term in terms))
+        fixed |= {"embeddings and loss": loss}
         taught, teachers = teaching(options, scored_fields(config, pairing))
         if teachers:
             fixed |= {"teachers' weights": teachers}
@@ -147,13 +171,25 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
                 " keeps, are not counted"
             )
         memory = with_step(fixed, model, at_a_time, step)
+        a_sample_of_inputs = memory["inputs"] / at_a_time
         largest = None
         if sum(memory.values()) > available:
             largest = largest_that_fits(model, options, part, fixed, available)
+        largest_batch = None
+        if micro := at_a_time if sum(memory.values()) <= available else largest:
+            peak = step.peak if micro == at_a_time else bytes_of(model, micro, options, several=True).peak
+            peak += work.gradients * (at_a_time == per_device)  # which are there from the first micro-batch on
+            beside = with_step(fixed | {"embeddings and loss": LOSS_TILES}, model, micro, Bytes(step.saved, peak))
+            a_sample = (loss - LOSS_TILES) / part * (1 + RESERVED_SHARE)
+            rows = int((available - sum(beside.values())) / a_sample) // micro * micro
+            largest_batch = devices * options.accumulation_steps * rows
     if getattr(objective, "stateful", False):
         notes.append("what the objective remembers of every sample is not counted")
     for field, number in Counter(given.field for given in config.data.mined.values()).items():
         notes.append(f"data.negatives: {number} more {field} a sample are neither in the FLOPs nor in the memory")
+    if at_a_time < per_device:
+        waiting = per_device * a_sample_of_inputs / GIB
+        notes.append(f"{waiting:.2f} GiB of inputs a device wait in the host's memory, beside what the loader's workers hold")
     if options.parallel == "fsdp" and devices > 1:
         notes.append("gradients and activations are those of a device that has all weights: more than fsdp takes")
     remedies = [] if options.recompute else [f"train.recompute=[{', '.join(model.towers)}]"]
@@ -172,6 +208,9 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None) 
         memory=memory,
         available=available,
         largest=largest,
+        largest_batch=largest_batch or None,
+        time=time,
+        assumed=assumptions(cluster, options, devices),
         notes=notes,
         remedies=remedies,
     )
@@ -274,13 +313,14 @@ def resident(model: ContrastiveModel, options: TrainOptions, devices: int, state
     return memory
 
 
-def loss_memory(model: ContrastiveModel, options: TrainOptions, samples: int, devices: int, fields: int) -> int:
-    """The embeddings with their gradients, and what the loss needs beside: the two gradients of a term, the column blocks that
-    travel between devices, with gradients, two of each, and one tile; of hyperbolic scores the points of a term, as made and as
+def loss_memory(model: ContrastiveModel, samples: int, shape: tuple[int, int], scheme: Scheme, fields: int) -> int:
+    """The embeddings with their gradients, and what the loss needs beside: the two gradients of a term, the columns that come
+    from other devices (`gathered_bytes`), and one tile; of hyperbolic scores the points of a term, as made and as
     multiplied, with gradients. All O(N·D)."""
     rows = 4 * model.embed_dim * samples
     points = 0 if model.hyperbolic is None else 3 * fields
-    return rows * (2 * len(model.modalities) + fields + points + (4 if devices > 1 else 0)) + LOSS_TILES
+    others = gathered_bytes(scheme, *shape, samples, model.embed_dim) if math.prod(shape) > 1 else 0
+    return rows * (2 * len(model.modalities) + fields + points) + others + LOSS_TILES
 
 
 def with_step(fixed: dict[str, int], model: ContrastiveModel, samples: int, step: Bytes) -> dict[str, int]:
@@ -320,6 +360,26 @@ def plan_tower(model: ContrastiveModel, name: str, flops: Flops, step: Bytes) ->
     )
 
 
+def assumptions(cluster: Cluster, options: TrainOptions, devices: int) -> list[str]:
+    """Say what the time of a step is made of that nobody has measured."""
+    rate, products = cluster.towers_rate(options.precision), cluster.machine(options.precision).products
+    said = [
+        f"{cluster.device}: towers reach {rate / 1e12:.0f} TFLOP/s (bf16 peak: {cluster.peak / 1e12:.0f}; --mfu), the loss"
+        f" {products / 1e12:.0f}; the optimizer's update, and waiting for data, take no time"
+    ]
+    if devices > 1:
+        links = {"within a node": cluster.within} | ({"between nodes": cluster.link} if cluster.nodes > 1 else {})
+        said += [
+            f"{where} {link.bandwidth / 1e9:.4g} GB/s a device and direction, {link.latency * 1e6:.3g} µs"
+            for where, link in links.items()
+        ]
+        said.append(
+            "a ring's messages and the gradients' reduction hide behind what is computed meanwhile; a call takes 10 µs to"
+            " start, the kernels of a block of columns 1 ms of the host's time"
+        )
+    return said
+
+
 def count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
@@ -350,4 +410,32 @@ def plan_table(plan: Plan) -> Group:
     flops = f"forward and backward: {plan.flops_per_sample / 1e9:.1f} GFLOPs a sample{again}"
     notes = [f"note: {note}" for note in plan.notes]
     lines = [flops, *notes, f"{plan.available / GIB:.3g} GiB a device: {plan.verdict}"]
-    return Group(towers, memory, *(Text(line) for line in lines))
+    return Group(towers, memory, *(Text(line) for line in lines), *time_tables(plan))
+
+
+def time_tables(plan: Plan) -> Iterator[Table | Text]:
+    """Yield the time of a step by parts, the loss's communication by scheme, and what is assumed."""
+    time = plan.time
+    parts = Table("a step, predicted", "seconds", "share")
+    for column in parts.columns[1:]:
+        column.justify = "right"
+    for name, seconds in time.parts.items():
+        parts.add_row(name, f"{seconds:.3g}", f"{seconds / time.total:.0%}")
+    parts.add_row("all", f"{time.total:.3g}", "", style="bold")
+    yield parts
+    if plan.devices > 1:
+        schemes = Table("communication of the loss", title="a device's, in a step", title_justify="left")
+        for heading in ("calls", "GiB sent", "ms alone", "ms that it adds", "GiB of others' columns"):
+            schemes.add_column(heading, justify="right")
+        for name, one in time.schemes.items():
+            figures = f"{one.calls:,}", f"{one.sent / GIB:.2f}", f"{one.alone * 1e3:.3g}", f"{one.waits * 1e3:.3g}"
+            style = "bold" if name == time.scheme else ""
+            schemes.add_row(name, *figures, f"{one.memory / GIB:.2f}", style=style)
+        yield schemes
+        if time.schemes[time.scheme].waits > 1.1 * time.schemes[time.fastest].waits + 1e-3:
+            yield Text(f"with these links train.communication={time.fastest} is the fastest")
+    yield Text(f"{plan.batch_size / time.total:,.0f} samples a second; most of it is {time.dominant}")
+    if plan.largest_batch:
+        yield Text(f"largest batch that fits so many devices, with gradient caching: {plan.largest_batch:,}")
+    for one in plan.assumed:
+        yield Text(f"assumed: {one}")

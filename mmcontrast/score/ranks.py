@@ -14,11 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmcontrast.score.traffic import MACHINES, cheapest
+
 Communication = Literal["auto", "ring", "gather", "hierarchical"]
 COMMUNICATIONS = ("auto", "ring", "gather", "hierarchical")
 Merge = Callable[[Tensor, Tensor], Tensor]
 
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name from torch 2.14 on
+# their names from torch 2.14 on, and before
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Accumulator(Protocol):
@@ -37,14 +41,21 @@ class Driver(Protocol):
     def accumulator(self) -> Accumulator: ...
 
 
-def driver(group: dist.ProcessGroup | None, sizes: Sequence[int], communication: Communication, within: int = 1) -> Driver:
+def driver(
+    group: dist.ProcessGroup | None,
+    sizes: Sequence[int],
+    communication: Communication,
+    within: int = 1,
+    width: int = 512,
+    device: str = "cuda",
+) -> Driver:
     """
     Args:
         group: a torch.distributed group, or None: this process alone.
         sizes: columns of every rank; all ranks pass the same list, and the same of all else.
-        communication: "auto" is "hierarchical" if the group has as many ranks, and several, on each of several nodes, else
-            "ring".
+        communication: "auto" is what `traffic.cheapest` says of these sizes.
         within: ranks of a node, of which node k has the global ranks from k · within on.
+        width: of a column. device: its type.
 
     Raises:
         ValueError: for an unknown communication; for "hierarchical" on nodes with unequal numbers of ranks.
@@ -53,8 +64,6 @@ def driver(group: dist.ProcessGroup | None, sizes: Sequence[int], communication:
         raise ValueError(f"communication is {communication!r}, it must be one of {', '.join(COMMUNICATIONS)}")
     if group is None:
         return Ring(group, sizes)
-    if communication == "gather":
-        return Gather(group, sizes)
     members = dist.get_process_group_ranks(group)
     nodes = [len(list(ranks)) for _, ranks in groupby(members, lambda rank: rank // within)]
     equal = len(set(nodes)) == 1
@@ -62,9 +71,12 @@ def driver(group: dist.ProcessGroup | None, sizes: Sequence[int], communication:
         raise ValueError(
             f"communication is hierarchical: nodes have {', '.join(map(str, nodes))} ranks, not equally many; use ring"
         )
-    if communication == "hierarchical" or (communication == "auto" and equal and nodes[0] > 1 and len(nodes) > 1):
-        return Hierarchical(group, sizes, nodes[0])
-    return Ring(group, sizes)
+    if communication == "auto":
+        shape = (len(nodes), nodes[0]) if equal else (len(members), 1)
+        communication = cheapest(*shape, max(sizes), width, MACHINES.get(device, MACHINES["cuda"]))
+    if communication == "gather":
+        return Gather(group, sizes)
+    return Hierarchical(group, sizes, nodes[0]) if communication == "hierarchical" else Ring(group, sizes)
 
 
 def ranks_of_node() -> int:
@@ -82,6 +94,7 @@ class Gather:
 
     def __init__(self, group: dist.ProcessGroup, sizes: Sequence[int]) -> None:
         self.group, self.sizes, self.rank = group, tuple(sizes), dist.get_rank(group)
+        self.equal = len(set(self.sizes)) == 1
 
     def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
         yield 0, [self.gathered(tensor) for tensor in block]
@@ -92,7 +105,9 @@ class Gather:
         if most == 0:
             return tensor
         every = tensor.new_empty((len(self.sizes) * most, *tensor.shape[1:]))
-        dist.all_gather_into_tensor(every, padded(tensor, most), group=self.group)
+        ALL_GATHER(every, padded(tensor, most), group=self.group)
+        if self.equal:
+            return every
         return torch.cat([part[:size] for part, size in zip(every.split(most), self.sizes, strict=True)])
 
     def owned(self, merge: Merge, part: Tensor) -> Tensor:
@@ -101,7 +116,7 @@ class Gather:
         if most == 0:
             return part
         if part.dim() > 1:
-            sent = torch.cat([padded(rows, most) for rows in part.split(self.sizes)])
+            sent = part.contiguous() if self.equal else torch.cat([padded(rows, most) for rows in part.split(self.sizes)])
             total = part.new_empty((most, *part.shape[1:]))
             REDUCE_SCATTER(total, sent, group=self.group)
             return total[:own]
@@ -276,5 +291,5 @@ def exchange(values: Sequence[int], group: dist.ProcessGroup | None, device: tor
         return [list(values)]
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
     everyone = own.new_empty(dist.get_world_size(group) * len(own))
-    dist.all_gather_into_tensor(everyone, own, group=group)
+    ALL_GATHER(everyone, own, group=group)
     return everyone.view(-1, len(own)).tolist()

@@ -101,7 +101,7 @@ def score_statistics(
         group: a torch.distributed group; None: this process alone.
         communication: "ring" (two column blocks on a rank at a time, overlapped with the work), "gather" (all columns on
             every rank at once, in a few large collectives), "hierarchical" (a ring of nodes, whose ranks gather) or "auto"
-            (hierarchical on several nodes, else the ring). Same on all ranks.
+            (the one that `mmcontrast.score.traffic` computes to be the fastest). Same on all ranks.
         sizes, within: rows and columns of every rank, and ranks of a node, where the caller knows them: then nobody is asked.
         link: φ in z = scale · φ(x_i·y_j) + bias, as `Lorentz`; default: none.
         limits: of the candidates that reductions with `below` take: row limits [N], column limits [M] with `columns`.
@@ -157,8 +157,9 @@ def score_statistics(
     else:
         column_scale = scale.new_zeros(len(y)) if per_anchor else None
     plan = _Plan(
-        tuple(reductions), columns, chosen, tile, driver(group, [m for _, m in sizes], communication, within), ids,
-        column_ids, per_anchor, paired, negatives, link, limits, tuple(teachers),
+        tuple(reductions), columns, chosen, tile,
+        driver(group, [m for _, m in sizes], communication, within, y.shape[1], y.device.type), ids, column_ids, per_anchor,
+        paired, negatives, link, limits, tuple(teachers),
     )  # fmt: skip
     parameter = None if link is None else link.parameter
     dots, row_negatives, column_negatives, *values = _Scores.apply(x, y, scale, column_scale, bias, parameter, plan)

@@ -33,7 +33,9 @@ PEAK_FLOPS = {
     "H100 NVL": 835.5e12,
     "GH200": 989.4e12,
     "H100": 989.4e12,  # SXM
+    "H800": 989.4e12,  # as its H100, with slower NVLink
     "A100": 312e12,
+    "A800": 312e12,  # as its A100, with slower NVLink
     "L40S": 362.05e12,
     "L40": 181.05e12,
     "L4": 121e12,

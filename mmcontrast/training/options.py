@@ -312,7 +312,7 @@ class TrainOptions(Options):
         parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
             gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
         communication: of the loss's columns between processes: ring, gather, hierarchical (a ring of nodes, whose ranks
-            gather), or auto: hierarchical on several nodes of as many ranks, else ring.
+            gather), or auto: the one that a model of their cost says is the fastest (docs/scale.md).
         reshard_after_forward: of fsdp: let a block's weights go after its forward, and fetch them again for its backward.
         recompute: towers whose blocks keep their inputs alone, and compute the rest again in the backward: activation
             checkpointing.

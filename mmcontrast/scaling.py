@@ -1,0 +1,226 @@
+"""How long a training step takes on many devices, by parts: from operations, bytes, and the rates of devices and links.
+
+docs/scale.md says what each number is taken from, and how far the model was off where it could be checked.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from mmcontrast.errors import UserError
+from mmcontrast.score.traffic import (
+    GATHERED,
+    MACHINES,
+    SCHEMES,
+    Calls,
+    Link,
+    Machine,
+    Scheme,
+    blocks_of,
+    cheapest,
+    gathered_bytes,
+    loss_calls,
+    passes,
+    products_seconds,
+    waiting_seconds,
+    with_links,
+)
+from mmcontrast.training.cost import peak_flops
+
+DEFAULT_GPU = "NVIDIA H100 80GB HBM3"
+INFINIBAND = Link(5e-6, 50e9)  # assumed: a port of 400 Gb/s for each device
+NVLINK = Link(2e-6, 450e9)  # assumed: of an H100; A100: 300, A800: 200
+LOSS_SHARE = 0.42  # measured: of the dense peak, infonce at N = 65,536, D = 512 on an H200 (README)
+TF32, FP32 = 1 / 2, 1 / 16  # of the dense bf16 peak, by data sheets of A100 and H100
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of equal devices.
+
+    Attributes:
+        link, within: of a device to other nodes, and to the others of its node, one direction.
+        gpu: a name of `peak_flops`; None: the one at hand if its peak is known, else an H100.
+        mfu: share of its peak that the towers reach; None: `assumed_mfu`.
+    """
+
+    nodes: int = 1
+    link: Link = INFINIBAND
+    within: Link = NVLINK
+    gpu: str | None = None
+    mfu: float | None = None
+
+    @property
+    def device(self) -> str:
+        here = torch.cuda.get_device_name() if torch.cuda.is_available() else DEFAULT_GPU
+        return self.gpu or (here if peak_flops(here) else DEFAULT_GPU)
+
+    @property
+    def peak(self) -> float:
+        """
+        Raises:
+            UserError: for a name that is not known.
+        """
+        peak = peak_flops(self.device)
+        if peak is None:
+            raise UserError(f"--gpu {self.device!r}: its peak is not known; there is A100, A800, H100, H200, B200 and others")
+        return peak
+
+    def machine(self, precision: str) -> Machine:
+        """Return what the loss is computed with."""
+        share = LOSS_SHARE * (FP32 if precision == "fp32" else TF32)
+        return replace(with_links(MACHINES["cuda"], self.within, self.link), products=self.peak * share)
+
+    def towers_rate(self, precision: str) -> float:
+        """Return the FLOP/s of the towers on one device."""
+        of_peak = {"fp32": FP32, "tf32": TF32}.get(precision, 1.0)
+        return self.peak * of_peak * (self.mfu or assumed_mfu(self.peak))
+
+
+def assumed_mfu(peak: float) -> float:
+    """Return the share of a peak that towers reach: what is published of ViT-g/14 on A100 (0.39) and H100 (0.2)."""
+    return 0.4 if peak < 4e14 else 0.2
+
+
+def link_of(text: str, option: str) -> Link:
+    """Parse GB/s[,us], of an option's value.
+
+    Raises:
+        UserError: for anything but one or two positive numbers.
+    """
+    default = INFINIBAND if option == "--link" else NVLINK
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(math.isfinite(n) and n > 0 for n in numbers):
+        raise UserError(f"{option} {text!r} is not GB/s[,us], like 50 or 50,5: gigabytes a second of a device, one direction")
+    return Link(numbers[1] * 1e-6 if len(numbers) == 2 else default.latency, numbers[0] * 1e9)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does on each of some devices.
+
+    Attributes:
+        samples: of one device. at_a_time: of them, those whose activations exist at once.
+        cuts: parts of the batch that are contrasted within themselves (accumulation).
+        forward, backward: FLOPs a sample. again: of forwards that are computed once more, and their weights fetched again:
+            1 with gradient caching; recomputed: FLOPs a sample of blocks that recompute.
+        terms: pairs of fields. width, element, reductions, both: of their rows, as `passes` takes them.
+        gradients, weights: bytes that are reduced, and that are fetched for each pass if weights are in shards.
+        refetched: whether shards are fetched again for the backward.
+    """
+
+    samples: int
+    at_a_time: int
+    forward: float
+    backward: float
+    width: int
+    gradients: int
+    cuts: int = 1
+    again: int = 0
+    recomputed: float = 0.0
+    terms: int = 1
+    element: int = 4
+    reductions: int = 1
+    both: bool = True
+    weights: int = 0
+    refetched: bool = True
+
+
+@dataclass(frozen=True)
+class SchemeTime:
+    """A loss's communication by one scheme.
+
+    Attributes:
+        waits: seconds that it adds to a step. alone: if nothing hid it. calls, sent: of a rank in a step; bytes.
+        memory: bytes of columns that are not a rank's own.
+    """
+
+    waits: float
+    alone: float
+    calls: int
+    sent: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by parts that add up.
+
+    Attributes:
+        schemes: all that are possible. scheme: the one that counts. fastest: of all.
+        reduction: of the gradients (and fetching of shards), if nothing hid it.
+    """
+
+    parts: dict[str, float]
+    schemes: dict[Scheme, SchemeTime]
+    scheme: Scheme
+    fastest: Scheme
+    reduction: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def dominant(self) -> str:
+        return max(self.parts, key=lambda part: self.parts[part])
+
+
+def step_time(
+    work: Work, nodes: int, within: int, machine: Machine, towers_rate: float, scheme: Scheme | None = None
+) -> StepTime:
+    """Return the time of a step on `nodes` of `within` devices.
+
+    Args:
+        scheme: of communication; None: the one that "auto" takes.
+    """
+    devices, rows = nodes * within, work.samples // work.cuts
+    losses = work.terms * work.cuts
+    forward_again = work.again * work.forward + work.recomputed
+    towers = work.samples * (work.forward + work.backward + forward_again) / towers_rate
+    products = products_seconds(rows, rows * devices, work.width, machine)
+    both_passes = passes(work.width, work.element, work.reductions, both=work.both)
+    possible = [one for one in SCHEMES if one != "hierarchical" or (nodes > 1 and within > 1)]
+    schemes: dict[Scheme, SchemeTime] = {}
+    exchange = Calls("all_gather", devices, nodes, 1, 1, (devices - 1) * 40)  # of sizes
+    for one in possible:
+        calls = loss_calls(one, nodes, within, rows, both_passes)
+        sizes = exchange.seconds(machine) * work.cuts if devices > 1 else 0.0
+        if devices == 1:
+            calls = []
+        schemes[one] = SchemeTime(
+            losses * waiting_seconds(calls, blocks_of(one, nodes, within), products, machine) + sizes,
+            losses * sum(call.seconds(machine) for call in calls) + sizes,
+            losses * sum(call.count for call in calls) + (work.cuts if devices > 1 else 0),
+            losses * sum(call.sent for call in calls),
+            gathered_bytes(one, nodes, within, rows, work.width) if devices > 1 else 0,
+        )
+    if scheme not in schemes:
+        scheme = cheapest(nodes, within, rows, work.width, MACHINES["cuda" if machine.overlaps else "cpu"])
+    small = [one for one in possible if one != "gather" or schemes[one].memory <= GATHERED]
+    fastest = min(small, key=lambda one: schemes[one].waits)
+    reduction, hidden = 0.0, 0.0
+    if devices > 1:
+        micro_batches = math.ceil(work.samples / work.at_a_time)
+        if work.weights:
+            fetches = micro_batches * (1 + work.again + work.refetched)
+            sent = work.weights * (devices - 1) // devices
+            reduction = Calls("all_gather", devices, nodes, fetches, 1, fetches * sent).seconds(machine)
+            reduced = Calls("reduce_scatter", devices, nodes, 1, 1, work.gradients * (devices - 1) // devices)
+            reduction, hidden = reduction + reduced.seconds(machine), towers
+        else:
+            sent = 2 * work.gradients * (devices - 1) // devices
+            reduction = Calls("all_reduce", devices, nodes, 1, 1, sent).seconds(machine)
+            hidden = min(work.at_a_time, work.samples) * (work.backward + work.recomputed) / towers_rate
+    waits = max(0.0, reduction - hidden) if machine.overlaps else reduction
+    parts = {
+        "towers": towers,
+        "the loss's products": losses * products,
+        "reduction of the gradients": waits,
+        "communication of the loss": schemes[scheme].waits,
+    }
+    return StepTime(parts, schemes, scheme, fastest, reduction)
