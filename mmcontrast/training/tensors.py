@@ -1,0 +1,193 @@
+"""Files of tensors (.safetensors) that no rank holds whole: written one tensor at a time, read by each rank in its part."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from mmcontrast.errors import EveryRankError, UserError
+from mmcontrast.training.parallel import in_shards, like
+
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return names in the order in which a file has them: the widest numbers first, so that all of them are aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def whole_on_first(tensor: Tensor) -> Tensor | None:
+    """Return a tensor of which every rank holds a part, whole, on the first rank alone; one that is in no parts as it is. All
+    ranks must ask. The others hold no more than their part of it meanwhile.
+    """
+    if not in_shards(tensor):
+        return tensor
+    mesh, sharded = tensor.device_mesh, tensor.placements[-1]
+    if not sharded.is_shard(0) or any(not outer.is_replicate() for outer in tensor.placements[:-1]):
+        whole = tensor.full_tensor()
+        return None if dist.get_rank() else whole
+    if any(mesh.get_local_rank(dim) for dim in range(mesh.ndim - 1)):
+        return None  # the first of several that have the same sends it
+    group, local = mesh.get_group(mesh.ndim - 1), tensor.to_local()
+    ranks, first = dist.get_world_size(group), dist.get_rank(group) == 0
+    rows = -(-tensor.shape[0] // ranks)
+    if len(local) < rows:  # all send as many
+        local = torch.cat([local, local.new_zeros(rows - len(local), *local.shape[1:])])
+    received = local.new_empty(ranks * rows, *local.shape[1:]) if first else None
+    parts = None if received is None else list(received.chunk(ranks))
+    dist.gather(local.contiguous(), parts, group=group, group_dst=0)
+    return None if received is None else received[: tensor.shape[0]]
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], whole: Iterator[Tensor | None], about: dict[str, str] | None = None
+) -> None:
+    """Write a .safetensors file, one tensor after the other.
+
+    Args:
+        tensors: their names, shapes and types.
+        whole: they themselves, `in_order`, taken when they are due.
+        about: the file's metadata.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": about} if about else {}
+    names, start = in_order(tensors), 0
+    for name in names:
+        end = start + tensors[name].numel() * tensors[name].element_size()
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": TYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for _ in names:
+            tensor = next(whole)
+            assert tensor is not None
+            target.write(_bytes_of(tensor.detach().cpu()).numpy().data)
+            del tensor  # before the next one comes
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def read_parts(
+    file: Path, examples: Mapping[str, Tensor], group: dist.ProcessGroup | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Read a .safetensors file into tensors like the examples: of what is in shards each rank reads its own part; what is whole
+    on every rank the first one reads, and sends the others. Other names and shapes come as tensors without data.
+
+    Args:
+        group: of all ranks; None: this process is alone.
+    """
+    found: dict[str, Tensor] = {}
+    with safe_open(file, "pt") as opened:
+        for name in sorted(opened.keys()):
+            part = opened.get_slice(name)
+            shape, example = torch.Size(part.get_shape()), examples.get(name)
+            if example is None or example.shape != shape:
+                found[name] = torch.empty(shape, device="meta")
+            elif in_shards(example):
+                found[name] = _own_part(opened, name, example)
+            elif group is None:
+                found[name] = opened.get_tensor(name)
+            else:
+                dtype = next(kind for kind, text in TYPES.items() if text == part.get_dtype())
+                mine = None if dist.get_rank(group) else opened.get_tensor(name)
+                found[name] = _sent(mine, shape, dtype, group, device)
+    return found
+
+
+def _own_part(opened: Any, name: str, example: Tensor) -> Tensor:
+    """Return what this rank has of a tensor in shards, read from a file."""
+    from torch.distributed.tensor import DTensor
+
+    assert in_shards(example)
+    mesh, sharded = example.device_mesh, example.placements[-1]
+    if not sharded.is_shard(0) or any(not outer.is_replicate() for outer in example.placements[:-1]):
+        return like(opened.get_tensor(name), example)
+    rows = -(-example.shape[0] // mesh.size(mesh.ndim - 1))
+    start = min(mesh.get_local_rank(mesh.ndim - 1) * rows, example.shape[0])
+    stop = min(start + rows, example.shape[0])
+    local = example.to_local()
+    read = opened.get_slice(name)[start:stop] if stop > start else local.new_empty(0, *example.shape[1:])
+    return DTensor.from_local(
+        read.to(local.device), mesh, example.placements, run_check=False, shape=example.shape, stride=example.stride()
+    )
+
+
+def _sent(
+    tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device
+) -> Tensor:
+    """Return the first rank's tensor, on all, in the memory of the host."""
+    sent = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
+    if sent.numel():
+        dist.broadcast(_bytes_of(sent), group=group, group_src=0)
+    return sent.cpu()
+
+
+@dataclass
+class _Expected:
+    """A tensor that is on its way."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def from_first(make: Callable[[], Any], group: dist.ProcessGroup | None, device: torch.device) -> Any:
+    """Return what the first rank makes, on all ranks: mappings, lists and tuples of tensors and plain values. Tensors are sent
+    one at a time, and lie in the memory of the host.
+
+    Raises:
+        EveryRankError: if making it is a UserError.
+    """
+    if group is None:
+        return make()
+    first = dist.get_rank(group) == 0
+    tree: Any = None
+    told: list[Any] = [None, None]
+    tensors: list[Tensor] = []
+
+    def expected(tensor: Tensor) -> _Expected:
+        tensors.append(tensor)
+        return _Expected(tensor.shape, tensor.dtype)
+
+    if first:
+        try:
+            tree = make()
+            told[1] = _mapped(expected, Tensor, tree)
+        except UserError as error:
+            told[0] = str(error)
+    dist.broadcast_object_list(told, group=group, group_src=0, device=device)
+    if told[0] is not None:
+        raise EveryRankError(told[0])
+    waiting = iter(tensors)
+    received = _mapped(lambda of: _sent(next(waiting, None), of.shape, of.dtype, group, device), _Expected, told[1])
+    return tree if first else received
+
+
+def _mapped(change: Callable[[Any], Any], kind: type, tree: Any) -> Any:
+    """Return a tree with what `change` makes of each value of a kind, in an order that is the same everywhere."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: _mapped(change, kind, value) for key, value in tree.items()}
+    return type(tree)(_mapped(change, kind, value) for value in tree) if isinstance(tree, list | tuple) else tree
+
+
+def drained(tensors: Iterable[Tensor | None]) -> None:
+    """Take part in sending what others want, and keep nothing of it."""
+    for _ in tensors:
+        pass
