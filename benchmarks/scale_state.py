@@ -33,7 +33,7 @@ def memory() -> dict[str, float]:
 
 def in_processes(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """What each of several processes, started together, makes of (its number, arguments)."""
-    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         return [task.result() for task in [pool.submit(work, rank, *arguments) for rank in range(ranks)]]
 
 
@@ -105,7 +105,107 @@ def index(options: argparse.Namespace, folder: Path) -> None:
         )
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {"index": index}
+def joined(rank: int, ranks: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
+
+
+def learner_in_shards(ranks: int, width: int, blocks: int) -> Any:
+    """A model of `blocks` square weights of `width` in shards, with an optimizer that has taken a step."""
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(blocks)))
+    mesh = init_device_mesh("cpu", (ranks,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.ones(1, width)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def peak_reset() -> float:
+    """Forget the most memory so far; MiB at hand."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> float:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) / 1024 for words in lines if words[0] == "VmHWM:")
+
+
+def save_shards(rank: int, ranks: int, folder: str, width: int, blocks: int, beside: bool) -> dict[str, float]:
+    """The most memory of a save above that of the training, in parameters; and what a resume reads, in bytes of the checkpoint."""
+    import gc
+
+    import torch
+    import torch.distributed as dist
+
+    from mmcontrast.training import checkpoint
+    from mmcontrast.training.checkpoint import Contents, Saver
+
+    joined(rank, ranks, f"{folder}/store-{beside}")
+    model, optimizer = learner_in_shards(ranks, width, blocks)
+    saver = Saver(Path(folder) / f"run-{beside}", 9, 0, beside, rank, dist.new_group(backend="gloo"))
+    parameter = width * width * 4 / MIB
+    found = {}
+    for step in (1, 2):  # the first one imports
+        state = model.state_dict()
+        shards = {f"exp_avg/{name}": optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+        gc.collect()
+        before = peak_reset()
+        if hasattr(Contents, "whole"):
+            contents = Contents(state, {}, {"step": 1}, "", shards)
+        else:
+            contents = Contents({name: tensor.full_tensor() for name, tensor in state.items()}, {}, {"step": 1}, "", shards)
+        saver.save(step, contents)
+        found = {"save": (peak() - before) / parameter}
+        saver.wait()
+        del contents, state, shards
+        dist.barrier()
+    last = Path(folder) / f"run-{beside}" / "step-00000002"
+    total = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
+    before_read = int(Path("/proc/self/io").read_text().split()[1])
+    if hasattr(Contents, "whole"):
+        from mmcontrast.training.tensors import read_parts
+
+        checkpoint.check(last, dist.group.WORLD)
+        own = read_parts(last / checkpoint.WEIGHTS, model.state_dict(), dist.group.WORLD, torch.device("cpu"))
+        mapped = sum(part.to_local().nbytes for part in own.values())  # type: ignore[attr-defined]
+    else:
+        checkpoint.check(last)
+        mapped = sum(tensor.nbytes for tensor in checkpoint.load_weights(last).values())
+    read = int(Path("/proc/self/io").read_text().split()[1]) - before_read
+    dist.barrier()
+    dist.destroy_process_group()
+    return found | {"read": (read + mapped) / total, "checkpoint_mib": total / MIB, "parameter_mib": parameter}
+
+
+def save(options: argparse.Namespace, folder: Path) -> None:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # what is freed is the system's again, and is seen when it is taken anew
+    for beside in (True, False):
+        with tempfile.TemporaryDirectory(dir=folder) as run:
+            found = in_processes(save_shards, options.ranks, options.ranks, run, options.width, options.blocks, beside)
+        peaks = ", ".join(f"{of['save']:.2f}" for of in found)
+        read = ", ".join(f"{of['read']:.2f}" for of in found)
+        print(
+            f"save of {options.blocks} parameters of {found[0]['parameter_mib']:.0f} MiB in shards of {options.ranks} ranks,"
+            f" {'beside the training' if beside else 'in its way'}: most memory above the training's, in parameters, by rank:"
+            f" {peaks}; a resume reads of the checkpoint's {found[0]['checkpoint_mib']:.0f} MiB, by rank: {read}",
+            flush=True,
+        )
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {"index": index, "save": save}
 
 
 def main() -> None:
@@ -114,6 +214,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_000_000, help="of the index")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--width", type=int, default=2048, help="of a parameter of the model that is saved")
+    parser.add_argument("--blocks", type=int, default=12, help="of that model")
     parser.add_argument("--folder", type=Path, help="kept for another run; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

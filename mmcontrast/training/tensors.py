@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,28 @@ def whole_on_first(tensor: Tensor) -> Tensor | None:
     if any(mesh.get_local_rank(dim) for dim in range(mesh.ndim - 1)):
         return None  # the first of several that have the same sends it
     group, local = mesh.get_group(mesh.ndim - 1), tensor.to_local()
-    ranks, first = dist.get_world_size(group), dist.get_rank(group) == 0
-    rows = -(-tensor.shape[0] // ranks)
-    if len(local) < rows:  # all send as many
-        local = torch.cat([local, local.new_zeros(rows - len(local), *local.shape[1:])])
-    received = local.new_empty(ranks * rows, *local.shape[1:]) if first else None
-    parts = None if received is None else list(received.chunk(ranks))
-    dist.gather(local.contiguous(), parts, group=group, group_dst=0)
-    return None if received is None else received[: tensor.shape[0]]
+    if dist.get_rank(group):
+        _exchanged([dist.P2POp(dist.isend, local.contiguous(), dist.get_global_rank(group, 0), group)] if len(local) else [])
+        return None
+    whole = local.new_empty(tensor.shape)
+    parts = [whole[start:stop] for start, stop in map(partial(_rows_of, tensor), range(dist.get_world_size(group)))]
+    parts[0].copy_(local)
+    peers = [(dist.get_global_rank(group, rank), part) for rank, part in enumerate(parts) if rank and len(part)]
+    _exchanged([dist.P2POp(dist.irecv, part, peer, group) for peer, part in peers])
+    return whole
+
+
+def _rows_of(tensor: Tensor, rank: int) -> tuple[int, int]:
+    """Return which rows of a tensor in shards a rank has: the first, and the one after the last."""
+    assert in_shards(tensor)
+    rows = tensor.shape[0]
+    each = -(-rows // tensor.device_mesh.size(tensor.device_mesh.ndim - 1))
+    return min(rank * each, rows), min((rank + 1) * each, rows)
+
+
+def _exchanged(exchanges: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(exchanges) if exchanges else ():
+        work.wait()
 
 
 def write_tensors(
@@ -118,9 +133,7 @@ def _own_part(opened: Any, name: str, example: Tensor) -> Tensor:
     mesh, sharded = example.device_mesh, example.placements[-1]
     if not sharded.is_shard(0) or any(not outer.is_replicate() for outer in example.placements[:-1]):
         return like(opened.get_tensor(name), example)
-    rows = -(-example.shape[0] // mesh.size(mesh.ndim - 1))
-    start = min(mesh.get_local_rank(mesh.ndim - 1) * rows, example.shape[0])
-    stop = min(start + rows, example.shape[0])
+    start, stop = _rows_of(example, mesh.get_local_rank(mesh.ndim - 1))
     local = example.to_local()
     read = opened.get_slice(name)[start:stop] if stop > start else local.new_empty(0, *example.shape[1:])
     return DTensor.from_local(
