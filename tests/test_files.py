@@ -35,7 +35,6 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "data/ids.py": ("data/test_keys.py", "id_of"),
     "data/index.py": ("data/test_shards.py", "index_shard"),
     "data/inspect.py": ("data/test_verify.py", "inspect"),
-    "data/loading.py": ("data/test_tables.py", "all_batches"),
     "data/opening.py": ("evaluation/test_splits.py", "ShardOptions"),
     "data/page.py": ("evaluation/test_compare.py", "html"),
     "data/range_cache.py": ("data/test_remote.py", "RangeCache"),

@@ -212,6 +212,7 @@ def batches_from(step: int, job: Job, accelerator: Accelerator, mining: Mining |
         world_size=accelerator.num_processes,
         num_workers=job.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        prefetch=job.data.prefetch,
     )
 
 

@@ -110,6 +110,8 @@ class DataOptions(Options):
         sequential: read tars from their beginning to their end, for what cannot be indexed. Not the exact order: see
             `mmcontrast.data.stream`.
         num_workers: decoding processes of each rank; 0: decode in the training process.
+        prefetch: samples that they have ready, a batch each at least; default: four batches each, or what fills half of the
+            free memory. `mmcontrast doctor` says how many that are.
         lanes: a multiple of every number of ranks the run may ever have; default: the largest power of two up to 64
             that divides the batch.
         max_bad_share: samples that cannot be decoded are replaced by others and listed in bad_samples.jsonl; more than this
@@ -127,6 +129,7 @@ class DataOptions(Options):
     bucket_by: str | None = None
     sequential: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 4
+    prefetch: Positive | None = None
     lanes: Positive | None = None
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     record_samples: bool = False
