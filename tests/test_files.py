@@ -56,6 +56,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "evaluation/consistency.py": ("evaluation/test_scoring.py", "evaluation.consistency"),
     "evaluation/embed.py": ("test_embed.py", "embed"),
     "evaluation/evaluate.py": ("evaluation/test_splits.py", "evaluate"),
+    "evaluation/sending.py": ("training/test_tensors.py", "from_first"),
     "evaluation/gallery.py": ("evaluation/test_before.py", "page"),
     "evaluation/layouts.py": ("evaluation/test_suites.py", "layout"),
     "evaluation/options.py": ("evaluation/test_suites.py", "EvaluationOptions"),
@@ -127,7 +128,6 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "training/preemption.py": ("distributed/test_faults.py", "preemption"),
     "training/state.py": ("training/test_optim.py", "training.state"),
     "training/trace.py": ("training/test_stages.py", "traceEvents"),
-    "training/watchdog.py": ("distributed/test_faults.py", "stall_seconds"),
 }
 
 

@@ -301,6 +301,7 @@ class TrainOptions(Options):
         profile_steps: first and last step of a trace of torch's profiler, in profile/.
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
             and the run ends.
+        pause_stall_seconds: the same for what is done between steps, each time: saving, evaluating, mining.
         signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
             batch and effective negatives of directions.
     """
@@ -353,6 +354,7 @@ class TrainOptions(Options):
     trackers: dict[str, dict[str, Any]] = {"tensorboard": {}}
     profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    pause_stall_seconds: Annotated[float, Field(gt=0)] = 6 * 3600.0
     signals: bool = True
 
     @model_validator(mode="before")

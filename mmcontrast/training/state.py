@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.sending import from_first
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
@@ -17,7 +18,7 @@ from mmcontrast.training.job import Job
 from mmcontrast.training.mining import Mining
 from mmcontrast.training.parallel import all_like, in_shards, like
 from mmcontrast.training.step import Learner
-from mmcontrast.training.tensors import from_first, read_parts
+from mmcontrast.training.tensors import read_parts
 
 GIVEN = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # of a group: the config's, also of a run that is resumed
 

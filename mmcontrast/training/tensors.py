@@ -1,8 +1,7 @@
 """Files of tensors (.safetensors) that no rank holds whole: written one tensor at a time, read by each rank in its part."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from mmcontrast.errors import EveryRankError, UserError
+from mmcontrast.evaluation.sending import bytes_of, sent
 from mmcontrast.training.parallel import in_shards, like
 
 TYPES = {
@@ -90,12 +89,8 @@ def write_tensors(
         for _ in names:
             tensor = next(whole)
             assert tensor is not None
-            target.write(_bytes_of(tensor.detach().cpu()).numpy().data)
+            target.write(bytes_of(tensor.detach().cpu()).numpy().data)
             del tensor  # before the next one comes
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def read_parts(
@@ -121,7 +116,7 @@ def read_parts(
             else:
                 dtype = next(kind for kind, text in TYPES.items() if text == part.get_dtype())
                 mine = None if dist.get_rank(group) else opened.get_tensor(name)
-                found[name] = _sent(mine, shape, dtype, group, device)
+                found[name] = sent(mine, shape, dtype, group, device)
     return found
 
 
@@ -139,65 +134,6 @@ def _own_part(opened: Any, name: str, example: Tensor) -> Tensor:
     return DTensor.from_local(
         read.to(local.device), mesh, example.placements, run_check=False, shape=example.shape, stride=example.stride()
     )
-
-
-def _sent(
-    tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device
-) -> Tensor:
-    """Return the first rank's tensor, on all, in the memory of the host."""
-    sent = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
-    if sent.numel():
-        dist.broadcast(_bytes_of(sent), group=group, group_src=0)
-    return sent.cpu()
-
-
-@dataclass
-class _Expected:
-    """A tensor that is on its way."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def from_first(make: Callable[[], Any], group: dist.ProcessGroup | None, device: torch.device) -> Any:
-    """Return what the first rank makes, on all ranks: mappings, lists and tuples of tensors and plain values. Tensors are sent
-    one at a time, and lie in the memory of the host.
-
-    Raises:
-        EveryRankError: if making it is a UserError.
-    """
-    if group is None:
-        return make()
-    first = dist.get_rank(group) == 0
-    tree: Any = None
-    told: list[Any] = [None, None]
-    tensors: list[Tensor] = []
-
-    def expected(tensor: Tensor) -> _Expected:
-        tensors.append(tensor)
-        return _Expected(tensor.shape, tensor.dtype)
-
-    if first:
-        try:
-            tree = make()
-            told[1] = _mapped(expected, Tensor, tree)
-        except UserError as error:
-            told[0] = str(error)
-    dist.broadcast_object_list(told, group=group, group_src=0, device=device)
-    if told[0] is not None:
-        raise EveryRankError(told[0])
-    waiting = iter(tensors)
-    received = _mapped(lambda of: _sent(next(waiting, None), of.shape, of.dtype, group, device), _Expected, told[1])
-    return tree if first else received
-
-
-def _mapped(change: Callable[[Any], Any], kind: type, tree: Any) -> Any:
-    """Return a tree with what `change` makes of each value of a kind, in an order that is the same everywhere."""
-    if isinstance(tree, kind):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: _mapped(change, kind, value) for key, value in tree.items()}
-    return type(tree)(_mapped(change, kind, value) for value in tree) if isinstance(tree, list | tuple) else tree
 
 
 def drained(tensors: Iterable[Tensor | None]) -> None:

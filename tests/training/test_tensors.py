@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmcontrast.errors import EveryRankError, UserError
+from mmcontrast.evaluation.sending import from_first
 from mmcontrast.training import checkpoint, tensors
 from mmcontrast.training.checkpoint import Contents, Saver
 from mmcontrast.training.parallel import in_shards
-from mmcontrast.training.tensors import TYPES, from_first, in_order, read_parts, write_tensors
+from mmcontrast.training.tensors import TYPES, in_order, read_parts, write_tensors
 from tests.command import call_on_ranks
 
 RANKS = 4
