@@ -280,6 +280,10 @@ class TrainOptions(Options):
             "fp32" (gradients' error 6e-4, with bf16 embeddings 2e-3, on an H200); "tf32": the towers' products too.
         parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
             gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
+        shard_ranks: of fsdp: so many ranks that follow each other, those of a node, share a copy of the weights, and these
+            groups are data parallel (HSDP); default: all ranks share one.
+        reduce_gradients: of fsdp with micro_batch_size or accumulation_steps: after every "micro_batch", each rank keeping its
+            part alone; or once a "step", for which each rank keeps the gradients of all weights, in fp32.
         communication: of the loss's columns between processes: ring, gather, hierarchical (a ring of nodes, whose ranks
             gather), or auto: hierarchical on several nodes of as many ranks, else ring.
         reshard_after_forward: of fsdp: let a block's weights go after its forward, and fetch them again for its backward.
@@ -336,6 +340,8 @@ class TrainOptions(Options):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    shard_ranks: Positive | None = None
+    reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
     communication: Communication = "auto"
     reshard_after_forward: bool = True
     recompute: list[str] = []

@@ -12,11 +12,15 @@ from torch import nn
 
 from mmcontrast.errors import EveryRankError, UserError
 from mmcontrast.evaluation.sending import from_first
+from mmcontrast.objectives import contrastive_loss
 from mmcontrast.training import checkpoint, tensors
 from mmcontrast.training.checkpoint import Contents, Saver
-from mmcontrast.training.parallel import in_shards
-from mmcontrast.training.tensors import TYPES, in_order, read_parts, write_tensors
+from mmcontrast.training.grad_cache import cached_backward
+from mmcontrast.training.options import TrainOptions
+from mmcontrast.training.parallel import in_shards, make_mesh, shard
+from mmcontrast.training.tensors import TYPES, in_order, read_parts, whole_on_first, write_tensors
 from tests.command import call_on_ranks
+from tests.training.samples import make_batch, make_model
 
 RANKS = 4
 CPU = torch.device("cpu")
@@ -127,6 +131,54 @@ def work(rank, folder):
             checkpoint.check(last, group)
     finally:
         dist.destroy_process_group()
+
+
+def train_small(rank, folder):
+    """One step of gradient caching, with weights in shards: of all ranks, of pairs of them, reduced once or by micro-batch."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    try:
+        torch.set_num_threads(1)
+        batch = make_batch(12, seed=rank)
+        batch.group_ids += 50 * rank
+
+        def loss_of(embeddings):
+            return contrastive_loss(
+                embeddings.fields, logit_scale=embeddings.logit_scale, ids=batch.ids, sample_ids=batch.sample_ids,
+                group=dist.group.WORLD,
+            )  # fmt: skip
+
+        found = {}
+        for shard_ranks in (None, 2):
+            for often in ("micro_batch", "step"):
+                options = TrainOptions(steps=1, batch_size=48, parallel="fsdp", shard_ranks=shard_ranks, reduce_gradients=often)
+                model = make_model()
+                model.towers["own"].requires_grad_(False).eval()
+                shard(model, options, CPU)
+                torch.manual_seed(rank)
+                with CommDebugMode() as seen:
+                    cached_backward(model, batch, 4, loss_of)
+                reduced = sum(count for kind, count in seen.get_comm_counts().items() if "reduce_scatter" in str(kind))
+                name = f"{shard_ranks} {often}"
+                found[name] = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}, reduced
+                whole = {n: whole_on_first(p.detach()) for n, p in model.named_parameters()}
+                again = make_model().state_dict()
+                assert all(tensor is None if rank else torch.equal(tensor, again[n]) for n, tensor in whole.items())
+        gradients, often = found["None micro_batch"]
+        assert often > 0 and any("shared" in name for name in gradients)
+        for name, (other, count) in found.items():
+            assert count == (often // 3 if name.endswith("step") else often), "three micro-batches"
+            torch.testing.assert_close(other, gradients, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        with pytest.raises(UserError, match="train.shard_ranks=3: 4 processes cannot be cut into groups of 3"):
+            make_mesh(TrainOptions(steps=1, batch_size=8, shard_ranks=3), CPU)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_copies_of_shards_and_one_reduction_a_step(tmp_path):
+    call_on_ranks(f"{__name__}:train_small", RANKS, str(tmp_path), timeout=120)
 
 
 def refuse():
