@@ -29,6 +29,7 @@ from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, P
 from mmcontrast.objectives.inputs import Given, check_link, check_together
 from mmcontrast.training import checkpoint
 from mmcontrast.training.data import make_dataset, make_training_data
+from mmcontrast.training.distributed import all_ranks
 from mmcontrast.training.epochs import in_steps
 from mmcontrast.training.job import Job
 from mmcontrast.training.mining import FOLDER as MINED
@@ -120,7 +121,7 @@ def begin_from(model: ContrastiveModel, source: str) -> None:
         or (path / "checkpoints").is_dir()
         or (path / checkpoint.MANIFEST).exists()
     ):
-        weights: Mapping[str, Tensor] = checkpoint.load_weights(weights_path(source))
+        weights: Mapping[str, Tensor] = checkpoint.load_weights(weights_path(source, all_ranks()))
     else:
         weights = open_start(StartOptions(model=source)).state_dict()
     try:

@@ -35,7 +35,6 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "data/ids.py": ("data/test_keys.py", "id_of"),
     "data/index.py": ("data/test_shards.py", "index_shard"),
     "data/inspect.py": ("data/test_verify.py", "inspect"),
-    "data/loading.py": ("data/test_tables.py", "all_batches"),
     "data/opening.py": ("evaluation/test_splits.py", "ShardOptions"),
     "data/page.py": ("evaluation/test_compare.py", "html"),
     "data/range_cache.py": ("data/test_remote.py", "RangeCache"),
@@ -58,6 +57,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "evaluation/consistency.py": ("evaluation/test_scoring.py", "evaluation.consistency"),
     "evaluation/embed.py": ("test_embed.py", "embed"),
     "evaluation/evaluate.py": ("evaluation/test_splits.py", "evaluate"),
+    "evaluation/sending.py": ("training/test_tensors.py", "from_first"),
     "evaluation/gallery.py": ("evaluation/test_before.py", "page"),
     "evaluation/clip_benchmark_layout.py": ("evaluation/test_suites.py", "layout"),
     "evaluation/options.py": ("evaluation/test_suites.py", "EvaluationOptions"),
@@ -129,7 +129,6 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "training/preemption.py": ("distributed/test_faults.py", "preemption"),
     "training/state.py": ("training/test_optim.py", "training.state"),
     "training/trace.py": ("training/test_stages.py", "traceEvents"),
-    "training/watchdog.py": ("distributed/test_faults.py", "stall_seconds"),
 }
 
 

@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,6 +22,7 @@ from mmcontrast.errors import UserError
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")  # of URLs that are opened; others may run or read anything
 STALLED = 30.0  # seconds without a byte after which an HTTP request is given up
 ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.5, 30.0  # of a read; in seconds, doubled each time: a minute in all
+OPEN = 128  # shards that a process keeps open; an order by windows comes back to each of its own many times
 ENDS = 4096  # bytes at either end of a file that are part of its fingerprint
 STAMPS = {"etag", "last-modified", "lastmodified", "last_modified", "generation", "updated", "mtime", "blob_id"}
 logger = logging.getLogger("mmcontrast")
@@ -113,16 +114,45 @@ class LocalFile:
             UserError: if the bytes are not there.
         """
         try:
-            descriptor = os.open(self.name, os.O_RDONLY)
             try:
-                data = os.pread(descriptor, stop - start, start)
-            finally:
-                os.close(descriptor)
+                data = os.pread(_opened(self).number, stop - start, start)
+            except OSError:  # a server may have forgotten what was open
+                _opened.cache_clear()
+                data = os.pread(_opened(self).number, stop - start, start)
         except OSError as error:
             raise UserError(f"shard {self.name} cannot be read: {error.strerror}") from error
         if len(data) != stop - start:
-            raise UserError(f"shard {self.name} has changed since it was indexed: start again")
+            raise _has_changed(self.name)
         return data
+
+
+class _Descriptor:
+    """A file that is open until nobody has it any more: another thread may read it while it leaves the cache."""
+
+    def __init__(self, name: str) -> None:
+        self.number = os.open(name, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(OPEN)
+def _opened(file: LocalFile) -> _Descriptor:
+    """Return a file, open; the last few that were asked for stay so.
+
+    Raises:
+        UserError: if it is not the one that was indexed.
+    """
+    descriptor = _Descriptor(file.name)
+    about = os.fstat(descriptor.number)
+    if not file.fingerprint.startswith(f"{about.st_size} {about.st_mtime_ns} "):
+        raise _has_changed(file.name)
+    return descriptor
+
+
+def _has_changed(name: str) -> UserError:
+    return UserError(f"shard {name} has changed since it was indexed: start again")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rich.progress import track
 
 from mmcontrast.data.files import expand_shards, is_remote
 from mmcontrast.data.folder import index_folder
+from mmcontrast.data.mapped import CONNECTIONS, File, open_tars
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS, is_table, open_table
 from mmcontrast.data.tar import index_file, index_tar
@@ -18,7 +19,6 @@ from mmcontrast.errors import UserError
 
 T = TypeVar("T")
 WORTH_PROCESSES = 256 * 2**20  # bytes of tars to scan from which several processes pay
-CONNECTIONS = 32  # remote shards that are opened at a time
 
 
 def open_shards(
@@ -28,7 +28,8 @@ def open_shards(
     files: str | None = None,
     then: Callable[[ShardIndex], ShardIndex] = lambda shard: shard,
 ) -> list[ShardIndex]:
-    """All shards, in order. Tars are scanned, at once where that is worth it, unless the cache has their indexes.
+    """All shards, in order. Tars are scanned, at once where that is worth it, by one process of a machine, unless the cache has
+    their indexes; many and large ones are mapped from one file.
 
     Args:
         file_columns, files: of tables: columns whose texts are paths, and the folder in which those files are.
@@ -38,21 +39,40 @@ def open_shards(
         UserError: for the first shard that is missing or damaged.
     """
     names = expand_shards(patterns)
+    tars = [name for name in names if not is_table(name) and (is_remote(name) or not Path(name).is_dir())]
+    indexes = open_tars(tars, lambda files: _scan(files, progress)) if len(tars) > 1 else map(index_tar, tars)
+    of_tar = set(tars)
 
     def opened(name: str) -> ShardIndex:
-        return then(open_table(name, file_columns, files) if is_table(name) else index_shard(name))
+        if name in of_tar:
+            return next(indexes)
+        return open_table(name, file_columns, files) if is_table(name) else index_folder(name)
 
-    if any(map(is_remote, names)):
+    return [then(opened(name)) for name in names]
+
+
+def _scan(tars: Sequence[File], progress: bool) -> None:
+    """Put the indexes of tars into the cache, several at once where that is worth it.
+
+    Raises:
+        UserError: for the first that is damaged.
+    """
+    if any(is_remote(tar.name) for tar in tars):
         with ThreadPoolExecutor(CONNECTIONS) as threads:
-            return list(_tracked(threads.map(opened, names), len(names), progress))
-    tars = [name for name in names if Path(name).is_file() and not is_table(name) and not index_file(name).exists()]
-    if sum(Path(name).stat().st_size for name in tars) > WORTH_PROCESSES and len(tars) > 1:
-        with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            scanned = pool.map(_error, tars, chunksize=max(1, len(tars) // 256))
-            for error in _tracked(scanned, len(tars), progress):
-                if error:
-                    raise UserError(error)
-    return [opened(name) for name in names]
+            indexes = threads.map(lambda tar: index_tar(tar.name, file=tar), tars)
+            for _ in _tracked(indexes, len(tars), progress):
+                pass
+        return
+    lacking = [tar for tar in tars if not index_file(tar.name).exists()]
+    if len(lacking) == 1 or sum(tar.size for tar in lacking) <= WORTH_PROCESSES:
+        for tar in lacking:
+            index_tar(tar.name, file=tar)
+        return
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        scanned = pool.map(_error, [tar.name for tar in lacking], chunksize=max(1, len(lacking) // 256))
+        for error in _tracked(scanned, len(lacking), progress):
+            if error:
+                raise UserError(error)
 
 
 def index_shard(name: str | Path, scan: bool = False) -> ShardIndex:

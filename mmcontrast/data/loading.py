@@ -2,8 +2,11 @@
 
 import atexit
 import multiprocessing
+import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +19,15 @@ from mmcontrast.data.neighbours import NeighbourOrder
 from mmcontrast.data.order import SampleOrder
 from mmcontrast.data.stream import StreamDataset, StreamOrder
 from mmcontrast.errors import UserError
+from mmcontrast.modalities import TextModality
 from mmcontrast.types import Batch
 
 TrainingDataset = ShardDataset | MixtureDataset | StreamDataset
 ExactOrder = SampleOrder | MixtureOrder | ClusterOrder | NeighbourOrder
 TrainingOrder = ExactOrder | StreamOrder
-PREFETCHED = 4  # batches that a worker has ready
+PREFETCHED = 4  # batches that a worker has ready, at most
+SHARED = Path("/dev/shm")  # through which workers hand them over
+TEXT_BYTES = 1024  # of a text's numbers, about
 
 
 def start_worker(_: int = 0) -> None:
@@ -60,6 +66,33 @@ def _checked(loader: DataLoader, number: int) -> Iterator[Batch]:
         yield batch
 
 
+def bytes_of_sample(dataset: TrainingDataset) -> int:
+    """Return about how many bytes a sample takes in a batch: with its negatives, and as teachers read it."""
+    read = [*dataset.modalities.values(), *(modality for view in dataset.views for modality in view.modalities.values())]
+    if not isinstance(dataset, StreamDataset):
+        read += [dataset.modalities[negatives.field] for negatives in dataset.negatives for _ in negatives.names]
+    return sum(TEXT_BYTES if isinstance(modality, TextModality) else modality.blank().nbytes for modality in read)
+
+
+def free_memory() -> int:
+    """Return how many bytes batches may take on this machine: of the shared memory, and of the memory that is available."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([*free, *([shutil.disk_usage(SHARED).free] if SHARED.is_dir() else [])], default=2**62)
+
+
+def batches_ahead(of_batch: float, batches: int, free: int) -> int:
+    """Return how many batches each worker has ready: four, unless they would fill more than half of the free memory, but one at
+    least.
+
+    Args:
+        of_batch: bytes of a rank's batch.
+        batches: workers of all ranks on this machine, each of which makes one at a time.
+        free: bytes.
+    """
+    return max(1, min(PREFETCHED, int(free / 2 / max(1.0, of_batch * batches))))
+
+
 def training_batches(
     dataset: TrainingDataset,
     order: TrainingOrder,
@@ -69,22 +102,32 @@ def training_batches(
     world_size: int,
     num_workers: int,
     pin_memory: bool,
+    prefetch: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of the batch of every step in `steps`.
+
+    Args:
+        prefetch: samples that its workers have ready, to a batch each; default: as `batches_ahead`.
 
     Raises:
         UserError: for samples that cannot be had, when their batch is due.
     """
+    share, ahead = _share(order.batch_size, world_size), None
+    if num_workers and prefetch:
+        ahead = max(1, prefetch // (num_workers * share))
+    elif num_workers:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(world_size, max(1, torch.cuda.device_count()))
+        ahead = batches_ahead(bytes_of_sample(dataset) * share, num_workers * here, free_memory())
     common: dict[str, Any] = {
         "num_workers": num_workers,
         "collate_fn": dataset.collate,
         "worker_init_fn": start_worker,
-        "prefetch_factor": PREFETCHED if num_workers else None,
+        "prefetch_factor": ahead,
         "pin_memory": pin_memory,
     }
     if isinstance(dataset, StreamDataset):
         stream = dataset.starting(steps.start, rank)
-        return _checked(DataLoader(stream, batch_size=_share(order.batch_size, world_size), **common), len(steps))
+        return _checked(DataLoader(stream, batch_size=share, **common), len(steps))
     assert not isinstance(order, StreamOrder)
     return _checked(DataLoader(dataset, batch_sampler=_Steps(order, steps, rank, world_size), **common), len(steps))
 

@@ -47,7 +47,7 @@ class MixtureOrder:
             )
         for order in self.orders:
             if order.lane_length < 1:
-                raise UserError(f"a source has {sum(order.shard_sizes)} samples, fewer than data.lanes={order.lanes}")
+                raise UserError(f"a source has {order.samples} samples, fewer than data.lanes={order.lanes}")
 
     @property
     def lanes(self) -> int:
@@ -75,7 +75,7 @@ class MixtureOrder:
 
     def _samples(self, lane: int, chosen: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return the samples of (source, number in the source's lane); the numbers of a source follow each other."""
-        starts = [0, *accumulate(sum(order.shard_sizes) for order in self.orders)]
+        starts = [0, *accumulate(order.samples for order in self.orders)]
         streams: dict[int, Iterator[tuple[int, int]]] = {}
         for source, order in enumerate(self.orders):
             numbers = [number for of, number in chosen if of == source]

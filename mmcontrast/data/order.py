@@ -8,6 +8,7 @@ the windows at hand is ever in memory, so 10⁹ samples are ordered in seconds.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,7 +50,7 @@ class SampleOrder:
         check_lanes(self.lanes, self.batch_size)
         if self.steps_per_epoch < 1:
             raise UserError(
-                f"the training data has {sum(self.shard_sizes)} samples, fewer than train.batch_size={self.batch_size}"
+                f"the training data has {self.samples} samples, fewer than train.batch_size={self.batch_size}"
                 f" over data.lanes={self.lanes} lanes needs: lower the batch size or add data"
             )
 
@@ -67,9 +68,14 @@ class SampleOrder:
         """Return what a resumed run must have in common with this one."""
         return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
 
+    @cached_property
+    def samples(self) -> int:
+        """Samples of all shards, added up once: there may be a hundred thousand of these, and every step asks."""
+        return sum(self.shard_sizes)
+
     @property
     def lane_length(self) -> int:
-        return sum(self.shard_sizes) // self.lanes
+        return self.samples // self.lanes
 
     @property
     def steps_per_epoch(self) -> int:

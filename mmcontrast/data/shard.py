@@ -94,7 +94,8 @@ class MemberIndex(ShardIndex):
     """A shard whose members lie somewhere as they are.
 
     Attributes:
-        places, sizes: [n, extensions] int64; where a member is, by the shard's own count, and its bytes, −1 if there is none.
+        places, sizes: [n, extensions] whole numbers; where a member is, by the shard's own count, and its bytes, −1 if there is
+            none.
         rows: [n] int64, which samples of the shard these are; None: all.
     """
 
@@ -103,7 +104,7 @@ class MemberIndex(ShardIndex):
     rows: np.ndarray | None = field(default=None, kw_only=True)
 
     def sizes_of(self, extension: str) -> np.ndarray:
-        return self.sizes[:, self.extensions.index(extension)]
+        return self.sizes[:, self.extensions.index(extension)].astype(np.int64, copy=False)
 
     def size(self, sample: int, extension: str) -> int:
         return int(self.sizes[sample, self.extensions.index(extension)])

@@ -86,13 +86,16 @@ class TarIndex(MemberIndex):
                     yield {name: data[at - begin :][:length] for name, at, length in members if length >= 0}
 
 
-def index_tar(name: str, scan: bool = False) -> TarIndex:
+def index_tar(name: str, scan: bool = False, file: LocalFile | RemoteFile | None = None) -> TarIndex:
     """From the cache if the file is the one that was scanned, by its fingerprint, unless `scan` wants it read again.
+
+    Args:
+        file: it, as it was found to be; default: it is looked at now.
 
     Raises:
         UserError: if it is not a whole, uncompressed tar, or a sample's members are not adjacent in it.
     """
-    file, cached = open_file(name), index_file(name)
+    file, cached = file or open_file(name), index_file(name)
     found = None if scan else _load(cached, file.fingerprint)
     if found is None:
         left_out = LeftOut()

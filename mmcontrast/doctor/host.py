@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from mmcontrast.data.loading import PREFETCHED
+from mmcontrast.data.loading import PREFETCHED, SHARED
 from mmcontrast.data.range_cache import KEPT_FREE, cache_root
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-SHARED = Path("/dev/shm")
 WRITTEN = 64 * 2**20  # bytes of a disk's probe
 LITTLE_SHARED, LITTLE_DISK = 2**30, 10 * 2**30  # bytes below which it is worth a word, where no config says more
 FILES = 256  # that a process has open beside its batches, with some to spare
@@ -100,7 +99,8 @@ def shared_memory(needed: int, why: str = "") -> Check:
     found, numbers = f"{size(free)} free{why}", {"free_bytes": free, "needed_bytes": needed}
     if free >= needed:
         return Check("/dev/shm", found, numbers=numbers)
-    remedy = f"give the container more (--shm-size={math.ceil(needed / 2**30)}g, or --ipc=host), or lower data.num_workers"
+    more = f"--shm-size={math.ceil(needed / 2**30)}g, or --ipc=host"
+    remedy = f"give the container more ({more}), or lower data.prefetch and data.num_workers"
     return Check("/dev/shm", found, BAD if why else WARNING, remedy, numbers)
 
 

@@ -14,7 +14,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset, ShardOptions, StreamDataset, expand_shards, index_shard
 from mmcontrast.data.dataset import Sample
 from mmcontrast.data.files import is_remote, open_file
-from mmcontrast.data.loading import PREFETCHED
+from mmcontrast.data.loading import batches_ahead, free_memory
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processes, shared_memory
 from mmcontrast.errors import UserError
@@ -48,8 +48,21 @@ def run_checks(path: Path, overrides: Sequence[str], rate: float | None) -> Iter
         bytes_each += [check.numbers["bytes_each"]] if check.numbers else []
         yield check
     if workers and bytes_each:
-        needed = int(max(bytes_each) * config.train.batch_size * workers * PREFETCHED)  # a rank's share, times the ranks
-        yield shared_memory(needed, f"; {workers} workers keep up to {PREFETCHED} batches each: {size(needed)}")
+        yield _prefetched(max(bytes_each), config)
+
+
+def _prefetched(bytes_each: float, config: RunConfig) -> Check:
+    """Return whether the batches that workers have ready fit, of a sample's bytes."""
+    workers, ranks, share = config.data.num_workers, processes(), config.train.batch_size // processes()
+    if config.data.prefetch:
+        ahead = max(1, config.data.prefetch // (workers * max(1, share)))
+    else:
+        ahead = batches_ahead(bytes_each * share, workers * ranks, free_memory())
+    needed, samples = int(bytes_each * share * workers * ranks * ahead), share * workers * ahead
+    batches = f"{ahead} batch{'es' if ahead > 1 else ''} each"
+    return shared_memory(
+        needed, f"; {workers} workers keep up to {batches}, {samples} samples a process: {size(needed)} in all"
+    )
 
 
 def checkpoints(config: RunConfig) -> Check:

@@ -1,6 +1,6 @@
 """All that a suite asks of a model: every split embedded, fields retrieved by fields, tasks classified, spaces measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import combinations, permutations
@@ -23,6 +23,7 @@ from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
 from mmcontrast.evaluation.options import BridgeOptions, EvaluationOptions, ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
+from mmcontrast.evaluation.sending import from_first
 from mmcontrast.evaluation.sides import embed_captions
 from mmcontrast.modalities import ImageModality, Modality, TextModality
 from mmcontrast.models import ContrastiveModel
@@ -59,7 +60,7 @@ def evaluate(
         classes = {n: embed_classes(model, task, device, widths) for n, task in options.zero_shot.items()} if datasets else {}
     for split in options.splits:
         with autocast():
-            table = shared(embed(split, datasets[split]), group)
+            table = shared(embed(split, datasets[split]), group, entries_asked(options))
             captions = {
                 field: embed_captions(model, field, datasets[split], table, device, options.batch_size, group)
                 for field in captions_of(options, split)
@@ -111,13 +112,28 @@ def embed_split(
     )
 
 
-def shared(table: EmbeddingTable, group: dist.ProcessGroup | None) -> EmbeddingTable:
-    """The first rank's, on all."""
+def entries_asked(options: EvaluationOptions) -> set[str]:
+    """Return the entries of samples' metadata that all ranks need to retrieve: labels, keys, as they say what is relevant."""
+    by = {task.by for task in options.retrieval.values() if task.by}
+    return by | ({"key"} if any(task.relevance for task in options.retrieval.values()) else set())
+
+
+def shared(table: EmbeddingTable, group: dist.ProcessGroup | None, entries: Collection[str]) -> EmbeddingTable:
+    """Return the first rank's table, on all; of its metadata the others have these entries alone."""
     if not group:
         return table
-    tables = [table]
-    dist.broadcast_object_list(tables, group=group, group_src=0)
-    return tables[0]
+    cuda = "nccl" in str(dist.get_backend(group))
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+    def told() -> dict[str, Any]:
+        asked = [{name: entry[name] for name in entries if name in entry} for entry in table.metadata] if entries else None
+        return {**vars(table), "metadata": asked}
+
+    found = from_first(told, group, device)
+    if dist.get_rank(group) == 0:
+        return table
+    metadata = [{}] * len(found["sample_ids"]) if found["metadata"] is None else found["metadata"]
+    return EmbeddingTable(**found | {"metadata": metadata})
 
 
 def measure(found: Evaluation, place: str, table: EmbeddingTable) -> None:

@@ -140,26 +140,43 @@ def embed_captions(
     """
     modality = model.modality(field)
     assert isinstance(modality, TextModality)
+    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    read: list[Any] = [_captions(modality, field, dataset, _share(len(dataset), rank, world))]
+    if group:
+        mine, read = read[0], [None] * world
+        dist.all_gather_object(read, mine, group=group)
+    if problem := next((one for one in read if isinstance(one, str)), None):
+        raise UserError(problem)
+    lines = [line for texts, _ in read for line in texts]
+    places = torch.tensor([sample for _, samples in read for sample in samples], dtype=torch.int64)
+    own = _share(len(lines), rank, world)
+    share = lines[own.start : own.start + math.ceil(len(lines) / world)]  # as many on each rank: it may overlap the next
+    rows = [embed_texts(model, field, share[k : k + batch_size], device) for k in range(0, len(share), batch_size)]
+    whole = torch.cat(rows)[: len(own)] if rows else torch.empty(0, model.embed_dim)
+    if group:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, whole, group=group)
+        whole = torch.cat(parts)
+    return Side(whole, places, table.group_ids[places])
+
+
+def _share(number: int, rank: int, world: int) -> range:
+    return range(number * rank // world, number * (rank + 1) // world)
+
+
+def _captions(modality: TextModality, field: str, dataset: ShardDataset, rows: range) -> tuple[list[str], list[int]] | str:
+    """Return the lines of a text field of some samples, and whose they are; or what is wrong with one."""
     lines: list[str] = []
     samples: list[int] = []
-    for sample in range(len(dataset)):
+    for sample in rows:
         try:
             members = dataset.members(sample, dataset.keys[field])
             member = next((members[extension] for extension in dataset.keys[field] if extension in members), None)
             texts = [] if member is None else modality.lines(modality.decode(member))
         except DecodeError as error:
             if not dataset.tolerant:
-                raise UserError(f"sample {dataset.key(sample)!r}, {field}: {error}") from error
+                return f"sample {dataset.key(sample)!r}, {field}: {error}"
             texts = []
         lines += texts
         samples += [sample] * len(texts)
-    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    share = lines[len(lines) * rank // world : len(lines) * (rank + 1) // world]
-    rows = [embed_texts(model, field, share[k : k + batch_size], device) for k in range(0, len(share), batch_size)]
-    whole = torch.cat(rows) if rows else torch.empty(0, model.embed_dim)
-    if group:
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, whole, group=group)
-        whole = torch.cat(parts)
-    places = torch.tensor(samples, dtype=torch.int64)
-    return Side(whole, places, table.group_ids[places])
+    return lines, samples

@@ -79,6 +79,7 @@ class ContrastiveModel(nn.Module):
         self.embed_dim, self.max_logit_scale = embed_dim, max_logit_scale
         self.locked: list[nn.Module] = []  # modules that never train
         self.fixed: list[nn.Module] = []  # batch norms of a start, whose statistics stay
+        self.reduced_once = False  # in shards: gradients stay whole on each rank until the last part of a step
         self.of_start: frozenset[str] = frozenset()  # tensors that checkpoints leave out: those of `model.start`, which stay
         self.start_digest = ""
         # shape [1]: sharded data parallelism refuses parameters without a dimension
@@ -132,20 +133,42 @@ class ContrastiveModel(nn.Module):
     def encode(self, field: str, values: Tensor) -> Tensor:
         """Unit embeddings [P, D] of P collated values of one field, of a hyperbolic model tangent vectors; at least fp32,
         whatever the towers computed in."""
+        return self._projected(field, self.towers[self.tower_of[field]](self.modalities[field](values)))
+
+    def _projected(self, field: str, features: Tensor) -> Tensor:
         tower = self.tower_of[field]
-        features = self.towers[tower](self.modalities[field](values))
         projected = self.projections[tower](features)
         if projected.shape[1] > self.embed_dim:  # a prefix is asked for
             projected = projected[:, : self.embed_dim]
         projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
         return F.normalize(projected, dim=1) if self.hyperbolic is None else self.hyperbolic.tangents(tower, projected)
 
-    def forward(self, batch: Batch) -> Embeddings:
+    def is_locked(self, tower: str) -> bool:
+        """Return whether a tower makes the same of a value at all times."""
+        learning = any(parameter.requires_grad for parameter in self.towers[tower].parameters())
+        return not learning and not self.towers[tower].training
+
+    def _kept(self, name: str, field: str, values: Tensor, features: dict[str, Tensor]) -> Tensor:
+        """`encode`, with what a locked tower makes taken from `features`, or put there. It draws no random numbers of the
+        others', so that these are the same either way."""
+        tower = self.tower_of[field]
+        if not self.is_locked(tower):
+            return self.encode(field, values)
+        if name not in features:
+            with torch.random.fork_rng([values.device] if values.device.type == "cuda" else []):
+                features[name] = self.towers[tower](self.modalities[field](values))
+        return self._projected(field, features[name])
+
+    def forward(self, batch: Batch, features: dict[str, Tensor] | None = None) -> Embeddings:
+        """
+        Args:
+            features: of a batch that is embedded again: what locked towers have made of its fields, kept by the first time.
+        """
         fields = {}
         for name, values in batch.values.items():
             field, here = batch.encoded_as.get(name, name), batch.present[name]
             with self._as_it_counts(field, len(values), here):
-                embeddings = self.encode(field, values)
+                embeddings = self.encode(field, values) if features is None else self._kept(name, field, values, features)
             if len(values) == len(batch):
                 fields[name] = embeddings * here.unsqueeze(1)
             else:

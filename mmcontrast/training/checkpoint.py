@@ -10,8 +10,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mmcontrast.errors import EveryRankError, UserError
+from mmcontrast.errors import EveryRankError, PeerLost, UserError
+from mmcontrast.training.distributed import LOST, OTHER_HAS_ENDED
+from mmcontrast.training.parallel import in_shards
+from mmcontrast.training.tensors import drained, in_order, whole_on_first, write_tensors
 
 WEIGHTS, AVERAGED, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
+QUEUE = "queue.safetensors"
 ADAPTER = "adapter.safetensors"  # in the place of all weights: those that are not of `model.start`
 SHARDS, MANIFEST, PARTIAL = "optimizer", "manifest.json", ".partial"
 BEST = "best.json"  # the name of the best checkpoint, and by what value
@@ -36,7 +41,7 @@ class Contents:
     """What a checkpoint holds.
 
     Attributes:
-        weights, averaged: whole; the average may be empty.
+        weights, averaged, queue: whole, or in shards; the average and the queue may be empty.
         state: anything that `torch.load(weights_only=True)` admits.
         config: as YAML.
         shards: tensors of which every rank holds a part.
@@ -49,6 +54,38 @@ class Contents:
     config: str
     shards: Mapping[str, Tensor] = field(default_factory=dict)
     start: str = ""
+    queue: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return the tensors of each file of tensors."""
+        files = {ADAPTER if self.start else WEIGHTS: self.weights, AVERAGED: self.averaged, QUEUE: self.queue}
+        return {name: tensors for name, tensors in files.items() if tensors}
+
+    def whole(self) -> Iterator[Tensor | None]:
+        """Yield all tensors of the files, `in_order`, whole on the first rank: one is sent when it is asked for, by all."""
+        for tensors in self.files.values():
+            yield from (whole_on_first(tensors[name]) for name in in_order(tensors))
+
+    def on_host(self, keep: bool) -> "Contents":
+        """Return the same in the memory of the host, with tensors that nothing else changes; without shards.
+
+        Args:
+            keep: False: take part in it alone, and keep nothing.
+        """
+        whole = self.whole()
+        if not keep:
+            drained(whole)
+            return replace(self, weights={}, averaged={}, queue={}, shards={})
+        copies: dict[str, dict[str, Tensor]] = {}
+        for file, tensors in self.files.items():
+            copies[file] = {}
+            for name in in_order(tensors):
+                tensor = next(whole)
+                assert tensor is not None
+                copies[file][name] = tensor.detach().to("cpu", copy=not in_shards(tensors[name]))
+        weights, averaged, queue = (copies.get(name, {}) for name in (ADAPTER if self.start else WEIGHTS, AVERAGED, QUEUE))
+        return replace(self, weights=weights, averaged=averaged, queue=queue, state=_copied(self.state), shards={})
 
 
 def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | None" = None) -> Path:
@@ -57,26 +94,28 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
     Raises:
         UserError: if it cannot be written (a full disk); earlier checkpoints stay as they were.
     """
-    target, partial = folder / f"step-{step:08d}", partial_of(folder, step)
+    target, partial, whole = folder / f"step-{step:08d}", partial_of(folder, step), contents.whole()
     try:
         if not shards:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
         about = {"start": contents.start} if contents.start else None
-        for name, tensors in ((ADAPTER if about else WEIGHTS, contents.weights), (AVERAGED, contents.averaged)):
-            if tensors:
-                save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name, about)
+        for name, tensors in contents.files.items():
+            write_tensors(partial / name, tensors, whole, about)
         torch.save(contents.state, partial / STATE)
         (partial / CONFIG).write_text(contents.config)
         if shards:
             shards.result()
-        (partial / MANIFEST).write_text(json.dumps({"files": _checksums(partial)}, indent=1))
+        checksums = {name: _checksum(file) for name, file in _files(partial).items()}
+        (partial / MANIFEST).write_text(json.dumps({"files": checksums}, indent=1))
         for file in (*partial.rglob("*"), partial):
             _flush(file)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
         _flush(folder)
     except _write_errors() as error:
+        with suppress(RuntimeError):
+            drained(whole)  # the other ranks send it
         if shards:
             shards.exception()  # they are written no more
         shutil.rmtree(partial, ignore_errors=True)
@@ -97,6 +136,10 @@ def _write_errors() -> tuple[type[BaseException], ...]:
 
 
 def _not_written(folder: Path, step: int, error: BaseException) -> EveryRankError:
+    if isinstance(error, EveryRankError):
+        return error
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
+        return PeerLost(OTHER_HAS_ENDED)
     failures = getattr(error, "failures", None)  # by rank, of a CheckpointException
     said = "; ".join(f"rank {r}: {why[0]}" for r, why in failures.items()) if failures else " ".join(str(error).split())
     return EveryRankError(
@@ -105,30 +148,52 @@ def _not_written(folder: Path, step: int, error: BaseException) -> EveryRankErro
     )
 
 
-def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file in a checkpoint, by its path there."""
-    found = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        found[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
-    return found
+def _files(checkpoint: Path) -> dict[str, Path]:
+    """Return every file in a checkpoint but the manifest, by its path there."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(file.relative_to(checkpoint)): file for file in files}
 
 
-def check(checkpoint: Path) -> None:
+def _checksum(file: Path) -> dict[str, Any]:
+    """Return the bytes and the SHA-256 of a file."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def check(checkpoint: Path, group: dist.ProcessGroup | None = None) -> None:
     """
+    Args:
+        group: its ranks share the files, each of which one rank reads; all must ask.
+
     Raises:
-        UserError: if a file is not as it was written.
+        UserError: if a file is not as it was written; on all ranks of a group.
     """
-    remedy = "remove this checkpoint, and the one before it is the last"
+    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    problem = _problem(checkpoint, rank, ranks)
+    if group:
+        problems: list[str | None] = [None] * ranks
+        dist.all_gather_object(problems, problem, group)
+        problem = next(filter(None, problems), None)
+    if problem:
+        remedy = "remove this checkpoint, and the one before it is the last"
+        raise (EveryRankError if group else UserError)(f"{checkpoint}: {problem}; {remedy}")
+
+
+def _problem(checkpoint: Path, rank: int, ranks: int) -> str | None:
+    """Return what is wrong with a checkpoint, of whose files every `ranks`-th is read; None if nothing is."""
     try:
-        written, now = json.loads((checkpoint / MANIFEST).read_text())["files"], _checksums(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{checkpoint}: its {MANIFEST} cannot be read ({error}); {remedy}") from error
-    for name in sorted(written.keys() | now.keys()):
-        if written.get(name) != now.get(name):
-            what = "missing" if name not in now else "not of it" if name not in written else "damaged (another checksum)"
-            raise UserError(f"{checkpoint}: {name} is {what}; {remedy}")
+        written, there = json.loads((checkpoint / MANIFEST).read_text())["files"], _files(checkpoint)
+        largest_first = sorted(written, key=lambda name: (-written[name]["bytes"], name))
+        for name in sorted(written.keys() | there.keys()):
+            if name not in there or name not in written:
+                return f"{name} is {'missing' if name in written else 'not of it'}"
+            if there[name].stat().st_size != written[name]["bytes"]:
+                return f"{name} is damaged (another size)"
+        damaged = [name for name in largest_first[rank::ranks] if _checksum(there[name]) != written[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    return f"{min(damaged)} is damaged (another checksum)" if damaged else None
 
 
 class Saver:
@@ -156,25 +221,33 @@ class Saver:
         self.wait()
         self.step = step
         shards = self._write_shards(step, contents.shards) if contents.shards else None
-        whole = replace(contents, shards={})
-        if self.rank:
-            self.writing = shards
+        if self.beside:
+            copied = contents.on_host(keep=not self.rank)
+            self.writing = shards if self.rank else self.thread.submit(self._write, step, copied, shards)
+        elif self.rank:
+            drained(contents.whole())
         else:
-            self.writing = self.thread.submit(self._write, step, _copied(whole) if self.beside else whole, shards)
-        if not self.beside:
-            self.wait()
+            self._write(step, contents, shards)
 
     def _write_shards(self, step: int, shards: Mapping[str, Tensor]) -> Future[Any]:
-        """Copies this rank's, and begins to write them."""
+        """Write this rank's; `beside` the training, from a copy."""
         import torch.distributed.checkpoint as dcp
 
         partial = partial_of(self.folder, step)
         if not self.rank:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier(self.group)
-        writing = dcp.async_save(dict(shards), checkpoint_id=partial / SHARDS, process_group=self.group)
-        assert isinstance(writing, Future)
-        return writing
+        where: dict[str, Any] = {"checkpoint_id": partial / SHARDS, "process_group": self.group}
+        if self.beside:
+            writing = dcp.async_save(dict(shards), **where)
+            assert isinstance(writing, Future)
+            return writing
+        written: Future[Any] = Future()
+        try:
+            written.set_result(dcp.save(dict(shards), **where))
+        except _write_errors() as error:
+            raise _not_written(self.folder, step, error) from error
+        return written
 
     def _write(self, step: int, contents: Contents, shards: Future[Any] | None) -> Path:
         written = save(self.folder, step, contents, shards)
@@ -215,8 +288,6 @@ def _copied(tree: Any) -> Any:
     """The same with tensors of its own, in the memory of the CPU."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, Contents):
-        return replace(tree, **{name: _copied(getattr(tree, name)) for name in ("weights", "averaged", "state")})
     if isinstance(tree, Mapping):
         return {key: _copied(value) for key, value in tree.items()}
     return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree

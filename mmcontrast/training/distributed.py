@@ -18,6 +18,7 @@ from mmcontrast.errors import PeerLost, leave_exit_code
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while one evaluates; of stalls the watchdog knows better
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Connection refused")
+OTHER_HAS_ENDED = "another rank has ended; its own message says why"
 
 
 def join_processes() -> PartialState:
@@ -33,6 +34,11 @@ def join_processes() -> PartialState:
     if state.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, {state.num_processes} met")
     return state
+
+
+def all_ranks() -> dist.ProcessGroup | None:
+    """Return the group of all ranks; None: this process is alone."""
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
 def end_with_torchrun() -> None:
@@ -61,5 +67,5 @@ def peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if dist.is_initialized() and any(sign in str(error) for sign in LOST):
-            raise PeerLost("another rank has ended; its own message says why") from error
+            raise PeerLost(OTHER_HAS_ENDED) from error
         raise

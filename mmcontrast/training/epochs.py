@@ -38,7 +38,7 @@ def steps_per_epoch(order: TrainingOrder, wanted: str, remedy: str) -> int:
         raise UserError(f"{wanted}: data.sequential draws shards with replacement, so there are no epochs; {remedy}")
     if not isinstance(order, MixtureOrder):
         return order.steps_per_epoch
-    sizes = [sum(source.shard_sizes) for source in order.orders]
+    sizes = [source.samples for source in order.orders]
     if not all(math.isclose(weight, size / sum(sizes)) for weight, size in zip(order.weights, sizes, strict=True)):
         raise UserError(
             f"{wanted}: the sources of data.train have weights, so each walks its own epochs; {remedy}, or drop the weights"

@@ -1,7 +1,8 @@
 """Gradient caching: the loss of a large batch, exactly, with the activations of a small one (GradCache, arXiv:2101.06983).
 
 Embed the batch in micro-batches without graph; take the loss's gradient by the embeddings; then embed each micro-batch again,
-with its own random numbers, and send its rows of that gradient into the towers. Twice the forward, any objective and pairing.
+with its own random numbers, and send its rows of that gradient into the towers. Twice the forward, but once that of towers that
+are locked for good, any objective and pairing.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcontrast.models import Embeddings
+from mmcontrast.models import ContrastiveModel, Embeddings
 from mmcontrast.types import Batch
 
 NOT_COUNTING = {"momentum": 0.0, "num_batches_tracked": None}  # of a norm whose statistics stay as they are
@@ -44,10 +45,12 @@ def cached_backward(
     device = torch.device(device)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     parts, states, seen = batch.split(micro_batch_size), [], []
+    locked = isinstance(inner, ContrastiveModel) and any(map(inner.is_locked, inner.towers))
+    kept: list[dict[str, Any]] = [{"features": {}} if locked else {} for _ in parts]
     with torch.no_grad(), running_statistics_kept(inner):
-        for part in parts:
+        for part, features in zip(parts, kept, strict=True):
             states.append(_random_state(device))
-            seen.append(inner(part.to(device)))
+            seen.append(inner(part.to(device), **features))
     fields = {field: _leaf(torch.cat([part.fields[field] for part in seen])) for field in seen[0].fields}
     scale, bias, curvature = seen[0].logit_scale, seen[0].logit_bias, seen[0].curvature
     scale = {pair: _leaf(one) for pair, one in scale.items()} if isinstance(scale, dict) else _leaf(scale)
@@ -57,12 +60,12 @@ def cached_backward(
     loss.backward()
     after = _random_state(device)
     start = 0
-    for part, state in zip(parts, states, strict=True):
+    for part, state, features in zip(parts, states, kept, strict=True):
         rows = slice(start, start := start + len(part))
         last = start == len(batch)
         _set_random_state(state, device)
         with nullcontext() if last and synchronise else no_sync(model):
-            again = model(part.to(device))
+            again = model(part.to(device), **features)
             pairs = [(found, _grad(fields[field])[rows]) for field, found in again.fields.items()]
             if last:  # the scale, the bias and the curvature are one for all
                 pairs += [(found, _grad(leaf)) for found, leaf in zip(_shared(again), _shared(leaves), strict=True)]
@@ -86,8 +89,20 @@ def _shared(embeddings: Embeddings) -> list[Tensor]:
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Gradients stay on their ranks within it."""
+    """Gradients stay on their ranks within it; of weights in shards, where they are to be reduced once a step."""
+    if getattr(model, "reduced_once", False):
+        return _whole_gradients(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def _whole_gradients(model: nn.Module) -> Iterator[None]:
+    module: Any = model  # torch's FSDPModule
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
 
 
 def batch_norms(model: nn.Module) -> list[str]:

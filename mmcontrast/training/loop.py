@@ -94,7 +94,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with (
         nullcontext(preemption) if preemption else preemptible() as preemption,
-        Watchdog(options.stall_seconds, job.folder, rank, world_size) as watchdog,
+        Watchdog(options.stall_seconds, job.folder, rank, world_size, options.pause_stall_seconds) as watchdog,
         make_progress(accelerator.is_main_process) as progress,
         peers(),
         saver or nullcontext(),
@@ -104,7 +104,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=total, completed=start, note="")
         if (due(start, options.evaluate_every, total) if start else options.evaluate_first) and start not in evaluations.steps:
-            with watchdog.away():
+            with watchdog.away("evaluating"):
                 results = evaluations.run(start, progress)
         elif log and (start == total or evaluations.exhausted):
             why = "train.patience is at its end" if evaluations.exhausted else f"all {total} steps are done"
@@ -114,7 +114,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
         if mining:
             mining.begin()
             if mining.due(start) and not evaluations.exhausted:
-                with watchdog.away():
+                with watchdog.away("mining"):
                     mining.run(start, progress)
         batches = batches_from(start, job, accelerator, mining)
         for step in range(start, total):
@@ -155,15 +155,17 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
             evaluating = due(done, options.evaluate_every, total) and (done == total or not stopping)
             renewing = mining is not None and mining.due(done) and not stopping
             if mining and renewing:
-                with log.paused() if log else nullcontext(), watchdog.away():
+                with log.paused() if log else nullcontext(), watchdog.away("mining"):
                     mining.run(done, progress)
                 batches = batches_from(done, job, accelerator, mining)
             if due(done, options.checkpoint_every, total) or evaluating or stopping or renewing:
-                with log.paused() if log else nullcontext(), watchdog.away():
+                with log.paused() if log else nullcontext(), watchdog.away("saving"):
                     if saver:
                         saver.save(done, state_of(done, job, learner))
                     if evaluating:
+                        watchdog.move(step, "evaluating")
                         results = evaluations.run(done, progress)
+                        watchdog.move(step, "waiting for the others, or the checkpoint")
                     if saver and (stopping or done == total or evaluations.exhausted):
                         saver.wait()
                     accelerator.wait_for_everyone()
@@ -212,6 +214,7 @@ def batches_from(step: int, job: Job, accelerator: Accelerator, mining: Mining |
         world_size=accelerator.num_processes,
         num_workers=job.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        prefetch=job.data.prefetch,
     )
 
 

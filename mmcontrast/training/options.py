@@ -112,6 +112,8 @@ class DataOptions(Options):
         sequential: read tars from their beginning to their end, for what cannot be indexed. Not the exact order: see
             `mmcontrast.data.stream`.
         num_workers: decoding processes of each rank; 0: decode in the training process.
+        prefetch: samples that they have ready, a batch each at least; default: four batches each, or what fills half of the
+            free memory. `mmcontrast doctor` says how many that are.
         lanes: a multiple of every number of ranks the run may ever have; default: the largest power of two up to 64
             that divides the batch.
         max_bad_share: samples that cannot be decoded are replaced by others and listed in bad_samples.jsonl; more than this
@@ -129,6 +131,7 @@ class DataOptions(Options):
     bucket_by: str | None = None
     sequential: bool = False
     num_workers: Annotated[int, Field(ge=0)] = 4
+    prefetch: Positive | None = None
     lanes: Positive | None = None
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     record_samples: bool = False
@@ -311,6 +314,10 @@ class TrainOptions(Options):
             "fp32" (gradients' error 6e-4, with bf16 embeddings 2e-3, on an H200); "tf32": the towers' products too.
         parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
             gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
+        shard_ranks: of fsdp: so many ranks that follow each other, those of a node, share a copy of the weights, and these
+            groups are data parallel (HSDP); default: all ranks share one.
+        reduce_gradients: of fsdp with micro_batch_size or accumulation_steps: after every "micro_batch", each rank keeping its
+            part alone; or once a "step", for which each rank keeps the gradients of all weights, in fp32.
         communication: of the loss's columns between processes: ring, gather, hierarchical (a ring of nodes, whose ranks
             gather), or auto: the one that a model of their cost says is the fastest (docs/scale.md).
         reshard_after_forward: of fsdp: let a block's weights go after its forward, and fetch them again for its backward.
@@ -333,6 +340,7 @@ class TrainOptions(Options):
         profile_steps: first and last step of a trace of torch's profiler, in profile/.
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
             and the run ends.
+        pause_stall_seconds: the same for what is done between steps, each time: saving, evaluating, mining.
         signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
             batch and effective negatives of directions.
     """
@@ -369,6 +377,8 @@ class TrainOptions(Options):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    shard_ranks: Positive | None = None
+    reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
     communication: Communication = "auto"
     reshard_after_forward: bool = True
     recompute: list[str] = []
@@ -387,6 +397,7 @@ class TrainOptions(Options):
     trackers: dict[str, dict[str, Any]] = {"tensorboard": {}}
     profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    pause_stall_seconds: Annotated[float, Field(gt=0)] = 6 * 3600.0
     signals: bool = True
 
     @model_validator(mode="before")

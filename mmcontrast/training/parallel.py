@@ -23,6 +23,7 @@ from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept,
 from mmcontrast.training.options import TrainOptions
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 NOT_IN_SHARDS = ("adafactor", "adamp", "mars", "novograd", "nvnovograd")  # of timm's: they fail on DTensors
@@ -38,20 +39,36 @@ def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) 
     With bf16, blocks are fetched and computed in it; what surrounds them (embeddings, projections, the logit scale), and blocks
     with batch norms, stay fp32 under autocast. Gradients are averaged in fp32.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = make_mesh(options, device)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for tower in map(model.tower, model.towers):
         for block in tower.blocks().values():
             policy = half if options.precision == "bf16" and not batch_norms(block) else MixedPrecisionPolicy()
             fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh)
+    model.reduced_once = options.reduce_gradients == "step"
     if device.type == "cpu":  # gloo of torch 2.8 sums gradients that it is asked to average
         for part in model.modules():
             if isinstance(part, FSDPModule):
                 part.set_force_sum_reduction_for_comms(True)
+
+
+def make_mesh(options: TrainOptions, device: torch.device) -> "DeviceMesh":
+    """Return the ranks that share a copy of the weights, all or `shard_ranks` of them that follow each other.
+
+    Raises:
+        UserError: if copies cannot be shared evenly.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks, each = dist.get_world_size(), options.shard_ranks or dist.get_world_size()
+    if ranks % each:
+        raise UserError(f"train.shard_ranks={each}: {ranks} processes cannot be cut into groups of {each}: take a divisor")
+    if each == ranks:
+        return init_device_mesh(device.type, (ranks,))
+    return init_device_mesh(device.type, (ranks // each, each), mesh_dim_names=("copies", "shards"))
 
 
 def place(

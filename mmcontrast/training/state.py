@@ -5,43 +5,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.evaluation.sending import from_first
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.job import Job
 from mmcontrast.training.mining import Mining
-from mmcontrast.training.parallel import all_like, in_shards, like, whole
+from mmcontrast.training.parallel import all_like, in_shards, like
 from mmcontrast.training.step import Learner
+from mmcontrast.training.tensors import read_parts
 
 GIVEN = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # of a group: the config's, also of a run that is resumed
 
 
 def state_of(done: int, job: Job, learner: Learner) -> Contents:
-    """All there is to save after a number of steps. Where weights are in shards every rank must ask."""
+    """All there is to save after a number of steps, as it is: what is in shards stays there."""
     optimizer, shards = optimizer_state(learner.optimizer, job.model)
     scaler = learner.accelerator.scaler
     state = {
         "step": done,
         "optimizer": optimizer,
         "scaler": scaler.state_dict() if scaler else {},
-        "queue": _whole(learner.queue),
         "objective": job.objective.state_dict(),
         "order": job.order.state(),
         "mined": job.mined,
         "threads": torch.get_num_threads(),
         "teachers": [teacher.identity for teacher in job.teachers],
     }
-    weights, averaged = _whole(job.model, job.model.of_start), _whole(learner.averaged, job.model.of_start)
-    return Contents(weights, averaged, state, job.config, shards, job.model.start_digest)
+    of_start = job.model.of_start
+    weights, averaged, queue = _saved(job.model, of_start), _saved(learner.averaged, of_start), _saved(learner.queue)
+    return Contents(weights, averaged, state, job.config, shards, job.model.start_digest, queue)
 
 
-def _whole(module: nn.Module | None, but: Container[str] = ()) -> dict[str, Tensor]:
+def _saved(module: nn.Module | None, but: Container[str] = ()) -> dict[str, Tensor]:
     tensors = module.state_dict() if module else {}
-    return {name: whole(tensor) for name, tensor in tensors.items() if name not in but}
+    return {name: tensor for name, tensor in tensors.items() if name not in but}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -120,8 +123,13 @@ def restore(path: Path, job: Job, learner: Learner, mining: Mining | None = None
     Raises:
         UserError: if the checkpoint is damaged, of another model or another order of the data; it says what differs.
     """
-    checkpoint.check(path)
-    state: dict[str, Any] = checkpoint.load_state(path)
+    group, device = learner.group, learner.accelerator.device
+    checkpoint.check(path, group)
+    state: dict[str, Any] = from_first(lambda: checkpoint.load_state(path), group, device)
+
+    def load(module: nn.Module, file: Path) -> None:
+        load_weights(module, read_parts(file, module.state_dict(), group, device), str(file))
+
     if mining and state.get("mined") is not None:
         mining.open(state["mined"])
     now = job.order.state()
@@ -142,7 +150,7 @@ def restore(path: Path, job: Job, learner: Learner, mining: Mining | None = None
         raise UserError(f"{job.folder} already has {state['step']} steps, more than {asked}")
     check_start(job.model, path)
     check_teachers(job, state.get("teachers", []))
-    load_weights(job.model, checkpoint.load_weights(path), str(path))
+    load(job.model, checkpoint.weights_file(path))
     try:
         load_optimizer(learner.optimizer, job.model, state["optimizer"], path / checkpoint.SHARDS)
     except (ValueError, KeyError) as error:
@@ -151,11 +159,13 @@ def restore(path: Path, job: Job, learner: Learner, mining: Mining | None = None
         learner.accelerator.scaler.load_state_dict(state["scaler"])
     job.objective.load_state_dict(state["objective"])
     if learner.averaged:
-        load_weights(learner.averaged, checkpoint.load_weights(path, averaged=True), str(path))
-    if learner.queue:
-        if len(state["queue"]) != len(learner.queue.state_dict()):
-            raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
+        load(learner.averaged, checkpoint.weights_file(path, averaged=True))
+    if learner.queue and (path / checkpoint.QUEUE).exists():
+        load(learner.queue, path / checkpoint.QUEUE)
+    elif learner.queue and state.get("queue"):  # of a checkpoint of before 2026-11-26
         load_weights(learner.queue, state["queue"], f"the queue in {path}")
+    elif learner.queue:
+        raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
     return state["step"]
 
 
@@ -204,8 +214,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(all_like(weights, own), strict=not of_start)
 
 
-def weights_path(source: str) -> Path:
+def weights_path(source: str, group: dist.ProcessGroup | None = None) -> Path:
     """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder.
+
+    Args:
+        group: its ranks share the check of the checkpoint's files; all must ask.
 
     Raises:
         UserError: if the checkpoint is damaged.
@@ -216,5 +229,5 @@ def weights_path(source: str) -> Path:
     if path.is_dir() and not (path / checkpoint.MANIFEST).exists():
         raise UserError(f"{source} is neither a run's folder, nor one of its checkpoints, nor a .safetensors file")
     if path.is_dir():
-        checkpoint.check(path)
+        checkpoint.check(path, group)
     return path

@@ -25,10 +25,13 @@ class Watchdog:
     Args:
         seconds: without a `move` until it acts.
         folder: the run's.
+        pause_seconds: the same while the training is `away`.
     """
 
-    def __init__(self, seconds: float, folder: Path, rank: int, world_size: int) -> None:
-        self.seconds, self.folder, self.rank, self.world_size = seconds, folder / FOLDER, rank, world_size
+    def __init__(self, seconds: float, folder: Path, rank: int, world_size: int, pause_seconds: float = float("inf")) -> None:
+        self.of_steps = "step", seconds, "train.stall_seconds"
+        self.of_pauses = "end of saving, evaluating or mining", pause_seconds, "train.pause_stall_seconds"
+        self.limits, self.folder, self.rank, self.world_size = self.of_steps, folder / FOLDER, rank, world_size
         self.main, self.over = threading.get_ident(), threading.Event()
         self.step, self.doing, self.since = 0, "starting", time.monotonic()
 
@@ -44,24 +47,28 @@ class Watchdog:
     def move(self, step: int, doing: str) -> None:
         """The main thread goes on, with this."""
         self.step, self.doing, self.since = step, doing, time.monotonic()
+        _, seconds, _ = self.limits
         # should it hold the interpreter's lock for good, no thread of Python's can act
-        faulthandler.dump_traceback_later(2 * self.seconds + 10, exit=True)
+        faulthandler.cancel_dump_traceback_later()
+        if seconds < threading.TIMEOUT_MAX / 4:
+            faulthandler.dump_traceback_later(2 * seconds + 10, exit=True)
 
     @contextmanager
-    def away(self) -> Iterator[None]:
-        """Time without a limit: saving and evaluating, for which the other ranks wait."""
-        self.since = float("inf")
-        faulthandler.cancel_dump_traceback_later()
+    def away(self, doing: str) -> Iterator[None]:
+        """Time with a limit of its own: saving, evaluating and mining, for which the other ranks wait."""
+        self.limits = self.of_pauses
+        self.move(self.step, doing)
         yield
-        self.since = time.monotonic()
+        self.limits = self.of_steps
+        self.move(self.step, "training")
 
     def report_of(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.txt"
 
     def _watch(self) -> None:
-        while not self.over.wait(min(1.0, self.seconds / 10)):
+        while not self.over.wait(min(1.0, self.of_steps[1] / 10, self.of_pauses[1] / 10)):
             waited = time.monotonic() - self.since
-            if waited > self.seconds:
+            if waited > self.limits[1]:
                 try:
                     self._report(waited)
                 finally:
@@ -85,9 +92,10 @@ class Watchdog:
             found = [self.report_of(rank) for rank in range(self.world_size)]
             lines = sorted(file.read_text().partition("\n")[0] for file in found if file.exists())
         silent = self.world_size - len(lines)
+        what, seconds, option = self.limits
         told = "\n".join(sorted(lines, key=lambda one: "waiting for a batch" not in one)[:32])
         print(
-            f"error: stalled: no step for {self.seconds:.0f} s (train.stall_seconds)\n{told}\n"
+            f"error: stalled: no {what} for {seconds:.0f} s ({option})\n{told}\n"
             + (f"{silent} ranks said nothing\n" if silent else "")
             + f"stacks are in {self.folder}; the last checkpoint is untouched: continue with --resume",
             file=sys.stderr,

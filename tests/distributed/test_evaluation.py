@@ -10,6 +10,8 @@ import torch.distributed as dist
 from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.evaluation.embed import embed_together
+from mmcontrast.evaluation.evaluate import shared
+from mmcontrast.evaluation.sides import _share
 from mmcontrast.modalities import TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
 from tests.command import call_on_ranks
@@ -26,17 +28,55 @@ def make_parts(shard):
     return model, ShardDataset(str(shard), modalities, {})
 
 
+def options_of(shard):
+    """Labels and keys that say what is relevant, and every line of a text a caption."""
+    retrieval = {
+        "kinds": {"query": "vector", "candidate": "text", "by": "kind"},
+        "judged": {"query": "vector", "candidate": "vector", "relevance": str(shard.with_suffix(".qrels"))},
+    }
+    tasks = {"zero_shot": {"kind": TASK}, "retrieval": retrieval, "captions": ["text"]}
+    return EvaluationOptions(batch_size=2, splits={"val": str(shard)}, **tasks)
+
+
+def check_shared(table, rank):
+    """All have the first rank's tensors, and of the metadata what is asked for."""
+    whole = joined([None] * RANKS, table)
+    for entries in ((), ("kind", "nothing")):
+        found = shared(whole if rank == 0 else table, dist.group.WORLD, entries)
+        expected = [{name: entry[name] for name in entries if name in entry} for entry in whole.metadata]
+        assert found.metadata == (whole.metadata if rank == 0 else expected)
+        assert found.sample_ids.equal(whole.sample_ids) and found.group_ids.equal(whole.group_ids)
+        for field, rows in whole.fields.items():
+            assert found.fields[field].equal(rows) and found.present[field].equal(whole.present[field])
+
+
+def joined(tables, own):
+    """The whole table, on every rank, from what each has made or, on the first, from it."""
+    dist.all_gather_object(tables, own)
+    return tables[0]
+
+
 def work(rank, folder):
     """Embed and evaluate every shard of a folder, and leave there what this rank got."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    folder, answers = Path(folder), []
+    folder, answers, read = Path(folder), [], []
+    members = ShardDataset.members
+
+    def counted(dataset, position, extensions):
+        read.append(position)
+        return members(dataset, position, extensions)
+
+    ShardDataset.members = counted
     try:
         for shard in sorted(folder.glob("*.tar")):
             model, dataset = make_parts(shard)
-            options = EvaluationOptions(batch_size=2, splits={"val": str(shard)}, zero_shot={"kind": TASK})
+            options = options_of(shard)
             table = embed_together(model, dataset, dist.group.WORLD, batch_size=2)
+            check_shared(table, rank)
+            read.clear()
             opened, datasets = open_splits(options, model, lambda _, whole=dataset: whole)
             results = evaluate(model, datasets, opened, group=dist.group.WORLD).values
+            assert [sample for sample in read if sample < len(dataset)] == [*_share(len(dataset), rank, RANKS)], "its own"
             answers.append((rank, shard.name, table, results))
         (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(answers))
     finally:
@@ -49,11 +89,12 @@ def folder(tmp_path_factory):
     for n in (2, 7, 8, 9, 13):
         generator = torch.Generator().manual_seed(n)
         rows = torch.randn(n, 4, generator=generator).numpy()
-        samples = [
-            {"__key__": f"{k:03d}", "npy": rows[k], "txt": f"number {k}", "json": {"kind": ["even", "odd"][k % 2]}}
-            for k in range(n)
-        ]
+        samples = []
+        for k in range(n):
+            text = f"number {k}" + f"\nline {k}" * (k % 3)
+            samples.append({"__key__": f"{k:03d}", "npy": rows[k], "txt": text, "json": {"kind": ["even", "odd"][k % 2]}})
         write_shard(folder / f"{n:02d}.tar", samples)
+        (folder / f"{n:02d}.qrels").write_text("".join(f"{k:03d} 0 {(k + 1) % n:03d} 1\n" for k in range(n)))
     return folder
 
 
@@ -64,7 +105,7 @@ def test_the_table_and_the_results_are_those_of_one_process(folder):
     assert len(answers) == 5 * RANKS
     for rank, name, table, results in answers:
         model, dataset = make_parts(folder / name)
-        options = EvaluationOptions(batch_size=2, splits={"val": str(folder / name)}, zero_shot={"kind": TASK})
+        options = options_of(folder / name)
         whole = embed_dataset(model, dataset, batch_size=2)
         if rank:
             assert not results and len(table) in (len(whole) // RANKS, len(whole) // RANKS + 1)

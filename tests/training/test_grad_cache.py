@@ -13,6 +13,7 @@ from mmcontrast.modalities import VectorModality
 from mmcontrast.models import ContrastiveModel, Embeddings, TimmTower
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
 from mmcontrast.training.grad_cache import batch_norms, cached_backward
+from mmcontrast.training.optim import freeze
 from mmcontrast.training.parallel import batches_counted, same_statistics
 from tests.command import call_on_ranks, free_port
 from tests.training.samples import FIELDS, make_batch, make_model
@@ -235,3 +236,46 @@ def worker(rank, port):
 def test_on_two_ranks_with_one_all_reduce():
     """Parts of 13 and 7 samples, so of 4 and 2 micro-batches."""
     call_on_ranks(f"{__name__}:worker", 2, free_port())
+
+
+@pytest.mark.parametrize("projection", ["learns", "is locked too"])
+def test_a_locked_tower_embeds_once(projection):
+    """The gradient is that of a pass that keeps the graph."""
+    batch, models = make_batch(18), [make_model(), make_model()]
+    runs = {"shared": 0, "own": 0}
+    for model in models:
+        patterns = {"towers.own.*": None} | ({"projections.own.*": None} if projection == "is locked too" else {})
+        freeze(model, patterns)
+        assert model.is_locked("own") and not model.is_locked("shared")
+        model.train()
+        for name, tower in model.towers.items():
+            tower.register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
+    loss = loss_of(batch, "infonce", "all_pairs")
+    torch.manual_seed(0)
+    want = loss(graph_keeping(models[0], batch, 4))
+    want.backward()
+    parts = len(batch.split(4))
+    assert runs == {"shared": 2 * parts, "own": parts}
+    torch.manual_seed(0)
+    got, _ = cached_backward(models[1], batch, 4, loss)
+    assert runs == {"shared": 2 * parts + 4 * parts, "own": 2 * parts}, "the tower that learns twice, the locked one once"
+    torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradients(models[1]), gradients(models[0]), rtol=1e-12, atol=1e-14)
+    assert (models[1].projections["own"].weight.grad is None) == (projection == "is locked too")
+
+
+class Drawing(nn.Module):
+    def forward(self, features):
+        return features + torch.rand_like(features)
+
+
+def test_what_a_locked_tower_draws_is_not_taken_from_the_others():
+    """A tower that draws random numbers in evaluation mode too: those of the second pass are those of the first."""
+    batch, model = make_batch(12), make_model()
+    model.towers["own"].network.append(Drawing())
+    freeze(model, {"towers.own.*": None})
+    seen = []
+    model.towers["shared"].register_forward_hook(lambda _, __, features: seen.append(features.detach()))
+    cached_backward(model, batch, 4, loss_of(batch, "infonce", "all_pairs"))
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

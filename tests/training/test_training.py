@@ -112,7 +112,7 @@ def test_what_an_objective_and_a_queue_remember_goes_through_a_checkpoint(config
     run = tmp_path / "runs" / "small"
     last = run / "checkpoints" / "step-00000006"
     weights, lines = load_file(last / checkpoint.WEIGHTS), (run / "metrics.jsonl").read_text().splitlines()
-    state = checkpoint.load_state(last)
+    state, queue = checkpoint.load_state(last), load_file(last / checkpoint.QUEUE)
     shutil.rmtree(last)
     resumed = train(config_file, *change, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -122,7 +122,7 @@ def test_what_an_objective_and_a_queue_remember_goes_through_a_checkpoint(config
     assert losses[0] == losses[1] and len(losses[0]) == 6
     memory = state["objective"]["table._extra_state"]
     assert len(memory["ids"]) == 96 and "image_to_text/tau" in memory["columns"]
-    assert int(state["queue"]["text_pushed"]) == 96 and state["queue"]["text_rows"].shape == (40, 16)
+    assert int(queue["text_pushed"]) == 96 and queue["text_rows"].shape == (40, 16)
     quantiles = [json.loads(lines[-1])[f"signals/image_to_text/temperature_p{p}"] for p in ("05", "50", "95")]
     assert quantiles == sorted(quantiles)
 
