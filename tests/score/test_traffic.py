@@ -4,6 +4,7 @@ empty parts, and their calls, messages and bytes are those of the formulas by wh
 import os
 import pickle
 import traceback
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from tests.command import call_on_ranks, free_port
 
 RANKS, WIDTH = 8, 5
 EQUAL, UNEQUAL, ONE = (2,) * 8, (3, 0, 2, 1, 4, 1, 0, 2), (0, 0, 0, 0, 0, 1, 0, 0)
-CASES = [(EQUAL, 4, "infonce"), (EQUAL, 2, "siglip"), (UNEQUAL, 4, "infonce"), (UNEQUAL, 4, "siglip"), (UNEQUAL, 2, "infonce")]
+CASES = [(EQUAL, 4, "infonce"), (EQUAL, 2, "siglip"), (UNEQUAL, 4, "infonce"), (UNEQUAL, 2, "siglip")]
 CASES += [(ONE, 4, "infonce")]
 BOTH = {"infonce": True, "siglip": False}  # with group ids, and statistics of both directions; or without either
 
@@ -61,14 +62,14 @@ def check(rank, sizes, within, objective):
     with_ids = BOTH[objective]
     found = {}
     for scheme in (*SCHEMES, *(["auto"] if sizes == EQUAL else [])):
-        with Counted() as counted:
+        with Counted() if sizes == EQUAL else nullcontext() as counted:
             loss, *rows, scale = loss_and_grads(
                 sizes, rank, objective, with_ids, group=dist.group.WORLD, communication=scheme, tile_size=3
             )
         mean = torch.stack([loss, scale])
         dist.all_reduce(mean)
         found[scheme] = [*(mean / RANKS), *(grad / RANKS for grad in rows)]
-        if scheme != "auto" and len(set(sizes)) == 1:
+        if scheme != "auto" and sizes == EQUAL:
             check_counts(counted, scheme, within, sizes[0], with_ids)
     want_loss, *want_rows, want_scale = loss_and_grads(sizes, None, objective, with_ids, backend="dense")
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -91,12 +92,12 @@ def check_counts(counted, scheme, within, rows, with_ids):
 
 def check_memory(rank):
     """What a loss has alive at its worst moment, above one of this rank's rows alone, is what the formula says of columns."""
-    rows, width, peaks = 128, 64, {}
+    rows, width, peaks = 64, 256, {}
     for scheme in (None, *SCHEMES):
         leaves = [torch.randn(rows, width).requires_grad_() for _ in "ab"]
         with _Alive({leaf.untyped_storage()._cdata for leaf in leaves}, []) as alive:
             options = {"group": dist.group.WORLD, "communication": scheme} if scheme else {}
-            contrastive_loss(dict(zip("ab", leaves, strict=True)), logit_scale=1.0, tile_size=8, **options).backward()
+            contrastive_loss(dict(zip("ab", leaves, strict=True)), logit_scale=1.0, tile_size=32, **options).backward()
         peaks[scheme] = alive.peak
     for scheme in SCHEMES:
         found, formula = peaks[scheme] - peaks[None], gathered_bytes(scheme, RANKS // 2, 2, rows, width)
