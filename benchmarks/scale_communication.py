@@ -24,7 +24,7 @@ from mmcontrast.scaling import Cluster
 from mmcontrast.score import LogSumExp, score_statistics
 from mmcontrast.score.backends import SameGroup
 from mmcontrast.score.ranks import ALL_GATHER, REDUCE_SCATTER, driver
-from mmcontrast.score.traffic import SCHEMES, Calls, Link, blocks_of, loss_calls, passes
+from mmcontrast.score.traffic import SCHEMES, Calls, Link, blocks_of, gathered_bytes, loss_calls, passes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RANKS, WITHIN = 8, 4  # two nodes of four, which are processes of this machine
@@ -107,7 +107,7 @@ def calls() -> Iterator[str]:
                 continue
             formula = loss_calls(scheme, ranks // 8, 8, rows, passes(512))
             across, inside = traffic_of(scheme, formula, ranks)
-            held = {"ring": 4, "hierarchical": 4 + 3 * 8, "gather": 3 * ranks}[scheme] * rows * 512 * 4
+            held = gathered_bytes(scheme, ranks // 8, 8, rows, 512)
             yield (
                 f"| {ranks:,} | {scheme} | {sum(one.count for one in formula) + 1:,} | {across / 2**20:,.0f} |"
                 f" {inside / 2**20:,.0f} | {held / 2**20:,.0f} | {2 * ranks:,} | 1 |"
@@ -298,9 +298,9 @@ def compared(ranks: int, taken: dict[str, float], flops: int) -> Iterator[tuple[
 
 def model() -> Iterator[str]:
     """The cost model beside what is measured here, by parts, on 1, 2, 4 and 8 ranks."""
-    yield f"{ROWS} rows a rank, D = {WIDTH}; towers of 1,024 samples; ms, means of the ranks. In turn with them are taken, on as"
-    yield f"many ranks at once: towers of 256 samples, a loss of {2 * ROWS} rows and one of {SMALL} alone, small and large calls"
-    yield f"of each kind. Medians of {REPEATS} repeats, of model / measured as well."
+    yield f"{ROWS} rows a rank, D = {WIDTH}; towers of 1,024 samples; ms, means of the ranks. In turn with them are taken,"
+    yield f"on as many ranks at once: towers of 256 samples, a loss of {2 * ROWS} rows and one of {SMALL} alone, small and"
+    yield f"large calls of each kind. Medians of {REPEATS} repeats, of model / measured as well."
     yield f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}.\n"
     yield "| ranks | part | measured | model / measured | of single repeats |"
     yield "|---|---|---|---|---|"

@@ -437,5 +437,5 @@ def time_tables(plan: Plan) -> Iterator[Table | Text]:
     yield Text(f"{plan.batch_size / time.total:,.0f} samples a second; most of it is {time.dominant}")
     if plan.largest_batch:
         yield Text(f"largest batch that fits so many devices, with gradient caching: {plan.largest_batch:,}")
-    for one in plan.assumed:
-        yield Text(f"assumed: {one}")
+    for assumption in plan.assumed:
+        yield Text(f"assumed: {assumption}")

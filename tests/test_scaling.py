@@ -84,9 +84,8 @@ def test_4096_devices_and_a_batch_of_32_million(tmp_path):
     found = json.loads(done.stdout)
     assert done.exit_code == 0 and found["per_device"] == 8192
     schemes = found["time"]["schemes"]
-    assert (
-        schemes["ring"]["calls"] == 4 * 4096 - 1 and schemes["gather"]["memory"] == 512 * 8 * schemes["ring"]["memory"] * 3 // 4
-    )
+    assert schemes["ring"]["calls"] == 4 * 4096 - 1
+    assert schemes["gather"]["memory"] == 4096 * 3 * schemes["ring"]["memory"] // 5
     assert found["time"]["scheme"] in ("ring", "hierarchical") and found["largest_batch"] % 4096 == 0
     assert found["time"]["total"] == pytest.approx(sum(found["time"]["parts"].values()))
     told = CliRunner().invoke(app, ["plan", str(config), "--devices", "4096", "--nodes", "512"]).stdout

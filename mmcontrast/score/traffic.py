@@ -12,7 +12,7 @@ from typing import Literal
 Scheme = Literal["ring", "hierarchical", "gather"]
 Kind = Literal["move", "all_gather", "all_to_all", "reduce_scatter", "all_reduce"]
 SCHEMES: tuple[Scheme, ...] = ("ring", "hierarchical", "gather")  # by the memory that they take, the least first
-COPIES = 3  # of gathered columns at a time: themselves, their gradients, and these as they are sent
+COPIES = 3  # of gathered columns at a time: themselves, their gradients, and these on their way home
 GATHERED = 256 * 2**20  # bytes of them at most, for "auto" to gather from all ranks
 OPERATIONS = 8  # multiplications and additions a score and dimension: 2 forward, 6 backward
 
@@ -149,12 +149,12 @@ def loss_calls(scheme: Scheme, nodes: int, within: int, rows: int, both_passes: 
 
 
 def gathered_bytes(scheme: Scheme, nodes: int, within: int, rows: int, width: int) -> int:
-    """Return the bytes of a rank's columns that are not its own, in fp32: two blocks that travel with their gradients, and what
-    is gathered."""
+    """Return the bytes of a rank's columns that are not its own, in fp32, of equal parts: blocks that travel with gradients of
+    blocks on their way home, and what is gathered."""
     block = 4 * rows * width
     blocks = {
-        "ring": 4 * (nodes * within > 1),
-        "hierarchical": 4 * (nodes > 1) + COPIES * within,
+        "ring": 5 * (nodes * within > 1),
+        "hierarchical": 3 * (nodes > 1) + COPIES * within,
         "gather": COPIES * nodes * within,
     }
     return block * blocks[scheme]
