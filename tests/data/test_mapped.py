@@ -9,8 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from mmcontrast.data import MixtureOrder, SampleOrder, ShardDataset, open_shards
-from mmcontrast.data import held_out
+from mmcontrast.data import MixtureOrder, SampleOrder, ShardDataset, held_out, open_shards
 from mmcontrast.data import mapped as module
 from mmcontrast.data.held_out import Part
 from mmcontrast.data.shard import MemberIndex
