@@ -144,7 +144,7 @@ def peak() -> float:
 
 
 def save_shards(rank: int, ranks: int, folder: str, width: int, blocks: int, beside: bool) -> dict[str, float]:
-    """The most memory of a save above that of the training, in parameters; and what a resume reads, in bytes of the checkpoint."""
+    """The most memory of a save above that of the training, in parameters; what a resume reads, as a part of the checkpoint."""
     import gc
 
     import torch

@@ -28,7 +28,7 @@ from rich.progress import track
 
 from mmcontrast.data.files import is_remote
 from mmcontrast.data.ids import id_of, read_json, stable_hash
-from mmcontrast.data.parts import RowsOf, ShardPart, chosen_digest
+from mmcontrast.data.parts import RowsOf, ShardPart, chosen_digest, row_numbers
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import RowKeys, TableIndex
 from mmcontrast.data.tar import TarIndex, index_file
@@ -40,6 +40,7 @@ CONNECTIONS = 16  # remote shards that are read at a time
 PROBE = 64  # bytes of the middle and of the end by which pictures in a table are compared, with their length
 VERSION = 1  # of what the cache holds
 Types = pa.types
+KEPT = 2**24  # samples: hashes of more are not held in memory, but looked up again
 _recent: dict[Any, np.ndarray] = {}  # the hashes that were asked for last
 
 
@@ -76,7 +77,7 @@ def divide(shards: Sequence[ShardIndex], part: Part, columns: Sequence[str]) -> 
 
 
 def _part_of(shard: ShardIndex, rows: np.ndarray, part: Part) -> ShardPart:
-    digest = f"{shard.digest} {part} {chosen_digest(rows)}"
+    digest, rows = f"{shard.digest} {part} {chosen_digest(rows)}", row_numbers(rows)
     return ShardPart(shard.name, RowsOf(shard.keys, rows), shard.extensions, digest, shard, rows, notes=shard.notes)
 
 
@@ -107,10 +108,13 @@ def check_sides(shards: Sequence[ShardIndex], hashes: np.ndarray, held_out: np.n
 def hashes_of(shards: Sequence[ShardIndex], columns: Sequence[str]) -> np.ndarray:
     """Return [N] int64 in [0, 2⁶³): equal for samples that must be on one side. Both sides of a division ask for the same."""
     asked = tuple((shard.name, shard.digest) for shard in shards), tuple(columns)
-    if asked not in _recent:
-        _recent.clear()
-        _recent[asked] = _hashes_of(shards, columns)
-    return _recent[asked]
+    if asked in _recent:
+        return _recent[asked]
+    _recent.clear()
+    found = _hashes_of(shards, columns)
+    if len(found) <= KEPT:
+        _recent[asked] = found
+    return found
 
 
 def _hashes_of(shards: Sequence[ShardIndex], columns: Sequence[str]) -> np.ndarray:

@@ -29,7 +29,7 @@ class ShardPart(ShardIndex):
     """Some samples of a shard, in its order.
 
     Attributes:
-        rows: [n] int64, of the shard.
+        rows: [n] whole numbers, of the shard, rising.
     """
 
     shard: ShardIndex
@@ -60,6 +60,11 @@ class ShardPart(ShardIndex):
         return self.shard.read(int(self.rows[sample]), extensions)
 
 
+def row_numbers(rows: np.ndarray) -> np.ndarray:
+    """Return rows of a shard in four bytes each, where they fit: every process holds them."""
+    return rows.astype(np.int32) if len(rows) and rows[-1] < 2**31 else rows
+
+
 def chosen_digest(rows: np.ndarray) -> str:
     """Return 16 hexadecimal digits that tell one choice of rows from others."""
     return hashlib.blake2b(rows.astype("<i8").data, digest_size=8).hexdigest()
@@ -75,7 +80,7 @@ def narrowed(shard: ShardIndex, rows: np.ndarray) -> ShardIndex:
     """
     if len(rows) == len(shard):
         return shard
-    digest = f"{shard.digest} selected {chosen_digest(rows)}"
+    digest, rows = f"{shard.digest} selected {chosen_digest(rows)}", row_numbers(rows)
     if not isinstance(shard, MemberIndex):
         keys = _some_of(shard.keys, rows) if isinstance(shard.keys, Keys) else RowsOf(shard.keys, rows)
         return ShardPart(shard.name, keys, shard.extensions, digest, shard, rows, notes=shard.notes)

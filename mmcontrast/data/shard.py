@@ -96,7 +96,7 @@ class MemberIndex(ShardIndex):
     Attributes:
         places, sizes: [n, extensions] whole numbers; where a member is, by the shard's own count, and its bytes, −1 if there is
             none.
-        rows: [n] int64, which samples of the shard these are; None: all.
+        rows: [n] whole numbers, which samples of the shard these are; None: all.
     """
 
     places: np.ndarray

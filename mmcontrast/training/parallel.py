@@ -123,6 +123,10 @@ def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
     for name in set(options.recompute) & set(options.compile):
         if batch_norms(model.towers[name]):
             raise UserError(f"train.recompute and train.compile of tower {name!r}: its batch norms allow one of the two")
+    if options.shard_ranks and options.parallel != "fsdp":
+        raise UserError(
+            f"train.shard_ranks={options.shard_ranks}: nothing is in shards: set train.parallel: fsdp, or leave it out"
+        )
     if options.parallel == "fsdp" and options.precision == "fp16":
         raise UserError("train.parallel=fsdp with train.precision=fp16 is not there: take bf16")
     kind = options.optimizer if isinstance(options.optimizer, str) else str(options.optimizer.get("type"))

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from mmcontrast.data import MixtureOrder, SampleOrder, ShardDataset, open_shards
+from mmcontrast.data import MixtureOrder, SampleOrder, ShardDataset, held_out, open_shards
 from mmcontrast.data import mapped as module
 from mmcontrast.data.held_out import Part
 from mmcontrast.data.shard import MemberIndex
@@ -143,7 +143,7 @@ def test_processes_that_start_together_scan_each_tar_once(tars, tmp_path):
     assert sorted(scanned) == sorted(map(str, tars.glob("*.tar")))
 
 
-def test_a_part_and_a_selection_of_mapped_tars(tars):
+def test_a_part_of_mapped_tars(tars, monkeypatch):
     """Held out and trained on are all samples, each once, and hold four bytes of each themselves."""
     text = {"text": TextModality()}
     sides = [ShardDataset(str(tars / "*.tar"), text, {}, part=Part(0.4, side)) for side in (True, False)]
@@ -151,6 +151,11 @@ def test_a_part_and_a_selection_of_mapped_tars(tars):
     every = [key for shard in open_shards(str(tars / "*.tar")) for key in shard.keys]
     assert keys[0] and sorted([*keys[0], *keys[1]]) == sorted(every)
     assert all(isinstance(shard.shard, MemberIndex) for shard in sides[0].shards)
+    assert all(shard.rows.dtype == np.int32 for side in sides for shard in side.shards if len(shard))
+    monkeypatch.setattr(held_out, "KEPT", 3)
+    held_out._recent.clear()
+    again = ShardDataset(str(tars / "*.tar"), text, {}, part=Part(0.4, True))
+    assert again.digest == sides[0].digest and not held_out._recent, "hashes of many samples are not held"
 
 
 def digest_of(order, steps, ranks=4):

@@ -17,7 +17,7 @@ from mmcontrast.training import checkpoint, tensors
 from mmcontrast.training.checkpoint import Contents, Saver
 from mmcontrast.training.grad_cache import cached_backward
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.parallel import in_shards, make_mesh, shard
+from mmcontrast.training.parallel import check_placement, in_shards, make_mesh, shard
 from mmcontrast.training.tensors import TYPES, in_order, read_parts, whole_on_first, write_tensors
 from tests.command import call_on_ranks
 from tests.training.samples import make_batch, make_model
@@ -174,6 +174,11 @@ def train_small(rank, folder):
             make_mesh(TrainOptions(steps=1, batch_size=8, shard_ranks=3), CPU)
     finally:
         dist.destroy_process_group()
+
+
+def test_shards_of_a_node_need_shards():
+    with pytest.raises(UserError, match="train.shard_ranks=8: nothing is in shards: set train.parallel: fsdp"):
+        check_placement(make_model(), TrainOptions(steps=1, batch_size=8, shard_ranks=8))
 
 
 @pytest.mark.slow
