@@ -13,6 +13,7 @@ import io
 import json
 import random
 import tarfile
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -60,6 +61,7 @@ def plant(folder: Path, seed: int) -> list[int]:
     return wrong
 
 
+@cache
 def prepared(seed: int, folder: Path) -> Path:
     """The planted shards of a seed, the run on all of them, its scores and the selections."""
     place = folder / f"planted-{seed}"
