@@ -189,7 +189,7 @@ def test_what_is_wrong_is_said(table, tmp_path):
     index = folder / "index"
     with pytest.raises(UserError, match="no index of a field 'A'; did you mean 'a'?|there is"):
         SearchIndex.open(index).search(torch.randn(DIM), "A")
-    with pytest.raises(UserError, match=r"a query of shape \(7,\): the index has vectors of 32 numbers"):
+    with pytest.raises(UserError, match=r"a query of shape \(7,\): the index takes vectors of 32 numbers"):
         SearchIndex.open(index).search(torch.randn(7), "a")
 
     (folder / "part-00000.parquet").rename(tmp_path / "aside.parquet")

@@ -92,7 +92,7 @@ def test_a_run_in_stages_with_a_trace(with_vit, tmp_path):
     for line in lines:
         assert 0 <= line["data_share"] <= 1 and line["samples_per_second_per_device"] == line["samples_per_second"]
     shown = [line for line in done.stderr.splitlines() if line.startswith("step 3/6")]
-    assert len(shown) == 1 and "GiB" in shown[0] and "gradient" in shown[0] and "eta 0:" in shown[0]
+    assert len(shown) == 1 and "GiB" in shown[0] and "grad_norm" in shown[0] and "eta 0:" in shown[0]
     assert list((run / "tensorboard").iterdir())
 
 
