@@ -30,6 +30,7 @@ from mmcontrast.training.stages import set_stage
 GIB = 2**30
 DEFAULT_MEMORY = 80 * GIB
 RESERVED, RESERVED_SHARE = GIB, 0.05  # assumed: CUDA's context and libraries; what the allocator cannot use
+WAITING = 4  # GiB of a batch's inputs for one device, from which on their place in the host's memory is a question
 LOSS_TILES = 48 * 2**20  # measured beside the gradients of a loss in docs/score_statistics.md
 SMALLEST, PROBES = 2, (8, 16)  # batch norms refuse one sample
 
@@ -187,8 +188,8 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None, 
         notes.append("what the objective remembers of every sample is not counted")
     for field, number in Counter(given.field for given in config.data.mined.values()).items():
         notes.append(f"data.negatives: {number} more {field} a sample are neither in the FLOPs nor in the memory")
-    if at_a_time < per_device:
-        waiting = per_device * a_sample_of_inputs / GIB
+    waiting = per_device * a_sample_of_inputs / GIB if at_a_time < per_device else 0.0
+    if waiting >= WAITING:
         notes.append(f"{waiting:.2f} GiB of inputs a device wait in the host's memory, beside what the loader's workers hold")
     if options.parallel == "fsdp" and devices > 1:
         notes.append("gradients and activations are those of a device that has all weights: more than fsdp takes")
