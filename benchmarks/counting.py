@@ -1,4 +1,4 @@
-"""What a piece of code asks of other ranks and of the device, counted below torch.distributed's Python."""
+"""Counts what a piece of code asks of other ranks and of the device, below torch.distributed's Python."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""What does not grow with ranks and samples, counted here and extrapolated: tables for docs/scale.md.
+"""Counts what does not grow with ranks and samples, and extrapolates it: tables for docs/scale.md.
 
     python benchmarks/scale.py                     # all parts, some minutes on 2 cores
     python benchmarks/scale.py --only calls        # --list: what there is

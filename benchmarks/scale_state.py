@@ -1,4 +1,4 @@
-"""What each rank holds and waits for besides the loss, counted on this machine: the index of many samples, opening files, …
+"""Counts, on this machine, what each rank holds and waits for besides the loss: the index of many samples, opening files, …
 
     python benchmarks/scale_state.py --only index --samples 10000000 --ranks 4
 
@@ -32,7 +32,7 @@ def memory() -> dict[str, float]:
 
 
 def in_processes(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """What each of several processes, started together, makes of (its number, arguments)."""
+    """Return what each of several processes, started together, makes of (its number, arguments)."""
     with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         return [task.result() for task in [pool.submit(work, rank, *arguments) for rank in range(ranks)]]
 

@@ -1,4 +1,4 @@
-"""What wrong captions cost, and what a filter by a model's own scores wins back: letters with a fifth of the captions shuffled.
+"""Measures what wrong captions cost and a filter by a model's own scores wins back, on letters with a fifth of them shuffled.
 
     mmcontrast data build data_pipelines/glyphs/letters.yaml
     python benchmarks/wrong_captions.py --plot docs/wrong_captions.png     # 20 minutes on 2 cores; goes on where it was

@@ -18,6 +18,7 @@ from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
 from mmcontrast.evaluation.before import BEFORE, EVALUATIONS
+from mmcontrast.evaluation.options import BridgeOptions
 from mmcontrast.evaluation.report import LOG
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import Modality
@@ -340,6 +341,10 @@ def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOpt
     evaluation = config.evaluation
     if evaluation.widths is None and config.train.matryoshka:
         evaluation = evaluation.model_copy(update={"widths": list(config.train.matryoshka)})
+    if isinstance(bridge := evaluation.scoring, BridgeOptions) and Path(bridge.bank).is_dir():
+        raise UserError(
+            f"evaluation.scoring: {bridge.bank} has embeddings of other weights than those that learn here: name a text file"
+        )
     return open_splits(evaluation, model, open_split)
 
 

@@ -13,10 +13,12 @@ from mmcontrast.data import ShardDataset
 from mmcontrast.embedder import Embedder, identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, Evaluation, EvaluationOptions, evaluate, open_splits
+from mmcontrast.evaluation.banks import check_made_by
 from mmcontrast.evaluation.cache import fingerprint, keep, table_folder
 from mmcontrast.evaluation.clip_benchmark_layout import in_layout
 from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.evaluation.evaluate import Embed, embed_split
+from mmcontrast.evaluation.options import BridgeOptions
 from mmcontrast.evaluation.report import write_results
 from mmcontrast.runs import CONFIG, run_of
 from mmcontrast.training.distributed import join_processes
@@ -102,6 +104,8 @@ def run_suite(
         model, checkpoint=checkpoint, pretrained=pretrained, device=where, precision=precision, trust_code=trust_code
     )
     options, datasets = open_splits(suite.options, embedder.model, embedder.dataset)
+    if isinstance(options.scoring, BridgeOptions):
+        check_made_by(options.scoring.bank, identity(model, checkpoint, pretrained))
     if not options.splits:
         raise UserError(f"{suite.name or model}: nothing to evaluate, as no splits are named")
     try:

@@ -268,7 +268,7 @@ def _filesystem(name: str) -> Any:
 
 
 def _patiently(read: Callable[[], T], name: str) -> T:
-    """What `read` returns, tried again with growing pauses, as long as its errors may pass.
+    """Return what `read` returns, tried again with growing pauses, as long as its errors may pass.
 
     Raises:
         UserError: for an error that will not pass, or after the last attempt.

@@ -96,7 +96,7 @@ def _tracked(results: Iterable[T], total: int, progress: bool) -> Iterable[T]:
 
 
 def _error(name: str) -> str | None:
-    """What a worker process cannot raise in one line."""
+    """Index a tar into the cache, and return what is wrong with it, which a worker process cannot raise in one line."""
     try:
         index_tar(name)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What every kind of shard offers: its samples by position, each with some members, read one sample at a time."""
+"""Defines what every kind of shard offers: its samples by position, each with some members, read one sample at a time."""
 
 import hashlib
 import io

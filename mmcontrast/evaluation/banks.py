@@ -1,8 +1,10 @@
 """Banks for bridges: a text file that the model reads on the spot, or a field of an embedding table."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.bridge import Bridge, mean_rows
-from mmcontrast.evaluation.embed import EmbeddingTable, embed_texts
+from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable, embed_texts
 from mmcontrast.modalities import TextModality
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.text_files import read_text
@@ -84,11 +86,26 @@ def embed_bank(model: ContrastiveModel, field: str, texts: Sequence[str], device
     return torch.cat([embed_texts(model, field, part, device) for part in parts])
 
 
+def check_made_by(source: str | Path, maker: Mapping[str, Any]) -> None:
+    """Compare the model that made a bank's embedding table, where its manifest says so, with one that is to use it.
+
+    Raises:
+        UserError: if it is another one, whose rows would mean nothing here.
+    """
+    manifest = Path(source) / MANIFEST
+    made_by = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    for name in ("model", "checkpoint", "pretrained", "width"):
+        if "model" in made_by and made_by.get(name) != maker.get(name):
+            raise UserError(
+                f"bank {source}: its {name} is {made_by.get(name)!r}, here it is {maker.get(name)!r}: embed both with one model"
+            )
+
+
 def read_bank(
     model: ContrastiveModel, source: str | Path, field: str | None, scale: float | None, device: torch.device | str
 ) -> Bank:
-    """Return the bank of a text file, a line an entry; or of an embedding table (of this model: its folder does not say so),
-    an entry a group, the mean of its rows.
+    """Return the bank of a text file, a line an entry; or of an embedding table of this model, see `check_made_by`, an entry
+    a group, the mean of its rows.
 
     Raises:
         UserError: for a source that is neither, or fits the model not.

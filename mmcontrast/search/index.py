@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mmcontrast.components import nearest
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.banks import Bank, read_bank, read_texts, scale_between
+from mmcontrast.evaluation.banks import Bank, check_made_by, read_bank, read_texts, scale_between
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import write_json
 from mmcontrast.search.index_selection import IndexPlan, plan_index
@@ -99,11 +99,7 @@ def _bank(
 ) -> Bank:
     if table.distances is not None:
         raise UserError(f"--bridge {source}: the table's scores are hyperbolic, and a bank is compared by cosines")
-    if source.is_dir() and (other := StoredTable(source).manifest):
-        for name in ("model", "checkpoint", "pretrained", "width"):
-            if other.get(name) != table.manifest.get(name):
-                here = f"{other.get(name)!r}, that of {table.folder} {table.manifest.get(name)!r}"
-                raise UserError(f"--bridge {source}: its {name} is {here}: embed both with one model")
+    check_made_by(source, table.manifest)
     embedder = model_of(table.manifest, table.folder, device, trust_code)
     with embedder.autocast():
         bank = read_bank(embedder.model, source, through, scale, embedder.device)

@@ -105,7 +105,7 @@ def test_damage_and_mistakes(small_index, bridged, words, tmp_path):
         SearchIndex.open(copy / "bridged")
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"checkpoint": "step-1"}))
-    with pytest.raises(UserError, match="its checkpoint is 'step-1', that of .*: embed both with one model"):
+    with pytest.raises(UserError, match="its checkpoint is 'step-1', here it is '2': embed both with one model"):
         build_index(table, tmp_path / "a", bridge=copy, progress=False)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
