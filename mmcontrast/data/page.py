@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 TYPES = {  # by a file's first bytes: what is shown is what it is, not what it is called
@@ -27,6 +27,9 @@ img.media{width:56px;height:56px;image-rendering:auto;background:#fff}audio{widt
 .card{border:1px solid var(--line);border-radius:.5rem;padding:.6rem;overflow-wrap:anywhere}
 .card img.media{width:100%;height:11rem;object-fit:contain;background:none}.card small{color:#888}.card p{margin:.3rem 0}
 .curves svg{max-width:100%;height:auto;background:#fff}
+.wide{overflow-x:auto;margin:.8rem 0}caption{text-align:left;padding:.3rem 0;font-weight:600}
+.heat td,.heat th{text-align:center;padding:.3rem .6rem}.heat th{font-weight:500}.heat th:first-child{text-align:right}
+.heat small{opacity:.75;display:block}.side{display:flex;flex-wrap:wrap;column-gap:2.5rem}summary{cursor:pointer;margin:.6rem 0;font-weight:600}
 """
 
 
@@ -54,6 +57,42 @@ def media(data: bytes, caption: str = "") -> str:
     if kind.startswith("image"):
         return f'<img class="media" src="{source}" alt="{html.escape(caption)}"><br>{html.escape(caption)}'
     return f'<audio controls preload="none" src="{source}"></audio>{html.escape(caption)}'
+
+
+def heat_map(
+    caption: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    shares: Mapping[tuple[int, int], float],
+    notes: Mapping[tuple[int, int], str],
+) -> str:
+    """Return a table whose cells are coloured by their value, as HTML.
+
+    Args:
+        shares: 0 to 1, by (row, column); a cell without one is empty.
+        notes: what stands in small print below a value.
+    """
+    lines = []
+    for row, name in enumerate(rows):
+        cells = [f'<th scope="row">{html.escape(name)}</th>']
+        for column in range(len(columns)):
+            share = shares.get((row, column))
+            if share is None:
+                cells.append("<td></td>")
+                continue
+            note = f"<small>{html.escape(notes[row, column])}</small>" if (row, column) in notes else ""
+            cells.append(f'<td style="background:rgba(40,120,200,{0.65 * share:.3f})">{share:.3f}{note}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
+    return (
+        f'<div class="wide"><table class="heat"><caption>{html.escape(caption)}</caption>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def folded(title: str, content: str) -> str:
+    """Return a part of a page that a click opens, as HTML."""
+    return f'<details><summary>{html.escape(title)}</summary><div class="wide">{content}</div></details>'
 
 
 def svg(figure: Any) -> str:

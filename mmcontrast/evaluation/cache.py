@@ -21,6 +21,7 @@ from mmcontrast.data.range_cache import cache_root
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.models import ContrastiveModel
 
+PLAIN = str | bytes | int | float | complex | None | Enum | re.Pattern | torch.dtype | Path  # whose `repr` says all
 NO_PART = {"origin", "cache", "tokenizer_cache", "training", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks"}
 
 
@@ -41,6 +42,9 @@ def add_to(found: "hashlib.blake2b", value: Any, inside: tuple[int, ...] = ()) -
         found.update(f"{value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
+        if set(map(type, value.values())) <= {str, int}:  # a vocabulary: at once
+            found.update(repr(sorted((str(key), each) for key, each in value.items() if key not in NO_PART)).encode())
+            return
         for key in sorted(value, key=str):
             if key not in NO_PART:
                 found.update(f"{key}=".encode())
@@ -50,7 +54,7 @@ def add_to(found: "hashlib.blake2b", value: Any, inside: tuple[int, ...] = ()) -
             add_to(found, item, inside)
     elif isinstance(value, partial):
         add_to(found, [value.func, value.args, value.keywords], inside)
-    elif isinstance(value, str | bytes | int | float | complex | None | Enum | re.Pattern | torch.dtype | Path):
+    elif isinstance(value, PLAIN):
         found.update(repr(value).encode())
     elif isinstance(value, set | frozenset):
         found.update(repr(sorted(map(repr, value))).encode())

@@ -293,9 +293,9 @@ def test_post_processing_changes_retrieval_alone(run, suite_file):
 @pytest.mark.parametrize("rows", ["exact", "expected"])
 def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
     """Of words, and of a table; pairs with the bank's own field keep their cosines."""
-    words = tmp_path / "words.txt"
+    words, plainly = tmp_path / "words.txt", ["resamples=0", "geometry=false", "probes={}"]
     words.write_text("black chess king\n\ngreek small letter alpha\ndigit one\ndigit one\nplus sign\n")
-    plain = run_suite(str(run), open_suite(str(run), str(suite_file), ["resamples=0", "geometry=false"], None), device="cpu")
+    plain = run_suite(str(run), open_suite(str(run), str(suite_file), plainly, None), device="cpu")
     table, embedder = plain.tables["val"], load(str(run), device="cpu")
     table.write(tmp_path / "table")
     scale = embedder.model.log_logit_scale.exp().item()
@@ -303,7 +303,7 @@ def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
     banks = {words: embedder.embed(texts=[line for line in lines if line]), tmp_path / "table": table.fields["text"]}
     for source, bank in banks.items():
         scoring = f"scoring={{type: bridge, bank: {source}, rows: {rows}}}"
-        suite = open_suite(str(run), str(suite_file), ["resamples=0", "geometry=false", scoring], None)
+        suite = open_suite(str(run), str(suite_file), [*plainly, scoring], None)
         found = run_suite(str(run), suite, device="cpu").values
         p, q = ((scale * table.fields[field] @ bank.T).double().softmax(1) for field in ("image", "audio"))
         expected = [torch.nn.functional.normalize(of @ bank.double(), dim=1) for of in (p, q)]
@@ -323,7 +323,7 @@ def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
         f"bank: {tmp_path / 'table'}, field: name": "field 'name' is not of the table and the model; of both are audio, image",
     }
     for options, message in refused.items():
-        suite = open_suite(str(run), str(suite_file), ["resamples=0", f"scoring={{type: bridge, {options}}}"], None)
+        suite = open_suite(str(run), str(suite_file), [*plainly, f"scoring={{type: bridge, {options}}}"], None)
         with pytest.raises(UserError, match=message):
             run_suite(str(run), suite, device="cpu")
 
@@ -367,7 +367,7 @@ def test_a_fingerprint_is_the_same_in_every_process(run, model):
 
 
 def test_in_half_precision(run, suite_file):
-    suite = open_suite(str(run), str(suite_file), ["resamples=0"], None)
+    suite = open_suite(str(run), str(suite_file), ["resamples=0", "probes={}"], None)
     whole = run_suite(str(run), suite, device="cpu").tables["val"]
     for precision in ("bf16", "fp16"):
         half = run_suite(str(run), suite, device="cpu", precision=precision, cached=False).tables["val"]
