@@ -23,6 +23,7 @@ from mmcontrast.evaluation.bridge import Bridge, mean_rows
 from mmcontrast.evaluation.rankings import Pairs, rank
 
 DATA = Path("data/glyphs")
+WITHOUT_EVALUATION = ("evaluation.splits={}", "evaluation.zero_shot={}", "evaluation.best=null")
 ALL_PAIRS = "pairing={{type: all_pairs, weights: {{image-audio: {}}}}}"
 ARMS: dict[str, list[str]] = {
     "anchor": [],
@@ -62,7 +63,7 @@ def train(folder: Path, arm: str, seed: int) -> Recalls:
     if not (run / "val" / "manifest.json").exists():
         options = [f"run.dir={run.parent}", f"run.name={run.name}", f"train.seed={seed}", *ARMS[arm]]
         mmcontrast(
-            "train", "configs/quickstart.yaml", "--overwrite", "evaluation.splits={}", "evaluation.zero_shot={}", *options
+            "train", "configs/quickstart.yaml", "--overwrite", *WITHOUT_EVALUATION, *options
         )
         mmcontrast("embed", run, DATA / "val-*.tar", run / "val")
     table, model = EmbeddingTable.read(run / "val"), load(str(run), device="cpu")
