@@ -62,9 +62,7 @@ def train(folder: Path, arm: str, seed: int) -> Recalls:
     run = folder / f"{list(ARMS).index(arm):02d}-{seed}"
     if not (run / "val" / "manifest.json").exists():
         options = [f"run.dir={run.parent}", f"run.name={run.name}", f"train.seed={seed}", *ARMS[arm]]
-        mmcontrast(
-            "train", "configs/quickstart.yaml", "--overwrite", *WITHOUT_EVALUATION, *options
-        )
+        mmcontrast("train", "configs/quickstart.yaml", "--overwrite", *WITHOUT_EVALUATION, *options)
         mmcontrast("embed", run, DATA / "val-*.tar", run / "val")
     table, model = EmbeddingTable.read(run / "val"), load(str(run), device="cpu")
     texts, groups = captions()

@@ -23,6 +23,7 @@ from data_pipelines.glyphs.characters import Character
 from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.data import write_shard
 from tests.command import FOLDER, OWNER
+from tests.fork_server import remember_vocabularies
 
 TRAIN, VAL = 96, 24
 LETTERS = ("Latin", "Greek", "Cyrillic")
@@ -40,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def cache(tmp_path_factory) -> None:
     """Indexes of the tests' shards are kept apart from the user's."""
     os.environ["MMCONTRAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabularies() -> None:
+    if "open_clip" in sys.modules:
+        remember_vocabularies()
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,8 @@ img.media{width:56px;height:56px;image-rendering:auto;background:#fff}audio{widt
 .curves svg{max-width:100%;height:auto;background:#fff}
 .wide{overflow-x:auto;margin:.8rem 0}caption{text-align:left;padding:.3rem 0;font-weight:600}
 .heat td,.heat th{text-align:center;padding:.3rem .6rem}.heat th{font-weight:500}.heat th:first-child{text-align:right}
-.heat small{opacity:.75;display:block}.side{display:flex;flex-wrap:wrap;column-gap:2.5rem}summary{cursor:pointer;margin:.6rem 0;font-weight:600}
+.heat small{opacity:.75;display:block}.side{display:flex;flex-wrap:wrap;column-gap:2.5rem}
+summary{cursor:pointer;margin:.6rem 0;font-weight:600}
 """
 
 

@@ -110,7 +110,7 @@ def made_samples(model: ContrastiveModel, fields: Sequence[str]) -> Samples:
 def _picture(random: np.random.Generator, width: int, height: int) -> bytes:
     coarse = random.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
