@@ -71,7 +71,7 @@ def test_activations_are_those_of_a_real_forward(frozen):
 
 def test_memory_grows_linearly_and_has_the_gradients():
     with fakes():
-        model = tiny(["image", "text"])
+        model = tiny(["image", "audio"])
         learning = sum(4 * parameter.numel() for parameter in model.parameters())
         count_bytes(model, make_values(model, 2), "bf16")
         costs = [count_bytes(model, make_values(model, n), "bf16") for n in (64, 128, 192)]
