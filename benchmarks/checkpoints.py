@@ -25,7 +25,7 @@ SIDES = {
 def seconds(side: str, steps: int) -> float:
     from mmcontrast.cli import keep_freed_memory
     from mmcontrast.config import load_config
-    from mmcontrast.runs import make_job, prepare_folder
+    from mmcontrast.runs import make_run_context, prepare_folder
     from mmcontrast.training.log import StepLog
     from mmcontrast.training.loop import train
 
@@ -42,7 +42,7 @@ def seconds(side: str, steps: int) -> float:
         options = [f"run.dir={folder}", f"train.steps={steps}", "evaluation.splits={}", "evaluation.zero_shot={}"]
         options += ["data.num_workers=0"]  # which would gain from every pause
         config = load_config("configs/quickstart.yaml", [*options, "train.log_every=10", *SIDES[side]])
-        job = make_job(config)
+        job = make_run_context(config)
         prepare_folder(config, overwrite=False)
         train(job)
     return began[-1] - began[0]

@@ -15,7 +15,7 @@ signature_of = cache(inspect.signature)  # a loss by name is built at every step
 SHOWN = 24  # names of a list in a message
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """Return "did you mean 'steps'?", or the list of what there is, of long ones the beginning, when nothing comes close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
@@ -44,7 +44,7 @@ def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: t
     options = dict(spec)
     name = options.pop("type", None)
     if name is None:
-        raise UserError(f"{kind} {dict(spec)} has no 'type'; {nearest('', known)}")
+        raise UserError(f"{kind} {dict(spec)} has no 'type'; {suggestion('', known)}")
     if ":" in name:
         constructor = import_by_path(name, kind)
         if not (inspect.isclass(constructor) and issubclass(constructor, base or object)):
@@ -53,13 +53,13 @@ def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: t
     elif name in known:
         constructor = known[name]
     else:
-        raise UserError(f"unknown {kind} type {name!r}; {nearest(name, known)} (or an import path 'package.module:Name')")
+        raise UserError(f"unknown {kind} type {name!r}; {suggestion(name, known)} (or an import path 'package.module:Name')")
     signature = signature_of(constructor)
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     valid = [p for p in signature.parameters if p not in context]
     for option in options:
         if option not in valid and not accepts_any:
-            hint = nearest(option, valid) if valid else "it takes none"
+            hint = suggestion(option, valid) if valid else "it takes none"
             raise UserError(f"{kind} {name!r} has no option {option!r}; {hint}")
     try:
         signature.bind(**options, **context)

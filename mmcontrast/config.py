@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models.options import FieldOptions, ModelOptions, ScoreOptions
@@ -202,7 +202,7 @@ def _first_error(error: ValidationError, root: type[BaseModel]) -> str:
     first = max(rivals, key=lambda e: (len(e["loc"]), e["type"] in ours)) if len(rivals) > 1 else errors[0]
     place = [part for part in map(str, first["loc"]) if not FORM.fullmatch(part)]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(place)!r}; {nearest(place[-1], _valid_keys(place[:-1], root))}"
+        return f"unknown key {'.'.join(place)!r}; {suggestion(place[-1], _valid_keys(place[:-1], root))}"
     message = first["msg"].removeprefix("Value error, ")
     of_group = first["type"] == "value_error" and len(first["loc"]) < 2  # what is given is all of a group
     found = "" if first["type"] == "missing" or of_group else f" (found {str(first['input'])[:60]!r})"

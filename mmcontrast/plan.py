@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel, TransformersTower
@@ -25,7 +25,7 @@ from mmcontrast.training.cost import Bytes, Flops, count_bytes, count_flops, fak
 from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TeacherOptions, TrainOptions
 from mmcontrast.training.parallel import check_placement, recompute_blocks
-from mmcontrast.training.stages import set_stage
+from mmcontrast.training.progressive import apply_schedules
 
 GIB = 2**30
 DEFAULT_MEMORY = 80 * GIB
@@ -142,9 +142,9 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None, 
         objective, pairing = check_components(completed(bare, model))
         check_placement(model, options)
         for field in options.resolution.keys() - model.modalities.keys():
-            raise UserError(f"train.resolution: no field {field!r}; {nearest(field, model.modalities)}")
+            raise UserError(f"train.resolution: no field {field!r}; {suggestion(field, model.modalities)}")
         freeze(model, options.freeze)
-        set_stage(model, largest_stage(options), 0)
+        apply_schedules(model, largest_inputs(options), 0)
         model.train()
         flops = flops_of(model)
         recompute_blocks(model, options.recompute)
@@ -217,7 +217,7 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None, 
     )
 
 
-def largest_stage(options: TrainOptions) -> TrainOptions:
+def largest_inputs(options: TrainOptions) -> TrainOptions:
     """With the largest pictures and the most patches that any step sees."""
     resolution = {field: {0: max(sides.values())} for field, sides in options.resolution.items()}
     dropped = {tower: {0: min(shares.values())} for tower, shares in options.patch_dropout.items()}

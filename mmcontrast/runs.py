@@ -12,7 +12,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from mmcontrast.components import build, nearest
+from mmcontrast.components import build, suggestion
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.errors import UserError
@@ -29,10 +29,10 @@ from mmcontrast.models.names import EXPORT_FIRST
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, Pairing
 from mmcontrast.objectives.inputs import Given, check_link, check_together
 from mmcontrast.training import checkpoint
+from mmcontrast.training.context import RunContext
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.distributed import all_ranks
 from mmcontrast.training.epochs import in_steps
-from mmcontrast.training.job import Job
 from mmcontrast.training.mining import FOLDER as MINED
 from mmcontrast.training.mining import check_mining, check_rounds
 from mmcontrast.training.sample_log import BAD_SAMPLES, SAMPLES
@@ -45,7 +45,7 @@ LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS
 LEFT_BY_A_START |= {"profile", "stalled", MINED}
 
 
-def make_job(config: RunConfig, resume: bool = False) -> Job:
+def make_run_context(config: RunConfig, resume: bool = False) -> RunContext:
     """Make everything that training needs, checked against each other; nothing is written.
 
     Args:
@@ -73,7 +73,7 @@ def make_job(config: RunConfig, resume: bool = False) -> Job:
     views = [teacher.view for teacher in teachers]
     dataset, order = make_training_data(config.data, config.fields, model, config.train.batch_size, config.train.seed, views)
     check_rounds(config.train, config.data, order)
-    return Job(
+    return RunContext(
         name=config.run.name,
         folder=config.folder,
         config=config.to_yaml(),
@@ -282,7 +282,7 @@ def check_bridge(config: RunConfig, model: ContrastiveModel) -> None:
     fields = list(contrasted_fields(config))
     for field in [bridge.through, *(field for pair in bridge.pairs_of(fields) for field in pair)]:
         if field not in fields:
-            raise UserError(f"train.bridge: no field {field!r} that is contrasted; {nearest(field, fields)}")
+            raise UserError(f"train.bridge: no field {field!r} that is contrasted; {suggestion(field, fields)}")
     for pair in bridge.pairs_of(fields):
         if bridge.through in pair or pair[0] == pair[1]:
             raise UserError(f"train.bridge.pairs: {' and '.join(pair)}: two fields beside {bridge.through!r} learn through it")
@@ -311,11 +311,11 @@ def negative_fields(config: RunConfig) -> dict[str, str]:
     for field, of in negatives.items():
         anchors = contrasted_fields(config)
         if of not in anchors:
-            raise UserError(f"fields.{field}.negative_of: no field {of!r} that is contrasted; {nearest(of, anchors)}")
+            raise UserError(f"fields.{field}.negative_of: no field {of!r} that is contrasted; {suggestion(of, anchors)}")
     for name, given in config.data.mined.items():
         anchors = contrasted_fields(config)
         if given.field not in anchors:
-            which = nearest(given.field, anchors)
+            which = suggestion(given.field, anchors)
             raise UserError(f"data.negatives.field: no field {given.field!r} that is contrasted; {which}")
         negatives[name] = given.field
     return negatives

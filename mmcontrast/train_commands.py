@@ -40,7 +40,7 @@ def train(
 
 def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
     """Train the run of a config."""
-    from mmcontrast.runs import check_folder, lock_folder, make_job, prepare_folder, remove_failed_start
+    from mmcontrast.runs import check_folder, lock_folder, make_run_context, prepare_folder, remove_failed_start
     from mmcontrast.training.distributed import join_processes
     from mmcontrast.training.loop import train as run_training
     from mmcontrast.training.mining import mining_options
@@ -54,7 +54,7 @@ def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
         from mmcontrast.curation.mine import training_miner
 
         miner = training_miner(mining_options(loaded.train.mine, loaded.data))
-    job = make_job(loaded, resume)
+    job = make_run_context(loaded, resume)
     if state.is_main_process:
         lock = lock_folder(loaded)
         if not resume:

@@ -66,7 +66,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "evaluation/results.py": ("evaluation/test_labels.py", "evaluation.results"),
     "evaluation/retrieval.py": ("evaluation/test_rankings.py", "evaluation.retrieval"),
     "evaluation/retrieval_tasks.py": ("evaluation/test_suites.py", "retrieval.graded"),
-    "evaluation/sides.py": ("evaluation/test_suites.py", "captions"),
+    "evaluation/retrieval_inputs.py": ("evaluation/test_suites.py", "captions"),
     "evaluation/whitening.py": ("evaluation/test_scoring.py", "whitening"),
     **{
         f"export/{name}.py": ("export/test_open_clip.py", "export_model")  # every export goes through them
@@ -121,14 +121,14 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "training/distributed.py": ("distributed/test_data_parallel.py", "torch.distributed.run"),
     "training/evaluations.py": ("training/test_epochs.py", "train.patience"),
     "training/held_out.py": ("data/test_held_out.py", "held_out"),
-    "training/job.py": ("training/test_training.py", "make_job"),
+    "training/context.py": ("training/test_training.py", "make_run_context"),
     "training/log.py": ("training/test_training.py", "training.log"),
     "training/loop.py": ("training/test_training.py", "train("),
     "training/options.py": ("training/test_blocks.py", "training.options"),
     "training/parallel.py": ("distributed/test_sharded.py", "train.parallel"),
     "training/preemption.py": ("distributed/test_faults.py", "preemption"),
     "training/state.py": ("training/test_optim.py", "training.state"),
-    "training/trace.py": ("training/test_stages.py", "traceEvents"),
+    "training/trace.py": ("training/test_progressive.py", "traceEvents"),
 }
 
 

@@ -26,7 +26,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import write_shard
 from mmcontrast.models import make_model
 from mmcontrast.plan import GIB, Plan, count, plan_run, without_downloads
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.training.cost import fakes
 from mmcontrast.training.loop import train
 
@@ -208,7 +208,7 @@ def test_a_config_learns_for_two_steps(name, shards, tokenizer, tmp_path, fresh_
         small += [f"fields.{field}.modality={one_line(words | {'tokenizer': str(tokenizer)})}"]
     small += ["train.micro_batch_size=2"] if config.train.micro_batch_size else []
     small += ["evaluation.splits={}", f"run.dir={tmp_path}", "data.block=4", "train.async_checkpoints=false"]
-    job = make_job(load_config(CONFIGS / f"{name}.yaml", [*shallow(name, config, tmp_path), *data, *small]))
+    job = make_run_context(load_config(CONFIGS / f"{name}.yaml", [*shallow(name, config, tmp_path), *data, *small]))
     before = {key: weight.clone() for key, weight in job.model.state_dict().items() if weight.dim() < 2}
     job.folder.mkdir()
     train(job)

@@ -14,7 +14,7 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.runs import check_components, make_job
+from mmcontrast.runs import check_components, make_run_context
 from mmcontrast.search import build_index
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
@@ -124,7 +124,7 @@ def test_ones_own_config_imports_components_alone(marker, tmp_path):
             if command[0].endswith("LinearTower") and kind in ("tower", "augmentation"):  # it is a torch module
                 message = "no shard at 'none.tar'"  # which it has got as far as
             with pytest.raises(UserError, match=message):
-                make_job(load_config(run / "config.yaml"))
+                make_run_context(load_config(run / "config.yaml"))
     assert not ran.exists()
     run = make_run(tmp_path / "mine", objective=f"{module}:Objective")
     assert type(check_components(load_config(run / "config.yaml"))[0]).__name__ == "Objective"

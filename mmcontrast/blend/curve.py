@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmcontrast.blend.weights import blended, load_state, wise_ft
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import Evaluation, open_splits
@@ -97,7 +97,7 @@ def drawn_metrics(curve: Curve, patterns: Sequence[str] = ()) -> dict[str, list[
         if any(fnmatchcase(f"/{name}", pattern) for pattern in wanted):
             found.setdefault(metric, []).append(split)
     if not found and patterns:
-        raise UserError(f"--metric {patterns[0]}: no such result; {nearest(patterns[0], curve.results)}")
+        raise UserError(f"--metric {patterns[0]}: no such result; {suggestion(patterns[0], curve.results)}")
     return dict(list(found.items())[:PANELS])
 
 
@@ -195,7 +195,7 @@ def greedy_soup(states: States, metric: str, evaluate_state: Callable[[Mapping[s
     def value_of(state: Mapping[str, Tensor]) -> float:
         values = evaluate_state(state).values
         if metric not in values:
-            raise UserError(f"--metric {metric}: no such result; {nearest(metric, values)}")
+            raise UserError(f"--metric {metric}: no such result; {suggestion(metric, values)}")
         return values[metric]
 
     sign = -1 if lower_is_better(metric) else 1

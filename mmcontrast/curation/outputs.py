@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data.page import page
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import write_json
@@ -58,7 +58,7 @@ def open_stored(folder: Path, fields: Mapping[str, str]) -> StoredTable:
         raise UserError(f"{folder} is of a hyperbolic model: its tangent vectors have no cosines, by which this stage compares")
     for option, field in fields.items():
         if field not in table.fields:
-            raise UserError(f"{option} {field}: {folder} has none of this name; {nearest(field, table.fields)}")
+            raise UserError(f"{option} {field}: {folder} has none of this name; {suggestion(field, table.fields)}")
         if not len(table.present(field)):
             raise UserError(f"{option} {field}: no row of {folder} has it")
     return table

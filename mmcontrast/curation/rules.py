@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.curation.looking import ENTRY, FIELDS, Look, decoder, members_of_keys
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
@@ -369,7 +369,7 @@ def read_rules(name: str) -> Rules:
     if not Path(name).is_file():
         known = presets()
         if name not in known:
-            raise UserError(f"--rules {name}: no such file, and no preset; {nearest(name, known)}")
+            raise UserError(f"--rules {name}: no such file, and no preset; {suggestion(name, known)}")
         name = str(known[name])
     return parse_rules(read_yaml(name), name)
 
@@ -391,13 +391,13 @@ def _messages(error: ValidationError) -> Iterable[str]:
         context = one.get("ctx", {})
         if one["type"] in ("union_tag_invalid", "union_tag_not_found"):
             yield (
-                f"{place}: no type {context['tag']!r}; {nearest(str(context['tag']), RULES)}"
+                f"{place}: no type {context['tag']!r}; {suggestion(str(context['tag']), RULES)}"
                 if "tag" in context
                 else (f"{place}: a rule has a type: {', '.join(RULES)}")
             )
         elif one["type"] == "extra_forbidden":
             kind = RULES.get(str(one["loc"][-2])) if len(one["loc"]) > 2 else None
             fields = [of.alias or key for key, of in (kind or Rules).model_fields.items()]
-            yield f"{place}: unknown; {nearest(str(one['loc'][-1]), fields)}"
+            yield f"{place}: unknown; {suggestion(str(one['loc'][-1]), fields)}"
         else:
             yield f"{place}: {one['msg'].removeprefix('Value error, ')}"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data.class_texts import check_template
 from mmcontrast.data.dataset import FieldKeys, ShardDataset, names_of
 from mmcontrast.data.held_out import Part
@@ -101,7 +101,7 @@ def open_dataset(
     given = ShardOptions.of(shards)
     for field in given.keys:
         if field not in modalities:
-            raise UserError(f"{given.shards}: keys of a field {field!r}; {nearest(field, modalities)}")
+            raise UserError(f"{given.shards}: keys of a field {field!r}; {suggestion(field, modalities)}")
     check_templates(given.templates, modalities, str(given.shards))
     asked = {field: list(given.keys.get(field) or keys.get(field) or modalities[field].extensions) for field in modalities}
     if not training and any(keys.get(field) for field in modalities):
@@ -126,7 +126,7 @@ def check_templates(templates: Mapping[str, Sequence[str]], modalities: Mapping[
     for field in templates:
         if not isinstance(modalities.get(field), TextModality):
             texts = [name for name, modality in modalities.items() if isinstance(modality, TextModality)]
-            raise UserError(f"{place}: templates of {field!r}, which is no field of texts; {nearest(field, texts)}")
+            raise UserError(f"{place}: templates of {field!r}, which is no field of texts; {suggestion(field, texts)}")
 
 
 def with_fallbacks(

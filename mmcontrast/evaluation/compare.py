@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 
 FORMAT = "mmcontrast results 1"
@@ -150,7 +150,7 @@ def compare(paths: Sequence[Path], match: str | None = None) -> Comparison:
     names = [name for name in everything if fnmatchcase(f"/{name}/", f"*/{match or '*'}/*")]
     if match and not names:
         parts = {part for name in everything for part in name.split("/")}
-        raise UserError(f"--match {match!r} fits no result's name; {nearest(match, parts)}")
+        raise UserError(f"--match {match!r} fits no result's name; {suggestion(match, parts)}")
     return Comparison(runs, [name for name in names if not is_count(name)] or names)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.progress import Progress
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data import ShardDataset, ShardOptions, Shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import read_bank
@@ -22,9 +22,9 @@ from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_
 from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
 from mmcontrast.evaluation.options import BridgeOptions, EvaluationOptions, ProbeOptions, ZeroShotOptions
 from mmcontrast.evaluation.results import Evaluation
+from mmcontrast.evaluation.retrieval_inputs import embed_captions
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.evaluation.sending import from_first
-from mmcontrast.evaluation.sides import embed_captions
 from mmcontrast.modalities import ImageModality, Modality, TextModality
 from mmcontrast.models import ContrastiveModel
 
@@ -277,7 +277,7 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
             raise UserError(f"evaluation.{place}: the model has no {missing}; it has {', '.join(fields)}")
         for split in splits:
             if split not in options.splits:
-                raise UserError(f"evaluation.{place}: no split {split!r}; {nearest(split, options.splits)}")
+                raise UserError(f"evaluation.{place}: no split {split!r}; {suggestion(split, options.splits)}")
     texts = [(f"zero_shot.{name}: prompt_field", task.prompt_field) for name, task in options.zero_shot.items()]
     for place, text in [*texts, *(("captions:", field) for field in captions)]:
         if not isinstance(model.modality(text or ""), TextModality):

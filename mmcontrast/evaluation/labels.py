@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 
@@ -144,7 +144,7 @@ def entries_of(metadata: Sequence[dict[str, Any]], label: str, place: str) -> li
     values = [entry.get(label) for entry in metadata]
     if values and all(label_text(value) is None for value in values):
         names = sorted({name for entry in metadata[:1000] for name in entry})
-        raise UserError(f"{place}: no sample has the label {label!r} in its json or columns; {nearest(label, names)}")
+        raise UserError(f"{place}: no sample has the label {label!r} in its json or columns; {suggestion(label, names)}")
     return values
 
 

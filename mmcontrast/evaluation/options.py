@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data import Shards
 from mmcontrast.data.class_texts import check_template
 from mmcontrast.evaluation.labels import label_text
@@ -43,7 +43,7 @@ class ZeroShotOptions(Options):
     def _check_templates(cls, templates: list[str] | str) -> list[str] | str:
         if isinstance(templates, str) and templates not in TEMPLATES:
             raise ValueError(
-                f"no templates of the name {templates!r}; {nearest(templates, TEMPLATES)}; a template alone is a list of one"
+                f"no templates of the name {templates!r}; {suggestion(templates, TEMPLATES)}; a template alone is a list of one"
             )
         for template in [] if isinstance(templates, str) else templates:
             check_template(template)
@@ -65,7 +65,7 @@ class ZeroShotOptions(Options):
     @classmethod
     def _check_classes(cls, classes: dict[str, list[str]] | list[str] | str) -> dict[str, list[str]] | list[str] | str:
         if isinstance(classes, str) and classes not in CLASSES:
-            raise ValueError(f"no classes of the name {classes!r}; {nearest(classes, CLASSES)}")
+            raise ValueError(f"no classes of the name {classes!r}; {suggestion(classes, CLASSES)}")
         if isinstance(classes, str):
             return classes
         named = classes if isinstance(classes, dict) else {str(label): [phrase] for label, phrase in enumerate(classes)}

@@ -1,6 +1,6 @@
 """Prompts' templates and class names that others have published, by name: those that come with open_clip."""
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 
 TEMPLATES = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES"}
@@ -27,7 +27,7 @@ def named_classes(name: str) -> list[str]:
 
 def _metadata(name: str, known: dict[str, str], kind: str) -> tuple:
     if name not in known:
-        raise UserError(f"no {kind} of the name {name!r}; {nearest(name, known)}")
+        raise UserError(f"no {kind} of the name {name!r}; {suggestion(name, known)}")
     from open_clip import zero_shot_metadata
 
     return getattr(zero_shot_metadata, known[name])

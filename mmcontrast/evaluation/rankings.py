@@ -15,7 +15,7 @@ from mmcontrast.evaluation.bridge import Bridge
 
 TILE = {"cpu": (1024, 2048), "cuda": (8192, 16384)}
 PASSES = 48  # relevant candidates of a query up to which each is compared by itself; beyond, scores are sorted in among them
-Scoring = Callable[[Tensor, Tensor, Tensor], Tensor]  # (products [R, T], places of the queries [R], of the candidates [T])
+ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # of products [R, T], rows of queries [R] and of candidates [T]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rank(
     *,
     both: bool = False,
     excluded: Tensor | None = None,
-    scoring: Scoring | None = None,
+    scoring: ScoreFunction | None = None,
     bridge: Bridge | None = None,
     device: torch.device | str | None = None,
     group: dist.ProcessGroup | None = None,
@@ -163,7 +163,7 @@ class _Count:
         pairs: Pairs,
         both: bool,
         excluded: Tensor | None,
-        scoring: Scoring | None,
+        scoring: ScoreFunction | None,
         bridge: Bridge | None,
         device: torch.device,
     ) -> None:

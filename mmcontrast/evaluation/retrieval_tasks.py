@@ -19,8 +19,8 @@ from mmcontrast.evaluation.options import EvaluationOptions, LanguageOptions, Re
 from mmcontrast.evaluation.rankings import Pairs, Ranking, rank
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval import query_metrics
-from mmcontrast.evaluation.scoring import Scoring
-from mmcontrast.evaluation.sides import Side, graded, labelled, side_of, whitened
+from mmcontrast.evaluation.retrieval_inputs import Side, graded, labelled, side_of, whitened
+from mmcontrast.evaluation.scoring import ScoreCorrection
 from mmcontrast.modalities import TextModality
 from mmcontrast.models import ContrastiveModel
 
@@ -158,7 +158,7 @@ class RetrievalTasks:
         kind = self.options.scoring
         if isinstance(kind, str):
             rows = queries.rows.to(self.device), candidates.rows.to(self.device)
-            options["scoring"] = Scoring.of(kind, *rows, alike=options.get("excluded") is not None)
+            options["scoring"] = ScoreCorrection.of(kind, *rows, alike=options.get("excluded") is not None)
         elif kind and self.bank and (bridge := self.bank.between(self.model, *fields)):
             if kind.rows == "exact":
                 options["bridge"] = bridge

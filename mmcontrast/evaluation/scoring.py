@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmcontrast.components import nearest as nearest_name
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.neighbours import nearest
 from mmcontrast.score import LogSumExp, score_statistics
@@ -20,7 +20,7 @@ SMALLEST = 1e-3  # of a margin's denominator
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreCorrection:
     """Turns tiles of cosines into scores. Where all of the queries are known beforehand, that is.
 
     Attributes:
@@ -42,7 +42,7 @@ class Scoring:
     @torch.no_grad()
     def of(
         cls, kind: Kind, queries: Tensor, candidates: Tensor, *, k: int = 10, beta: float = 30.0, alike: bool = False
-    ) -> "Scoring":
+    ) -> "ScoreCorrection":
         """For unit rows [Q, D] and [C, D]. O((Q + C)·D) memory.
 
         Args:
@@ -54,7 +54,7 @@ class Scoring:
             UserError: for another kind, or options that cannot be.
         """
         if kind not in get_args(Kind):
-            raise UserError(f"scoring {kind!r} is unknown; {nearest_name(kind, get_args(Kind))}")
+            raise UserError(f"scoring {kind!r} is unknown; {suggestion(kind, get_args(Kind))}")
         if k < 1 or not beta > 0:
             raise UserError(f"scoring {kind}: k = {k} and beta = {beta} must be more than 0")
         if kind == "inverted_softmax":

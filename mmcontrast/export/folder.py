@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data import Shards
 from mmcontrast.embedder import Embedder, load, run_of
 from mmcontrast.errors import UserError
@@ -148,7 +148,7 @@ def format_module(kind: str) -> ModuleType:
         UserError: for no format; if what it needs is not installed.
     """
     if kind not in FORMATS:
-        raise UserError(f"--format {kind}: no such format; {nearest(kind, FORMATS)}")
+        raise UserError(f"--format {kind}: no such format; {suggestion(kind, FORMATS)}")
     try:
         return importlib.import_module(f"mmcontrast.export.{FORMATS[kind]}")
     except ImportError as error:

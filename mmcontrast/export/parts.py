@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, Origin
@@ -47,7 +47,7 @@ def chosen_fields(model: ContrastiveModel, there: Sequence[str], asked: Sequence
     """
     for field in asked or ():
         if field not in there:
-            raise UserError(f"--fields: the model has no field {field!r} that is embedded; {nearest(field, there)}")
+            raise UserError(f"--fields: the model has no field {field!r} that is embedded; {suggestion(field, there)}")
     return list(asked or there)
 
 

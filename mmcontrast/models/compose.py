@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmcontrast.components import build, nearest
+from mmcontrast.components import build, suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, ImageModality, Modality, TextModality
@@ -123,7 +123,7 @@ def taken(model: ContrastiveModel, fields: Sequence[str]) -> ContrastiveModel:
     """
     for field in fields:
         if field not in model.modalities:
-            raise UserError(f"model.start.fields: no field {field!r}; {nearest(field, model.modalities)}")
+            raise UserError(f"model.start.fields: no field {field!r}; {suggestion(field, model.modalities)}")
     left = [field for field in model.modalities if fields and field not in fields]
     if not left:
         return model
@@ -165,14 +165,16 @@ def check_fields(
             )
         tower = of.tower or (mine[field][1] if field in mine else "")
         if tower not in towers and tower not in inherited:
-            raise UserError(f"fields.{field}.tower: no tower {tower!r} under towers; {nearest(tower, [*towers, *inherited])}")
+            raise UserError(
+                f"fields.{field}.tower: no tower {tower!r} under towers; {suggestion(tower, [*towers, *inherited])}"
+            )
         tower_of[field] = tower
     for tower in towers:
         if tower not in tower_of.values():
             raise UserError(f"towers.{tower} serves no field: name it in fields.<field>.tower, or remove it")
     for tower in options.projection if isinstance(options.projection, dict) else ():
         if tower not in towers and tower not in inherited:
-            raise UserError(f"model.projection: no tower {tower!r} under towers; {nearest(tower, [*towers, *inherited])}")
+            raise UserError(f"model.projection: no tower {tower!r} under towers; {suggestion(tower, [*towers, *inherited])}")
     if mine and len(fields) < 2:
         raise UserError(f"fields: a model needs two or more to contrast, there is {', '.join(fields) or 'none'}")
     return tower_of
@@ -274,7 +276,7 @@ def adapt(
         raise UserError("model.start.new_tokens: their embeddings are new, and model.lora locks them: leave out one of the two")
     for name in lora.towers:
         if name not in inherited:
-            raise UserError(f"model.lora.towers: no tower {name!r} of model.start; {nearest(name, inherited)}")
+            raise UserError(f"model.lora.towers: no tower {name!r} of model.start; {suggestion(name, inherited)}")
     kept = [model.towers[name] for name in inherited]
     if whole:
         kept += [model.projections[name] for name in inherited]

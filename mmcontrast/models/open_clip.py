@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import library_errors, opening, part_of_open_clip
 from mmcontrast.modalities import PADDING, TextIds
@@ -140,7 +140,7 @@ def _half(model: str, part: str, pretrained: str | None, options: dict[str, Any]
     import open_clip
 
     if ":" not in model and model not in open_clip.list_models():
-        raise UserError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())[:200]}")
+        raise UserError(f"open_clip has no model {model!r}; {suggestion(model, open_clip.list_models())[:200]}")
     if part not in ("image", "text"):
         raise UserError(f"open_clip tower: part must be 'image' or 'text', not {part!r}")
     with opening(f"open_clip's {model!r} with pretrained={pretrained!r}", f"open_clip tower {model}"):
@@ -204,12 +204,12 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
         name, _, tag = name.partition("/")
         pretrained = pretrained or tag or None
         if not is_architecture(name):
-            raise UserError(f"open_clip has no model {name!r}; {nearest(name, open_clip.list_models())[:200]}")
+            raise UserError(f"open_clip has no model {name!r}; {suggestion(name, open_clip.list_models())[:200]}")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if weights and not (pretrained and (pretrained in tags or Path(pretrained).is_file())):
             raise UserError(
                 f"open_clip's {name} with pretrained={pretrained!r}: no such file, and no such tag: it takes a checkpoint's"
-                f" file, or a tag ({nearest(pretrained or '', tags)[:200] if tags else 'there is none'})"
+                f" file, or a tag ({suggestion(pretrained or '', tags)[:200] if tags else 'there is none'})"
             )
     elif pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")

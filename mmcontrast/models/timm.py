@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening
 from mmcontrast.modalities.image import INTERPOLATIONS
@@ -37,7 +37,7 @@ def _network(model: str, pretrained: bool | str, options: dict[str, Any]) -> nn.
     import timm
 
     if not timm.is_model(model.split(".")[0]):
-        raise UserError(f"timm has no model {model!r}; {nearest(model, timm.list_models())[:200]}")
+        raise UserError(f"timm has no model {model!r}; {suggestion(model, timm.list_models())[:200]}")
     what = f"timm's {model!r} refuses an option, or has no weights"
     with opening(what, f"timm tower {model}", runs_transformers=False):
         if isinstance(pretrained, str):
@@ -90,7 +90,7 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Si
     import timm
 
     if ":" not in name and not is_timm(name):
-        raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
+        raise UserError(f"timm has no model {name!r}; {suggestion(name, timm.list_models())[:200]}")
     if ":" in name and pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
     options = from_file(name, pretrained) if pretrained and weights else {}

@@ -21,8 +21,8 @@ from mmcontrast.objectives.inputs import (
     check_together,
     extras_by_field,
     ids_by_field,
-    of_term,
     own_by_field,
+    scalar_of_fields,
     teachers_by_field,
     total_weights,
     values_of,
@@ -30,7 +30,7 @@ from mmcontrast.objectives.inputs import (
     widths_of,
 )
 from mmcontrast.objectives.names import OBJECTIVES, PAIRINGS, SCORES
-from mmcontrast.objectives.pairing import Pairing, Scoring, term_name
+from mmcontrast.objectives.pairing import Pairing, TermInputs, term_name
 from mmcontrast.objectives.signals import WATCHED, signals_of
 from mmcontrast.score import score_statistics
 from mmcontrast.score.exact import outside_autocast, scalar
@@ -178,10 +178,10 @@ def _loss(
             continue
         rows = {f: embeddings[f] if keep is None else embeddings[f][keep] for f in term}
         here = given.of(term, keep)
-        scale, bias = (of_term(v, term, n) for v, n in ((logit_scale, "logit_scale"), (logit_bias, "logit_bias")))
+        scale, bias = (scalar_of_fields(v, term, n) for v, n in ((logit_scale, "logit_scale"), (logit_bias, "logit_bias")))
         assert scale is not None
         scale, bias = scalar(scale, dtype, first.device), None if bias is None else scalar(bias, dtype, first.device)
-        scoring = Scoring(
+        term_inputs = TermInputs(
             rows=rows,
             ids=None if here.ids is None else here.ids[term[0]],
             sample_ids=here.sample_ids,
@@ -213,12 +213,12 @@ def _loss(
         share = len(sizes) / sum(sizes)  # of an anchor in the mean over all ranks
         weigh = partial(_weighted_sum, weights=here.weights, share=share if totals is None else len(sizes) / totals[number])
         losses: list[Tensor] = []
-        for place, direction in enumerate(pairs.directions(scoring)):
+        for place, direction in enumerate(pairs.directions(term_inputs)):
             if scorer.both_directions or len(term) > 2 or not direction.name.startswith(f"{term[1]}_to_"):
                 losses.append(weigh(scorer(direction)))
             if signals is not None:
                 if len(term) == 2 and place == 0:
-                    similar = (direction.positives.detach() - scoring.bias) / direction.scale
+                    similar = (direction.positives.detach() - term_inputs.bias) / direction.scale
                     distance = 2.0 - 2.0 * similar if link is None else similar.square()
                     signals[f"{term_name(term)}/alignment"] = distance.sum().detach() * share
                 signals |= {f"{direction.name}/{name}": number for name, number in signals_of(direction, share).items()}

@@ -155,7 +155,7 @@ def all_present(ids_of: Mapping[str, Tensor] | None, fields: Sequence[str]) -> T
     return None if keep.all() else keep.nonzero().squeeze(1)
 
 
-def of_term(value: Scalars | None, fields: Sequence[str], name: str) -> Tensor | float | None:
+def scalar_of_fields(value: Scalars | None, fields: Sequence[str], name: str) -> Tensor | float | None:
     """The scale or bias of some fields that are scored together, named in any order.
 
     Raises:

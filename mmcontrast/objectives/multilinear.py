@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmcontrast.objectives.pairing import UNGROUPED, Fields, Pairing, Scoring
+from mmcontrast.objectives.pairing import UNGROUPED, Fields, Pairing, TermInputs
 from mmcontrast.score import Direction
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Multilinear(Pairing):
                 ' use pairing multilinear with negatives "n_squared", or a pairing of two fields'
             )
 
-    def directions(self, s: Scoring) -> Iterator[Direction]:
+    def directions(self, s: TermInputs) -> Iterator[Direction]:
         if s.extras:
             raise ValueError(
                 f"extra_negatives of {', '.join(s.extras)}: a product needs a partner in every other field, so pairing"
@@ -81,7 +81,7 @@ class Multilinear(Pairing):
 
     def _n(
         self,
-        s: Scoring,
+        s: TermInputs,
         rows: Tensor,
         others: list[Tensor],
         ids: Tensor,
@@ -97,7 +97,7 @@ class Multilinear(Pairing):
         return s.statistics(rows, columns, scale=scale, ids=ids, column_ids=column_ids, paired=False, columns=False)[0]
 
     def _n_squared(
-        self, s: Scoring, rows: Tensor, left: list[Tensor], columns: Tensor, ids: Tensor, everyones: Tensor, scale: Tensor
+        self, s: TermInputs, rows: Tensor, left: list[Tensor], columns: Tensor, ids: Tensor, everyones: Tensor, scale: Tensor
     ) -> Direction:
         """Every tuple of all other fields but the last, times the anchor, is a row against the last field's columns."""
         number, width = len(everyones), max(1, ROWS // max(1, *s.sizes))  # the same on all ranks

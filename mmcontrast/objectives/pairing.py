@@ -22,7 +22,7 @@ UNGROUPED = -3  # the id of rows and products of nobody's group
 
 
 @dataclass(frozen=True)
-class Scoring:
+class TermInputs:
     """The samples that have all fields of a term of the loss, and how their scores are taken.
 
     Attributes:
@@ -170,7 +170,7 @@ class Pairing:
             return self.same_field
         return any(term_name(order) in self.same_field for order in permutations(term))
 
-    def directions(self, s: Scoring) -> Iterator[Direction]:
+    def directions(self, s: TermInputs) -> Iterator[Direction]:
         """Every direction of a term: here the two of a pair, or, unless `both`, its rows; then those of its own fields."""
         (a, x), (b, y) = s.rows.items()
         names, same_field = (f"{a}_to_{b}", f"{b}_to_{a}"), self.has_same_field((a, b))
@@ -214,7 +214,7 @@ class Pairing:
             if same_field and not self.joint:
                 yield s.named(among(field, number), f"{field}_to_{field}", direction.positives)
 
-    def _further(self, s: Scoring, direction: Direction, field: str, other: str, limits: Tensor | None) -> list[Direction]:
+    def _further(self, s: TermInputs, direction: Direction, field: str, other: str, limits: Tensor | None) -> list[Direction]:
         """A direction's anchors against extra candidates, and against their own."""
         further, rows = [], s.rows[field]
         if other in s.extras:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import Progress
 from safetensors.torch import save_file
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import Bank, check_made_by, read_bank, read_texts, scale_between
 from mmcontrast.evaluation.bridge import Bridge
@@ -66,7 +66,7 @@ def build_index(
         raise UserError(f"{folder} exists: remove it, or choose another folder")
     for field in fields or ():
         if field not in stored.fields:
-            raise UserError(f"--field {field}: {table} has none of this name; {nearest(field, stored.fields)}")
+            raise UserError(f"--field {field}: {table} has none of this name; {suggestion(field, stored.fields)}")
     wanted = list(dict.fromkeys(fields)) if fields else [field for field in stored.fields if len(stored.present(field))]
     empty = next((field for field in wanted if not len(stored.present(field))), None)
     if empty or not wanted:

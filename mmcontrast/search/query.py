@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.search.table import ChangedError, StoredTable, refuse_paths, stamp
@@ -164,7 +164,7 @@ class SearchIndex:
             UserError: if it has no index.
         """
         if field not in self.fields:
-            raise UserError(f"no index of a field {field!r}; {nearest(field, self.fields)}")
+            raise UserError(f"no index of a field {field!r}; {suggestion(field, self.fields)}")
 
     def check_row(self, row: int) -> None:
         """
@@ -219,7 +219,7 @@ class SearchIndex:
         """
         self.check_row(row)
         if field not in self.table.fields:
-            raise UserError(f"the table has no field {field!r}; {nearest(field, self.table.fields)}")
+            raise UserError(f"the table has no field {field!r}; {suggestion(field, self.table.fields)}")
         if not self.table.has(row, field):
             raise UserError(f"row {row} has no {field!r}")
         return torch.from_numpy(self.table.vectors(field, np.array([row]))[0])

@@ -62,7 +62,7 @@ class Contents:
         files = {ADAPTER if self.start else WEIGHTS: self.weights, AVERAGED: self.averaged, QUEUE: self.queue}
         return {name: tensors for name, tensors in files.items() if tensors}
 
-    def whole(self) -> Iterator[Tensor | None]:
+    def full_tensors(self) -> Iterator[Tensor | None]:
         """Yield all tensors of the files, `in_order`, whole on the first rank: one is sent when it is asked for, by all."""
         for tensors in self.files.values():
             yield from (whole_on_first(tensors[name]) for name in in_order(tensors))
@@ -73,7 +73,7 @@ class Contents:
         Args:
             keep: False: take part in it alone, and keep nothing.
         """
-        whole = self.whole()
+        whole = self.full_tensors()
         if not keep:
             drained(whole)
             return replace(self, weights={}, averaged={}, queue={}, shards={})
@@ -94,7 +94,7 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
     Raises:
         UserError: if it cannot be written (a full disk); earlier checkpoints stay as they were.
     """
-    target, partial, whole = folder / f"step-{step:08d}", partial_of(folder, step), contents.whole()
+    target, partial, whole = folder / f"step-{step:08d}", partial_of(folder, step), contents.full_tensors()
     try:
         if not shards:
             shutil.rmtree(partial, ignore_errors=True)
@@ -225,7 +225,7 @@ class Saver:
             copied = contents.on_host(keep=not self.rank)
             self.writing = shards if self.rank else self.thread.submit(self._write, step, copied, shards)
         elif self.rank:
-            drained(contents.whole())
+            drained(contents.full_tensors())
         else:
             self._write(step, contents, shards)
 

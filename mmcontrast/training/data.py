@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmcontrast.components import build, nearest
+from mmcontrast.components import build, suggestion
 from mmcontrast.data import (
     ClusterOrder,
     MixtureDataset,
@@ -189,7 +189,7 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
     """
     several = isinstance(options.train, dict)
     if options.bucket_by and options.bucket_by not in fields:
-        raise UserError(f"data.bucket_by: no field {options.bucket_by!r}; {nearest(options.bucket_by, fields)}")
+        raise UserError(f"data.bucket_by: no field {options.bucket_by!r}; {suggestion(options.bucket_by, fields)}")
     if options.bucket_by and several:
         raise UserError("data.bucket_by: steps are brought together by length within one source; there are several")
     if options.clusters and options.bucket_by:
@@ -266,7 +266,7 @@ def source_modalities(
     """
     for field in source.keys.keys() | source.modalities.keys():
         if field not in fields:
-            raise UserError(f"data.train.{name}: no field {field!r}; {nearest(field, fields)}")
+            raise UserError(f"data.train.{name}: no field {field!r}; {suggestion(field, fields)}")
     modalities = dict(modalities)
     for field, changed in source.modalities.items():
         for option in changed.keys() - modalities[field].of_source:

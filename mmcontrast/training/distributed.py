@@ -57,7 +57,7 @@ def end_now(code: int) -> NoReturn:
 
 
 @contextmanager
-def peers() -> Iterator[None]:
+def reporting_lost_ranks() -> Iterator[None]:
     """What a rank sees of another's end becomes one error, that says so.
 
     Raises:

@@ -13,7 +13,7 @@ from mmcontrast.evaluation.before import BEFORE, EVALUATIONS, keep_before, read_
 from mmcontrast.evaluation.compare import lower_is_better
 from mmcontrast.evaluation.report import write_results
 from mmcontrast.training import checkpoint
-from mmcontrast.training.job import Job
+from mmcontrast.training.context import RunContext
 from mmcontrast.training.log import StepLines
 from mmcontrast.training.step import Learner
 
@@ -31,7 +31,7 @@ class Evaluations:
             all ranks, and on a resumed run found again from evaluations.jsonl.
     """
 
-    def __init__(self, job: Job, start: int, learner: Learner, saver: checkpoint.Saver | None) -> None:
+    def __init__(self, job: RunContext, start: int, learner: Learner, saver: checkpoint.Saver | None) -> None:
         self.job, self.learner, self.saver = job, learner, saver
         self.main = learner.accelerator.is_main_process
         self.history: dict[int, Results] = {}  # by step, on the first rank

@@ -16,26 +16,26 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data import training_batches
 from mmcontrast.errors import Preempted, TrainingStopped, UserError
 from mmcontrast.evaluation import Results
 from mmcontrast.evaluation.report import LOG
 from mmcontrast.training import checkpoint
 from mmcontrast.training.anomalies import Anomalies
+from mmcontrast.training.context import RunContext
 from mmcontrast.training.cost import peak_samples
-from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, peers
+from mmcontrast.training.distributed import COLLECTIVE_TIMEOUT, join_processes, reporting_lost_ranks
 from mmcontrast.training.evaluations import Evaluations
-from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLog, make_progress
 from mmcontrast.training.mining import Miner, Mining, make_mining
 from mmcontrast.training.optim import freeze, make_optimizer
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.parallel import is_sharded, place
+from mmcontrast.training.parallel import distribute, is_sharded
 from mmcontrast.training.preemption import Preemption, preemptible
+from mmcontrast.training.progressive import check_schedules
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.sample_log import SampleLog, warnings
-from mmcontrast.training.stages import check_stages
 from mmcontrast.training.state import restore, state_of
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.trace import tracing
@@ -45,7 +45,7 @@ from mmcontrast.types import Batch
 STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
-def train(job: Job, resume: bool = False, preemption: Preemption | None = None, miner: Miner | None = None) -> Results:
+def train(job: RunContext, resume: bool = False, preemption: Preemption | None = None, miner: Miner | None = None) -> Results:
     """Trains, evaluates, and writes the run's folder; returns the last results. A run that has all of its steps, or has ended
     early, is evaluated, if it was not.
 
@@ -67,18 +67,18 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
     objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
-    check_stages(job.model, options)
-    until = freeze(job.model, options.freeze)
+    check_schedules(job.model, options)
+    locked_until = freeze(job.model, options.freeze)
     averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
     most = peak_samples(job.model, options.precision, accelerator.device) if accelerator.is_main_process else None
     copies = [one for one in (averaged, queue and queue.encoder) if one]
-    model = place(job.model, copies, options, accelerator)
+    model = distribute(job.model, copies, options, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(job.model, options))
     for teacher in job.teachers:
         teacher.to(accelerator.device)
     learner = Learner(
-        model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, until, job.teachers,
-        job.own, job.score,
+        model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, locked_until,
+        job.teachers, job.own, job.score,
     )  # fmt: skip
 
     start, mining = 0, make_mining(job, learner, miner)
@@ -96,14 +96,15 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
         nullcontext(preemption) if preemption else preemptible() as preemption,
         Watchdog(options.stall_seconds, job.folder, rank, world_size, options.pause_stall_seconds) as watchdog,
         make_progress(accelerator.is_main_process) as progress,
-        peers(),
+        reporting_lost_ranks(),
         saver or nullcontext(),
         tracing(options.profile_steps, job.folder, rank) as trace,
     ):
         for warning in warnings(job) if log else ():
             progress.console.print(f"warning: {warning}", highlight=False, markup=False)
         bar = progress.add_task(job.name, total=total, completed=start, note="")
-        if (due(start, options.evaluate_every, total) if start else options.evaluate_first) and start not in evaluations.steps:
+        evaluate_now = is_due(start, options.evaluate_every, total) if start else options.evaluate_first
+        if evaluate_now and start not in evaluations.steps:
             with watchdog.away("evaluating"):
                 results = evaluations.run(start, progress)
         elif log and (start == total or evaluations.exhausted):
@@ -113,7 +114,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
             progress.console.print("warning: train.evaluate_first: step 0 was not evaluated when the run began; it is past")
         if mining:
             mining.begin()
-            if mining.due(start) and not evaluations.exhausted:
+            if mining.is_due(start) and not evaluations.exhausted:
                 with watchdog.away("mining"):
                     mining.run(start, progress)
         batches = batches_from(start, job, accelerator, mining)
@@ -127,7 +128,7 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
             batch = next(batches)
             if log:
                 log.arrived(options.batch_size)
-            done, logging = step + 1, due(step + 1, options.log_every, total)
+            done, logging = step + 1, is_due(step + 1, options.log_every, total)
             watchdog.move(step, "training")
             try:
                 values = training_step(step, batch, learner, logging and options.signals, preemption.is_asked)
@@ -152,13 +153,13 @@ def train(job: Job, resume: bool = False, preemption: Preemption | None = None, 
                     eta = f"  eta {timedelta(seconds=round(left))}" if left is not None else ""
                     progress.console.print(f"step {done}/{total}  {note}{eta}", highlight=False, soft_wrap=True)
             progress.update(bar, completed=done)
-            evaluating = due(done, options.evaluate_every, total) and (done == total or not stopping)
-            renewing = mining is not None and mining.due(done) and not stopping
+            evaluating = is_due(done, options.evaluate_every, total) and (done == total or not stopping)
+            renewing = mining is not None and mining.is_due(done) and not stopping
             if mining and renewing:
                 with log.paused() if log else nullcontext(), watchdog.away("mining"):
                     mining.run(done, progress)
                 batches = batches_from(done, job, accelerator, mining)
-            if due(done, options.checkpoint_every, total) or evaluating or stopping or renewing:
+            if is_due(done, options.checkpoint_every, total) or evaluating or stopping or renewing:
                 with log.paused() if log else nullcontext(), watchdog.away("saving"):
                     if saver:
                         saver.save(done, state_of(done, job, learner))
@@ -190,7 +191,7 @@ def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Map
     )
     for kind, given in options.trackers.items():
         if kind not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"train.trackers: no {kind!r}; {nearest(kind, map(str, LOGGER_TYPE_TO_CLASS))}")
+            raise UserError(f"train.trackers: no {kind!r}; {suggestion(kind, map(str, LOGGER_TYPE_TO_CLASS))}")
         accelerator.log_with = filter_trackers([kind], folder)
         if not accelerator.log_with:
             raise UserError(f"train.trackers: {kind} is not installed: pip install {kind}")
@@ -203,7 +204,7 @@ def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Map
     return accelerator
 
 
-def batches_from(step: int, job: Job, accelerator: Accelerator, mining: Mining | None) -> Iterator[Batch]:
+def batches_from(step: int, job: RunContext, accelerator: Accelerator, mining: Mining | None) -> Iterator[Batch]:
     """This rank's batches from a step on, until something is mined anew."""
     end = job.options.total_steps if mining is None else min(job.options.total_steps, mining.next_after(step))
     return training_batches(
@@ -218,7 +219,7 @@ def batches_from(step: int, job: Job, accelerator: Accelerator, mining: Mining |
     )
 
 
-def due(done: int, every: int | None, total: int) -> bool:
+def is_due(done: int, every: int | None, total: int) -> bool:
     return done == total or (every is not None and every > 0 and done % every == 0)
 
 
@@ -235,7 +236,7 @@ def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) ->
     return checkpoint.Saver(folder, options.keep_checkpoints, options.keep_every, options.async_checkpoints, rank, group)
 
 
-def make_queue(job: Job, device: torch.device) -> MomentumQueue | None:
+def make_queue(job: RunContext, device: torch.device) -> MomentumQueue | None:
     """The queue that the options ask for; on a model that accelerate has not prepared yet."""
     if not job.options.queue_size:
         return None

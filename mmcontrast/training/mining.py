@@ -14,15 +14,15 @@ from typing import Any
 from accelerate.utils import gather_object
 from rich.progress import Progress
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data import MixtureDataset, NeighbourOrder, ShardDataset, StreamDataset, StreamOrder, TrainingOrder
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed_dataset
 from mmcontrast.evaluation.embed import MANIFEST, PART_ROWS, write_json
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.training import checkpoint
+from mmcontrast.training.context import RunContext
 from mmcontrast.training.data import use_mined
-from mmcontrast.training.job import Job
 from mmcontrast.training.options import DataOptions, MineOptions, NeighboursOptions, TrainOptions
 from mmcontrast.training.step import Learner
 
@@ -38,7 +38,7 @@ class Mining:
         miner: does it, on the first rank.
     """
 
-    def __init__(self, job: Job, learner: Learner, miner: Miner) -> None:
+    def __init__(self, job: RunContext, learner: Learner, miner: Miner) -> None:
         assert job.options.mine and job.options.mine_every
         self.job, self.learner, self.miner = job, learner, miner
         self.options, self.every = job.options.mine, job.options.mine_every
@@ -53,7 +53,7 @@ class Mining:
     def file(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.parquet"
 
-    def due(self, done: int) -> bool:
+    def is_due(self, done: int) -> bool:
         """Whether a round is to be mined after so many steps, and was not."""
         wanted = done % self.every == 0 if done else self.options.first
         return wanted and done < self.job.options.total_steps and self.job.mined != done
@@ -178,7 +178,7 @@ class Mining:
                 self.file(step).unlink()
 
 
-def make_mining(job: Job, learner: Learner, miner: Miner | None) -> Mining | None:
+def make_mining(job: RunContext, learner: Learner, miner: Miner | None) -> Mining | None:
     """Return what mines in a run, if anything does.
 
     Raises:
@@ -214,7 +214,7 @@ def check_mining(options: TrainOptions, data: DataOptions, fields: Collection[st
         return
     for name in ("query", "candidate"):
         if (field := getattr(options.mine, name)) not in fields:
-            raise UserError(f"train.mine.{name}: no field {field!r} that is contrasted; {nearest(field, fields)}")
+            raise UserError(f"train.mine.{name}: no field {field!r} that is contrasted; {suggestion(field, fields)}")
     if data.sequential:
         raise UserError("train.mine_every: what is mined is read by its ids, from shards that are indexed: no data.sequential")
     if model.hyperbolic is not None:

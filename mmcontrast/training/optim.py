@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel, Tower
 from mmcontrast.training.options import TrainOptions
@@ -29,7 +29,7 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
         for name in getattr(options, option).keys() - model.towers.keys():
             raise UserError(f"train.{option}: no tower {name!r}; there is {', '.join(model.towers)}")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    heights, kept = {name: heights_of(model.tower(name)) for name in model.towers}, not_decaying(model)
+    heights, kept = {name: layers_above(model.tower(name)) for name in model.towers}, not_decaying(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind, _, rest = name.partition(".")
@@ -48,7 +48,7 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
     import timm.optim
 
     if kind not in timm.optim.list_optimizers():
-        raise UserError(f"train.optimizer: no {kind!r}; {nearest(kind, map(str, timm.optim.list_optimizers()))}")
+        raise UserError(f"train.optimizer: no {kind!r}; {suggestion(kind, map(str, timm.optim.list_optimizers()))}")
     try:
         return timm.optim.create_optimizer_v2(made, opt=kind, lr=options.lr, **given)
     except (TypeError, AssertionError, ImportError) as error:
@@ -73,7 +73,7 @@ def not_decaying(model: nn.Module) -> set[str]:
     return kept
 
 
-def heights_of(tower: Tower) -> dict[str, int]:
+def layers_above(tower: Tower) -> dict[str, int]:
     """Return how many layers are above each parameter: 0 for what follows the last block, most for what precedes the first."""
     names, blocks = [name for name, _ in tower.named_parameters()], list(tower.blocks())
     inside = [next((block for block in blocks if name.startswith(f"{block}.")), "") for name in names]
@@ -102,18 +102,18 @@ def freeze(model: ContrastiveModel, patterns: Mapping[str, int | None]) -> dict[
     """
     parameters = dict(model.named_parameters())
     learning = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    until: dict[str, int] = {}
+    locked_until: dict[str, int] = {}
     for pattern, step in patterns.items():
         matching = [name for name in parameters if fnmatchcase(name, pattern)]
         if not matching:
-            raise UserError(f"train.freeze: no weights match {pattern!r}; {nearest(pattern, parameters)}")
+            raise UserError(f"train.freeze: no weights match {pattern!r}; {suggestion(pattern, parameters)}")
         for name in learning.intersection(matching):
             parameters[name].requires_grad_(step is not None)
             if step is not None:
-                until[name] = step
+                locked_until[name] = step
     model.locked = [module for module in model.modules() if module is not model and _is_locked(module)]
     model.train(model.training)
-    return until
+    return locked_until
 
 
 def _is_locked(module: nn.Module) -> bool:
@@ -122,7 +122,7 @@ def _is_locked(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def follow(averaged: nn.Module, model: nn.Module, momentum: float) -> None:
+def update_average(averaged: nn.Module, model: nn.Module, momentum: float) -> None:
     """averaged ← momentum · averaged + (1 − momentum) · model; running statistics are taken over."""
     for module in (*averaged.modules(), *model.modules()):
         if callable(reshard := getattr(module, "reshard", None)):  # in shards

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel, evaluating
 from mmcontrast.training.grad_cache import batch_norms, running_statistics_kept, with_statistics
@@ -71,7 +71,7 @@ def make_mesh(options: TrainOptions, device: torch.device) -> "DeviceMesh":
     return init_device_mesh(device.type, (ranks // each, each), mesh_dim_names=("copies", "shards"))
 
 
-def place(
+def distribute(
     model: ContrastiveModel, copies: list[ContrastiveModel], options: TrainOptions, accelerator: Accelerator
 ) -> nn.Module:
     """The model as the loop calls it, on its device, for several ranks; `copies` of it are placed as it is.
@@ -105,7 +105,7 @@ def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
     for option in ("recompute", "compile", "layer_decay"):
         for name in getattr(options, option):
             if name not in model.towers:
-                raise UserError(f"train.{option}: no tower {name!r}; {nearest(name, model.towers)}")
+                raise UserError(f"train.{option}: no tower {name!r}; {suggestion(name, model.towers)}")
     for option in ("recompute", "layer_decay"):
         for name in getattr(options, option):
             if not model.tower(name).blocks():
@@ -243,12 +243,12 @@ def in_shards(tensor: Any) -> TypeGuard["DTensor"]:
     return made_here is not None and isinstance(tensor, made_here.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Of all ranks' shards, if it is in shards: then every rank must ask."""
     return tensor.full_tensor() if in_shards(tensor) else tensor
 
 
-def like(tensor: Tensor, example: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, example: Tensor) -> Tensor:
     """A whole tensor as the example is: in the same shards (of another shape: whole on every rank). No rank asks another."""
     if not in_shards(example) or in_shards(tensor):
         return tensor
@@ -258,5 +258,5 @@ def like(tensor: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(example.device), example.device_mesh, placements, src_data_rank=None)
 
 
-def all_like(tensors: Mapping[str, Tensor], examples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: like(tensor, examples[name]) for name, tensor in tensors.items()}
+def shard_all_like(tensors: Mapping[str, Tensor], examples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: shard_like(tensor, examples[name]) for name, tensor in tensors.items()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.score.ranks import exchange, gather_rows
-from mmcontrast.training.optim import follow
+from mmcontrast.training.optim import update_average
 from mmcontrast.types import ABSENT, Batch
 
 
@@ -44,9 +44,9 @@ class MomentumQueue(nn.Module):
             found[field] = rows[share].clone(), ids[share].clone()
         return found
 
-    def follow(self, model: nn.Module, momentum: float | None = None) -> None:
+    def update_encoder(self, model: nn.Module, momentum: float | None = None) -> None:
         """Moves the encoder's weights towards a model's; running statistics are taken over."""
-        follow(self.encoder, model, self.momentum if momentum is None else momentum)
+        update_average(self.encoder, model, self.momentum if momentum is None else momentum)
 
     @torch.no_grad()
     def push(self, batch: Batch, micro_batch_size: int | None, device: torch.device, group: dist.ProcessGroup | None) -> None:

@@ -13,8 +13,8 @@ from mmcontrast.data import MixtureDataset, MixtureOrder, SampleOrder, ShardData
 from mmcontrast.data.files import is_remote
 from mmcontrast.data.range_cache import range_cache
 from mmcontrast.errors import EveryRankError
+from mmcontrast.training.context import RunContext
 from mmcontrast.training.grad_cache import batch_norms
-from mmcontrast.training.job import Job
 from mmcontrast.training.log import StepLines
 from mmcontrast.types import Batch
 
@@ -24,7 +24,7 @@ SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
 class SampleLog:
     """Writes samples.jsonl (if asked for) and bad_samples.jsonl, continued on resume."""
 
-    def __init__(self, job: Job, start: int, accelerator: Accelerator) -> None:
+    def __init__(self, job: RunContext, start: int, accelerator: Accelerator) -> None:
         self.job, self.accelerator, main = job, accelerator, accelerator.is_main_process
         self.samples = StepLines(job.folder / SAMPLES, start) if job.data.record_samples and main else None
         self.bad_samples = StepLines(job.folder / BAD_SAMPLES, start) if main else None
@@ -60,7 +60,7 @@ class SampleLog:
         return {"bad_samples": self.bad.total()} | of_sources
 
 
-def warnings(job: Job) -> Iterator[str]:
+def warnings(job: RunContext) -> Iterator[str]:
     """What may not be as its user thinks."""
     options, names = job.options, batch_norms(job.model)
     if options.micro_batch_size and options.micro_batch_size < options.batch_size and names:
@@ -90,7 +90,7 @@ def warnings(job: Job) -> Iterator[str]:
         )
 
 
-def working_set(remote: Sequence[ShardIndex], job: Job) -> float:
+def working_set(remote: Sequence[ShardIndex], job: RunContext) -> float:
     """Bytes of remote shards from which a machine's lanes draw at a time."""
     if not remote:
         return 0.0

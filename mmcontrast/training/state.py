@@ -14,16 +14,16 @@ from mmcontrast.evaluation.sending import from_first
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
-from mmcontrast.training.job import Job
+from mmcontrast.training.context import RunContext
 from mmcontrast.training.mining import Mining
-from mmcontrast.training.parallel import all_like, in_shards, like
+from mmcontrast.training.parallel import in_shards, shard_all_like, shard_like
 from mmcontrast.training.step import Learner
 from mmcontrast.training.tensors import read_parts
 
 GIVEN = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # of a group: the config's, also of a run that is resumed
 
 
-def state_of(done: int, job: Job, learner: Learner) -> Contents:
+def state_of(done: int, job: RunContext, learner: Learner) -> Contents:
     """All there is to save after a number of steps, as it is: what is in shards stays there."""
     optimizer, shards = optimizer_state(learner.optimizer, job.model)
     scaler = learner.accelerator.scaler
@@ -89,7 +89,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: di
         groups.append(same | now_given | {"params": [numbers[name] for name in group["params"]]})
     placed = {
         numbers[name]: {
-            kind: like(value, parameters[name]) if isinstance(value, Tensor) and value.dim() else value
+            kind: shard_like(value, parameters[name]) if isinstance(value, Tensor) and value.dim() else value
             for kind, value in values.items()
         }
         for name, values in state.items()
@@ -114,7 +114,7 @@ def read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Ten
     return into
 
 
-def restore(path: Path, job: Job, learner: Learner, mining: Mining | None = None) -> int:
+def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None = None) -> int:
     """Loads a checkpoint into a job; returns the steps that are done.
 
     Args:
@@ -184,7 +184,7 @@ def check_start(model: ContrastiveModel, path: Path) -> None:
         raise UserError(f"{path}: {what}: its weights do not belong to these: give back the start, and its name in config.yaml")
 
 
-def check_teachers(job: Job, saved: list[dict[str, str]]) -> None:
+def check_teachers(job: RunContext, saved: list[dict[str, str]]) -> None:
     """
     Raises:
         UserError: for teachers that are not those of a checkpoint. Their places may be others, their weights may not.
@@ -211,7 +211,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
-    model.load_state_dict(all_like(weights, own), strict=not of_start)
+    model.load_state_dict(shard_all_like(weights, own), strict=not of_start)
 
 
 def weights_path(source: str, group: dist.ProcessGroup | None = None) -> Path:

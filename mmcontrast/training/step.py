@@ -19,11 +19,11 @@ from mmcontrast.objectives.inputs import NO_GROUP
 from mmcontrast.objectives.pairing import term_name
 from mmcontrast.training.bridging import bridge_loss
 from mmcontrast.training.grad_cache import cached_backward, no_sync
-from mmcontrast.training.optim import follow, schedule
+from mmcontrast.training.optim import schedule, update_average
 from mmcontrast.training.options import BridgeLossOptions, TrainOptions
-from mmcontrast.training.parallel import batches_counted, same_statistics, whole
+from mmcontrast.training.parallel import batches_counted, full_tensor, same_statistics
+from mmcontrast.training.progressive import apply_schedules
 from mmcontrast.training.queue import MomentumQueue
-from mmcontrast.training.stages import set_stage
 from mmcontrast.training.teachers import Teacher
 from mmcontrast.types import Batch
 
@@ -44,7 +44,7 @@ class Learner:
         negative_of: fields that only provide negatives, and for which field.
         queue: past embeddings as further negatives, or None.
         averaged: the moving average of the model, or None.
-        until: the step until which weights are locked, by their names.
+        locked_until: the step until which weights are locked, by their names.
         teachers: models to learn from, each of which has a view of every batch.
         own: those of `negative_of` that are candidates of their own sample's anchors alone.
         score: of a hyperbolic model; its curvature is the model's.
@@ -60,7 +60,7 @@ class Learner:
     negative_of: Mapping[str, str]
     queue: MomentumQueue | None = None
     averaged: ContrastiveModel | None = None
-    until: dict[str, int] = dataclasses.field(default_factory=dict)
+    locked_until: dict[str, int] = dataclasses.field(default_factory=dict)
     teachers: Sequence[Teacher] = ()
     own: frozenset[str] = frozenset()
     score: Hyperbolic | None = None
@@ -196,9 +196,9 @@ def training_step(
         group["lr"] = group["peak_lr"] * share
     learner.objective.progress, learner.step = step / options.total_steps, step
     model = accelerator.unwrap_model(learner.model)
-    set_stage(model, options, step)
+    apply_schedules(model, options, step)
     if learner.queue:
-        set_stage(learner.queue.encoder, options, step)
+        apply_schedules(learner.queue.encoder, options, step)
 
     signals: dict[str, Tensor] | None = {} if watch else None
     loss = torch.zeros((), device=accelerator.device)
@@ -207,9 +207,9 @@ def training_step(
         last = part is parts[-1]
         value_of_part, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
         loss += value_of_part
-    for name in [name for name, end in learner.until.items() if step < end]:
+    for name in [name for name, end in learner.locked_until.items() if step < end]:
         model.get_parameter(name).grad = None
-    norm = whole(accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf))
+    norm = full_tensor(accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf))
 
     scale = embeddings.logit_scale
     scales = torch.stack([*scale.values()] if isinstance(scale, dict) else [scale]).detach()
@@ -229,9 +229,9 @@ def training_step(
     model.clamp_logit_scale()
     same_statistics(model, counted)
     if learner.averaged and options.ema_decay:
-        follow(learner.averaged, model, min(options.ema_decay, (1 + step) / (10 + step)))
+        update_average(learner.averaged, model, min(options.ema_decay, (1 + step) / (10 + step)))
     if learner.queue:
-        learner.queue.follow(model)
+        learner.queue.update_encoder(model)
         with accelerator.autocast():
             learner.queue.push(batch, options.micro_batch_size, accelerator.device, learner.group)
     values = {"loss": value, "lr": lr, "logit_scale": sum(scales_now) / len(scales_now), "grad_norm": grad_norm}

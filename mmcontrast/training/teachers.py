@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.data import StoredEmbeddings, TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
@@ -92,7 +92,7 @@ def open_teachers(
 def _stored(given: StoredTeacherOptions, scored: Sequence[str], model: ContrastiveModel) -> Teacher:
     for name in given.stored:
         if name not in model.modalities:
-            raise UserError(f"train.teacher.stored: no field {name!r}; {nearest(name, model.modalities)}")
+            raise UserError(f"train.teacher.stored: no field {name!r}; {suggestion(name, model.modalities)}")
     for name in scored:
         if name not in given.stored:
             raise UserError(f"train.teacher.stored lacks the field {name!r}, which the loss scores: name its member, {name}: …")
@@ -110,10 +110,10 @@ def _opened(given: TeacherOptions, scored: Sequence[str], model: ContrastiveMode
         raise UserError(f"train.teacher: the scores of {given.model} are hyperbolic, a teacher's are cosines: take another")
     for name, own in given.fields.items():
         if name not in model.modalities:
-            raise UserError(f"train.teacher.fields: no field {name!r}; {nearest(name, model.modalities)}")
+            raise UserError(f"train.teacher.fields: no field {name!r}; {suggestion(name, model.modalities)}")
         if own not in teacher.modalities:
             raise UserError(
-                f"train.teacher.fields.{name}: {given.model} has no field {own!r}; {nearest(own, teacher.modalities)}"
+                f"train.teacher.fields.{name}: {given.model} has no field {own!r}; {suggestion(own, teacher.modalities)}"
             )
     fields = {name: given.fields.get(name, name) for name in scored}
     for name, own in fields.items():

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mmcontrast.evaluation.sending import bytes_of, sent
-from mmcontrast.training.parallel import in_shards, like
+from mmcontrast.training.parallel import in_shards, shard_like
 
 TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -127,7 +127,7 @@ def _own_part(opened: Any, name: str, example: Tensor) -> Tensor:
     assert in_shards(example)
     mesh, sharded = example.device_mesh, example.placements[-1]
     if not sharded.is_shard(0) or any(not outer.is_replicate() for outer in example.placements[:-1]):
-        return like(opened.get_tensor(name), example)
+        return shard_like(opened.get_tensor(name), example)
     start, stop = _rows_of(example, mesh.get_local_rank(mesh.ndim - 1))
     local = example.to_local()
     read = opened.get_slice(name)[start:stop] if stop > start else local.new_empty(0, *example.shape[1:])

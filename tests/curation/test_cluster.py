@@ -13,7 +13,7 @@ from mmcontrast.curation.cluster import cluster
 from mmcontrast.data import ClusterOrder
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.search import table as stored
 from tests.curation.tables import write_table
 from tests.training.teaching import N, write_config, write_vectors
@@ -54,6 +54,6 @@ def test_training_draws_batches_of_them(tmp_path):
     rows = torch.eye(2)[torch.arange(N) % 2]
     write_table(tmp_path / "table", {"a": rows}, ids=torch.arange(N))
     cluster(tmp_path / "table", tmp_path / "c.parquet", "a", 2, progress=False)
-    job = make_job(load_config(write_config(tmp_path, shards, data={"clusters": str(tmp_path / "c.parquet")})))
+    job = make_run_context(load_config(write_config(tmp_path, shards, data={"clusters": str(tmp_path / "c.parquet")})))
     assert isinstance(job.order, ClusterOrder)
     assert (job.order.clusters == job.order.clusters[np.arange(N) % 2]).all() and {*job.order.clusters} == {0, 1}

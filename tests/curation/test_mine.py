@@ -19,7 +19,7 @@ from mmcontrast.curation.mine import MiningOptions, mine
 from mmcontrast.data import open_dataset, training_batches
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.search import table as stored
 from tests.command import mmcontrast
 from tests.curation.pairs import bytes_of
@@ -287,7 +287,7 @@ def test_from_shards_to_a_training_with_what_was_mined(tmp_path):
     """Embedded, mined and trained on, with ids of one's own and without; the negatives are those that the table names."""
     shards = [write_vectors(tmp_path / "a.tar"), write_vectors(tmp_path / "b.tar", about=lambda k: {"sample_id": None})]
     path = write_config(tmp_path, shards[0], data={"train": [str(shard) for shard in shards]})
-    job = make_job(load_config(path))
+    job = make_run_context(load_config(path))
     embed.embed_dataset(job.model, open_dataset([str(s) for s in shards], job.dataset.modalities, job.dataset.keys),
                         batch_size=16).write(tmp_path / "table")  # fmt: skip
     found, _ = mined(tmp_path / "table", tmp_path / "m.parquet", "a", "b", count=2, relative_margin=0.05)

@@ -14,7 +14,7 @@ import yaml
 from mmcontrast.cli import app
 from mmcontrast.config import config_of
 from mmcontrast.curation.rules import presets
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from tests.command import ROOT
 from tests.curation.pairs import pair, write_pairs
 from tests.curation.tables import write_table
@@ -75,7 +75,7 @@ def job_of(name: str, config_file):
     assert added.keys() == {"data"}
     tree["data"] |= added["data"]
     tree["train"] |= {"steps": 1, "batch_size": 8}
-    return make_job(config_of(tree))
+    return make_run_context(config_of(tree))
 
 
 def test_every_recipe_opens_with_its_commands():

@@ -24,7 +24,7 @@ from mmcontrast.data.held_out import Part, divide, hashes_of, joined
 from mmcontrast.data.index import open_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training.data import make_training_data
 from tests.command import train
@@ -303,7 +303,7 @@ def test_several_sources_have_a_split_each(config_file, corpus):
     tree["data"] |= {"train": {"a": {"shards": tars[:2]}, "b": {"shards": tars[2]}}, "held_out": 0.3}
     tree["evaluation"] = {}
     config_file.write_text(yaml.safe_dump(tree))
-    job = make_job(load_config(config_file, ["train.epochs=1"]))
+    job = make_run_context(load_config(config_file, ["train.epochs=1"]))
     assert list(job.eval_datasets) == ["a", "b"]
     for name, split in job.eval_datasets.items():
         source = job.dataset.sources[name]
@@ -318,7 +318,7 @@ def test_a_run_is_evaluated_on_what_it_was_not_trained_on(config_file, tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
     config = load_config(run / "config.yaml")
-    job = make_job(config)
+    job = make_run_context(config)
     held_out = {job.eval_datasets["held_out"].sample_id(k) for k in range(len(job.eval_datasets["held_out"]))}
     seen = {number for line in (run / "samples.jsonl").read_text().splitlines() for number in json.loads(line)["ids"]}
     assert held_out and not held_out & seen and len(held_out) + len(job.dataset) == 96

@@ -25,7 +25,7 @@ from mmcontrast.data.verify import verify_sources
 from mmcontrast.data_commands import _sources
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
-from mmcontrast.runs import check_components, make_job
+from mmcontrast.runs import check_components, make_run_context
 from tests.command import NO_EVALUATION, train
 from tests.curation.pairs import pair, write_pairs
 
@@ -278,7 +278,7 @@ def job_of(config_file, *overrides):
 
     loaded = load_config(config_file, overrides)
     check_components(loaded)
-    return make_job(loaded)
+    return make_run_context(loaded)
 
 
 def test_training_reads_a_selection(config, tmp_path):

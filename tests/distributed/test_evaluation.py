@@ -11,7 +11,7 @@ from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.evaluation.embed import embed_together
 from mmcontrast.evaluation.evaluate import shared
-from mmcontrast.evaluation.sides import _share
+from mmcontrast.evaluation.retrieval_inputs import _share
 from mmcontrast.modalities import TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
 from tests.command import call_on_ranks

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.consistency import mean_rank_variance
-from mmcontrast.evaluation.scoring import Scoring
+from mmcontrast.evaluation.scoring import ScoreCorrection
 from mmcontrast.evaluation.whitening import whiten
 
 
@@ -29,11 +29,11 @@ def dense(kind, cosines, k, beta):
 def test_scores_are_the_formulas(kind, number, k, beta):
     queries, candidates = (F.normalize(torch.randn(n, 5, dtype=torch.float64) + 1, dim=1) for n in (number, 33))
     cosines = queries @ candidates.T
-    scoring, expected = Scoring.of(kind, queries, candidates, k=k, beta=beta), dense(kind, cosines, k, beta)
+    scoring, expected = ScoreCorrection.of(kind, queries, candidates, k=k, beta=beta), dense(kind, cosines, k, beta)
     rows = torch.tensor([5, 0, 3])
     torch.testing.assert_close(scoring(cosines[rows, 4:20], rows, slice(4, 20)), expected[rows, 4:20])
     torch.testing.assert_close(scoring(cosines[1:4].clone(), slice(1, 4), slice(None)), expected[1:4])
-    single = Scoring.of(kind, queries.float(), candidates.float(), k=k, beta=beta)
+    single = ScoreCorrection.of(kind, queries.float(), candidates.float(), k=k, beta=beta)
     found = single(cosines.float(), slice(None), slice(None))
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
@@ -52,7 +52,7 @@ def test_they_find_more_where_there_are_hubs():
 
     recall, antihubs = recall_and_antihubs(cosines)
     for kind in ("csls", "inverted_softmax", "margin"):
-        scores = Scoring.of(kind, queries, candidates)(cosines.clone(), slice(None), slice(None))
+        scores = ScoreCorrection.of(kind, queries, candidates)(cosines.clone(), slice(None), slice(None))
         better, fewer = recall_and_antihubs(scores)
         assert better > recall + 0.05 and fewer < 0.8 * antihubs, (kind, recall, better, antihubs, fewer)
 
@@ -61,15 +61,15 @@ def test_a_margin_without_a_positive_denominator_goes_by_the_cosine():
     queries = -unit(1, 4).repeat(5, 1)
     candidates = F.normalize(-queries + 0.1 * torch.randn_like(queries), dim=1)
     cosines = queries @ candidates.T
-    scores = Scoring.of("margin", queries, candidates)(cosines.clone(), slice(None), slice(None))
+    scores = ScoreCorrection.of("margin", queries, candidates)(cosines.clone(), slice(None), slice(None))
     assert (cosines < 0).all() and torch.equal(scores.argsort(1), cosines.argsort(1)) and scores.isfinite().all()
 
 
 def test_options_that_cannot_be():
     with pytest.raises(UserError, match="scoring 'cslss' is unknown; did you mean 'csls'"):
-        Scoring.of("cslss", unit(3, 2), unit(3, 2))
+        ScoreCorrection.of("cslss", unit(3, 2), unit(3, 2))
     with pytest.raises(UserError, match="scoring csls: k = 0 and beta = 30.0 must be more than 0"):
-        Scoring.of("csls", unit(3, 2), unit(3, 2), k=0)
+        ScoreCorrection.of("csls", unit(3, 2), unit(3, 2), k=0)
     with pytest.raises(UserError, match="with 9 components and epsilon 0.001: it is pca or zca, with 1 to 4 components"):
         whiten(unit(30, 4), components=9)
     with pytest.raises(UserError, match="3 rows have no variance in some of 4 components: give fewer, or an epsilon"):

@@ -19,7 +19,7 @@ from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.modalities import ImageModality, TextModality
-from mmcontrast.runs import make_job, prepare_folder
+from mmcontrast.runs import make_run_context, prepare_folder
 from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
@@ -72,7 +72,7 @@ def run(tables, tmp_path_factory):
     path.write_text(yaml.safe_dump(tree))
     config = load_config(path)
     prepare_folder(config, overwrite=False)
-    job = make_job(config)
+    job = make_run_context(config)
     for weights in job.model.parameters():
         weights.data += 0.3 * torch.randn_like(weights)
     checkpoint.save(config.folder / "checkpoints", 6, Contents(job.model.state_dict(), {}, {}, config.to_yaml()))

@@ -26,7 +26,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, open_splits
 from mmcontrast.evaluation.cache import fingerprint, table_folder
 from mmcontrast.models import make_model
-from mmcontrast.runs import make_job, prepare_folder
+from mmcontrast.runs import make_run_context, prepare_folder
 from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
@@ -315,7 +315,9 @@ def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
             assert found[name] == plain.values[name]
     table.write(tmp_path / "others", {"model": "ViT-B-32", "pretrained": "openai"})
     with pytest.raises(UserError, match="of other weights than those that learn here"):
-        make_job(load_config(run / "config.yaml", [f"evaluation.scoring={{type: bridge, bank: {tmp_path / 'others'}}}"]))
+        make_run_context(
+            load_config(run / "config.yaml", [f"evaluation.scoring={{type: bridge, bank: {tmp_path / 'others'}}}"])
+        )
     refused = {
         f"bank: {tmp_path / 'others'}": "its model is 'ViT-B-32', here it is .*: embed both with one model",
         f"bank: {tmp_path / 'none.txt'}": "none.txt: No such file",

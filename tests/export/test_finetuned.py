@@ -7,7 +7,7 @@ import yaml
 import mmcontrast
 from mmcontrast.export.folder import export_model
 from mmcontrast.finetune import Request, make_config
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from tests.command import train
 from tests.export.models import TIMM, run
 from tests.models.starts import KINDS, embedded, start_of, write_pairs, write_run
@@ -56,5 +56,5 @@ def test_a_folder_of_our_own_is_fine_tuned_again(tmp_path):
         out = tmp_path / f"out-{source.name}"
         export_model(source, out, "safetensors")
         config, _ = make_config(Request(str(out), str(tmp_path / "pairs.csv"), val=str(tmp_path / "pairs.csv")))
-        weights, model = mmcontrast.load(source).model.state_dict(), make_job(config).model
+        weights, model = mmcontrast.load(source).model.state_dict(), make_run_context(config).model
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

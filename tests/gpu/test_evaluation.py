@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mmcontrast.evaluation.neighbours import nearest
 from mmcontrast.evaluation.rankings import Pairs, rank
-from mmcontrast.evaluation.scoring import Scoring
+from mmcontrast.evaluation.scoring import ScoreCorrection
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,8 +30,8 @@ def test_equal_candidates_tie_on_a_gpu_too():
 def test_scores_that_make_up_for_hubs(kind):
     queries, candidates = (F.normalize(torch.randn(n, 32, dtype=torch.float64), dim=1) for n in (500, 700))
     pairs = Pairs.of_groups(torch.arange(500), torch.arange(700))
-    (here,) = rank(queries, candidates, pairs, scoring=Scoring.of(kind, queries, candidates))
-    on_gpu = Scoring.of(kind, queries.cuda(), candidates.cuda())
+    (here,) = rank(queries, candidates, pairs, scoring=ScoreCorrection.of(kind, queries, candidates))
+    on_gpu = ScoreCorrection.of(kind, queries.cuda(), candidates.cuda())
     (there,) = rank(queries, candidates, pairs, scoring=on_gpu, device="cuda")
     assert torch.equal(here.ranks, there.ranks)
 

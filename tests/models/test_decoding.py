@@ -23,7 +23,7 @@ from mmcontrast.models import open_clip as open_clips
 from mmcontrast.models import timm as timms
 from mmcontrast.models import transformers as transformers_models
 from mmcontrast.models.decoding import our_path
-from mmcontrast.runs import make_job, model_of
+from mmcontrast.runs import make_run_context, model_of
 from mmcontrast.training.cost import make_values
 from mmcontrast.training.loop import train
 from tests.models.starts import embedded, start_of, write_pairs, write_run
@@ -143,7 +143,7 @@ def test_a_run_that_reads_by_our_path_alone_is_exported_with_its_librarys(tmp_pa
     """Two steps that learn nothing, of our own pixels; the folder has the library's preprocessing, and its numbers."""
     folder, files = start_of("siglip", tmp_path / "start"), write_pairs("siglip", tmp_path)
     start = {"model": str(folder), "decoding": "fast_everywhere"}
-    job = make_job(load_config(write_run(tmp_path, start, train={"lr": 0.0})))
+    job = make_run_context(load_config(write_run(tmp_path, start, train={"lr": 0.0})))
     assert job.dataset[0].values["image"].dtype == torch.uint8
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(job.config)

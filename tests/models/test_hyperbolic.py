@@ -17,7 +17,7 @@ from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.evaluation.probes import knn
 from mmcontrast.export.folder import export_model
 from mmcontrast.models import ScoreOptions
-from mmcontrast.runs import make_job, open_run
+from mmcontrast.runs import make_run_context, open_run
 from mmcontrast.score import Lorentz
 from mmcontrast.search.index import build_index
 from mmcontrast.search.searcher import Searcher
@@ -184,10 +184,10 @@ def test_what_is_made_of_it_is_hyperbolic_too(tmp_path, shards):
     plain = write_config(tmp_path, shards, "plain")
     options = [f"train.teacher={job.folder}", "objective=distillation"]
     with pytest.raises(UserError, match=r"train.teacher: the scores of .* are hyperbolic"):
-        make_job(load_config(plain, options))
+        make_run_context(load_config(plain, options))
     fields = "fields={a: {keys: [a.npy]}, b: {keys: [b.npy]}}"
     began_with = [f"model.start={job.folder}", fields, "towers={}", "model.embed_dim=null"]
-    further = make_job(load_config(plain, began_with))
+    further = make_run_context(load_config(plain, began_with))
     assert further.score.general == "b" and "general: b" in further.config
     assert all(torch.equal(further.model.state_dict()[name], tensor) for name, tensor in weights(job, 2).items())
     flat = run(plain)
@@ -219,4 +219,4 @@ def test_what_is_made_of_it_is_hyperbolic_too(tmp_path, shards):
 def test_what_needs_cosines_is_refused(tmp_path, shards, override, message):
     path = write_config(tmp_path, shards, score=SCORE, evaluation={"splits": {"val": str(shards)}})
     with pytest.raises(UserError, match=message):
-        make_job(load_config(path, override.split("; ")))
+        make_run_context(load_config(path, override.split("; ")))

@@ -21,7 +21,7 @@ from mmcontrast.export import open_clip as to_open_clip
 from mmcontrast.export.folder import write_export
 from mmcontrast.export.samples import made_samples
 from mmcontrast.models import StartOptions, open_start
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.runs import open_start as open_any_start
 from tests.command import train
 from tests.models.open_clip_models import MODELS, save
@@ -201,7 +201,7 @@ def test_what_a_library_cannot_resize_is_refused(tmp_path):
     assert "image_size=32: a BertModel has no field of images" in message(name="words", image_size=32)
     write_pairs("clip", tmp_path)
     with pytest.raises(UserError, match="image_size"):
-        make_job(load_config(write_run(tmp_path, {"model": str(tmp_path / "clip"), "image_size": 0})))
+        make_run_context(load_config(write_run(tmp_path, {"model": str(tmp_path / "clip"), "image_size": 0})))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "clap", "bert"])
@@ -268,7 +268,9 @@ def test_a_run_with_new_tokens(tmp_path):
     assert not torch.equal(first[-2:], last[-2:])
     assert embedded(mmcontrast.load(run), files).isfinite().all()
     with pytest.raises(UserError, match="new_tokens: their embeddings are new, and model.lora locks them"):
-        make_job(load_config(write_run(tmp_path, start, model={"start": start, "lora": {"rank": 2}}, run={"name": "lora"})))
+        make_run_context(
+            load_config(write_run(tmp_path, start, model={"start": start, "lora": {"rank": 2}}, run={"name": "lora"}))
+        )
     save(tmp_path / "clip", "clip")
     with pytest.raises(UserError, match=r"new_tokens=\['queen'\]: open_clip's tokenizers cannot grow: export"):
         started(tmp_path / "clip", new_tokens=["queen"])

@@ -14,7 +14,7 @@ import mmcontrast
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.models.open_clip import published_preprocessing
-from mmcontrast.runs import completed, make_job, modalities_of, model_of
+from mmcontrast.runs import completed, make_run_context, modalities_of, model_of
 from tests.command import train
 from tests.models.open_clip_models import MODELS
 from tests.models.samples import tokenizer
@@ -33,7 +33,7 @@ def test_all_weights_learn_and_the_run_begins_another(tmp_path):
     assert changed and not any(name.startswith("towers.image") for name in changed)
     assert "log_logit_scale" in changed
     longer = load_config(write_run(tmp_path, str(run), run={"name": "again", "dir": str(tmp_path / "runs")}))
-    model = make_job(longer).model
+    model = make_run_context(longer).model
     assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
@@ -44,7 +44,7 @@ def test_an_architectures_file_and_an_architecture_alone(architectures, tmp_path
     torch.save(whole.state_dict(), tmp_path / "small.pt")
     write_pairs("clip", tmp_path)
     start = {"model": name, "pretrained": str(tmp_path / "small.pt")}
-    model = make_job(load_config(write_run(tmp_path, start))).model
+    model = make_run_context(load_config(write_run(tmp_path, start))).model
     assert torch.equal(model.towers["image"].network.conv1.weight, whole.visual.conv1.weight)
     assert model.log_logit_scale.item() == whole.logit_scale.item()
     config = load_config(write_run(tmp_path, {"model": name, "pretrained": False}))
@@ -116,11 +116,11 @@ def test_init_from_takes_what_load_takes(tmp_path):
     folder, other = start_of("clip", tmp_path / "start"), start_of("clip", tmp_path / "other")
     write_pairs("clip", tmp_path)
     config = load_config(write_run(tmp_path, str(folder), train={"init_from": str(other)}))
-    wanted, found = mmcontrast.load(other).model.state_dict(), make_job(config).model.state_dict()
+    wanted, found = mmcontrast.load(other).model.state_dict(), make_run_context(config).model.state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
     siglip = start_of("siglip", tmp_path / "siglip")
     with pytest.raises(UserError, match=r"train.init_from: .*siglip: .* another architecture.*: .* name it in model.start"):
-        make_job(load_config(write_run(tmp_path, str(folder), train={"init_from": str(siglip)})))
+        make_run_context(load_config(write_run(tmp_path, str(folder), train={"init_from": str(siglip)})))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_does_not_go_with_a_start_is_refused(sections, message, tmp_path):
     write_pairs("clip", tmp_path)
     sections = {name: {"start": str(folder)} | of if name == "model" else of for name, of in sections.items()}
     with pytest.raises(UserError, match=message):
-        make_job(load_config(write_run(tmp_path, str(folder), **sections)))
+        make_run_context(load_config(write_run(tmp_path, str(folder), **sections)))
     assert not (tmp_path / "runs").exists()
 
 
@@ -153,7 +153,7 @@ def test_texts_of_another_tokenizer_are_looked_at(kind, tmp_path):
     words, message = ({"context_length": 16}, "vocab_size=90") if kind == "hf clip" else ({}, "context_length=77 for a tower")
     fields = {"text": {"modality": {"type": "text", "tokenizer": "open_clip"} | words}}
     with pytest.raises(UserError, match=f"fields.text: .*{message}"):
-        make_job(load_config(write_run(tmp_path, str(folder), fields=fields)))
+        make_run_context(load_config(write_run(tmp_path, str(folder), fields=fields)))
 
 
 def test_reading_how_a_start_reads_takes_no_weights(tmp_path):

@@ -7,7 +7,7 @@ import yaml
 
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
-from mmcontrast.runs import make_job, prepare_folder
+from mmcontrast.runs import make_run_context, prepare_folder
 from mmcontrast.training.loop import train
 
 N = 24
@@ -51,7 +51,7 @@ def write_config(folder, shards, name="run", **changes):
 def run(path, *overrides, resume=False):
     """Train in this process, and return the job."""
     config = load_config(path, overrides)
-    job = make_job(config, resume)
+    job = make_run_context(config, resume)
     if not resume:
         prepare_folder(config, overwrite=False, text=job.config)
     train(job, resume)

@@ -14,7 +14,7 @@ from mmcontrast.modalities import VectorModality
 from mmcontrast.models import TOWERS, ContrastiveModel, LinearTower, Tower
 from mmcontrast.training.optim import freeze
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.parallel import check_placement, check_rows, place
+from mmcontrast.training.parallel import check_placement, check_rows, distribute
 from mmcontrast.types import Batch
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -86,7 +86,7 @@ def test_recomputed_and_compiled_blocks_learn_the_same(option):
             if isinstance(module, Block) and option == "both":
                 module.norm = nn.LayerNorm(8)
     aside = copy.deepcopy(changed)
-    called = place(changed, [aside], TrainOptions(steps=1, batch_size=6, **options), Accelerator(cpu=True))
+    called = distribute(changed, [aside], TrainOptions(steps=1, batch_size=6, **options), Accelerator(cpu=True))
     expected, buffers = learn(plain, plain)
     found, seen = learn(changed, called)
     assert expected.keys() == found.keys() and len(found) > 8
@@ -106,7 +106,7 @@ def test_recomputed_and_compiled_blocks_learn_the_same(option):
 def test_less_is_kept_for_the_backward():
     def saved_bytes(options):
         model, kept = make_model(), []
-        called = place(model, [], TrainOptions(steps=1, batch_size=6, **options), Accelerator(cpu=True))
+        called = distribute(model, [], TrainOptions(steps=1, batch_size=6, **options), Accelerator(cpu=True))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
             ids = torch.arange(6)
             here = dict.fromkeys("ab", ids >= 0)
@@ -122,7 +122,7 @@ def test_blocks_learn_nothing_of_a_field_that_nobody_has(option, monkeypatch):
     if option == "compile":
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = make_model()
-    called = place(model, [], TrainOptions(steps=1, batch_size=6, **{option: ["one"]}), Accelerator(cpu=True))
+    called = distribute(model, [], TrainOptions(steps=1, batch_size=6, **{option: ["one"]}), Accelerator(cpu=True))
     ids = torch.arange(6)
     here = {"a": ids < 0, "b": ids >= 0}
     rows = {"a": torch.randn(1, 8), "b": torch.randn(6, 8)}
@@ -195,7 +195,7 @@ def test_one_sample_alone_through_batch_norms_is_refused_at_the_start(batch_size
 
 def test_what_does_not_go_together_is_refused(monkeypatch):
     def placed(**options):
-        return place(make_model(), [], TrainOptions(steps=1, batch_size=6, **options), Accelerator(cpu=True))
+        return distribute(make_model(), [], TrainOptions(steps=1, batch_size=6, **options), Accelerator(cpu=True))
 
     with pytest.raises(UserError, match=r"train\.recompute: no tower 'onne'; did you mean 'one'"):
         placed(recompute=["onne"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.training.bridging import bridge_loss
 from tests.command import call_on_ranks, free_port, mmcontrast
 from tests.conftest import write_config
@@ -116,4 +116,4 @@ def test_a_run_learns_through_it(corpus, tmp_path):
 def test_refusals(corpus, tmp_path, bridge, message):
     config = write_config(corpus, tmp_path)
     with pytest.raises(UserError, match=message):
-        make_job(load_config(config, [f"train.bridge={bridge}"]))
+        make_run_context(load_config(config, [f"train.bridge={bridge}"]))

@@ -12,7 +12,7 @@ from mmcontrast.data import training_batches
 from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, evaluate
-from mmcontrast.runs import make_job, open_run
+from mmcontrast.runs import make_run_context, open_run
 from mmcontrast.search.index import build_index
 from mmcontrast.search.searcher import Searcher
 from tests.training.teaching import run, write_config, write_vectors
@@ -22,7 +22,7 @@ def test_a_step_learns_every_prefix(tmp_path):
     shards = write_vectors(tmp_path / "a.tar")
     path = write_config(tmp_path, shards, train={"matryoshka": {2: 0.5, 8: 1.0}, "micro_batch_size": 3})
     job = run(path)
-    model = make_job(load_config(path)).model
+    model = make_run_context(load_config(path)).model
     (batch,) = training_batches(job.dataset, job.order, range(1), rank=0, world_size=1, num_workers=0, pin_memory=False)
     out = model(batch)
     narrow = {field: F.normalize(rows[:, :2], dim=1) for field, rows in out.fields.items()}
@@ -39,9 +39,9 @@ def test_a_step_learns_every_prefix(tmp_path):
         ("[0, 8]", "train.matryoshka"),
     ):
         with pytest.raises(UserError, match=message):
-            make_job(load_config(path, [f"train.matryoshka={given}"]))
+            make_run_context(load_config(path, [f"train.matryoshka={given}"]))
     with pytest.raises(UserError, match="train.matryoshka: objective GlobalContrastive remembers"):
-        make_job(load_config(path, ["objective=global"]))
+        make_run_context(load_config(path, ["objective=global"]))
 
 
 def test_results_of_a_width_are_those_of_a_model_of_that_width(config_file, tmp_path):

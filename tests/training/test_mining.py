@@ -16,7 +16,7 @@ from mmcontrast.data import training_batches
 from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.runs import make_job, open_run, prepare_folder
+from mmcontrast.runs import make_run_context, open_run, prepare_folder
 from mmcontrast.training.loop import train
 from mmcontrast.training.mining import Mining, mining_options
 from tests.command import mmcontrast, start
@@ -37,7 +37,7 @@ def write(tmp_path, data=None, mine=None, **changes):
 def run_with_miner(path, *overrides, resume=False, broken=lambda done: None):
     """Train in this process. `broken(step)` may raise before a round is mined."""
     config = load_config(path, overrides)
-    miner, job = training_miner(mining_options(config.train.mine, config.data)), make_job(config, resume)
+    miner, job = training_miner(mining_options(config.train.mine, config.data)), make_run_context(config, resume)
     if not resume:
         prepare_folder(config, overwrite=False, text=job.config)
 
@@ -142,7 +142,7 @@ def test_mined_with_the_averaged_weights_of_the_step(tmp_path):
 
 
 def _anew(path):
-    job = make_job(load_config(path))
+    job = make_run_context(load_config(path))
     return job.dataset, job.order
 
 
@@ -171,7 +171,7 @@ def test_neighbours_are_mined_between_epochs(tmp_path):
         run_with_miner(path, f"run.name={name}", "data.num_workers=1", resume=True)
         assert_same_end(tmp_path, name)
     with pytest.raises(UserError, match="train.mine_every=4: .*between epochs alone, each of 3 steps: set it to a"):
-        make_job(load_config(path, ["train.mine_every=4"]))
+        make_run_context(load_config(path, ["train.mine_every=4"]))
 
 
 def test_a_table_of_neighbours(tmp_path):
@@ -200,8 +200,8 @@ def test_a_table_of_neighbours(tmp_path):
         ("data.held_out=0.2", "data.batches: .* is no sample of the training data .*set data.batches.unknown_ids=skip"),
     ):
         with pytest.raises(UserError, match=message):
-            make_job(load_config(path, [override]))
-    held = make_job(load_config(path, ["data.held_out=0.2", "data.batches.unknown_ids=skip"]))
+            make_run_context(load_config(path, [override]))
+    held = make_run_context(load_config(path, ["data.held_out=0.2", "data.batches.unknown_ids=skip"]))
     assert held.order.samples == len(held.dataset) < N
 
 
@@ -221,7 +221,7 @@ def test_a_table_of_neighbours(tmp_path):
 )
 def test_what_does_not_go_together_is_refused(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
-        make_job(load_config(write(tmp_path), overrides))
+        make_run_context(load_config(write(tmp_path), overrides))
 
 
 def test_what_cannot_be_mined_is_said_before_the_run(tmp_path):
@@ -241,7 +241,7 @@ def test_what_is_embedded(tmp_path):
         shards[name] = write_vectors(tmp_path / f"{name}.tar", lambda k, _: {"b.npy": npy([np.nan] * 6)} if k == 3 else {})
     sources = {name: {"shards": str(path), "own_ids": True} for name, path in shards.items()}
     path = write(tmp_path, {"train": sources, "negatives": NEGATIVES, "num_workers": 0})
-    job = make_job(load_config(path, ["evaluation.batch_size=5"]))
+    job = make_run_context(load_config(path, ["evaluation.batch_size=5"]))
 
     class Accelerator:
         device, is_main_process = "cpu", True

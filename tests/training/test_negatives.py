@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mmcontrast.config import load_config
 from mmcontrast.data import training_batches
 from mmcontrast.errors import UserError
-from mmcontrast.runs import make_job, open_run
+from mmcontrast.runs import make_run_context, open_run
 from tests.command import mmcontrast
 from tests.training.teaching import N, run, write_config, write_vectors
 
@@ -36,7 +36,7 @@ def test_they_are_negatives_of_their_own_anchor(tmp_path, mined):
     shards = write_vectors(tmp_path / "t.tar")
     tables = [{"table": str(mined), "field": "b", "count": 2}, {"table": str(mined), "field": "a"}]
     path = write_config(tmp_path, shards, data={"negatives": tables}, train={"steps": 6, "checkpoint_every": 2})
-    job = make_job(load_config(path))
+    job = make_run_context(load_config(path))
     assert job.negative_of == {"b.negative.0": "b", "b.negative.1": "b", "a.negative.0": "a"} and job.own == {*job.negative_of}
     (batch,) = training_batches(job.dataset, job.order, range(1), rank=0, world_size=1, num_workers=0, pin_memory=False)
     counts = torch.tensor([k % 5 for k in batch.sample_ids.tolist()])
@@ -95,8 +95,8 @@ def test_what_does_not_fit_is_refused(tmp_path, mined):
         ("data.negatives.count=0", "data.negatives"),
     ):
         with pytest.raises(UserError, match=message):
-            make_job(load_config(path, [override, third] if "pairing" in override else [override]))
-    job = make_job(load_config(path, ["data.held_out=0.2", "data.negatives.unknown_ids=skip"]))
+            make_run_context(load_config(path, [override, third] if "pairing" in override else [override]))
+    job = make_run_context(load_config(path, ["data.held_out=0.2", "data.negatives.unknown_ids=skip"]))
     assert len(job.dataset.negatives[0].ids) == len(job.dataset) < N
     with pytest.raises(UserError, match=r"train.teacher: Distillation: .*own_negatives"):
-        make_job(load_config(path, ["objective=distillation", "train.teacher={stored: {a: a.npy, b: b.npy}}"]))
+        make_run_context(load_config(path, ["objective=distillation", "train.teacher={stored: {a: a.npy, b: b.npy}}"]))

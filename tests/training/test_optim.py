@@ -13,9 +13,9 @@ from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed_dataset
 from mmcontrast.models import TOWERS
-from mmcontrast.runs import make_job, open_run
+from mmcontrast.runs import make_run_context, open_run
 from mmcontrast.training import checkpoint
-from mmcontrast.training.optim import freeze, heights_of, make_optimizer, not_decaying, schedule
+from mmcontrast.training.optim import freeze, layers_above, make_optimizer, not_decaying, schedule
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.state import weights_path
 from tests.command import train
@@ -59,7 +59,7 @@ BERT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "in
     ],
 )  # fmt: skip
 def test_layers_are_counted_from_above(spec, first, block, last, layers):
-    found = heights_of(build(spec, TOWERS, "tower"))
+    found = layers_above(build(spec, TOWERS, "tower"))
     heights = {name.removeprefix("network.").removesuffix(".weight"): height for name, height in found.items()}
     assert heights[first] == max(heights.values()) == layers + 1
     assert 0 < heights[block] < layers + 1
@@ -70,7 +70,7 @@ def test_layers_are_counted_from_above(spec, first, block, last, layers):
 def test_groups_by_tower_and_layer(config_file):
     bert = "towers.text.config.num_hidden_layers=3"
     options = ["train.lr=1e-2", "train.tower_lr={text: 1e-3}", "train.layer_decay={text: 0.5}", bert]
-    model = make_job(load_config(config_file, options)).model
+    model = make_run_context(load_config(config_file, options)).model
     optimizer = make_optimizer(model, load_config(config_file, options).train)
     lr_of = {id(parameter): group["peak_lr"] for group in optimizer.param_groups for parameter in group["params"]}
     names = {name: lr_of[id(parameter)] for name, parameter in model.named_parameters()}
@@ -143,7 +143,7 @@ def test_what_a_run_cannot_start_from_is_said_in_a_line(tmp_path):
 
 
 def test_what_is_spared_is_in_the_optimizers_groups(config_file):
-    model = make_job(load_config(config_file)).model
+    model = make_run_context(load_config(config_file)).model
     optimizer = make_optimizer(model, TrainOptions(steps=1, batch_size=1, weight_decay=0.2))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     kept = not_decaying(model)
@@ -153,7 +153,7 @@ def test_what_is_spared_is_in_the_optimizers_groups(config_file):
 
 
 def test_what_is_locked_for_good_does_not_train(config_file):
-    model = make_job(load_config(config_file)).model
+    model = make_run_context(load_config(config_file)).model
     assert not freeze(model, {"towers.image.*": None})
     assert not model.towers["image"].training and model.towers["text"].training
     model.eval()
@@ -197,7 +197,7 @@ def test_a_run_with_locked_weights_an_average_and_another_optimizer(config_file,
                 torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
     opened = open_run(run)
     assert all(torch.equal(tensor, average[name]) for name, tensor in opened.model.state_dict().items())
-    table = embed_dataset(opened.model, make_job(load_config(config_file)).eval_datasets["val"], batch_size=8)
+    table = embed_dataset(opened.model, make_run_context(load_config(config_file)).eval_datasets["val"], batch_size=8)
     assert len(table) == 24
     evaluations = (run / "evaluations.jsonl").read_text()
     for step in (4, 5, 6):

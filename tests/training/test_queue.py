@@ -41,7 +41,7 @@ def test_its_encoder_follows_the_model_slowly_and_has_no_dropout():
         for parameter in model.parameters():
             parameter += 1.0
     for step in (1, 2):
-        queue.follow(model)
+        queue.update_encoder(model)
         expected = start + 1 - 0.9**step
         torch.testing.assert_close(queue.encoder.log_logit_scale, expected)
     assert not any(parameter.requires_grad for parameter in queue.encoder.parameters())

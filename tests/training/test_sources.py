@@ -10,7 +10,7 @@ from data_pipelines.glyphs.glyphs import Glyphs
 from mmcontrast.config import load_config
 from mmcontrast.data import open_shards, write_shard
 from mmcontrast.errors import UserError
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.training.sample_log import warnings
 from tests.command import NO_EVALUATION, train
 from tests.data.web_server import serving
@@ -205,12 +205,12 @@ def test_all_captions_of_a_sample_in_one_batch(config_file, corpus, tmp_path):
 )
 def test_what_does_not_go_together_is_refused(config_file, corpus, options, message):
     with pytest.raises(UserError, match=message):
-        make_job(load_config(config_file, [option.replace("{corpus}", str(corpus)) for option in options]))
+        make_run_context(load_config(config_file, [option.replace("{corpus}", str(corpus)) for option in options]))
 
 
 def test_a_cache_too_small_for_what_is_shuffled_is_told_of(config_file, corpus, monkeypatch):
     with serving(corpus) as server:
-        job = make_job(load_config(config_file, [f"data.train={server.url}/train-0000{{0..2}}.tar"]))
+        job = make_run_context(load_config(config_file, [f"data.train={server.url}/train-0000{{0..2}}.tar"]))
     assert not list(warnings(job))
     monkeypatch.setenv("MMCONTRAST_CACHE_GIB", "0.0001")
     (warning,) = warnings(job)

@@ -13,7 +13,7 @@ from mmcontrast.data import training_batches
 from mmcontrast.errors import UserError
 from mmcontrast.objectives import InfoNCE
 from mmcontrast.objectives.pairing import AllPairs
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.step import Learner, training_step
 from tests.command import mmcontrast
@@ -55,7 +55,7 @@ def test_samples_count_by_their_weights(tmp_path):
     shards = write_vectors(tmp_path / "a.tar", about=lambda k: {"sample_weight": given[k % 6]} if k % 6 in given else {})
     for micro in (None, 3):
         job = run(write_config(tmp_path, shards, f"run{micro}", train={"micro_batch_size": micro}))
-        model = make_job(load_config(tmp_path / f"run{micro}.yaml")).model
+        model = make_run_context(load_config(tmp_path / f"run{micro}.yaml")).model
         (batch,) = training_batches(job.dataset, job.order, range(1), rank=0, world_size=1, num_workers=0, pin_memory=False)
         weights = torch.tensor([float(given.get(k % 6) or (0.0 if k % 6 == 0 else 1.0)) for k in batch.sample_ids.tolist()])
         assert torch.equal(batch.weights, weights)
@@ -80,7 +80,7 @@ def test_own_negatives_are_candidates_of_their_own_sample(tmp_path):
         f"n{k}": vector | {"tower": "b", "keys": [f"json:negatives.{k}"], "negative_of": "b", "own": True} for k in (0, 1)
     }
     path = write_config(tmp_path, shards, fields=fields)
-    job = make_job(load_config(path))
+    job = make_run_context(load_config(path))
     (batch,) = training_batches(job.dataset, job.order, range(1), rank=0, world_size=1, num_workers=0, pin_memory=False)
     counts = torch.tensor([k % 4 for k in batch.sample_ids.tolist()])
     assert torch.equal(batch.present["n1"], counts >= 2) and 0 < batch.present["n1"].sum() < batch.present["n0"].sum() < 8
@@ -102,6 +102,6 @@ def test_own_negatives_are_candidates_of_their_own_sample(tmp_path):
     assert found[0][0] == pytest.approx(want.item(), rel=1e-5)
     assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
     with pytest.raises(UserError, match=r"fields.b.own: of which field is it a negative"):
-        make_job(load_config(path, ["fields.b.own=true"]))
+        make_run_context(load_config(path, ["fields.b.own=true"]))
     with pytest.raises(UserError, match=r"train.teacher: Distillation: .*own_negatives"):
-        make_job(load_config(path, ["objective=distillation", "train.teacher={stored: {a: a.npy, b: b.npy}}"]))
+        make_run_context(load_config(path, ["objective=distillation", "train.teacher={stored: {a: a.npy, b: b.npy}}"]))

@@ -15,7 +15,7 @@ from mmcontrast.data import StoredEmbeddings, training_batches, write_shard
 from mmcontrast.data.verify import verify_shards
 from mmcontrast.data_commands import _sources
 from mmcontrast.errors import UserError
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.training.step import Learner
 from tests.command import mmcontrast
 from tests.models.open_clip_models import save
@@ -54,7 +54,7 @@ def test_the_loss_of_a_step_is_that_of_the_teachers_embeddings(tmp_path, shards,
     """Two teachers, one with a scale of its own: as `load` opens them, without a trace in the model or its checkpoint."""
     given = [str(teacher), {"model": str(teacher), "checkpoint": "3", "scale": 30.0, "fields": {"a": "b", "b": "a"}}]
     path = write_config(tmp_path, shards, objective=DISTILLATION, train={"teacher": given})
-    job = make_job(load_config(path))
+    job = make_run_context(load_config(path))
     (batch, *_), model, opened = batches_of(job, 1), copy.deepcopy(job.model), load(teacher, device="cpu")
     rows = {field: opened.model.encode(field, batch.values[field]).detach() for field in "ab"}
     crossed = {field: opened.model.encode(own, batch.values[field]).detach() for field, own in (("a", "b"), ("b", "a"))}
@@ -81,10 +81,10 @@ def test_gradient_caching_changes_nothing_and_asks_the_teacher_once(tmp_path, sh
     for name, micro in (("plain", None), ("cached", 3)):
         options = {"teacher": str(teacher), "micro_batch_size": micro, **more}
         path = write_config(tmp_path, shards, name, objective=DISTILLATION, train=options)
-        job = make_job(load_config(path))
+        job = make_run_context(load_config(path))
         seen = []
         hook = job.teachers[0].model.register_forward_hook(lambda _, given, __, seen=seen: seen.append(len(given[0])))
-        monkeypatch.setattr("tests.training.teaching.make_job", lambda *_, job=job: job)
+        monkeypatch.setattr("tests.training.teaching.make_run_context", lambda *_, job=job: job)
         found.append(run(path))
         hook.remove()
         assert sum(seen) == 2 * 2 * 8, "two fields, two steps, eight samples: each once"
@@ -116,7 +116,7 @@ def test_two_ranks_learn_as_one(tmp_path, teacher):
     done = mmcontrast("train", path, "run.name=two", "train.parallel=fsdp", "train.micro_batch_size=3", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one = run(path, "run.name=one")
-    two = make_job(load_config(path, ["run.name=two"]))
+    two = make_run_context(load_config(path, ["run.name=two"]))
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(two)[name], rtol=1e-4, atol=1e-6)
@@ -124,7 +124,7 @@ def test_two_ranks_learn_as_one(tmp_path, teacher):
 
 def test_a_guide_says_which_candidates_are_no_negatives(tmp_path, shards, teacher):
     path = write_config(tmp_path, shards, objective=GUIDED, train={"teacher": str(teacher)})
-    job = make_job(load_config(path))
+    job = make_run_context(load_config(path))
     (batch,), model = batches_of(job, 1), load(teacher, device="cpu").model
     rows = {field: model.encode(field, batch.values[field]).detach() for field in "ab"}
     out = job.model(batch)
@@ -154,7 +154,7 @@ def test_a_teacher_of_another_library_reads_pictures_and_the_same_lines_by_its_o
     given = {"model": str(folder), "fields": {"picture": "image", "caption": "text"}}
     groups = {"fields": fields, "towers": {"image": resnet, "text": bert}, "objective": DISTILLATION}
     path = write_config(tmp_path, tmp_path / "a.tar", **groups, train={"teacher": given}, data={"lanes": 1, "block": 8})
-    job, opened = make_job(load_config(path)), load(folder, device="cpu")
+    job, opened = make_run_context(load_config(path)), load(folder, device="cpu")
     (batch,) = batches_of(job, 1)
     found = job.teachers[0].embed(batch.views[0], 3, torch.device("cpu"))
     places = [int(entry["key"]) for entry in batch.metadata]
@@ -186,11 +186,11 @@ def test_what_does_not_fit_is_refused_at_the_door(tmp_path, shards, teacher):
         ([f"objective={json.dumps(GUIDED)}", f"train.teacher=[{teacher}, {teacher}]"], "a guide is one model, there are 2"),
     ):
         with pytest.raises(UserError, match=message):
-            make_job(load_config(path, changes))
+            make_run_context(load_config(path, changes))
     fields = {f: {"modality": {"type": "vector", "width": 6}, "tower": t, "keys": [f"{t}.npy"]} for f, t in ("aa", "cb")}
     path = write_config(tmp_path, shards, fields=fields, objective=DISTILLATION, train={"teacher": str(teacher)})
     with pytest.raises(UserError, match=r"has no field 'c', which the loss scores; it has a, b: say which sees it"):
-        make_job(load_config(path))
+        make_run_context(load_config(path))
 
 
 def test_stored_embeddings_are_a_teacher(tmp_path):
@@ -208,7 +208,7 @@ def test_stored_embeddings_are_a_teacher(tmp_path):
         {"stored": {"a": "other.a.npy", "b": "other.b.npy"}, "scale": 50.0},
     ]
     path = write_config(tmp_path, shards, objective=DISTILLATION, train={"teacher": given, "steps": 6, "lr": 0.0})
-    job = make_job(load_config(path))
+    job = make_run_context(load_config(path))
     assert [t.scale for t in job.teachers] == [100.0, 50.0]
     assert [v.blank().shape for v in job.teachers[1].view.modalities.values()] == [(4,), (4,)]
     batches, drawn = batches_of(job, 6), {}
@@ -223,7 +223,7 @@ def test_stored_embeddings_are_a_teacher(tmp_path):
             drawn.setdefault(sample_id, []).append(rows[0])
     assert {row for rows in drawn.values() for row in rows} == {0, 1, 2} and any(len(set(rows)) > 1 for rows in drawn.values())
     with pytest.raises(UserError, match=r"\.teacher\.a\.npy has 5 numbers, \.other\.b\.npy has 4 numbers"):
-        make_job(load_config(path, ["train.teacher={stored: {a: teacher.a.npy, b: other.b.npy}}"]))
+        make_run_context(load_config(path, ["train.teacher={stored: {a: teacher.a.npy, b: other.b.npy}}"]))
     batch, out = batches[0], job.model(batches[0])
     want = contrastive_loss(
         out.fields,

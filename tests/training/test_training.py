@@ -15,7 +15,7 @@ from mmcontrast.data import write_shard
 from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import TrainingStopped, UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.runs import lock_folder, make_job, open_run
+from mmcontrast.runs import lock_folder, make_run_context, open_run
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.cost import flops_per_sample, peak_samples
@@ -160,7 +160,7 @@ def test_a_field_of_mined_negatives(config_file, corpus, tmp_path):
 )
 def test_what_cannot_be_trained_together_is_refused_first(config_file, change, message):
     with pytest.raises(UserError, match=message):
-        make_job(load_config(config_file, change))
+        make_run_context(load_config(config_file, change))
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(config_file):
@@ -292,7 +292,7 @@ def test_a_trained_run_opens_and_embeds(config_file, corpus, tmp_path):
 )
 def test_a_zero_shot_task_that_cannot_work_is_refused_before_training(config_file, change, message):
     with pytest.raises(UserError, match=message):
-        make_job(load_config(config_file, [change]))
+        make_run_context(load_config(config_file, [change]))
 
 
 def test_time_of_evaluation_is_not_in_the_rates(tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_time_of_evaluation_is_not_in_the_rates(tmp_path, monkeypatch):
 
 def test_the_most_that_a_device_could_do(config_file, monkeypatch):
     """Of a GPU by its data sheet; the name is all that is asked of it."""
-    model = make_job(load_config(config_file)).model
+    model = make_run_context(load_config(config_file)).model
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     most = peak_samples(model, "bf16", torch.device("cuda"))
     assert most == pytest.approx(989.4e12 / flops_per_sample(model))
@@ -319,7 +319,7 @@ def test_the_most_that_a_device_could_do(config_file, monkeypatch):
 
 
 def test_groups_of_the_optimizer(config_file):
-    job = make_job(load_config(config_file, ["train.lr=1e-2", "train.tower_lr.text=1e-3", "train.weight_decay=0.2"]))
+    job = make_run_context(load_config(config_file, ["train.lr=1e-2", "train.tower_lr.text=1e-3", "train.weight_decay=0.2"]))
     optimizer = make_optimizer(job.model, job.options)
     found = {id(p): (group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert len(found) == len(list(job.model.parameters()))
@@ -342,7 +342,7 @@ def test_objectives_by_import_path(config_file, tmp_path, monkeypatch):
         "        return self.factor * super().forward(d)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    job = make_job(load_config(config_file, ["objective={type: 'my_lab:Scaled', factor: 2.0}"]))
+    job = make_run_context(load_config(config_file, ["objective={type: 'my_lab:Scaled', factor: 2.0}"]))
     assert type(job.objective).__name__ == "Scaled" and job.objective.factor == 2.0
 
 

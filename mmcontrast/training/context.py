@@ -13,7 +13,7 @@ from mmcontrast.training.teachers import Teacher
 
 
 @dataclass
-class Job:
+class RunContext:
     """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
     negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone; `score` is None where
     it is the cosine; `mined` is the step whose mined table the data have, None before the first."""

@@ -9,10 +9,10 @@ import yaml
 
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
-from mmcontrast.runs import make_job
+from mmcontrast.runs import make_run_context
 from mmcontrast.training.loop import make_accelerator
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.training.stages import check_stages, set_stage, value_at
+from mmcontrast.training.progressive import apply_schedules, check_schedules, value_at
 from tests.command import train
 
 VIT = {"type": "timm", "model": "test_vit", "img_size": 48, "dynamic_img_size": True, "patch_drop_rate": 0.5}
@@ -34,21 +34,21 @@ def test_value_at():
 
 
 def test_a_tower_sees_smaller_pictures_and_fewer_patches_at_first(with_vit):
-    job = make_job(load_config(with_vit))
-    check_stages(job.model, job.options)
+    job = make_run_context(load_config(with_vit))
+    check_schedules(job.model, job.options)
     seen = []
     job.model.towers["image"].network.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     pictures = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
     for step in range(6):
-        set_stage(job.model, job.options, step)
+        apply_schedules(job.model, job.options, step)
         job.model.train().encode("image", pictures)
     patch = job.model.towers["image"].network.patch_embed.patch_size[0]
     small, large = (32 // patch) ** 2, (48 // patch) ** 2
     assert seen == [1 + n for n in (small // 2, small // 2, small // 2, large // 2, int(large * 0.75), large)]
-    set_stage(job.model, job.options, 0)
+    apply_schedules(job.model, job.options, 0)
     whole = job.model.eval().encode("image", pictures)
     assert seen[-1] == 1 + large  # evaluation sees all of it
-    set_stage(job.model, job.options, 5)
+    apply_schedules(job.model, job.options, 5)
     torch.testing.assert_close(job.model.encode("image", pictures), whole)
 
 
@@ -70,9 +70,9 @@ def test_what_a_tower_cannot_do_is_said_before_training(with_vit, change, messag
     config["towers"]["image"] |= change.pop("towers", {})
     config["train"] |= {"resolution": {}, "patch_dropout": {}} | change
     with_vit.write_text(yaml.safe_dump(config))
-    job = make_job(load_config(with_vit))
+    job = make_run_context(load_config(with_vit))
     with pytest.raises(UserError, match=message):
-        check_stages(job.model, job.options)
+        check_schedules(job.model, job.options)
 
 
 def test_the_first_stage_begins_at_0(with_vit):

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from mmcontrast.components import nearest
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality
 from mmcontrast.models import ContrastiveModel
@@ -20,11 +20,11 @@ def value_at(points: Mapping[int, T], step: int) -> T:
     return points[max(point for point in points if point <= step)]
 
 
-def set_stage(model: ContrastiveModel, options: TrainOptions, step: int) -> None:
+def apply_schedules(model: ContrastiveModel, options: TrainOptions, step: int) -> None:
     """What holds in optimizer step number `step`, from 0."""
     for field, sides in options.resolution.items():
         modality = model.modality(field)
-        assert isinstance(modality, ImageModality)  # see check_stages
+        assert isinstance(modality, ImageModality)  # see check_schedules
         modality.side = value_at(sides, step)
     for tower, shares in options.patch_dropout.items():
         for module in _patch_dropouts(model, tower):
@@ -37,14 +37,14 @@ def _patch_dropouts(model: ContrastiveModel, tower: str) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def check_stages(model: ContrastiveModel, options: TrainOptions) -> None:
+def check_schedules(model: ContrastiveModel, options: TrainOptions) -> None:
     """
     Raises:
         UserError: for fields that are no pictures, towers that drop no patches, or that refuse pictures of a side.
     """
     for tower in options.patch_dropout:
         if tower not in model.towers:
-            raise UserError(f"train.patch_dropout: no tower {tower!r}; {nearest(tower, model.towers)}")
+            raise UserError(f"train.patch_dropout: no tower {tower!r}; {suggestion(tower, model.towers)}")
         if not _patch_dropouts(model, tower):
             raise UserError(
                 f"train.patch_dropout: towers.{tower} has none: give a timm model patch_drop_rate: 0.5 there, an open_clip"
@@ -52,7 +52,7 @@ def check_stages(model: ContrastiveModel, options: TrainOptions) -> None:
             )
     for field, sides in options.resolution.items():
         if field not in model.modalities:
-            raise UserError(f"train.resolution: no field {field!r}; {nearest(field, model.modalities)}")
+            raise UserError(f"train.resolution: no field {field!r}; {suggestion(field, model.modalities)}")
         modality = model.modality(field)
         if not isinstance(modality, ImageModality):
             raise UserError(f"train.resolution: field {field!r} is no image")
