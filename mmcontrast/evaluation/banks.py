@@ -1,4 +1,4 @@
-"""Banks for bridges: a text file that the model reads on the spot, or a field of an embedding table."""
+"""Banks for bridges: texts of a file or of shards, which the model reads on the spot, or a field of an embedding table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmcontrast.data import ShardDataset
+from mmcontrast.data.tables import is_table
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.bridge import Bridge, mean_rows
 from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable, embed_texts
@@ -68,6 +70,11 @@ def text_field(model: ContrastiveModel, field: str | None, source: str | Path) -
     return field or fields[0]
 
 
+def names_shards(source: str) -> bool:
+    """Return whether a bank's source is shards: tars, a table, or a pattern of them."""
+    return any(sign in source for sign in "*{") or is_table(source) or Path(source.partition("?")[0]).suffix == ".tar"
+
+
 def read_texts(source: str | Path) -> list[str]:
     """Return the lines of a text file, each once, without those that are empty.
 
@@ -78,6 +85,22 @@ def read_texts(source: str | Path) -> list[str]:
     if not texts:
         raise UserError(f"bank {source}: no line has a text")
     return texts
+
+
+def texts_of_shards(model: ContrastiveModel, field: str, shards: str) -> list[str]:
+    """Return the different texts of a field's members, in the order of the shards.
+
+    Raises:
+        UserError: for shards that cannot be opened, or have none.
+    """
+    modality = model.modality(field)
+    assert isinstance(modality, TextModality)
+    dataset = ShardDataset(shards, {field: modality}, {})
+    texts: dict[str, None] = {}
+    for row in range(len(dataset)):
+        for member in dataset.members(row, dataset.keys[field]).values():
+            texts[modality.decode(member)] = None
+    return list(texts)
 
 
 def embed_bank(model: ContrastiveModel, field: str, texts: Sequence[str], device: torch.device | str) -> Tensor:
@@ -104,15 +127,16 @@ def check_made_by(source: str | Path, maker: Mapping[str, Any]) -> None:
 def read_bank(
     model: ContrastiveModel, source: str | Path, field: str | None, scale: float | None, device: torch.device | str
 ) -> Bank:
-    """Return the bank of a text file, a line an entry; or of an embedding table of this model, see `check_made_by`, an entry
-    a group, the mean of its rows.
+    """Return the bank of a text file, a line an entry; of shards, a different text an entry; or of an embedding table of this
+    model, see `check_made_by`, a group an entry, the mean of its rows.
 
     Raises:
         UserError: for a source that is neither, or fits the model not.
     """
     if not Path(source).is_dir():
         field = text_field(model, field, source)
-        return Bank(embed_bank(model, field, read_texts(source), device), field, scale)
+        texts = texts_of_shards(model, field, str(source)) if names_shards(str(source)) else read_texts(source)
+        return Bank(embed_bank(model, field, texts, device), field, scale)
     table = EmbeddingTable.read(Path(source))
     both = [name for name in table.fields if name in model.modalities]
     texts = [name for name in both if isinstance(model.modality(name), TextModality)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmcontrast.data import ShardDataset
 from mmcontrast.data.page import media
+from mmcontrast.evaluation.banks import Bank
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality
@@ -35,16 +36,44 @@ def drawn(rows: Tensor, number: int) -> list[int]:
     return [int(row) for row in rows[order[:number]]]
 
 
-def gallery(query: str, found: str, split: str, model: ContrastiveModel, dataset: ShardDataset, table: EmbeddingTable) -> str:
-    """Return some queries with their first hits, as HTML."""
-    candidates = candidates_of(model, found, table)
+def comparable(
+    query: str,
+    candidate: str,
+    queries: Tensor,
+    candidates: Tensor,
+    model: ContrastiveModel,
+    table: EmbeddingTable,
+    bank: Bank | None,
+) -> tuple[Tensor, Tensor]:
+    """Return rows of two fields whose products are their scores: of a bank's bridge its expected entries.
+
+    Args:
+        queries, candidates: rows of the table.
+    """
+    x, y = table.fields[query][queries], table.fields[candidate][candidates]
+    if bridge := bank and bank.between(model, [query], [candidate]):
+        return bridge.expected(x), bridge.expected(y, candidates=True)
+    return table.compared(x), table.compared(y, columns=True)
+
+
+def gallery(
+    query: str,
+    candidate: str,
+    split: str,
+    model: ContrastiveModel,
+    dataset: ShardDataset,
+    table: EmbeddingTable,
+    bank: Bank | None = None,
+) -> str:
+    """Return some queries with their first hits, as HTML; `bank`: through which they are compared."""
+    candidates = candidates_of(model, candidate, table)
+    queries = drawn(table.present[query].nonzero().squeeze(1), QUERIES)
+    x, y = comparable(query, candidate, torch.tensor(queries, dtype=torch.int64), candidates, model, table, bank)
+    best = candidates[(x @ y.T).topk(min(SHOWN, len(candidates))).indices].tolist()
     rows = []
-    for row in drawn(table.present[query].nonzero().squeeze(1), QUERIES):
-        asked = table.compared(table.fields[query][row])
-        scores = table.compared(table.fields[found][candidates], columns=True) @ asked
-        best = candidates[scores.topk(min(SHOWN, len(candidates))).indices].tolist()
-        rows.append(row_of_hits(sample_as_html(dataset, query, row, table), best, row, found, dataset, table))
-    return f"<h2>{html.escape(query)} → {html.escape(found)}, {html.escape(split)}</h2>{''.join(rows)}"
+    for row, hits in zip(queries, best, strict=True):
+        rows.append(row_of_hits(sample_as_html(dataset, query, row, table), hits, row, candidate, dataset, table))
+    return f"<h2>{html.escape(query)} → {html.escape(candidate)}, {html.escape(split)}</h2>{''.join(rows)}"
 
 
 def row_of_hits(head: str, hits: Iterable[int], query: int, field: str, dataset: ShardDataset, table: EmbeddingTable) -> str:

@@ -143,7 +143,8 @@ class BridgeOptions(Options):
 
     Attributes:
         type: says that it is this.
-        bank: a text file, a line an entry; or an embedding table of this model (mmcontrast embed), a group an entry.
+        bank: a text file, a line an entry; shards, each of whose different texts is an entry; or an embedding table of this
+            model (mmcontrast embed), a group an entry.
         field: that reads the texts, or whose rows of the table are the entries; default: the first text field.
         scale: κ of p(entry|row) = softmax(κ row·entry); default: the model's logit scale.
         rows: "exact": Σ √p √p; "expected": cosines of expected entries, as an index has them.

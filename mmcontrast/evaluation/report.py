@@ -40,7 +40,7 @@ def write_report(
     sections = [
         f"<h2>Results</h2>{_summary(found)}",
         *before_and_after(path.parent, found, step, model, datasets, options),
-        *(gallery(query, candidate, split, model, dataset, table) for query, candidate in galleries(model, table)),
+        *(gallery(query, candidate, split, model, dataset, table, found.bank) for query, candidate in galleries(model, table)),
         f"<h2>Training</h2>{_curves(log)}" if log else "",
         "<h2>Details</h2>",
         *(_classes(place, *report) for place, report in found.reports.items()),

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from mmcontrast.evaluation.banks import Bank
 from mmcontrast.evaluation.bootstrap import Estimate, intervals, mean_interval, quantile_interval
 from mmcontrast.evaluation.classification import Report
 from mmcontrast.evaluation.embed import EmbeddingTable
@@ -34,6 +35,7 @@ class Evaluation:
         tables: each split's embeddings.
         resamples: of the bootstrap; 0: no intervals.
         notes: what was left out, a sentence each.
+        bank: through which fields were compared.
     """
 
     resamples: int = 0
@@ -42,6 +44,7 @@ class Evaluation:
     reports: dict[str, tuple[Report, list[str]]] = field(default_factory=dict)
     tables: dict[str, EmbeddingTable] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    bank: Bank | None = None
 
     def add_means(self, place: str, values: Mapping[str, Tensor], clusters: Tensor | None = None) -> None:
         """Means over samples of values [N] each; of `rank`, the median.

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 
 import numpy as np
 import open_clip
@@ -25,6 +26,7 @@ from mmcontrast.embedder import load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, open_splits
 from mmcontrast.evaluation.cache import fingerprint, table_folder
+from mmcontrast.evaluation.gallery import comparable
 from mmcontrast.models import make_model
 from mmcontrast.runs import make_run_context, prepare_folder
 from mmcontrast.suites import open_suite, run_suite
@@ -290,9 +292,14 @@ def test_post_processing_changes_retrieval_alone(run, suite_file):
         assert changed and all("/retrieval/" in name or "/languages/" in name for name in changed), option
 
 
+def captions_in(shard):
+    with tarfile.open(shard) as tar:
+        return [tar.extractfile(member).read() for member in tar.getmembers() if member.name.endswith(".txt")]
+
+
 @pytest.mark.parametrize("rows", ["exact", "expected"])
-def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
-    """Of words, and of a table; pairs with the bank's own field keep their cosines."""
+def test_fields_are_compared_through_a_bank(run, suite_file, corpus, tmp_path, rows):
+    """Of words, of a table, and of the captions of shards; pairs with the bank's own field keep their cosines."""
     words, plainly = tmp_path / "words.txt", ["resamples=0", "geometry=false", "probes={}"]
     words.write_text("black chess king\n\ngreek small letter alpha\ndigit one\ndigit one\nplus sign\n")
     plain = run_suite(str(run), open_suite(str(run), str(suite_file), plainly, None), device="cpu")
@@ -313,6 +320,18 @@ def test_fields_are_compared_through_a_bank(run, suite_file, tmp_path, rows):
         for name in ("image_to_text", "text_to_audio"):
             name = f"val/retrieval/{name}/median_rank"
             assert found[name] == plain.values[name]
+    shards = f"scoring={{type: bridge, bank: {corpus}/train-*.tar, rows: {rows}}}"
+    by_shards = run_suite(str(run), open_suite(str(run), str(suite_file), [*plainly, shards], None), device="cpu")
+    texts = sorted({text.decode() for file in corpus.glob("train-*.tar") for text in captions_in(file)})
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    texts = f"scoring={{type: bridge, bank: {tmp_path / 'texts.txt'}, rows: {rows}}}"
+    by_texts = run_suite(str(run), open_suite(str(run), str(suite_file), [*plainly, texts], None), device="cpu")
+    assert by_shards.values == pytest.approx(by_texts.values, nan_ok=True)
+    everything = torch.arange(24)
+    shown = comparable("image", "audio", everything, everything, embedder.model, table, by_shards.bank)
+    bridge = by_shards.bank.between(embedder.model, ["image"], ["audio"])
+    rows_of_pages = [bridge.expected(table.fields[field]) for field in ("image", "audio")]
+    torch.testing.assert_close(shown, tuple(rows_of_pages))
     table.write(tmp_path / "others", {"model": "ViT-B-32", "pretrained": "openai"})
     with pytest.raises(UserError, match="of other weights than those that learn here"):
         make_run_context(
