@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)  # one more than cores: some tests wait for a server or a clock
 TESTS := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help env data quickstart test test-slow test-gpu test-lowest check clean
+.PHONY: help env data quickstart test test-slow test-gpu test-lowest docs check clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a model of pictures, captions and speech (6 minutes on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test         the test suite;  make test-slow: the longer part of it"
 	@echo "make test-gpu     what needs a GPU, which the others leave alone"
 	@echo "make test-lowest  the test suite with the lowest versions that pyproject.toml allows, in an environment of its own"
+	@echo "make docs         the documentation as a website, build/docs/index.html, with the reference of the Python API"
 	@echo "make check        ruff and mypy"
 	@echo "make clean        remove the environments (data/ and runs/ stay)"
 
@@ -54,6 +55,11 @@ $(LOWEST)/installed: pyproject.toml
 
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python $(TESTS) -m "not slow"
+
+docs: env
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/docs/index.html"
 
 check: env
 	$(BIN)/ruff check .

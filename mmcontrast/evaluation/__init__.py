@@ -1,5 +1,6 @@
 """Evaluation: embedding tables, retrieval, zero-shot classification, and a page to look at."""
 
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts
 from mmcontrast.evaluation.evaluate import evaluate, open_splits
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
@@ -7,6 +8,7 @@ from mmcontrast.evaluation.results import Evaluation, Results, results_table
 from mmcontrast.evaluation.table_shards import TableSlice
 
 __all__ = [
+    "Bridge",
     "EmbeddingTable",
     "Evaluation",
     "EvaluationOptions",
