@@ -1,4 +1,4 @@
-"""The README's commands are commands, its links lead somewhere, and its Python example runs as it stands."""
+"""The commands of the README and of docs/ are commands, links lead somewhere, and the README's Python example runs as it stands."""
 
 import re
 import shlex
@@ -22,7 +22,18 @@ ROOT = Path(__file__).parents[1]
 
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:torchrun .* -m )?(mmcontrast .*?)(?:\s+#.*)?$", README, re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:torchrun .* -m )?(mmcontrast .*?)(?:\s+#.*)?$", re.MULTILINE)
+
+
+def commands_of(page):
+    """Return the commands of a page's blocks of code that are written out."""
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [part.strip() for block in blocks for line in COMMAND.findall(block.replace("\\\n", "")) for part in line.split("&&")]
+    return [line for line in lines if line.startswith("mmcontrast ") and "…" not in line]
+
+
+COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands_of(page)))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -44,7 +55,7 @@ def headings(text):
 
 
 def test_links_and_targets_of_make():
-    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for file in PAGES:
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", file.read_text()):
             path = file.parent / target if target else file
             assert path.exists(), f"{file.name}: {target}"
