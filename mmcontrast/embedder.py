@@ -41,6 +41,7 @@ class Embedder:
         model: fields → towers → embeddings, with the logit scale and bias.
         name: what it was opened by.
         device: where it computes, in which `precision`.
+        keys: the members of a sample that each field is read from; default: its modality's.
         fields: those that it embeds, the first of a kind being the default of that kind.
     """
 
@@ -60,7 +61,7 @@ class Embedder:
             self.model = model.eval().to(self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device}: {' '.join(str(error).split())[:200]}") from error
-        self.name, self.fields, self._keys = name, list(fields or model.modalities), dict(keys or {})
+        self.name, self.fields, self.keys = name, list(fields or model.modalities), dict(keys or {})
         self.precision = precision
 
     def __repr__(self) -> str:
@@ -209,9 +210,9 @@ class Embedder:
             UserError: if they have none, or lack a field that has keys of its own.
         """
         modalities = {field: self.model.modality(field) for field in self.fields}
-        found = open_dataset(shards, modalities, self._keys, partial=True)
+        found = open_dataset(shards, modalities, self.keys, partial=True)
         if not found.modalities:
-            keys = {field: names_of(self._keys.get(field) or self.model.modality(field).extensions) for field in self.fields}
+            keys = {field: names_of(self.keys.get(field) or self.model.modality(field).extensions) for field in self.fields}
             wanted = (f"{field} (.{', .'.join(names)})" for field, names in keys.items())
             have = ", ".join(sorted({f".{extension}" for shard in found.shards for extension in shard.extensions}))
             raise UserError(

@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/ are commands, links lead somewhere, and the README's Python example runs as it stands."""
+"""Commands of the README and of docs/ are commands, links lead somewhere, and the README's Python example runs."""
 
 import re
 import shlex
@@ -29,7 +29,9 @@ COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:torchrun .* -m )?(mmcontrast .*?)(?:
 def commands_of(page):
     """Return the commands of a page's blocks of code that are written out."""
     blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [part.strip() for block in blocks for line in COMMAND.findall(block.replace("\\\n", "")) for part in line.split("&&")]
+    lines = [
+        part.strip() for block in blocks for line in COMMAND.findall(block.replace("\\\n", "")) for part in line.split("&&")
+    ]
     return [line for line in lines if line.startswith("mmcontrast ") and "…" not in line]
 
 

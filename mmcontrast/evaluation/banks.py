@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset
+from mmcontrast.data.dataset import FieldKeys
 from mmcontrast.data.tables import is_table
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.bridge import Bridge, mean_rows
@@ -30,11 +31,13 @@ class Bank:
         rows: unit rows [B, D].
         field: of the model, which read them.
         scale: κ; None: the logit scale that the model has learnt for the field that is compared and this one.
+        texts: of the entries, where they are texts, for other models to read.
     """
 
     rows: Tensor
     field: str
     scale: float | None = None
+    texts: tuple[str, ...] | None = None
 
     def prefix(self, width: int) -> "Bank":
         return replace(self, rows=F.normalize(self.rows[:, :width], dim=1))
@@ -87,19 +90,19 @@ def read_texts(source: str | Path) -> list[str]:
     return texts
 
 
-def texts_of_shards(model: ContrastiveModel, field: str, shards: str) -> list[str]:
-    """Return the different texts of a field's members, in the order of the shards.
+def texts_of_shards(model: ContrastiveModel, field: str, shards: str, keys: Mapping[str, FieldKeys]) -> list[str]:
+    """Return the different texts that a field has in shards, each as one line, in their order.
 
     Raises:
         UserError: for shards that cannot be opened, or have none.
     """
     modality = model.modality(field)
     assert isinstance(modality, TextModality)
-    dataset = ShardDataset(shards, {field: modality}, {})
+    dataset = ShardDataset(shards, {field: modality}, keys)
     texts: dict[str, None] = {}
-    for row in range(len(dataset)):
-        for member in dataset.members(row, dataset.keys[field]).values():
-            texts[modality.decode(member)] = None
+    for position in range(len(dataset)):
+        for member in dataset.members(position, dataset.keys[field]).values():
+            texts[" ".join(modality.decode(member).splitlines())] = None
     return list(texts)
 
 
@@ -125,18 +128,26 @@ def check_made_by(source: str | Path, maker: Mapping[str, Any]) -> None:
 
 
 def read_bank(
-    model: ContrastiveModel, source: str | Path, field: str | None, scale: float | None, device: torch.device | str
+    model: ContrastiveModel,
+    source: str | Path,
+    field: str | None,
+    scale: float | None,
+    device: torch.device | str,
+    keys: Mapping[str, FieldKeys],
 ) -> Bank:
     """Return the bank of a text file, a line an entry; of shards, a different text an entry; or of an embedding table of this
     model, see `check_made_by`, a group an entry, the mean of its rows.
+
+    Args:
+        keys: of shards: the members that each field is read from, as `ShardDataset` has them.
 
     Raises:
         UserError: for a source that is neither, or fits the model not.
     """
     if not Path(source).is_dir():
         field = text_field(model, field, source)
-        texts = texts_of_shards(model, field, str(source)) if names_shards(str(source)) else read_texts(source)
-        return Bank(embed_bank(model, field, texts, device), field, scale)
+        texts = texts_of_shards(model, field, str(source), keys) if names_shards(str(source)) else read_texts(source)
+        return Bank(embed_bank(model, field, texts, device), field, scale, tuple(texts))
     table = EmbeddingTable.read(Path(source))
     both = [name for name in table.fields if name in model.modalities]
     texts = [name for name in both if isinstance(model.modality(name), TextModality)]

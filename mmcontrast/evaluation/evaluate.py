@@ -56,7 +56,8 @@ def evaluate(
         widths = [width for width in options.widths or () if width < model.embed_dim]
         bank = None
         if isinstance(through := options.scoring, BridgeOptions) and datasets:
-            bank = found.bank = read_bank(model, through.bank, through.field, through.scale, device)
+            keys = {field: read for dataset in datasets.values() for field, read in dataset.choices.items()}
+            bank = found.bank = read_bank(model, through.bank, through.field, through.scale, device, keys)
         classes = {n: embed_classes(model, task, device, widths) for n, task in options.zero_shot.items()} if datasets else {}
     for split in options.splits:
         with autocast():

@@ -30,7 +30,7 @@ def index(
     ] = None,
     bridge: Annotated[
         Path | None,
-        typer.Option(help="compare fields that were never paired through a bank: a text file, or an embedding table"),
+        typer.Option(help="compare fields that were never paired through a bank: a text file, shards, or an embedding table"),
     ] = None,
     through: Annotated[str | None, typer.Option(help="the bank's field; default: the first of texts", metavar="FIELD")] = None,
     scale: Annotated[

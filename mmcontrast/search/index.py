@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.banks import Bank, check_made_by, read_bank, read_texts, scale_between
+from mmcontrast.evaluation.banks import Bank, check_made_by, read_bank, scale_between
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import write_json
 from mmcontrast.search.index_selection import IndexPlan, plan_index
@@ -52,8 +52,8 @@ def build_index(
         kind: "auto", "flat", "hnsw" or "ivf_pq"; see `plan_index`.
         memory: bytes that each index may take; default: half of the machine's.
         device: "cpu": leave GPUs alone, which otherwise learn the lists of ivf_pq, if this faiss can use them.
-        bridge: compare rows through a bank, a text file or an embedding table of the same model: the index has expected
-            entries, see `mmcontrast.evaluation.bridge`. The table's model, which is opened, reads the texts.
+        bridge: compare rows through a bank, a text file, shards or an embedding table of the same model: the index has
+            expected entries, see `mmcontrast.evaluation.bridge`. The table's model, which is opened, reads the texts.
         through: the bank's field. scale: its κ; default: the model's logit scale.
         trust_code: of the model, as `mmcontrast.load`.
 
@@ -102,7 +102,7 @@ def _bank(
     check_made_by(source, table.manifest)
     embedder = model_of(table.manifest, table.folder, device, trust_code)
     with embedder.autocast():
-        bank = read_bank(embedder.model, source, through, scale, embedder.device)
+        bank = read_bank(embedder.model, source, through, scale, embedder.device, embedder.keys)
     others = [field for field in table.fields if field != bank.field]
     return replace(bank, scale=scale or scale_between(embedder.model, others, bank.field))
 
@@ -112,8 +112,8 @@ def _write_bridge(table: StoredTable, bank: Bank, source: Path, folder: Path) ->
     assert bank.scale is not None
     table.bridge = Bridge(bank.rows, bank.rows, bank.scale, bank.scale)
     save_file({"bank": bank.rows.contiguous()}, folder / BRIDGE)
-    if not source.is_dir():  # for other models to read
-        (folder / TEXTS).write_text("\n".join(read_texts(source)) + "\n", encoding="utf-8")
+    if bank.texts:  # for other models to read
+        (folder / TEXTS).write_text("\n".join(bank.texts) + "\n", encoding="utf-8")
     about = {"bank": str(source), "field": bank.field, "scale": bank.scale, "entries": len(bank.rows)}
     return about | {"sha256": sha256_of(folder / BRIDGE)}
 

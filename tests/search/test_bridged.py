@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import mmcontrast
+from mmcontrast.data import write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
+from mmcontrast.evaluation.banks import read_bank
 from mmcontrast.search import Searcher, SearchIndex, build_index
+from mmcontrast.search.query import TEXTS
 from tests.models.open_clip_models import save
 from tests.search.conftest import command
 
@@ -113,3 +116,22 @@ def test_damage_and_mistakes(small_index, bridged, words, tmp_path):
         with pytest.raises(UserError, match=message):
             build_index(table, tmp_path / "b", bridge=bank, progress=False)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_bank_of_the_texts_of_shards(small_index, words, tmp_path):
+    """Each different text is an entry, as a line of a text file is; a field that reads another member has that one's texts."""
+    texts = ["black chess\nqueen", *WORDS[1:], WORDS[2]]
+    samples = [{"__key__": str(k), "txt": text, "fr.txt": f"fr {text}"} for k, text in enumerate(texts)]
+    write_shard(tmp_path / "bank-0.tar", samples[:3])
+    write_shard(tmp_path / "bank-1.tar", samples[3:])
+    build_index(small_index.parent, tmp_path / "shards", bridge=tmp_path / "bank-*.tar", device="cpu", progress=False)
+    build_index(small_index.parent, tmp_path / "words", bridge=words, device="cpu", progress=False)
+    by_shards, by_words = (SearchIndex.open(tmp_path / name).about["bridge"] for name in ("shards", "words"))
+    assert by_shards["sha256"] == by_words["sha256"] and by_shards["entries"] == len(WORDS)
+    lines = [(tmp_path / name / TEXTS).read_text() for name in ("shards", "words")]
+    assert lines[0] == lines[1]
+    model = Searcher.open(tmp_path / "words", "cpu").embedder.model
+    french = read_bank(model, tmp_path / "bank-*.tar", None, None, "cpu", {"text": ["fr.txt"]})
+    assert french.texts == tuple(f"fr {text}" for text in WORDS)
+    with pytest.raises(UserError, match=r"none-\*\.tar"):
+        read_bank(model, tmp_path / "none-*.tar", None, None, "cpu", {})
