@@ -88,7 +88,7 @@ def make_run_context(config: RunConfig, resume: bool = False) -> RunContext:
         options=in_steps(config.train, order),
         negative_of=negative_fields(config),
         teachers=teachers,
-        own=frozenset(field for field, of in config.fields.items() if of.own) | config.data.mined.keys(),
+        own_negatives=frozenset(field for field, of in config.fields.items() if of.own) | config.data.mined.keys(),
         score=score_of(config),
     )
 

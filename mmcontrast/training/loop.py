@@ -104,7 +104,7 @@ def train(job: RunContext, resume: bool = False, preemption: Preemption | None =
             watchdog.move(step, "training")
             with recording_stop(job.folder, done, main):
                 values = training_step(step, batch, learner, logging and options.signals, preemption.is_asked)
-            stopping = values.pop("asked")
+            stopping = values.pop("asked_to_end")
             print_warnings(anomalies.see(done, values["loss"], values["logit_scale"]) if main else (), progress)
             values |= sample_log.step(done, batch, values["bad_samples"], progress)
             if log and logging:
@@ -148,7 +148,7 @@ def make_learner(
         teacher.to(accelerator.device)
     return Learner(
         model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, locked_until,
-        job.teachers, job.own, job.score,
+        job.teachers, job.own_negatives, job.score,
     )  # fmt: skip
 
 
