@@ -17,7 +17,7 @@ class Anomalies:
         self.seen = self.at_bound = 0
 
     def see(self, step: int, loss: float, scale: float) -> Iterator[str]:
-        """Yield warnings of a step. A loss that stays high is warned of until the running mean has followed it; a bound once for
+        """Yield a step's warnings. A loss that stays high is warned of until the running mean has followed it, a bound once for
         every time it is reached."""
         deviation = loss - self.mean
         if self.seen >= SEEN and deviation > DEVIATIONS * math.sqrt(self.variance) and deviation > 0.01 * abs(self.mean):
