@@ -27,7 +27,7 @@ from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make
 from mmcontrast.models import open_start as open_library_start
 from mmcontrast.models.names import EXPORT_FIRST
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, Pairing
-from mmcontrast.objectives.inputs import Given, check_link, check_together
+from mmcontrast.objectives.inputs import LossInputs, check_link, check_together
 from mmcontrast.training import checkpoint
 from mmcontrast.training.context import RunContext
 from mmcontrast.training.data import make_dataset, make_training_data
@@ -251,7 +251,7 @@ def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) ->
         names = [*negative_fields(config).values(), *(["queue"] if config.train.queue_size else [])]
         extras = dict.fromkeys(names, (torch.empty(0, 1), torch.empty(0)))
         try:
-            check_together(objective, pairing, Given(extras=extras, teachers=[({}, 1.0)]), None)
+            check_together(objective, pairing, LossInputs(extras=extras, teachers=[({}, 1.0)]), None)
         except ValueError as error:
             hint = " (train.queue_size and negative_of make extra_negatives)" if extras else ""
             raise UserError(f"train.teacher: {error}{hint}") from error

@@ -222,7 +222,7 @@ def open_transformers(
     tensors = network.state_dict()
     if dual:
         configs = {field: getattr(config, f"{'vision' if field == 'image' else field}_config") for field in fields}
-        modalities = {field: _make_modality(name, field, network, field_config, sizes) for field, field_config in configs.items()}
+        modalities = {field: _make_modality(name, field, network, configs[field], sizes) for field in fields}
         towers = {}
         for field, modality in modalities.items():
             method = f"get_{field}_features"
