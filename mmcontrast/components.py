@@ -1,4 +1,5 @@
-"""Components by name: `type` is one of ours or an import path (`my_lab.losses:MyObjective`), the rest its options."""
+"""Build components by name: `type` is a known name or an import path (`my_lab.losses:MyObjective`), the rest are its
+options."""
 
 import difflib
 import inspect
@@ -10,13 +11,11 @@ from mmcontrast.errors import UserError
 from mmcontrast.trust import import_by_path
 
 signature_of = cache(inspect.signature)  # a loss by name is built at every step
-
-
 SHOWN = 24  # names of a list in a message
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean 'steps'?", or the list of what there is, of long ones the beginning, when nothing comes close."""
+    """Return "did you mean 'steps'?", or, if no name is close, the (beginning of the) list of names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     if close:
@@ -25,13 +24,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: type | None = None, **context: Any) -> Any:
-    """Builds one component from a name, a mapping with `type` and options, or returns the object that it already is.
+    """Build a component from a name or a mapping with `type` and options, or return an object as it is.
 
     Args:
         spec: "infonce", {"type": "siglip"}, {"type": "my_lab.losses:MyObjective", "beta": 0.5}, or an instance.
-        known: the components that this package names itself.
-        kind: what it is, for messages: "objective", "tower".
-        base: what an import path must name a subclass of: nothing else is called.
+        known: the components of this package by name.
+        kind: for messages: "objective", "tower".
+        base: the class of which an import path must name a subclass: nothing else is called.
         context: further arguments that the caller, not the user, provides.
 
     Raises:
@@ -55,8 +54,8 @@ def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: t
     else:
         raise UserError(f"unknown {kind} type {name!r}; {suggestion(name, known)} (or an import path 'package.module:Name')")
     signature = signature_of(constructor)
-    accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    valid = [p for p in signature.parameters if p not in context]
+    accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    valid = [name for name in signature.parameters if name not in context]
     for option in options:
         if option not in valid and not accepts_any:
             hint = suggestion(option, valid) if valid else "it takes none"
@@ -69,5 +68,5 @@ def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: t
         return constructor(**options, **context)
     except UserError:
         raise
-    except ValueError as error:  # an option's value
+    except ValueError as error:  # for an option's value
         raise UserError(f"{kind} {name!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""A run's whole configuration: YAML with dotted overrides, typed and frozen, unknown keys refused with the nearest one."""
+"""Read a run's configuration: YAML with dotted overrides, typed and frozen; unknown keys are refused with the nearest one."""
 
 import copy
 import re
@@ -19,9 +19,8 @@ from mmcontrast.training.options import DataOptions, TrainOptions
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
 T = TypeVar("T", bound=Options)
-FORM = re.compile(
-    r"str|list\[.*\]|dict\[.*\]|literal\[.*\]|function-\w+\[.*\]|[A-Z]\w*Options"
-)  # what pydantic puts into a place where several forms are allowed
+# parts of an error's location that name one of several allowed forms, not a key
+FORM = re.compile(r"str|list\[.*\]|dict\[.*\]|literal\[.*\]|function-\w+\[.*\]|[A-Z]\w*Options")
 
 
 class RunOptions(Options):
@@ -37,7 +36,7 @@ class RunOptions(Options):
 
 
 class RunConfig(Options):
-    """All that determines a run. Saved with it as config.yaml, which is enough to rebuild it.
+    """The configuration of a run, saved with it as config.yaml, which is enough to rebuild it.
 
     Attributes:
         run: where it is kept.
@@ -69,30 +68,32 @@ class RunConfig(Options):
             return self
         if len(self.fields) < 2:
             raise ValueError("fields: there must be two or more, or a model to begin with, model.start")
-        for field, of in self.fields.items():
+        for name, field in self.fields.items():
             for option in ("modality", "tower"):
-                if getattr(of, option) is None:
-                    raise ValueError(f"fields.{field}.{option} is missing: only a field of model.start can do without")
+                if getattr(field, option) is None:
+                    raise ValueError(f"fields.{name}.{option} is missing: only a field of model.start can do without")
         return self
 
     @model_validator(mode="before")
     @classmethod
-    def _splits_that_are_held_out(cls, tree: Any) -> Any:
+    def _complete_held_out_splits(cls, tree: Any) -> Any:
         return with_held_out(tree) if isinstance(tree, dict) else tree
 
     @property
     def folder(self) -> Path:
+        """Return the run's folder."""
         return Path(self.run.dir) / self.run.name
 
     def to_yaml(self) -> str:
+        """Return the configuration as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a config, applies overrides like "train.steps=50", and validates all of it.
+    """Read a config, apply overrides like "train.steps=50", and validate it.
 
     Raises:
-        UserError: in one line, for the first thing that is wrong, naming its dotted path.
+        UserError: for the first mistake, in one line with its dotted path.
     """
     tree = read_yaml(path)
     if not isinstance(tree, dict):
@@ -101,10 +102,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def config_of(tree: dict[str, Any], overrides: Sequence[str] = (), path: str | Path = "config") -> RunConfig:
-    """Validate a config that is a tree of options, with overrides; the file's name is the run's, unless it says one.
+    """Validate a config that is a tree of options, with overrides; the file's name is the run's, unless the config has one.
 
     Raises:
-        UserError: in one line, for the first thing that is wrong, naming its dotted path.
+        UserError: for the first mistake, in one line with its dotted path.
     """
     tree = copy.deepcopy(tree)
     for override in overrides:
@@ -114,11 +115,11 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str] = (), path: str | P
     if isinstance(tree["run"], dict):
         tree["run"].setdefault("name", Path(path).stem)
     _read_tasks(tree.get("evaluation"), path)
-    return _validated(path, tree, RunConfig, overrides)
+    return _validate(path, tree, RunConfig, overrides)
 
 
 def load_suite(suite: str | Path | EvaluationOptions, overrides: Sequence[str] = ()) -> EvaluationOptions:
-    """Reads a suite, a YAML file of the options that a config has under `evaluation`, as in eval/; or changes one.
+    """Read a suite, a YAML file of the options that a config has under `evaluation`, as in eval/; or change one.
 
     Raises:
         UserError: as `load_config`.
@@ -132,12 +133,13 @@ def load_suite(suite: str | Path | EvaluationOptions, overrides: Sequence[str] =
     for override in overrides:
         _apply(tree, override)
     _read_tasks(tree, path)
-    return _validated(path, tree, EvaluationOptions, overrides)
+    return _validate(path, tree, EvaluationOptions, overrides)
 
 
-def _validated(path: str | Path, tree: dict[str, Any], options: type[T], overrides: Sequence[str] = ()) -> T:
-    """Validate a tree. An override to null of what may not be null takes it away: its default is what counts."""
-    nulls = {tuple(place.split(".")) for place, _, value in (o.partition("=") for o in overrides) if parse_yaml(value) is None}
+def _validate(path: str | Path, tree: dict[str, Any], options: type[T], overrides: Sequence[str] = ()) -> T:
+    """Validate a tree. An override to null of an option that may not be null restores its default."""
+    values = (override.partition("=") for override in overrides)
+    nulls = {tuple(option.split(".")) for option, _, value in values if parse_yaml(value) is None}
     while True:
         try:
             return options.model_validate(tree)
@@ -146,31 +148,32 @@ def _validated(path: str | Path, tree: dict[str, Any], options: type[T], overrid
             if not nulls & refused:
                 raise UserError(f"{path}: {_first_error(error, options)}") from error
             for *parents, last in nulls & refused:
-                within = tree
+                group = tree
                 for parent in parents:
-                    within = within[parent]
-                del within[last]
+                    group = group[parent]
+                del group[last]
             nulls -= refused
 
 
 def _read_tasks(evaluation: Any, path: str | Path) -> None:
-    """Read zero-shot tasks that are given by the path of a file: from this folder, or where the config is or one above it."""
+    """Read zero-shot tasks that are paths of files, from the working directory, the config's folder or the one above it."""
     tasks = (evaluation or {}).get("zero_shot") or {} if isinstance(evaluation, dict) else {}
-    for task, given in tasks.items() if isinstance(tasks, dict) else ():
-        if isinstance(given, str):
-            places = [Path(given), Path(path).parent / given, Path(path).parent.parent / given]
-            tasks[task] = read_yaml(next((place for place in places if place.is_file()), given))
+    for name, task in tasks.items() if isinstance(tasks, dict) else ():
+        if isinstance(task, str):
+            files = [Path(task), Path(path).parent / task, Path(path).parent.parent / task]
+            tasks[name] = read_yaml(next((file for file in files if file.is_file()), task))
 
 
 def _apply(tree: dict[str, Any], override: str, components: Sequence[str] = ()) -> None:
+    """Apply an override to a tree of options."""
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise UserError(f"override {override!r} is not of the form key.key=value, like train.steps=50")
     *parents, last = path.split(".")
-    if parents and parents[0] in components:  # options of the default one: pairing.weights={image-text: 2}
+    if parents and parents[0] in components:  # options of the default component: pairing.weights={image-text: 2}
         tree.setdefault(parents[0], RunConfig.model_fields[parents[0]].default)
     for parent in parents:
-        if isinstance(tree.get(parent), str):  # a component by its name alone: objective=infonce
+        if isinstance(tree.get(parent), str):  # a component given by its name: objective=infonce
             tree[parent] = {"type": tree[parent]}
         elif tree.get(parent) is None:
             tree[parent] = {}
@@ -185,40 +188,40 @@ def _apply(tree: dict[str, Any], override: str, components: Sequence[str] = ()) 
 
 def _drop_replaced(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Let an override of one of `train.steps` and `train.epochs` take the place of the other where the file has it."""
-    given = {path: value for path, _, value in (override.partition("=") for override in overrides)}
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        replaced = f"train.{one}" in given and parse_yaml(given[f"train.{one}"]) is not None and f"train.{other}" not in given
-        if replaced and isinstance(tree.get("train"), dict):
+    values = {path: value for path, _, value in (override.partition("=") for override in overrides)}
+    for option, other in (("steps", "epochs"), ("epochs", "steps")):
+        is_set = f"train.{option}" in values and parse_yaml(values[f"train.{option}"]) is not None
+        if is_set and f"train.{other}" not in values and isinstance(tree.get("train"), dict):
             tree["train"].pop(other, None)
 
 
 def _first_error(error: ValidationError, root: type[BaseModel]) -> str:
-    """Pydantic's first complaint as one line, with the nearest valid key for an unknown one. Where several forms are allowed
-    it complains of each: the one that fits furthest is meant."""
+    """Return pydantic's first error as one line, with the nearest valid key for an unknown one. Where several forms are
+    allowed, it reports each: take the form that fits furthest."""
     errors = error.errors()
     start = next((k for k, part in enumerate(errors[0]["loc"]) if FORM.fullmatch(str(part))), len(errors[0]["loc"]))
-    rivals = [e for e in errors if e["loc"][:start] == errors[0]["loc"][:start]]
-    ours = ("extra_forbidden", "value_error")  # of a form's own keys, or of what its options say of each other
-    first = max(rivals, key=lambda e: (len(e["loc"]), e["type"] in ours)) if len(rivals) > 1 else errors[0]
-    place = [part for part in map(str, first["loc"]) if not FORM.fullmatch(part)]
+    alternatives = [error for error in errors if error["loc"][:start] == errors[0]["loc"][:start]]
+    specific = ("extra_forbidden", "value_error")  # of a form's own keys, or of its options together
+    first = max(alternatives, key=lambda error: (len(error["loc"]), error["type"] in specific))
+    path = [part for part in map(str, first["loc"]) if not FORM.fullmatch(part)]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(place)!r}; {suggestion(place[-1], _valid_keys(place[:-1], root))}"
+        return f"unknown key {'.'.join(path)!r}; {suggestion(path[-1], _valid_keys(path[:-1], root))}"
     message = first["msg"].removeprefix("Value error, ")
-    of_group = first["type"] == "value_error" and len(first["loc"]) < 2  # what is given is all of a group
-    found = "" if first["type"] == "missing" or of_group else f" (found {str(first['input'])[:60]!r})"
-    return f"{'.'.join(place) or 'config'}: {message[:1].lower()}{message[1:]}{found}"
+    of_group = first["type"] == "value_error" and len(first["loc"]) < 2  # its input is a whole group of options
+    value = "" if first["type"] == "missing" or of_group else f" (found {str(first['input'])[:60]!r})"
+    return f"{'.'.join(path) or 'config'}: {message[:1].lower()}{message[1:]}{value}"
 
 
-def _valid_keys(place: Sequence[str], options: type[BaseModel]) -> list[str]:
-    """The options that exist at a dotted place."""
-    for part in place:
+def _valid_keys(path: Sequence[str], options: type[BaseModel]) -> list[str]:
+    """Return the options that exist at a dotted path."""
+    for part in path:
         if part in options.model_fields:
             options = next(iter(_options_in(options.model_fields[part].annotation)), options)
     return list(options.model_fields)
 
 
 def _options_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """All groups of options that a type is made of."""
+    """Yield all groups of options in a type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

@@ -1,4 +1,4 @@
-"""A run and its folder: made from a config for training, or opened again."""
+"""Make the parts of a run from its config, and open, check, lock and remove its folder."""
 
 import fcntl
 import shutil
@@ -27,7 +27,7 @@ from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make
 from mmcontrast.models import open_start as open_library_start
 from mmcontrast.models.names import EXPORT_FIRST
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, Pairing
-from mmcontrast.objectives.inputs import Given, check_link, check_together
+from mmcontrast.objectives.inputs import LossInputs, check_link, check_together
 from mmcontrast.training import checkpoint
 from mmcontrast.training.context import RunContext
 from mmcontrast.training.data import make_dataset, make_training_data
@@ -41,18 +41,18 @@ from mmcontrast.training.teachers import open_teachers
 from mmcontrast.trust import import_paths
 
 CONFIG, STOPPED = "config.yaml", "stopped.json"
-LEFT_BY_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
-LEFT_BY_A_START |= {"profile", "stalled", MINED}
+FILES_OF_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
+FILES_OF_A_START |= {"profile", "stalled", MINED}
 
 
 def make_run_context(config: RunConfig, resume: bool = False) -> RunContext:
     """Make everything that training needs, checked against each other; nothing is written.
 
     Args:
-        resume: the run goes on from a checkpoint of its own: `train.init_from` is not asked.
+        resume: the run continues from its own checkpoint: `train.init_from` is not read.
 
     Raises:
-        UserError: for anything that does not fit, by its place in the config.
+        UserError: for anything that does not fit; it names the option.
     """
     if not config.model.starts:
         check_components(config)  # before anything large is made
@@ -88,7 +88,7 @@ def make_run_context(config: RunConfig, resume: bool = False) -> RunContext:
         options=in_steps(config.train, order),
         negative_of=negative_fields(config),
         teachers=teachers,
-        own=frozenset(field for field, of in config.fields.items() if of.own) | config.data.mined.keys(),
+        own_negatives=frozenset(name for name, field in config.fields.items() if field.own) | config.data.mined.keys(),
         score=score_of(config),
     )
 
@@ -97,9 +97,9 @@ def model_of(config: RunConfig, *, tokenizers: bool = True, weights: bool = True
     """Make the model of a config.
 
     Args:
-        tokenizers: they are those of the texts, and must fit the towers.
-        weights: False: those of `model.start` are not read.
-        trust_code: of a start that is a run: import what its config names by import path.
+        tokenizers: check that the tokenizers fit the towers.
+        weights: False: do not read the weights of `model.start`.
+        trust_code: of a start that is a run: import the code that its config names by import path.
 
     Raises:
         UserError: for anything that does not fit.
@@ -109,8 +109,8 @@ def model_of(config: RunConfig, *, tokenizers: bool = True, weights: bool = True
 
 
 def begin_from(model: ContrastiveModel, source: str) -> None:
-    """Give a model the weights of another of its architecture: a run or a checkpoint, a .safetensors file, or any model that
-    `open_start` opens.
+    """Load the weights of another model of the same architecture: a run or a checkpoint, a .safetensors file, or any model
+    that `open_start` opens.
 
     Raises:
         UserError: if there is no such model; if names or shapes of weights differ.
@@ -132,10 +132,10 @@ def begin_from(model: ContrastiveModel, source: str) -> None:
 
 
 def modalities_of(config: RunConfig) -> dict[str, Modality]:
-    """Return how each field is read; of a start, its weights are not.
+    """Return the modality of each field, without reading the weights of a start.
 
     Raises:
-        UserError: for a modality's options that are wrong; for a start that cannot be opened.
+        UserError: for wrong options of a modality; for a start that cannot be opened.
     """
     if not config.model.starts:
         return make_modalities(config.fields, config.towers)
@@ -147,7 +147,7 @@ def modalities_of(config: RunConfig) -> dict[str, Modality]:
 
 
 def open_start(start: StartOptions, weights: bool = True, trust_code: bool = False) -> ContrastiveModel:
-    """Open what `model.start` names: a run's model, or one of another library's.
+    """Open what `model.start` names: the model of a run, or of another library.
 
     Raises:
         UserError: if there is no such model.
@@ -165,8 +165,7 @@ def open_start(start: StartOptions, weights: bool = True, trust_code: bool = Fal
 
 
 def completed(config: RunConfig, model: ContrastiveModel) -> RunConfig:
-    """Return a config that says of its start which fields, how many dimensions, which logit scale and bias, and which score it
-    has."""
+    """Return a config with the fields, the dimension, the logit scale and bias, and the score of its start."""
     if not config.model.starts:
         return config
     fields = {
@@ -174,16 +173,16 @@ def completed(config: RunConfig, model: ContrastiveModel) -> RunConfig:
         for field in model.modalities
     }
     bias = None if model.logit_bias is None else model.logit_bias.item()
-    more = {"embed_dim": model.embed_dim, "max_logit_scale": model.max_logit_scale, "logit_bias": bias}
-    more["scale_per_pair"] = bool(model.pairs)
-    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=more), "score": model.score})
+    options = {"embed_dim": model.embed_dim, "max_logit_scale": model.max_logit_scale, "logit_bias": bias}
+    options["scale_per_pair"] = bool(model.pairs)
+    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=options), "score": model.score})
 
 
 def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
-    """The objective and the pairing, which cost nothing to build; towers are built when they are needed.
+    """Build the objective and the pairing, and check them and the modalities before anything large is made.
 
     Raises:
-        UserError: for an unknown type or option of theirs or of a field's modality.
+        UserError: for an unknown type or option.
     """
     make_modalities(config.fields)
     objective = build(config.objective, OBJECTIVES, "objective", Objective)
@@ -199,18 +198,20 @@ def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
     check_teaching(config, objective, pairing)
     check_score(config, objective, pairing)
     if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
-        named = [f"fields.{field}.negative_of" for field in negatives if field not in config.data.mined]
-        what = next(iter([*named, *(["data.negatives"] if config.data.mined else []), "train.queue_size"]))
+        options = [f"fields.{field}.negative_of" for field in negatives if field not in config.data.mined]
+        options += ["data.negatives"] if config.data.mined else []
+        options += ["train.queue_size"]
         raise UserError(
-            f"{what}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
+            f"{options[0]}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
         )
     return objective, pairing
 
 
 def check_score(config: RunConfig, objective: Objective, pairing: Pairing) -> None:
-    """
+    """Check that a hyperbolic score goes with the fields, the objective and the pairing.
+
     Raises:
-        UserError: for a general field that is not contrasted; for what needs cosines beside hyperbolic scores.
+        UserError: for a general field that is not contrasted; for an option that needs cosines.
     """
     if (score := score_of(config)) is None:
         return
@@ -225,15 +226,16 @@ def check_score(config: RunConfig, objective: Objective, pairing: Pairing) -> No
 
 def score_of(config: RunConfig) -> Hyperbolic | None:
     """Return how the loss scores two embeddings; None: by their cosine."""
-    given = config.score
-    return None if given is None else Hyperbolic(given.curvature, given.general, given.entailment)
+    score = config.score
+    return None if score is None else Hyperbolic(score.curvature, score.general, score.entailment)
 
 
 def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) -> None:
-    """
+    """Check that the teachers go with the objective and the pairing.
+
     Raises:
-        UserError: for an objective without the teacher that it needs, a teacher without an objective that takes one, or what
-            does not go with a teacher.
+        UserError: for an objective without the teacher that it needs, a teacher without an objective that takes one, or options
+            that do not go with a teacher.
     """
     teachers = config.train.teachers
     if objective.teachers and not teachers:
@@ -246,19 +248,21 @@ def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) ->
     if objective.guided and len(teachers) > 1:
         raise UserError(f"train.teacher: a guide is one model, there are {len(teachers)}")
     if teachers:
-        nothing = torch.empty(0, 1), torch.empty(0)
-        extras = dict.fromkeys([*negative_fields(config).values(), *(["queue"] if config.train.queue_size else [])], nothing)
+        names = [*negative_fields(config).values(), *(["queue"] if config.train.queue_size else [])]
+        extras = dict.fromkeys(names, (torch.empty(0, 1), torch.empty(0)))
         try:
-            check_together(objective, pairing, Given(extras=extras, teachers=[({}, 1.0)]), None)
+            check_together(objective, pairing, LossInputs(extras=extras, teachers=[({}, 1.0)]), None)
         except ValueError as error:
-            more = " (train.queue_size and negative_of make extra_negatives)" if extras else ""
-            raise UserError(f"train.teacher: {error}{more}") from error
+            hint = " (train.queue_size and negative_of make extra_negatives)" if extras else ""
+            raise UserError(f"train.teacher: {error}{hint}") from error
 
 
 def check_widths(config: RunConfig, model: ContrastiveModel, objective: Objective) -> None:
-    """
+    """Check the widths of `train.matryoshka`.
+
     Raises:
-        UserError: for widths that embeddings have not, or without the whole; for an objective that cannot be taken of prefixes.
+        UserError: for widths that the embeddings do not have, or without the whole width; for an objective with a memory of
+            embeddings.
     """
     widths = config.train.matryoshka
     if widths is None:
@@ -273,7 +277,8 @@ def check_widths(config: RunConfig, model: ContrastiveModel, objective: Objectiv
 
 
 def check_bridge(config: RunConfig, model: ContrastiveModel) -> None:
-    """
+    """Check the fields and the score of `train.bridge`.
+
     Raises:
         UserError: for a bridge of fields that are not contrasted, or of hyperbolic scores.
     """
@@ -299,38 +304,39 @@ def scored_fields(config: RunConfig, pairing: Pairing) -> list[str]:
 
 
 def negative_fields(config: RunConfig) -> dict[str, str]:
-    """The fields that only provide negatives, and for which field; and mined negatives, by the names that a batch has for them.
+    """Return the fields that only provide negatives, and for which field; mined negatives by their names in a batch.
 
     Raises:
-        UserError: for one that names no field to be a negative of.
+        UserError: for one that is a negative of no field, or of one that is not contrasted.
     """
-    negatives = {field: of.negative_of for field, of in config.fields.items() if of.negative_of}
+    negatives = {name: field.negative_of for name, field in config.fields.items() if field.negative_of}
     for field, options in config.fields.items():
         if options.own and not options.negative_of:
             raise UserError(f"fields.{field}.own: of which field is it a negative? Say fields.{field}.negative_of")
-    for field, of in negatives.items():
-        anchors = contrasted_fields(config)
-        if of not in anchors:
-            raise UserError(f"fields.{field}.negative_of: no field {of!r} that is contrasted; {suggestion(of, anchors)}")
-    for name, given in config.data.mined.items():
-        anchors = contrasted_fields(config)
-        if given.field not in anchors:
-            which = suggestion(given.field, anchors)
-            raise UserError(f"data.negatives.field: no field {given.field!r} that is contrasted; {which}")
-        negatives[name] = given.field
+    anchors = contrasted_fields(config)
+    for field, target in negatives.items():
+        if target not in anchors:
+            raise UserError(
+                f"fields.{field}.negative_of: no field {target!r} that is contrasted; {suggestion(target, anchors)}"
+            )
+    for name, table in config.data.mined.items():
+        if table.field not in anchors:
+            hint = suggestion(table.field, anchors)
+            raise UserError(f"data.negatives.field: no field {table.field!r} that is contrasted; {hint}")
+        negatives[name] = table.field
     return negatives
 
 
 def contrasted_fields(config: RunConfig) -> dict[str, FieldOptions]:
-    """All others: the fields that have embeddings to evaluate."""
-    return {field: of for field, of in config.fields.items() if not of.negative_of}
+    """Return the fields that are contrasted and evaluated: all that do not only provide negatives."""
+    return {name: field for name, field in config.fields.items() if not field.negative_of}
 
 
 def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOptions, dict[str, ShardDataset]]:
-    """Return what is to be evaluated, in full, and its data.
+    """Return the complete options of the evaluation, and its data.
 
     Raises:
-        UserError: for what could only be refused after training otherwise.
+        UserError: for mistakes that would otherwise show only after training.
     """
     fields = contrasted_fields(config)
 
@@ -349,9 +355,10 @@ def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOpt
 
 
 def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """
+    """Check that a run's folder may be written.
+
     Raises:
-        UserError: if the run exists and neither is set, or does not and `resume` is.
+        UserError: if the run exists and neither `resume` nor `overwrite` is set; if it does not and `resume` is.
     """
     folder = config.folder
     if resume and overwrite:
@@ -359,12 +366,12 @@ def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
     if resume and not (folder / CONFIG).exists():
         raise UserError(f"no run at {folder} to resume: start it without --resume")
     if folder.exists() and not resume and not (overwrite and (folder / CONFIG).exists()) and not never_began(folder):
-        going_on = "" if not checkpoint.complete(folder / "checkpoints") else "continue it with --resume, "
-        raise UserError(f"{folder} exists: {going_on}replace it with --overwrite, or set run.name")
+        remedy = "" if not checkpoint.complete(folder / "checkpoints") else "continue it with --resume, "
+        raise UserError(f"{folder} exists: {remedy}replace it with --overwrite, or set run.name")
 
 
 def never_began(folder: Path) -> bool:
-    """Return whether a folder holds what a run that failed at its start leaves: its config, no checkpoint, no logged step."""
+    """Return whether a folder is that of a run that failed at its start: it has a config, no checkpoint, no logged step."""
     try:
         names = {path.name for path in folder.iterdir()}
         same = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()
@@ -373,31 +380,32 @@ def never_began(folder: Path) -> bool:
     logged = folder / LOG
     return (
         same
-        and names <= LEFT_BY_A_START
+        and names <= FILES_OF_A_START
         and not checkpoint.complete(folder / "checkpoints")
         and not (logged.exists() and logged.stat().st_size)
     )
 
 
 def remove_failed_start(folder: Path) -> None:
-    """Remove the folder of a run that has failed before its first step, unless it tells what was wrong with its samples."""
+    """Remove the folder of a run that failed before its first step, unless it has reports of what was wrong."""
     if not folder.exists() or not never_began(folder):
         return
-    told = [folder / name for name in (BAD_SAMPLES, STOPPED, "stalled", "profile")]
-    if any(path.exists() and path.stat().st_size for path in told):
+    reports = [folder / name for name in (BAD_SAMPLES, STOPPED, "stalled", "profile")]
+    if any(path.exists() and path.stat().st_size for path in reports):
         return
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         _lock_file(folder).unlink()
-        folder.parent.rmdir()  # if nothing else is there
+        folder.parent.rmdir()  # if it is empty
 
 
 def _lock_file(folder: Path) -> Path:
+    """Return the file that locks a run's folder."""
     return folder.parent / f".{folder.name}.lock"
 
 
 def lock_folder(config: RunConfig) -> IO[str]:
-    """Keeps others from training the same run, as long as this process lives and the file that is returned is open.
+    """Keep others from training the same run, as long as this process lives and the returned file is open.
 
     Raises:
         UserError: if another process trains it.
@@ -412,10 +420,10 @@ def lock_folder(config: RunConfig) -> IO[str]:
 
 
 def prepare_folder(config: RunConfig, overwrite: bool, text: str | None = None) -> None:
-    """Make the run's folder, with its config; anew if `overwrite`, or if a start failed there.
+    """Make the run's folder with its config; replace it if `overwrite`, or if a start failed there.
 
     Args:
-        text: the config as a job has completed it.
+        text: the completed config as YAML.
     """
     if overwrite or never_began(config.folder):
         shutil.rmtree(config.folder, ignore_errors=True)
@@ -434,7 +442,7 @@ class TrainedRun:
 
 
 def open_run(folder: Path, which: str = "last", device: str | None = None, trust_code: bool = False) -> TrainedRun:
-    """Rebuilds a model from its run's folder, with the averaged weights if the run has them.
+    """Rebuild a model from its run's folder, with the averaged weights if the run has them.
 
     Args:
         which: the checkpoint: "last", "best" or a step's number.
@@ -442,7 +450,7 @@ def open_run(folder: Path, which: str = "last", device: str | None = None, trust
         trust_code: import the towers and modalities that its config names by import path.
 
     Raises:
-        UserError: if the folder holds no run, or the run no such checkpoint; for code that is not trusted.
+        UserError: if the folder holds no run, or the run has no such checkpoint; for code that is not trusted.
     """
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run's folder (no {CONFIG})")
@@ -455,14 +463,14 @@ def open_run(folder: Path, which: str = "last", device: str | None = None, trust
     load_weights(model, checkpoint.load_weights(saved, averaged=True), str(saved))
     merge_lora(model)
     try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return TrainedRun(folder, config, model.eval().to(where), where)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return TrainedRun(folder, config, model.eval().to(target), target)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {' '.join(str(error).split())[:200]}") from error
 
 
 def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:
-    """Return the run's folder that is named, or None, and the checkpoint."""
+    """Return the folder of the run that a name means, or None, and the checkpoint."""
     folder = Path(name).absolute()
     if folder.parent.name == "checkpoints" and (folder.parents[1] / CONFIG).is_file():
         return folder.parents[1], folder.name.removeprefix("step-")
@@ -470,7 +478,7 @@ def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:
 
 
 def step_of(folder: Path, which: str) -> str:
-    """The number of the step that a run's checkpoint "last" or "best" is of.
+    """Return the step of a run's checkpoint "last" or "best".
 
     Raises:
         UserError: if there is no such checkpoint.

@@ -1,7 +1,7 @@
-"""A model's own folder: what it is composed of, its weights, its tokenizers; all that opening it takes, and no run.
+"""Open a model's own folder, which has its composition, weights and tokenizers, and needs no run.
 
 `mmcontrast_model.json` holds `fields`, `towers` and `model` as a config has them, `model.safetensors` the weights; or
-`library`: a model of another library, whose own folder lies in this one.
+`library`: a model of another library, whose own folder is in this one.
 """
 
 import json
@@ -23,44 +23,47 @@ FORMAT = "mmcontrast model 1"
 
 
 def read_bare(folder: Path) -> Mapping[str, Any]:
-    """Return what a folder says of its model.
+    """Read the description of a folder's model.
 
     Raises:
-        UserError: if it is not as it should be.
+        UserError: if it cannot be read, or has another format.
     """
     file = folder / BARE_CONFIG
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        description = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{file} is not of the format {FORMAT!r}, which this version reads")
-    return about
+    return description
 
 
-def compose_bare(folder: Path, about: Mapping[str, Any], trust_code: bool, weights: bool = True) -> ContrastiveModel:
+def compose_bare(folder: Path, description: Mapping[str, Any], trust_code: bool, weights: bool = True) -> ContrastiveModel:
     """Return the composed model of a folder, with its weights, in evaluation mode.
 
     Args:
-        about: as `read_bare` gives it.
-        trust_code: import what it names by import path.
+        description: as `read_bare` returns it.
+        trust_code: import the code that it names by import path.
         weights: False: random ones.
 
     Raises:
         UserError: for code that is not trusted.
-        others: for what is not as it should be.
+        others: for a description or weights that are wrong.
     """
-    fields = {name: FieldOptions.model_validate(_beside(folder, options)) for name, options in about["fields"].items()}
+    fields = {
+        name: FieldOptions.model_validate(_locate_tokenizer(folder, options)) for name, options in description["fields"].items()
+    }
     with import_paths(folder, trust_code), weights_follow():
-        score = ScoreOptions.model_validate(about["score"]) if about.get("score") else None
-        model = make_model(fields, about["towers"], ModelOptions.model_validate(about["model"]), seed=0, score=score)
+        score = ScoreOptions.model_validate(description["score"]) if description.get("score") else None
+        options = ModelOptions.model_validate(description["model"])
+        model = make_model(fields, description["towers"], options, seed=0, score=score)
     if weights:
         model.load_state_dict(load_file(folder / BARE_WEIGHTS))
     return model.eval()
 
 
-def _beside(folder: Path, options: Any) -> Any:
-    """Return a field's options, with the place of a tokenizer that lies in the folder."""
+def _locate_tokenizer(folder: Path, options: Any) -> Any:
+    """Return a field's options, with the path of its tokenizer if that is in the folder."""
     modality = options.get("modality") if isinstance(options, dict) else None
     name = modality.get("tokenizer") if isinstance(modality, dict) else None
     if not isinstance(name, str) or ".." in Path(name).parts or not (folder / name).is_dir():

@@ -1,4 +1,4 @@
-"""What a tower is: a network that turns one modality's prepared batch into one feature vector a sample."""
+"""The base class of towers: networks that map a modality's prepared batch to one feature vector per sample."""
 
 import re
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ BLOCK = re.compile(r".*?(stages\.\d+\.(blocks|layers)\.\d+|layer\d+\.\d+|(stages
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from: what writing it back into its library takes.
+    """The source of a model: all that writing it back into its library takes.
 
     Attributes:
         library: "open_clip", "transformers", "timm"; or "mmcontrast", composed of the fields and towers of a config.
-        name, pretrained, pooling: by which it was opened.
-        config: what its library makes it of: open_clip's `model_cfg` and `preprocess_cfg`; of a composed model `fields`,
+        name, pretrained, pooling: the arguments by which it was opened.
+        config: what its library builds it from: open_clip's `model_cfg` and `preprocess_cfg`; for a composed model `fields`,
             `towers` and `model`.
         rest: tensors of the library's model that no tower has, by their names there: CoCa's decoder, CLAP's second scale.
-        starts: of a composed model that began with others, where each tower of theirs came from, by the tower's name.
+        starts: for a composed model with starts, the origin of each tower of a start, by the tower's name.
     """
 
     library: str
@@ -35,19 +35,19 @@ class Origin:
     starts: Mapping[str, "Origin"] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
-        return self  # nothing of it changes
+        return self  # it never changes
 
 
 class Tower(nn.Module):
-    """Adapters set `width` and map a batch of N inputs to features [N, width]; a projection head follows in the model.
+    """The base of towers, which set `width` and map a batch of N inputs to features [N, width]; the model adds a projection.
 
-    Texts come as token ids int64 [N, longest], with `PADDING` (−1) after the end of those that are shorter: no token's id says
-    where a text ends, since tokenizers use any id for padding, also one that occurs in texts.
+    Texts come as token ids int64 [N, longest], with `PADDING` (−1) after the end of shorter ones: no token's id marks the end
+    of a text, since tokenizers use any id for padding, also one that occurs in texts.
 
     Attributes:
         width: the number of features.
         network: the wrapped network, as its library made it.
-        context_length, vocab_size: of a text's tower: how many ids it takes, and from 0 to below which; None: any.
+        context_length, vocab_size: of a text tower: the most ids of a text, and the number of ids that it knows; None: any.
         texts: the tokenizer of its texts, once it is known.
     """
 
@@ -61,20 +61,20 @@ class Tower(nn.Module):
         return self.network(batch)
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Return the repeated parts by their names in the tower: transformer layers, residual blocks. They are recomputed,
-        compiled and sharded one by one, their rates decay by depth, and LoRA adapts them.
+        """Return the repeated blocks by their names in the tower: transformer layers, residual blocks. They are recomputed,
+        compiled and sharded one by one, their learning rates decay by depth, and LoRA adapts them.
 
         The default finds the innermost numbered modules under names that timm, transformers and open_clip use; a tower whose
-        parts have other names overrides it.
+        blocks have other names overrides it.
         """
-        named = {name: module for name, module in self.named_modules() if BLOCK.fullmatch(f"{name}.")}
-        return {name: block for name, block in named.items() if not any(other.startswith(f"{name}.") for other in named)}
+        blocks = {name: module for name, module in self.named_modules() if BLOCK.fullmatch(f"{name}.")}
+        return {name: block for name, block in blocks.items() if not any(inner.startswith(f"{name}.") for inner in blocks)}
 
     def read(self, texts: TextIds) -> None:
-        """Prepare the tower for texts of a tokenizer.
+        """Check that the tower can read the texts of a tokenizer, and remember it.
 
         Raises:
-            UserError: if it cannot read them.
+            UserError: if it cannot.
         """
         if self.texts is not None and texts.tokenizer != self.texts.tokenizer:
             raise UserError(f"its tokenizer is {texts.tokenizer}, that of another field of its tower {self.texts.tokenizer}")

@@ -1,4 +1,4 @@
-"""What a model of hyperbolic scores learns beside its towers: the curvature, and how long each tower's embeddings are."""
+"""The further parameters of a model with hyperbolic scores: the curvature, and the length of each tower's embeddings."""
 
 import math
 from collections.abc import Iterable
@@ -6,21 +6,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-RANGE = 10.0  # the curvature stays within this factor of the one it began with
+RANGE = 10.0  # the curvature stays within this factor of its initial value
 
 
 class TangentSpace(nn.Module):
     """Embeddings as tangent vectors at the origin of hyperbolic space, α · projection (MERU, arXiv:2304.09172): α, one for each
-    tower, begins at 1/√D, so that rows of D numbers of about unit variance are of about unit length.
+    tower, is initialized to 1/√D, so that rows of D numbers of about unit variance have about unit length.
 
     Args:
         towers: their names.
         embed_dim: D.
-        curvature: c > 0, where it begins.
-        learn_curvature: False: it stays there.
+        curvature: the initial c > 0.
+        learn_curvature: False: it stays fixed.
 
     Attributes:
-        of_start: curvature and lengths are those of a start.
+        of_start: whether curvature and lengths come from a start.
     """
 
     of_start = False
@@ -36,12 +36,13 @@ class TangentSpace(nn.Module):
         self.add(towers)
 
     def add(self, towers: Iterable[str]) -> None:
+        """Add towers, with the initial length."""
         for name in towers:
             self.log_scales[name] = nn.Parameter(torch.full((1,), self.log_scale))
 
     @torch.no_grad()
     def begin_with(self, towers: Iterable[str], start: "TangentSpace | None") -> None:
-        """Add the towers of a start; where it is hyperbolic, with their lengths, and take over its curvature and its range."""
+        """Add the towers of a start; if it is hyperbolic, take over their lengths, its curvature and its range."""
         self.add(towers)
         if start is not None:
             self.of_start, self.bounds = True, start.bounds
@@ -51,7 +52,7 @@ class TangentSpace(nn.Module):
 
     @property
     def curvature(self) -> Tensor:
-        """c [], with gradient."""
+        """Return c [], with gradient."""
         return self.log_curvature.exp().squeeze(0)
 
     def tangents(self, tower: str, projected: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tower of a field that already is a vector: one linear layer."""
+"""A tower for fields that already are vectors: one linear layer."""
 
 from torch import nn
 
@@ -6,11 +6,11 @@ from mmcontrast.models.base import Tower
 
 
 class LinearTower(Tower):
-    """[N, inputs] → [N, width].
+    """A linear layer, [N, inputs] → [N, width].
 
     Args:
-        inputs: components of the vectors.
-        width: features.
+        inputs: the number of components of a vector.
+        width: the number of features.
     """
 
     def __init__(self, inputs: int, width: int) -> None:

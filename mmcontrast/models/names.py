@@ -1,4 +1,4 @@
-"""Models of other libraries as ours: weights, tokenizer, preprocessing, logit scale and bias. The name says whose they are."""
+"""Open models of other libraries by name, with their weights, tokenizer, preprocessing, logit scale and bias."""
 
 import difflib
 import json
@@ -25,20 +25,20 @@ def open_model(
 ) -> ContrastiveModel:
     """Open a model on the CPU, in fp32, in evaluation mode.
 
-    A name is, in this order: a folder, by the config in it; "open_clip:…", "timm:…", "transformers:…"; "hf-hub:org/name",
-    which is open_clip's, or timm's where "timm/" is followed by one of its architectures; an architecture of open_clip's, also
-    with a tag ("ViT-B-32/laion2b_s34b_b79k"); an architecture of timm's; a name on the hub, "timm/…" for timm, any other
-    for transformers.
+    A name is read, in this order, as: a folder, by the config in it; "open_clip:…", "timm:…", "transformers:…";
+    "hf-hub:org/name", for timm if "timm/" is followed by one of its architectures, else for open_clip; an architecture of
+    open_clip, also with a tag ("ViT-B-32/laion2b_s34b_b79k"); an architecture of timm; a name on the hub, "timm/…" for timm,
+    any other for transformers.
 
     Args:
-        pretrained: of an architecture: a tag of open_clip's, or a checkpoint's file.
-        pooling: of a plain encoder of transformers: "mean", "first" or "last".
-        weights: False: random ones, in the architecture alone.
-        trust_code: import what a folder of our own names by import path.
-        sizes: another image size or context length than its own.
+        pretrained: of an architecture: an open_clip tag, or a checkpoint's file.
+        pooling: of a plain transformers encoder: "mean", "first" or "last".
+        weights: False: random ones.
+        trust_code: import the code that a folder of our own names by import path.
+        sizes: other sizes than the model's own.
 
     Raises:
-        UserError: in one line, for a name that is none, for files that are not there or not as they should be.
+        UserError: in one line, for an unknown name, and for missing or wrong files.
     """
     with opening(f"{name}: pretrained={pretrained!r}" if Path(pretrained or "").is_file() else name):
         library, name = resolved(name)
@@ -66,85 +66,87 @@ def open_model(
 def _open_bare(
     name: str, pretrained: str | None, pooling: str | None, weights: bool, trust_code: bool, sizes: Sizes
 ) -> ContrastiveModel:
-    """Open a folder of our own: a model that it describes, or another library's that lies in it."""
+    """Open a folder of our own: the model that it describes, or one of another library in it."""
     from mmcontrast.models.bare import compose_bare, read_bare
 
     if pretrained or pooling:
         raise UserError(f"{name} is whole: it takes neither pretrained nor pooling")
-    about = read_bare(Path(name))
-    if "library" not in about:
+    description = read_bare(Path(name))
+    if "library" not in description:
         for option in sizes.given:
             sizes.refuse(name, option, "a composed model has the sizes of its towers: " + EXPORT_FIRST)
-        return compose_bare(Path(name), about, trust_code, weights)
-    inner = Path(name) / Path(about["library"]["folder"]).name
+        return compose_bare(Path(name), description, trust_code, weights)
+    inner = Path(name) / Path(description["library"]["folder"]).name
     if library_of(inner) in (None, "mmcontrast"):
         raise UserError(f"{inner} holds no model of another library")
-    return open_model(str(inner), None, about["library"]["pooling"], weights, sizes=sizes)
+    return open_model(str(inner), None, description["library"]["pooling"], weights, sizes=sizes)
 
 
 def resolved(name: str) -> tuple[str, str]:
-    """(the library, the name as it takes it), in the order that `open_model` says.
+    """Return the library of a name, and the name as the library takes it, in the order of `open_model`.
 
     Raises:
-        UserError: for a name that is none.
+        UserError: for an unknown name.
     """
     from mmcontrast.models.open_clip import is_architecture
     from mmcontrast.models.timm import is_timm
 
     prefix, colon, rest = name.partition(":")
-    named = prefix if colon and prefix in LIBRARIES else None
-    if named or prefix == "local-dir":
+    prefixed = prefix if colon and prefix in LIBRARIES else None
+    if prefixed or prefix == "local-dir":
         name = rest
-    if Path(name).is_dir() and (found := library_of(Path(name))):
-        if named not in (None, found):
-            raise UserError(f"{name} is a folder of {found}, not of {named}")
-        refuse_parts_elsewhere(Path(name))
-        return found, name if found in ("transformers", "mmcontrast") else f"local-dir:{name}"
+    if Path(name).is_dir() and (library := library_of(Path(name))):
+        if prefixed not in (None, library):
+            raise UserError(f"{name} is a folder of {library}, not of {prefixed}")
+        check_weight_files(Path(name))
+        return library, name if library in ("transformers", "mmcontrast") else f"local-dir:{name}"
     if Path(name).is_dir() and not is_architecture(name) and not is_timm(name):
         raise UserError(
             f"{name} holds no model: neither config.yaml (a run), {BARE_CONFIG}, {OPEN_CLIP_CONFIG}, nor config.json"
             " (transformers, timm)"
         )
-    if named:
-        hub = named != "transformers" and "/" in name and not (named == "open_clip" and is_architecture(name))
-        return named, f"hf-hub:{name}" if hub and ":" not in name else name
+    if prefixed:
+        hub = prefixed != "transformers" and "/" in name and not (prefixed == "open_clip" and is_architecture(name))
+        return prefixed, f"hf-hub:{name}" if hub and ":" not in name else name
     if prefix == "hf-hub":
-        return "timm" if _timms(rest) else "open_clip", name
+        return "timm" if _is_of_timm(rest) else "open_clip", name
     if is_architecture(name):
         return "open_clip", name
     if is_timm(name):
         return "timm", name
     if name.count("/") == 1 and all(name.split("/")) and not Path(name).is_file():
-        return ("timm", f"hf-hub:{name}") if _timms(name) else ("transformers", name)
+        return ("timm", f"hf-hub:{name}") if _is_of_timm(name) else ("transformers", name)
     if Path(name).is_file():
         raise UserError(f"{name} is a file: name the architecture that it holds, with pretrained={name!r}")
-    close = difflib.get_close_matches(name, list(_known()), n=3)
+    close = difflib.get_close_matches(name, list(_architectures()), n=3)
     hint = f"did you mean {', '.join(close)}?" if close else "open_clip.list_models(), timm.list_models()"
     raise UserError(f"no model {name!r}: no folder, no architecture of open_clip or timm ({hint}), no org/name of the hub")
 
 
-def _timms(name: str) -> bool:
+def _is_of_timm(name: str) -> bool:
+    """Return whether a name on the hub is an architecture of timm."""
     from mmcontrast.models.timm import is_timm
 
     owner, _, architecture = name.partition("/")
     return owner == "timm" and is_timm(architecture)
 
 
-def refuse_parts_elsewhere(folder: Path) -> None:
-    """
+def check_weight_files(folder: Path) -> None:
+    """Check that an index of weights in several files names only files of the folder.
+
     Raises:
-        UserError: for weights in several files, if the index of these names one that is not in the folder.
+        UserError: if it names another path.
     """
     for file in sorted(folder.glob("*.index.json")):
         index = json.loads(file.read_text(encoding="utf-8"))
-        parts = index.get("weight_map") if isinstance(index, dict) else None
-        for part in parts.values() if isinstance(parts, dict) else ():
-            if not isinstance(part, str) or Path(part).name != part:
-                raise UserError(f"{file} names {str(part)[:200]!r}: the parts of a model's weights lie beside it")
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        for name in weight_map.values() if isinstance(weight_map, dict) else ():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{file} names {str(name)[:200]!r}: the parts of a model's weights lie beside it")
 
 
 def library_of(folder: Path) -> str | None:
-    """By the config in it; None if there is none."""
+    """Return the library of a folder's model, by the config in it; None if there is none."""
     if (folder / BARE_CONFIG).is_file():
         return "mmcontrast"
     if (folder / OPEN_CLIP_CONFIG).is_file():
@@ -156,7 +158,8 @@ def library_of(folder: Path) -> str | None:
     return "timm" if "architecture" in config else "transformers"
 
 
-def _known() -> Iterator[str]:
+def _architectures() -> Iterator[str]:
+    """Yield the architectures of open_clip and timm."""
     import open_clip
     import timm
 

@@ -1,4 +1,4 @@
-"""open_clip: a named dual encoder whole, one half of it as a tower, or its text transformer at a size of one's own."""
+"""Open models of open_clip: a whole dual encoder, one half as a tower, or its text transformer from scratch."""
 
 import json
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from mmcontrast.models.sizes import OWN_SIZES, Sizes
 from mmcontrast.models.transformers import positions_of
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-CONTEXT_LENGTH = 77  # open_clip's, where a model says none
+CONTEXT_LENGTH = 77  # open_clip's default
 
 
 class OpenClipTextReader(Tower):
-    """A tower around one of open_clip's text networks, which take texts as open_clip's tokenizers pad them."""
+    """The base of towers around open_clip's text networks, which take texts padded as by open_clip's tokenizers."""
 
-    masks = False  # a Hugging Face encoder, which is given no fixed length
+    masks = False  # True: the network is a Hugging Face encoder, which takes a mask and texts of any length
 
-    def _reads(self) -> None:
-        """Take over what the network says of its texts."""
+    def _set_text_limits(self) -> None:
+        """Set the context length and vocabulary size from the network."""
         network, self.masks = self.network, type(self.network).__name__ == "HFTextEncoder"
         self.context_length = positions_of(network, network.config) if self.masks else network.context_length
         self.vocab_size = network.config.vocab_size if self.masks else network.vocab_size
@@ -44,18 +44,18 @@ class OpenClipTextReader(Tower):
         super().read(texts)
         network, pad_id = self.network, texts.pad_id
         if self.masks:
-            masked, reads_padding, pooling = network.config.pad_token_id, True, "mask"
+            masked_id, reads_padding, pooling = network.config.pad_token_id, True, "mask"
         else:
-            by_id = getattr(network, "use_pad_mask", False) or network.cls_emb is not None
-            masked, pooling = network.pad_id if by_id else pad_id, network.pool_type
-            reads_padding = by_id or network.attn_mask is None or pooling == "last"
+            masks_by_id = getattr(network, "use_pad_mask", False) or network.cls_emb is not None
+            masked_id, pooling = network.pad_id if masks_by_id else pad_id, network.pool_type
+            reads_padding = masks_by_id or network.attn_mask is None or pooling == "last"
         if pad_id is None and reads_padding:
             raise UserError(
                 f"tokenizer {texts.tokenizer} has no padding token, and the tower reads padding: give it a pad_token"
             )
-        if masked != pad_id:
+        if masked_id != pad_id:
             raise UserError(
-                f"tokenizer {texts.tokenizer} pads with id {pad_id}, the tower leaves out id {masked}: give the tower"
+                f"tokenizer {texts.tokenizer} pads with id {pad_id}, the tower leaves out id {masked_id}: give the tower"
                 f" pad_id: {pad_id}, or take the tokenizer that belongs to it"
             )
         if pad_id is not None and pad_id >= self.vocab_size:
@@ -74,8 +74,8 @@ class OpenClipTextReader(Tower):
             )
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """Texts [N, longest] as open_clip's tokenizers pad them: to the whole context (its attention mask has one size, and
-        SigLIP's features are of the last place), before the text if the tokenizer does so."""
+        """Return texts [N, longest] padded as by open_clip's tokenizers: to the whole context (its attention mask has one size,
+        and SigLIP takes its features from the last position), before the text if the tokenizer does so."""
         if self.context_length is not None and tokens.shape[1] > self.context_length:
             raise UserError(
                 f"texts of {tokens.shape[1]} tokens for a tower of context_length={self.context_length}: set the text"
@@ -85,19 +85,19 @@ class OpenClipTextReader(Tower):
             tokens = F.pad(tokens, (0, self.network.context_length - tokens.shape[1]), value=PADDING)
         padding = tokens == PADDING
         if self.texts and self.texts.pads_left:
-            places = torch.arange(tokens.shape[1], device=tokens.device) - padding.sum(1, keepdim=True)
-            tokens = tokens.gather(1, places % tokens.shape[1])
+            positions = torch.arange(tokens.shape[1], device=tokens.device) - padding.sum(1, keepdim=True)
+            tokens = tokens.gather(1, positions % tokens.shape[1])
             padding = tokens == PADDING
         return tokens.masked_fill(padding, (self.texts and self.texts.pad_id) or 0)
 
 
 class OpenClipTower(OpenClipTextReader):
-    """The image or the text half of an open_clip model, up to and with its projection.
+    """A tower of the image or the text half of an open_clip model, with its projection.
 
     Args:
-        model: an architecture's name, like "ViT-B-32"; or a half itself.
+        model: an architecture's name, like "ViT-B-32"; or a network of a half.
         part: which half.
-        pretrained: a tag of open_clip's or a local checkpoint; none: random weights.
+        pretrained: an open_clip tag or a local checkpoint; default: random weights.
         **options: anything that `open_clip.create_model` takes. A tag whose weights were trained with QuickGELU gets it.
     """
 
@@ -107,16 +107,16 @@ class OpenClipTower(OpenClipTextReader):
         super().__init__()
         self.network, self.part = model if isinstance(model, nn.Module) else _half(model, part, pretrained, options), part
         if part == "text":
-            self._reads()
+            self._set_text_limits()
         self.width = getattr(self.network, "output_dim", None) or 0
 
     def forward(self, batch: Tensor) -> Tensor:
         features = self.network(self.padded(batch) if self.part == "text" else batch)
-        return features[0] if isinstance(features, tuple) else features  # CoCa's come with those of the tokens
+        return features[0] if isinstance(features, tuple) else features  # CoCa returns the tokens' features too
 
 
 class OpenClipTextTower(OpenClipTextReader):
-    """open_clip's text transformer from scratch, at the size of `options`: width, heads, layers, context_length, …"""
+    """A tower of open_clip's text transformer from scratch, with any of its options: width, heads, layers, context_length, …"""
 
     def __init__(self, width: int, layers: int, heads: int, context_length: int = 77, **options: Any) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class OpenClipTextTower(OpenClipTextReader):
             self.network = part_of_open_clip("transformer").TextTransformer(
                 context_length=context_length, width=width, layers=layers, heads=heads, output_dim=None, **options
             )
-        self._reads()
+        self._set_text_limits()
         self.width = width
 
     def forward(self, batch: Tensor) -> Tensor:
@@ -133,9 +133,10 @@ class OpenClipTextTower(OpenClipTextReader):
 
 
 def _half(model: str, part: str, pretrained: str | None, options: dict[str, Any]) -> nn.Module:
-    """
+    """Return the network of one half of an open_clip model.
+
     Raises:
-        UserError: for a model or a half that there is not, or what open_clip refuses.
+        UserError: for an unknown model or half, or an option that open_clip refuses.
     """
     import open_clip
 
@@ -155,7 +156,7 @@ def _half(model: str, part: str, pretrained: str | None, options: dict[str, Any]
 
 
 def quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Whether weights of a tag were trained with QuickGELU: open_clip itself only warns where the architecture has another."""
+    """Return whether a tag's weights were trained with QuickGELU; open_clip only warns if the architecture has another GELU."""
     import open_clip
 
     tag = open_clip.get_pretrained_cfg(model, pretrained or "") if ":" not in model else {}
@@ -163,9 +164,10 @@ def quick_gelu(model: str, pretrained: str | None) -> bool:
 
 
 def check_loaded(network: nn.Module, option: str, file: str | None) -> None:
-    """
+    """Check that open_clip has loaded a file of weights; it would only log a failure, and train from random ones.
+
     Raises:
-        UserError: for a file of weights that open_clip would leave out with a line in its log, and train from random ones.
+        UserError: if the file is missing, or lacks weights.
     """
     if file is None:
         return
@@ -179,23 +181,23 @@ def check_loaded(network: nn.Module, option: str, file: str | None) -> None:
 
 
 def is_architecture(name: str) -> bool:
-    """Whether it is "ViT-B-32" or "ViT-B-32/laion2b_s34b_b79k"."""
+    """Return whether a name is an architecture, with or without a tag: "ViT-B-32", "ViT-B-32/laion2b_s34b_b79k"."""
     import open_clip
 
     return name.partition("/")[0] in open_clip.list_models()
 
 
 def open_open_clip(name: str, pretrained: str | None, weights: bool = True, sizes: Sizes = OWN_SIZES) -> ContrastiveModel:
-    """Fields image and text.
+    """Open an open_clip model with the fields image and text.
 
     Args:
         name: an architecture, "ARCHITECTURE/TAG", "hf-hub:org/name", or "local-dir:FOLDER".
-        pretrained: of an architecture: a tag of open_clip's, or a checkpoint's file.
+        pretrained: of an architecture: an open_clip tag, or a checkpoint's file.
         sizes: open_clip resizes the position embeddings of its vision transformers, of timm's, and of its text transformers.
 
     Raises:
-        UserError: for an architecture without weights, an unknown tag, or a size that open_clip has no way to.
-        others: as open_clip does.
+        UserError: for an architecture without weights, an unknown tag, or a size that open_clip does not support.
+        others: as open_clip raises them.
     """
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -213,22 +215,24 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
             )
     elif pretrained:
         raise UserError(f"{name} has its own weights: leave out pretrained={pretrained!r}")
-    quick = quick_gelu(name, pretrained)
-    reason = "open_clip's tokenizers cannot grow: export --format huggingface, and begin with that folder"
-    sizes.refuse(name, "new_tokens", reason)
+    sizes.refuse(
+        name, "new_tokens", "open_clip's tokenizers cannot grow: export --format huggingface, and begin with that folder"
+    )
     model_cfg = model_config(name)
     if weights and isinstance(model_cfg["vision_cfg"].get("layers"), list | tuple):
         sizes.refuse(name, "image_size", "open_clip does not resize the positions in a ResNet's attention pool: take a ViT")
-    own = model_cfg["vision_cfg"].get("image_size")
-    if weights and isinstance(own, list | tuple) and len(set(own)) > 1:
-        sizes.refuse(name, "image_size", f"open_clip resizes square pictures' positions alone, its own are {own}: leave it out")
-    options: dict[str, Any] = {"force_custom_text": True, "force_quick_gelu": quick}
+    shape = model_cfg["vision_cfg"].get("image_size")
+    if weights and isinstance(shape, list | tuple) and len(set(shape)) > 1:
+        reason = f"open_clip resizes square pictures' positions alone, its own are {shape}: leave it out"
+        sizes.refuse(name, "image_size", reason)
+    options: dict[str, Any] = {"force_custom_text": True, "force_quick_gelu": quick_gelu(name, pretrained)}
     options |= {f"force_{option}": value for option, value in sizes.given.items()}
     if not pretrained and ":" not in name:
         options["force_preprocess_cfg"] = published_preprocessing(name)
     whole = open_clip.create_model(name, pretrained, load_weights=weights, require_pretrained=weights, **options)
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
-    prepare, augmented = (partial(_pixels, image_transform_v2(preprocess, is_train=train)) for train in (False, True))
+    prepare = partial(_pixels, image_transform_v2(preprocess, is_train=False))
+    augmented = partial(_pixels, image_transform_v2(preprocess, is_train=True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
     texts = OpenClipTexts(name, sizes.context_length or model_cfg["text_cfg"].get("context_length", CONTEXT_LENGTH))
     if weights:
@@ -253,16 +257,17 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
 
 
 def published_preprocessing(name: str) -> dict[str, Any]:
-    """Return how all published weights of an architecture take pictures; nothing where they differ, for open_clip's default."""
+    """Return the preprocessing of all published weights of an architecture; {} if they differ, for open_clip's default."""
     import open_clip
 
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    ways = [{key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if tag.get(key)} for tag in tags]
-    return ways[0] if ways and all(way == ways[0] for way in ways) else {}
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    settings = [{key: tag[key] for key in keys if tag.get(key)} for tag in tags]
+    return settings[0] if settings and all(setting == settings[0] for setting in settings) else {}
 
 
 def as_ours(preprocess: Any) -> dict[str, Any] | str:
-    """Return the options of `ImageModality` that say what a PreprocessCfg does; or why there are none."""
+    """Return the options of `ImageModality` that do what a PreprocessCfg does; or why there are none."""
     sides = {preprocess.size} if isinstance(preprocess.size, int) else set(preprocess.size)
     if len(sides) > 1:
         return f"pictures of {preprocess.size} are no squares"
@@ -277,28 +282,28 @@ def model_config(name: str) -> dict[str, Any]:
     """Return the `model_cfg` of an architecture, of "local-dir:FOLDER", or of "hf-hub:org/name"."""
     import open_clip
 
-    schema, _, place = name.rpartition(":")
+    schema, _, path = name.rpartition(":")
     if not schema:
-        return open_clip.get_model_config(place)
+        return open_clip.get_model_config(path)
     if schema == "local-dir":
-        file = Path(place) / OPEN_CLIP_CONFIG
+        file = Path(path) / OPEN_CLIP_CONFIG
     else:
         from huggingface_hub import hf_hub_download
 
-        file = Path(hf_hub_download(place, OPEN_CLIP_CONFIG))
+        file = Path(hf_hub_download(path, OPEN_CLIP_CONFIG))
     return json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
 
 
 def _pixels(transform: Callable[[Image.Image], Tensor], picture: Image.Image) -> Tensor:
-    """What open_clip makes of a picture in any mode: it scales it before it converts it to RGB."""
+    """Return open_clip's pixels of a picture in any mode: it scales a picture before it converts it to RGB."""
     return transform(without_palette_alpha(picture))
 
 
 class OpenClipTexts(LibraryTexts):
-    """Token ids of the whole context's length, as open_clip pads them.
+    """A modality of token ids of the whole context's length, as open_clip pads them.
 
     Args:
-        name: of the model whose tokenizer it is, which is opened when it is first needed: it may be a download.
+        name: of the model. Its tokenizer is opened when it is first needed, as it may be a download.
     """
 
     def __init__(self, name: str, context_length: int) -> None:
@@ -313,6 +318,8 @@ class OpenClipTexts(LibraryTexts):
 
 @dataclass
 class _Tokenizer:
+    """A text → its ids, by the tokenizer of a model, which is opened at first use."""
+
     name: str
     context_length: int
 
@@ -321,7 +328,7 @@ class _Tokenizer:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """open_clip's."""
+        """Return open_clip's tokenizer."""
         import open_clip
 
         with opening(f"{self.name}: its tokenizer"):

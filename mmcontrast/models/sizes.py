@@ -1,4 +1,4 @@
-"""Models at other sizes than their own: of pictures, texts, vocabularies; and how models of transformers get them."""
+"""Open models at other sizes of pictures, texts or vocabularies than their own, and resize those of transformers."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ HIGHEST_ID = 2  # the eos_token_id of CLIPs that were saved before transformers 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model is opened at; None: its own.
+    """The sizes at which a model is opened; None: its own.
 
     Attributes:
-        image_size: pixels of the side of its square pictures.
-        context_length: tokens of its texts.
-        new_tokens: what its vocabulary grows by.
+        image_size: the side of its square pictures in pixels.
+        context_length: the number of tokens of its texts.
+        new_tokens: tokens that are added to its vocabulary.
     """
 
     image_size: int | None = None
@@ -28,13 +28,14 @@ class Sizes:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that are asked for, by their names."""
+        """Return the sizes that are set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def refuse(self, name: str, option: str, reason: str) -> None:
-        """
+        """Refuse an option, if it is set, that the model `name` does not support.
+
         Raises:
-            UserError: if an option is asked for that the model `name` cannot follow.
+            UserError: if it is set.
         """
         if option in self.given:
             value = self.given[option]
@@ -45,11 +46,11 @@ OWN_SIZES = Sizes()
 
 
 def resize_positions(name: str, network: Any, size: int) -> None:
-    """Give a model of transformers' the position embeddings, and the config, of square pictures of another size: what its own
-    forward makes of them at every step with `interpolate_pos_encoding=True`. Other weights stay as they are.
+    """Resize the position embeddings and the config of a transformers model to square pictures of another size, as its own
+    forward does at every step with `interpolate_pos_encoding=True`. Other weights do not change.
 
     Raises:
-        UserError: for a model whose sizes are in other weights too.
+        UserError: for a model with other weights that depend on the size.
     """
     before = {key: tensor.shape for key, tensor in network.state_dict().items()}
     configs = [config for module in network.modules() if (config := getattr(module, "config", None)) is not None]
@@ -62,29 +63,29 @@ def resize_positions(name: str, network: Any, size: int) -> None:
     changed = [key for key in before if after.get(key) != before[key]]
     if not changed:
         return
-    place, old = next(
-        ((n, m) for n, m in network.named_modules() if n and changed[0].startswith(f"{n}.") and _resizes(m)), ("", None)
-    )
+    key = changed[0]
+    candidates = [(path, module) for path, module in network.named_modules() if path and key.startswith(f"{path}.")]
+    path, old = next(((path, module) for path, module in candidates if _resizes(module)), ("", None))
     if old is None or len(changed) > 1:
         raise UserError(
-            f"{name}: image_size={size}: transformers cannot resize {changed[0]} of a {type(network).__name__}: leave it out or"
+            f"{name}: image_size={size}: transformers cannot resize {key} of a {type(network).__name__}: leave it out or"
             " take a model whose positions it interpolates (CLIP, SigLIP, ViT, DINOv2), or open_clip's or timm's version of it"
         )
-    shape, key = after[changed[0]], changed[0].removeprefix(f"{place}.")
+    shape = after[key]
     with torch.no_grad():
         table = old.interpolate_pos_encoding(torch.zeros(1, *shape[-2:]), size, size).reshape(shape)
     new = type(old)(getattr(old, "config", None) or next(iter(with_size.values())))
-    new.load_state_dict({**old.state_dict(), key: table})
-    parent, _, child = place.rpartition(".")
+    new.load_state_dict({**old.state_dict(), key.removeprefix(f"{path}."): table})
+    parent, _, child = path.rpartition(".")
     setattr(network.get_submodule(parent), child, new.train(old.training))
 
 
 def add_tokens(name: str, network: Any, tokenizer: Any, tokens: Sequence[str]) -> int:
-    """Add tokens to a tokenizer, and rows for them to a network's embedding as transformers does it: drawn by torch's generator
+    """Add tokens to a tokenizer, and rows for them to a network's embedding as transformers does: drawn by torch's generator
     with the mean and covariance of the others. Return the size of the vocabulary.
 
     Raises:
-        UserError: for a token that is there already; for a CLIP that finds the end of a text by the highest id.
+        UserError: for a token of the vocabulary; for a CLIP that finds the end of a text by the highest id.
     """
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
@@ -94,29 +95,30 @@ def add_tokens(name: str, network: Any, tokenizer: Any, tokens: Sequence[str]) -
             )
     tokenizer.add_tokens(list(tokens))
     text = getattr(network, "text_model", network)
-    words = network.config.get_text_config()
+    text_config = network.config.get_text_config()
     poolers = [part for part in text.modules() if getattr(part, "eos_token_id", None) == HIGHEST_ID]
-    if words.model_type.startswith("owl") or (poolers and tokenizer.eos_token_id != max(vocabulary.values())):
+    if text_config.model_type.startswith("owl") or (poolers and tokenizer.eos_token_id != max(vocabulary.values())):
         raise UserError(f"{name}: new_tokens: its texts end with the highest id, which would be that of a new token")
     for pooler in poolers:
-        pooler.eos_token_id = pooler.config.eos_token_id = words.eos_token_id = tokenizer.eos_token_id
+        pooler.eos_token_id = pooler.config.eos_token_id = text_config.eos_token_id = tokenizer.eos_token_id
     rows = max(len(tokenizer), len(text.get_input_embeddings().weight))
     text.resize_token_embeddings(rows)
-    words.vocab_size = rows
+    text_config.vocab_size = rows
     return rows
 
 
 def _resizes(module: Any) -> bool:
+    """Return whether a module can interpolate its position embeddings."""
     resize = getattr(module, "interpolate_pos_encoding", None)
     return resize is not None and list(inspect.signature(resize).parameters) == ["embeddings", "height", "width"]
 
 
 def resized_processor(name: str, processor: Any, size: int) -> Any:
-    """Return an image processor of transformers' for pictures of another size: it crops and scales as before, in the same
-    proportion. One of NaFlex, whose pictures keep their shape, makes as many patches as a square of that size has.
+    """Return a transformers image processor for pictures of another size, which crops and scales in the same proportion. A
+    NaFlex processor, whose pictures keep their shape, makes as many patches as a square of that size has.
 
     Raises:
-        UserError: for one whose sizes have other names.
+        UserError: for a processor whose sizes have other names.
     """
     options = processor.to_dict()
     if "max_num_patches" in options:

@@ -1,4 +1,4 @@
-"""timm: any of its models as a tower of pictures or of spectrograms, or with the preprocessing that comes with its weights."""
+"""Open models of timm, as towers of pictures or spectrograms, or with the preprocessing of their weights."""
 
 import math
 import re
@@ -19,27 +19,32 @@ from mmcontrast.models.sizes import OWN_SIZES, Sizes
 
 
 class TimmTower(Tower):
-    """The pooled features of a timm model, its classifier removed.
+    """A tower of a timm model without its classifier; its features are the pooled ones.
 
     Args:
-        model: a name of timm's, like "vit_base_patch16_224" or "resnet50"; or a model itself.
-        pretrained: with timm's weights, from its hub; or a checkpoint's file.
+        model: a timm name, like "vit_base_patch16_224" or "resnet50"; or a network.
+        pretrained: load timm's weights, from its hub; or a checkpoint's file.
         **options: anything `timm.create_model` takes for that model: in_chans, img_size, drop_path_rate, channels, …
     """
 
     def __init__(self, model: str | nn.Module, pretrained: bool | str = False, **options: Any) -> None:
         super().__init__()
-        network: Any = model if isinstance(model, nn.Module) else _network(model, pretrained, options)
+        network: Any = model if isinstance(model, nn.Module) else _make_network(model, pretrained, options)
         self.network, self.width = network, getattr(network, "head_hidden_size", network.num_features)
 
 
-def _network(model: str, pretrained: bool | str, options: dict[str, Any]) -> nn.Module:
+def _make_network(model: str, pretrained: bool | str, options: dict[str, Any]) -> nn.Module:
+    """Return a timm network without its classifier.
+
+    Raises:
+        UserError: for an unknown model, or what timm refuses.
+    """
     import timm
 
     if not timm.is_model(model.split(".")[0]):
         raise UserError(f"timm has no model {model!r}; {suggestion(model, timm.list_models())[:200]}")
-    what = f"timm's {model!r} refuses an option, or has no weights"
-    with opening(what, f"timm tower {model}", runs_transformers=False):
+    problem = f"timm's {model!r} refuses an option, or has no weights"
+    with opening(problem, f"timm tower {model}", runs_transformers=False):
         if isinstance(pretrained, str):
             options = from_file(model, pretrained) | options
         network: Any = timm.create_model(model, pretrained=bool(pretrained), **({"num_classes": 0} | options))
@@ -49,11 +54,11 @@ def _network(model: str, pretrained: bool | str, options: dict[str, Any]) -> nn.
 
 
 def from_file(model: str, file: str) -> dict[str, Any]:
-    """Return what `timm.create_model` takes to load a checkpoint's file strictly: with as many classes as it has.
+    """Return the arguments of `timm.create_model` to load a checkpoint's file strictly: with its number of classes.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        others: as timm does.
+        others: as timm raises them.
     """
     import timm
 
@@ -68,24 +73,24 @@ def from_file(model: str, file: str) -> dict[str, Any]:
 
 
 def is_timm(name: str) -> bool:
-    """Whether it is an architecture of timm's, with or without a tag."""
+    """Return whether a name is an architecture of timm, with or without a tag."""
     import timm
 
     return timm.is_model(name.partition(".")[0])
 
 
 def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Sizes = OWN_SIZES) -> ContrastiveModel:
-    """Field image, of unit features.
+    """Open a timm model with the field image, whose embeddings are its normalized features.
 
     Args:
         name: an architecture with or without a tag, "hf-hub:timm/name", or "local-dir:FOLDER".
         pretrained: of an architecture: a checkpoint's file; default: timm's weights.
         weights: False: random ones.
-        sizes: timm resizes the position embeddings of a checkpoint itself; a network without such takes pictures of any size.
+        sizes: timm resizes the position embeddings of a checkpoint; a network without them takes pictures of any size.
 
     Raises:
         UserError: for an unknown architecture.
-        others: as timm does.
+        others: as timm raises them.
     """
     import timm
 
@@ -96,10 +101,11 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Si
     options = from_file(name, pretrained) if pretrained and weights else {}
     for option in ("context_length", "new_tokens"):
         sizes.refuse(name, option, "timm's models take no texts: leave it out")
-    network, config = _at_size(name, weights, options, sizes.image_size)
+    network, config = _make_at_size(name, weights, options, sizes.image_size)
     network.reset_classifier(0)
     data = timm.data.resolve_model_data_config(network)
-    prepare, augmented = (timm.data.create_transform(**data, is_training=train) for train in (False, True))
+    prepare = timm.data.create_transform(**data, is_training=False)
+    augmented = timm.data.create_transform(**data, is_training=True)
     mode = {1: "L", 3: "RGB"}[data["input_size"][0]]
     images = LibraryImages(prepare, max(data["input_size"][1:]), mode, augmented, as_ours(data, augmented))
     model = assembled({"image": images}, {"image": TimmTower(network)})
@@ -108,11 +114,11 @@ def open_timm(name: str, pretrained: str | None, weights: bool = True, sizes: Si
 
 
 def as_ours(data: Mapping[str, Any], augmented: Any) -> dict[str, Any] | str:
-    """Return the options of `ImageModality` that say what timm does to pictures; or why there are none.
+    """Return the options of `ImageModality` that do what timm does to pictures; or why there are none.
 
     Args:
-        data: as `resolve_model_data_config` gives it.
-        augmented: the transforms of training that timm makes of it.
+        data: as `resolve_model_data_config` returns it.
+        augmented: timm's transforms of training for it.
     """
     channels, height, width = data["input_size"]
     if height != width:
@@ -130,8 +136,8 @@ def as_ours(data: Mapping[str, Any], augmented: Any) -> dict[str, Any] | str:
         elif kind == "RandomHorizontalFlip":
             augment.append({"type": kind, "p": transform.p})
         elif kind == "ColorJitter":
-            colours = {name: getattr(transform, name) for name in ("brightness", "contrast", "saturation", "hue")}
-            augment.append({"type": kind} | {name: span for name, span in colours.items() if span is not None})
+            ranges = {name: getattr(transform, name) for name in ("brightness", "contrast", "saturation", "hue")}
+            augment.append({"type": kind} | {name: values for name, values in ranges.items() if values is not None})
         elif kind not in ("MaybeToTensor", "Normalize"):
             return f"training's {kind} is not known here"
     options = {"size": height, "channels": channels, "mean": list(data["mean"]), "std": list(data["std"])}
@@ -140,11 +146,11 @@ def as_ours(data: Mapping[str, Any], augmented: Any) -> dict[str, Any] | str:
     return options | {"resize": resize, "resize_to": math.floor(height / data["crop_pct"])}
 
 
-def _at_size(name: str, weights: bool, options: dict[str, Any], size: int | None) -> tuple[Any, dict[str, Any]]:
-    """Return a network for square pictures of a size, and what of it is an option of the network: none where it takes any.
+def _make_at_size(name: str, weights: bool, options: dict[str, Any], size: int | None) -> tuple[Any, dict[str, Any]]:
+    """Return a network for square pictures of a size, and its option for the size; no option if it takes pictures of any size.
 
     Raises:
-        UserError: for weights that depend on the size, and that timm does not resize.
+        UserError: for weights that depend on the size and that timm does not resize.
     """
     import timm
 

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: dual encoders whole, halves of them, and any encoder of texts, pictures or sounds as a tower."""
+"""Open Hugging Face transformers: whole dual encoders, halves of them, and encoders of texts, pictures or sounds as towers."""
 
 import copy
 import inspect
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
-HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types with pooled features of their own
+HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types whose halves have pooled features
 FULL_LENGTH = "siglip"  # and siglip2: trained on texts of the whole context's length
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-UNBOUNDED = 512  # tokens of a text, where neither the tokenizer nor the model says
+UNBOUNDED = 512  # tokens of a text, if neither the tokenizer nor the model has a limit
 
 
 class TransformersTower(Tower):
-    """The pooled last hidden state of a transformers model.
+    """A tower of a transformers model; its features are the pooled last hidden states.
 
     Args:
-        model: a name or folder with weights (`pretrained`) or with a config alone, a model type like "bert", or a model itself.
-        config: overrides of its config; with a model type, the whole of it: {hidden_size: 192, num_hidden_layers: 3}.
+        model: a name or folder with weights (`pretrained`) or only a config, a model type like "bert", or a network.
+        config: overrides of its config; with a model type, the whole config: {hidden_size: 192, num_hidden_layers: 3}.
         pretrained: load the weights.
         pooling: "mean" over the tokens that are not padding, "first", or "last" of them.
-        input: the name of the model's argument; by default its own main input.
-        length_chunks: texts of a batch are sorted by length and computed in so many parts, each padded to its own
-            longest: the same features, less padding computed. Reading the lengths makes a GPU wait.
+        input: the name of the model's argument; default: its main input.
+        length_chunks: sort the texts of a batch by length, and compute them in so many parts, each padded to its own longest:
+            the same features with less padding. Reading the lengths makes a GPU wait.
     """
 
     def __init__(
@@ -65,13 +65,12 @@ class TransformersTower(Tower):
             raise UserError(f"transformers tower: pretrained={pretrained!r} must be true or false: name the folder in model")
         if length_chunks < 1:
             raise UserError(f"transformers tower: length_chunks={length_chunks} must be 1 or more")
-        what = f"transformers tower {model!r}"
-        with opening(what, f"transformers tower {model}"):
-            self.network = model if isinstance(model, PreTrainedModel) else _network(model, overrides, pretrained)
-            self.network.float()  # a checkpoint may be of half precision; the weights that learn are not
+        with opening(f"transformers tower {model!r}", f"transformers tower {model}"):
+            self.network = model if isinstance(model, PreTrainedModel) else _make_network(model, overrides, pretrained)
+            self.network.float()  # a checkpoint may be in half precision; trainable weights are not
             self.width = _width(self.network.config)
         if getattr(self.network, "pooler", None) is not None:
-            self.network.pooler = None  # we pool ourselves; data parallelism refuses parameters that nobody uses
+            self.network.pooler = None  # pooled here; data parallelism refuses unused parameters
         if pooling not in ("mean", "first", "last"):
             raise UserError(f"transformers tower: pooling must be mean, first or last, not {pooling!r}")
         self.pooling, self.input = pooling, input or self.network.main_input_name
@@ -95,11 +94,12 @@ class TransformersTower(Tower):
         return torch.cat(parts)[order.argsort()]
 
     def _features(self, batch: Tensor) -> Tensor:
+        """Return the pooled features of a batch."""
         inputs: dict[str, Tensor] = {self.input: batch}
         mask = None
         if self.input == "input_ids":
             mask = batch != PADDING
-            inputs = {self.input: batch.masked_fill(~mask, 0)}  # any token: the mask leaves it out
+            inputs = {self.input: batch.masked_fill(~mask, 0)}  # any token: it is masked
             inputs["attention_mask"] = mask.long()
         elif self.input == "input_values" and batch.isnan().any():
             if getattr(self.network.config, "feat_extract_norm", "layer") != "layer":
@@ -109,7 +109,7 @@ class TransformersTower(Tower):
                 )
             inputs = {self.input: batch.nan_to_num(0.0), "attention_mask": batch.isfinite().long()}
         hidden = self.network(**inputs).last_hidden_state
-        if hidden.dim() == 4:  # a convolutional model's map: [N, C, H, W] → [N, H·W, C]
+        if hidden.dim() == 4:  # a convolutional model's feature map: [N, C, H, W] → [N, H·W, C]
             hidden = hidden.flatten(2).transpose(1, 2)
         if self.input == "input_values" and "attention_mask" in inputs:
             mask = self.network._get_feature_vector_attention_mask(hidden.shape[1], inputs["attention_mask"])
@@ -124,7 +124,8 @@ class TransformersTower(Tower):
 
 
 def positions_of(network: nn.Module, config: Any) -> int | None:
-    """The most tokens of a text; None: any number. RoBERTa and its kin count positions from their padding's id on."""
+    """Return the most tokens of a text; None: any number. RoBERTa and similar models count positions from their padding's
+    id."""
     number: int | None = getattr(config, "max_position_embeddings", None) or None
     if number is None:
         return None
@@ -134,7 +135,8 @@ def positions_of(network: nn.Module, config: Any) -> int | None:
     return number
 
 
-def _network(model: str, overrides: dict[str, Any], pretrained: bool) -> "PreTrainedModel":
+def _make_network(model: str, overrides: dict[str, Any], pretrained: bool) -> "PreTrainedModel":
+    """Return a network of the library, with its weights or random ones."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
     if model in CONFIG_MAPPING and not pretrained:
@@ -145,17 +147,17 @@ def _network(model: str, overrides: dict[str, Any], pretrained: bool) -> "PreTra
     if pretrained:
         network, info = AutoModel.from_pretrained(model, trust_remote_code=False, output_loading_info=True, **overrides)
         if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
-            what = f"{len(missing)} tensors are not in its checkpoint and start random, as {missing[0]}"
-            tell(f"transformers tower {model}: {what}")
+            count = f"{len(missing)} tensors are not in its checkpoint and start random, as {missing[0]}"
+            tell(f"transformers tower {model}: {count}")
         return network
     return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _width(config: Any) -> int:
-    """Of the last hidden state.
+    """Return the width of the last hidden state.
 
     Raises:
-        ValueError: for models that have several.
+        ValueError: for models with several encoders.
     """
     if hasattr(config, "hidden_size"):
         return config.hidden_size
@@ -165,9 +167,10 @@ def _width(config: Any) -> int:
 
 
 def shortest_waveform(config: Any) -> int:
-    """Return how many samples a network of waveforms needs for one frame; 1 for any other."""
+    """Return the samples that a network of waveforms needs for one frame; 1 for any other network."""
     samples = 1
-    for kernel, stride in zip(*(reversed(getattr(config, f"conv_{name}", ())) for name in ("kernel", "stride")), strict=True):
+    kernels, strides = getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ())
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
         samples = (samples - 1) * stride + kernel
     return samples
 
@@ -175,36 +178,36 @@ def shortest_waveform(config: Any) -> int:
 def open_transformers(
     name: str, pooling: str | None = None, weights: bool = True, sizes: Sizes = OWN_SIZES
 ) -> ContrastiveModel:
-    """A dual encoder's fields image and text, or audio and text; a single encoder's one. CLAP has a logit scale for each
-    direction: the one of audio → text is taken.
+    """Open a dual encoder with the fields image and text, or audio and text, or a single encoder with its field. Of CLAP's
+    two logit scales, the one of audio → text is used.
 
     Args:
         name: a folder, or a name on the hub.
-        weights: False: random ones, in its architecture.
-        sizes: position embeddings of pictures are resized as transformers does it; texts can be cut earlier, not later.
+        weights: False: random ones.
+        sizes: position embeddings of pictures are resized as transformers does; texts can only be cut earlier.
         pooling: of a plain encoder's last hidden states: "mean" (over the tokens that are not padding), "first" (the class
-            token) or "last"; default: of pictures the class token if there is one, otherwise the mean.
+            token) or "last"; default: the class token of pictures if there is one, else the mean.
 
     Raises:
-        UserError: for models that embed nothing, or whose weights are not all there; for a size that there is no way to.
-        others: as transformers does.
+        UserError: for models without embeddings, or with missing weights; for a size that the model does not support.
+        others: as transformers raises them.
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     refuse_hub_attention(name, config)
     kind = (config.architectures or [""])[0]
-    half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)
-    opener: Any = getattr(transformers, kind, transformers.AutoModel) if half else transformers.AutoModel
+    is_half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)
+    opener: Any = getattr(transformers, kind, transformers.AutoModel) if is_half else transformers.AutoModel
     if weights:
         network, info = opener.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
     else:
-        network, info = opener._from_config(config) if half else opener.from_config(config), {"missing_keys": ()}
+        network, info = opener._from_config(config) if is_half else opener.from_config(config), {"missing_keys": ()}
     network.float().eval()
     fields = [field for field in ("image", "audio", "text") if hasattr(network, f"get_{field}_features")]
     scales = [getattr(network, scale) for scale in ("logit_scale", "logit_scale_a") if hasattr(network, scale)]
     dual = len(fields) > 1 and bool(scales)
-    plain = not dual and (not half or pooling is not None)
+    plain = not dual and (not is_half or pooling is not None)
     missing = sorted(key for key in info["missing_keys"] if not (plain and key.startswith("pooler.")))
     if missing:
         raise UserError(f"{name}: its checkpoint lacks {len(missing)} tensors of {type(network).__name__}, as {missing[0]}")
@@ -216,43 +219,45 @@ def open_transformers(
             sizes.refuse(name, option, f"a {type(network).__name__} has no field of {field}s: leave it out")
     if sizes.image_size:
         resize_positions(name, network, sizes.image_size)
-    whole = network.state_dict()
+    tensors = network.state_dict()
     if dual:
-        parts = {field: getattr(config, f"{'vision' if field == 'image' else field}_config") for field in fields}
-        modalities = {field: _modality(name, field, network, part, sizes) for field, part in parts.items()}
+        configs = {field: getattr(config, f"{'vision' if field == 'image' else field}_config") for field in fields}
+        modalities = {field: _make_modality(name, field, network, configs[field], sizes) for field in fields}
         towers = {}
         for field, modality in modalities.items():
             method = f"get_{field}_features"
             towers[field] = PooledTower(_half(network, method, modality), method, "pooler_output", _inputs(modality))
             if isinstance(modality, LibraryTexts):  # for texts of another tokenizer, if a config gives one
-                towers[field].context_length, towers[field].vocab_size = modality.context_length, parts[field].vocab_size
+                towers[field].context_length, towers[field].vocab_size = modality.context_length, configs[field].vocab_size
         model = assembled(modalities, towers, scales[0], getattr(network, "logit_bias", None))
-        model.origin = Origin("transformers", name, rest=_rest(whole, towers))
+        model.origin = Origin("transformers", name, rest=_other_tensors(tensors, towers))
         return model
     if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
         raise UserError(f"{name}: a {type(network).__name__} is neither a dual encoder nor an encoder of one field")
     field = FIELD_OF[network.main_input_name]
-    modality = _modality(name, field, network, config, sizes)
+    modality = _make_modality(name, field, network, config, sizes)
     output = f"{field}_embeds" if kind.endswith("WithProjection") else "pooler_output"
-    pooled = not plain and PooledTower(network, "__call__", output, _inputs(modality))
-    tower = pooled or _plain(name, network, field, pooling)
+    if plain:
+        tower: Tower = _make_plain_tower(name, network, field, pooling)
+    else:
+        tower = PooledTower(network, "__call__", output, _inputs(modality))
     model = assembled({field: modality}, {field: tower})
-    model.origin = Origin("transformers", name, pooling=pooling, rest=_rest(whole, {field: tower}))
+    model.origin = Origin("transformers", name, pooling=pooling, rest=_other_tensors(tensors, {field: tower}))
     return model
 
 
-def _rest(whole: Mapping[str, Tensor], towers: Mapping[str, Tower]) -> dict[str, Tensor]:
-    """Return what no tower has of a network's tensors: a pooler that is not used, scales and biases as they were."""
-    held = {name for tower in towers.values() for name in tower.network.state_dict()}
-    return {name: tensor.detach().clone() for name, tensor in whole.items() if name not in held}
+def _other_tensors(tensors: Mapping[str, Tensor], towers: Mapping[str, Tower]) -> dict[str, Tensor]:
+    """Return a network's tensors that no tower has: an unused pooler, the original scales and biases."""
+    names = {name for tower in towers.values() for name in tower.network.state_dict()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in names}
 
 
 class PooledTower(Tower):
-    """The features that a method of a transformers model calls its own.
+    """A tower whose features a method of a transformers model returns.
 
     Args:
-        network: of a dual encoder, the half that has the modules that the method uses.
-        method, output: its name, and that of the features in what it returns.
+        network: for a dual encoder, the half with the modules that the method uses.
+        method, output: the names of the method, and of the features in its output.
         inputs: a batch → the method's arguments.
     """
 
@@ -261,13 +266,13 @@ class PooledTower(Tower):
         self.network, self.method, self.output, self.inputs = network, method, output, inputs
 
     def forward(self, batch: Tensor) -> Tensor:
-        found = getattr(self.network, self.method)(**self.inputs(batch))
-        return found if isinstance(found, Tensor) else found[self.output]  # transformers 4 gives some as they are
+        output = getattr(self.network, self.method)(**self.inputs(batch))
+        return output if isinstance(output, Tensor) else output[self.output]  # some of transformers 4 return the tensor
 
 
 def _half(network: nn.Module, method: str, modality: Modality) -> nn.Module:
-    """Return a dual encoder with those of its modules alone that a method of one field uses: what is locked, decays or learns
-    at a rate of its own is found by the names of its weights."""
+    """Return a copy of a dual encoder with only the modules that a method of one field uses: which weights are locked, decay or
+    learn at another rate is decided by their names."""
     used: set[str] = set()
     hooks = [child.register_forward_pre_hook(lambda *_, name=name: used.add(name)) for name, child in network.named_children()]
     with torch.no_grad():
@@ -276,11 +281,18 @@ def _half(network: nn.Module, method: str, modality: Modality) -> nn.Module:
         hook.remove()
     half = copy.copy(network)
     half._modules = {name: child for name, child in network._modules.items() if name in used}
-    half._parameters = {n: p for n, p in network._parameters.items() if not n.startswith(("logit_scale", "logit_bias"))}
+    half._parameters = {
+        name: parameter for name, parameter in network._parameters.items() if not name.startswith(("logit_scale", "logit_bias"))
+    }
     return half
 
 
-def _plain(name: str, network: Any, field: str, pooling: str | None) -> Tower:
+def _make_plain_tower(name: str, network: Any, field: str, pooling: str | None) -> Tower:
+    """Return a tower of an encoder without pooled features.
+
+    Raises:
+        UserError: for an encoder of spectrograms.
+    """
     if network.main_input_name == "input_features":
         raise UserError(f"{name}: a {type(network).__name__} takes spectrograms of any length, which are not masked here")
     class_token = field == "image" and any("cls_token" in parameter for parameter, _ in network.named_parameters())
@@ -288,7 +300,7 @@ def _plain(name: str, network: Any, field: str, pooling: str | None) -> Tower:
 
 
 class _PlainTower(TransformersTower):
-    """Sounds of one length at a time, where the model's norm would mix padding into the features."""
+    """A tower that computes sounds of one length at a time, if the model's norm would mix padding into the features."""
 
     def _features(self, batch: Tensor) -> Tensor:
         if self.input != "input_values" or getattr(self.network.config, "feat_extract_norm", "layer") == "layer":
@@ -301,8 +313,8 @@ class _PlainTower(TransformersTower):
         return features
 
 
-def _modality(name: str, field: str, network: nn.Module, config: Any, sizes: Sizes) -> Modality:
-    """Of the files beside the weights."""
+def _make_modality(name: str, field: str, network: nn.Module, config: Any, sizes: Sizes) -> Modality:
+    """Return the modality of a field, from the files beside the weights."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     if field == "image":
@@ -315,7 +327,7 @@ def _modality(name: str, field: str, network: nn.Module, config: Any, sizes: Siz
         return LibraryImages(prepare, side, mode, as_ours=as_ours(processor, prepare))
     if field == "audio":
         extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
-        return LibraryAudio(partial(_sound, extractor), extractor.sampling_rate, shortest_waveform(config))
+        return LibraryAudio(partial(_extract_sound, extractor), extractor.sampling_rate, shortest_waveform(config))
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: no tokenizer in it: save the model's own beside its weights")
@@ -335,8 +347,8 @@ def _modality(name: str, field: str, network: nn.Module, config: Any, sizes: Siz
 
 
 def as_ours(processor: Any, prepare: Callable[[Image.Image], Tensor]) -> dict[str, Any] | str:
-    """Return the options of `ImageModality` that say what an image processor does, which augments nothing; or why there are
-    none. What it does besides, `models/decoding.py` sees in the pixels."""
+    """Return the options of `ImageModality` that do what an image processor does, which augments nothing; or why there are
+    none. `models/decoding.py` compares the pixels, and so finds anything else that it does."""
     size = {side: value for side, value in dict(getattr(processor, "size", None) or {}).items() if value}
     crop = dict(getattr(processor, "crop_size", None) or {}) if getattr(processor, "do_center_crop", False) else {}
     method = RESAMPLING.get(int(getattr(processor, "resample", None) or 0), "")
@@ -359,7 +371,8 @@ def as_ours(processor: Any, prepare: Callable[[Image.Image], Tensor]) -> dict[st
 
 
 def _pixels(processor: Any, image: Image.Image) -> Tensor:
-    """Of patches (NaFlex): [patches, values], and a last row that begins with their rows and columns."""
+    """Return a picture's pixels; with NaFlex its patches [patches, values], and a last row that begins with their rows and
+    columns."""
     prepared = processor(images=image, return_tensors="pt")
     pixels = prepared["pixel_values"][0]
     if "spatial_shapes" not in prepared:
@@ -368,8 +381,9 @@ def _pixels(processor: Any, image: Image.Image) -> Tensor:
     return torch.cat([pixels, F.pad(shape, (0, pixels.shape[1] - 2))[None]])
 
 
-def _sound(extractor: Any, sound: np.ndarray) -> Tensor:
-    state = np.random.get_state()  # noqa: NPY002 - CLAP cuts long sounds at random places, also where nothing is trained
+def _extract_sound(extractor: Any, sound: np.ndarray) -> Tensor:
+    """Return a sound's features, always the same."""
+    state = np.random.get_state()  # noqa: NPY002 - CLAP crops long sounds at random, also in evaluation
     np.random.seed(0)  # noqa: NPY002
     prepared = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt")
     np.random.set_state(state)  # noqa: NPY002
@@ -378,11 +392,11 @@ def _sound(extractor: Any, sound: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """A text → its ids; a batch of them → what the network takes. Texts of the whole context have a mask only if the tokenizer
-    gives one.
+    """A text → its ids; a batch of ids → the network's inputs. Texts of the whole context have a mask only if the tokenizer
+    returns one.
 
     Attributes:
-        full: texts are padded to `length`.
+        full: pad texts to `length`.
     """
 
     tokenizer: Any
@@ -396,6 +410,7 @@ class _Tokenizer:
         return ids.masked_fill(encoded["attention_mask"][0] == 0, PADDING) if "attention_mask" in encoded else ids
 
     def inputs(self, batch: Tensor) -> dict[str, Tensor]:
+        """Return the network's inputs of a batch of ids."""
         mask = batch != PADDING
         ids = {"input_ids": batch.masked_fill(~mask, self.tokenizer.pad_token_id or 0)}
         masked = not self.full or "attention_mask" in self.tokenizer.model_input_names
@@ -403,18 +418,19 @@ class _Tokenizer:
 
 
 def _inputs(modality: Modality) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What the network takes, of a batch."""
+    """Return the function that makes a network's inputs of a batch."""
     if isinstance(modality, LibraryTexts):
         return modality.tokenize.inputs
     return _audio_inputs if isinstance(modality, LibraryAudio) else _image_inputs
 
 
 def _audio_inputs(batch: Tensor) -> dict[str, Tensor]:
-    """CLAP with fusion takes one of a batch as longer, as the extractor does with each alone."""
+    """Return CLAP's inputs. With fusion it treats one sample of a batch as longer, as the extractor does with a single one."""
     return {"input_features": batch, "is_longer": torch.ones(len(batch), 1, dtype=torch.bool, device=batch.device)}
 
 
 def _image_inputs(batch: Tensor) -> dict[str, Tensor]:
+    """Return a vision network's inputs; those of NaFlex are patches with their shapes."""
     if batch.dim() == 4:
         return {"pixel_values": batch}
     pixels, shapes = batch[:, :-1], batch[:, -1, :2].long()

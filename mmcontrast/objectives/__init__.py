@@ -1,4 +1,4 @@
-"""Objectives and pairings by the name a config gives them. A new one is a file here and a line below."""
+"""Objectives and pairings, and `contrastive_loss`. A new one is a file here, a line below and one in names.py."""
 
 from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.contrastive import contrastive_loss

@@ -1,4 +1,4 @@
-"""What an objective is: the reductions it needs, and a per-anchor loss of them."""
+"""The base class of objectives: the reductions that a loss needs, and a per-anchor loss of them."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -9,18 +9,18 @@ from mmcontrast.score import Direction, Reduction
 
 
 class Objective(nn.Module):
-    """Maps one `Direction` to a loss per anchor. It knows no rank, tile, mask, dtype or device.
+    """A loss that maps one `Direction` to a value per anchor. It knows no rank, tile, mask, dtype or device.
 
     Attributes:
-        reductions: what `forward` reads from its direction.
+        reductions: those that `forward` reads from its direction.
         both_directions: average the two directions of a pair; otherwise each pair is counted once, by its rows.
-        stateful: it remembers earlier calls: `contrastive_loss` wants the same instance every time.
-        progress: the share of training that is done, in [0, 1], for schedules; whoever trains sets it before each step.
-        teachers: it takes teachers' embeddings, beside its own.
-        false_negative_margin: reductions with `below` leave out candidates whose cosine is so much above the positive's.
+        stateful: it remembers earlier calls: `contrastive_loss` needs the same instance every time.
+        progress: the share of training that is done, in [0, 1], for schedules; set before each step.
+        teachers: it takes teachers' embeddings beside the model's.
+        false_negative_margin: reductions with `below` leave out candidates whose cosine exceeds the positive's by this.
         sample_values: names of numbers, one a sample, that the caller may give; read them as `direction.given[name]`.
-        guided: the cosines that are compared are a teacher's.
-        of_cosines: its formula takes scores for logit_scale · cosine, so that it is wrong for others.
+        guided: compare a teacher's cosines for that.
+        of_cosines: its formula is right only for scores that are logit_scale · cosine.
     """
 
     reductions: tuple[Reduction, ...]
@@ -38,9 +38,9 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, d: Direction) -> Tensor:
-        """[N], one value per anchor."""
+        """Return the loss [N], one value per anchor."""
 
     def anchor_scale(self, name: str, scale: Tensor, sample_ids: Tensor | None) -> Tensor:
-        """What multiplies the scores of a direction's anchors: [] or, of temperatures of their own, [N]. `scale` [] is the
-        model's; `name` the direction's, "image_to_text"."""
+        """Return the scale of a direction's scores: [], or [N] for individual temperatures. `scale` [] is the model's; `name`
+        the direction's, "image_to_text"."""
         return scale

@@ -1,4 +1,4 @@
-"""Pairing × objective → one loss: the public function that drops into any training script."""
+"""`contrastive_loss`: the loss of a pairing and an objective, for any training script."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from mmcontrast.components import build
 from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.hyperbolic import Hyperbolic
 from mmcontrast.objectives.inputs import (
-    Given,
+    LossInputs,
     Scalars,
     Teachers,
     all_present,
@@ -25,7 +25,7 @@ from mmcontrast.objectives.inputs import (
     scalar_of_fields,
     teachers_by_field,
     total_weights,
-    values_of,
+    values_by_name,
     weights_of,
     widths_of,
 )
@@ -61,10 +61,10 @@ def contrastive_loss(
     communication: Communication = "auto",
     signals: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """The contrastive loss of N samples in any number of fields, in O(N·D) memory, exact, over the ranks of a group.
+    """Return the exact contrastive loss of N samples in any number of fields, in O(N·D) memory, over the ranks of a group.
 
-    The (weighted) mean over the pairs of fields (or whatever the pairing scores together) that are not empty of the mean over
-    their anchors, of both directions where the objective has two.
+    It is the (weighted) mean over the pairs of fields (or whatever the pairing scores together) that are not empty of the mean
+    over their anchors, in both directions if the objective has two.
 
     Args:
         embeddings: per field, unit rows [N, D]. Every rank has the same fields; N may differ between ranks, or be 0.
@@ -79,24 +79,24 @@ def contrastive_loss(
         extra_negatives: per field, more candidates for the anchors of every field it is paired with: [K, D], or with
             group ids ([K, D], [K]).
         own_negatives: per field, candidates of each anchor alone, for the anchors of the fields it is paired with:
-            [N, K, D], or with a mask of those that are there ([N, K, D], bool [N, K]).
-        sample_weights: [N] ≥ 0, of anchors in the mean, without gradient; the loss is Σ wℓ / Σ w. Default: all alike.
+            [N, K, D], or with a mask of those that are present ([N, K, D], bool [N, K]).
+        sample_weights: [N] ≥ 0, of anchors in the mean, without gradient; the loss is Σ wℓ / Σ w. Default: equal weights.
         sample_values: further numbers of samples, [N] each, for objectives that take them: {"tau_plus": …} of `debiased`.
         teacher: for objectives that learn from another model: its unit rows of the same samples per field, [N, E] of any
             width, without gradient; or several such mappings.
         teacher_scale: its logit scale, or one for each.
         matryoshka: widths of prefixes of the embeddings, (64, 128, 256), or {width: weight}: the loss is the weighted sum of
-            the losses of each prefix, made unit rows again (arXiv:2205.13147). Name the whole width too.
-        score: {"type": "lorentz", "curvature": c}: hyperbolic distances in the place of cosines; embeddings are then any
+            the losses of each prefix, normalized again (arXiv:2205.13147). Name the whole width too.
+        score: {"type": "lorentz", "curvature": c}: hyperbolic distances instead of cosines; embeddings are then any
             vectors. See `mmcontrast.objectives.Hyperbolic`.
         backend, tile_size, communication: see `score_statistics`.
         group: a torch.distributed group; None: this process alone. Every rank must call this, and its backward.
-        signals: filled, if given, with numbers to watch, [] each: of every pair "image-text/loss" and "/alignment" (the
-            mean squared distance of positives), of every direction what `signals_of` says, "image_to_text/accuracy". Like
+        signals: receives, if given, numbers to log, [] each: of every pair "image-text/loss" and "/alignment" (the
+            mean squared distance of positives), of every direction those of `signals_of`, "image_to_text/accuracy". Like
             the loss they are to be averaged over the ranks. Costs two more exponentials a score.
 
     Returns:
-        Scalar, fp32 (float64 for float64 embeddings), also inside of an autocast, which does not reach it. With a group, the
+        Scalar, fp32 (float64 for float64 embeddings), also within autocast, which does not affect it. With a group, the
         mean over ranks is the loss of the whole batch, and the mean over ranks of the gradients is its gradient, as data
         parallelism takes it.
 
@@ -109,11 +109,11 @@ def contrastive_loss(
         raise ValueError(f"objective {objective!r} remembers earlier calls: make a {type(scorer).__name__} once, and pass that")
     pairs: Pairing = build(pairing, PAIRINGS, "pairing", Pairing)
     pairs.check(scorer)
-    given = Given(
+    inputs = LossInputs(
         ids=ids_by_field(embeddings, ids),
         sample_ids=None if sample_ids is None else sample_ids.to(first.device, non_blocking=True),
         weights=weights_of(sample_weights, first),
-        values=values_of(sample_values or {}, scorer, first),
+        values=values_by_name(sample_values or {}, scorer, first),
         extras=extras_by_field(embeddings, extra_negatives or {}, with_ids=ids is not None),
         own=own_by_field(embeddings, own_negatives or {}),
         teachers=teachers_by_field(embeddings, teacher, teacher_scale),
@@ -121,7 +121,7 @@ def contrastive_loss(
     if sample_ids is not None and len(sample_ids) != len(first):
         raise ValueError(f"sample_ids has {len(sample_ids)} entries for {len(first)} samples")
     link: Hyperbolic | None = build(score, SCORES, "score", Hyperbolic)
-    check_together(scorer, pairs, given, link)
+    check_together(scorer, pairs, inputs, link)
     if link is not None:
         link.check(embeddings)
     options = {"backend": backend, "tile_size": tile_size, "group": group, "communication": communication}
@@ -129,20 +129,20 @@ def contrastive_loss(
         _loss, scorer=scorer, pairs=pairs, link=link, logit_scale=logit_scale, logit_bias=logit_bias, options=options
     )
     if matryoshka is None:
-        return loss_of(embeddings, given, signals=signals)
+        return loss_of(embeddings, inputs, signals=signals)
     if scorer.stateful or link is not None:
         raise ValueError("matryoshka: prefixes need an objective without memory, and cosines")
     losses = []
     for width, weight in widths_of(matryoshka, first).items():
-        part, whole = given.prefix(width), width == first.shape[1]
         prefixes = {field: F.normalize(rows[:, :width], dim=1) for field, rows in embeddings.items()}
-        losses.append(weight * loss_of(prefixes, part, signals=signals if whole else None))
+        watched = signals if width == first.shape[1] else None
+        losses.append(weight * loss_of(prefixes, inputs.prefix(width), signals=watched))
     return torch.stack(losses).sum()
 
 
 def _loss(
     embeddings: Mapping[str, Tensor],
-    given: Given,
+    inputs: LossInputs,
     *,
     scorer: Objective,
     pairs: Pairing,
@@ -152,48 +152,52 @@ def _loss(
     options: dict[str, Any],
     signals: dict[str, Tensor] | None,
 ) -> Tensor:
+    """Return the loss of checked inputs."""
     first, group = next(iter(embeddings.values())), options["group"]
     weights = pairs.weighted_terms(list(embeddings))
     terms = [term for term, weight in weights.items() if weight]
-    kept = [all_present(given.ids, term) for term in terms]
+    kept = [all_present(inputs.ids, term) for term in terms]
     local = [len(first) if keep is None else len(keep) for keep in kept]
-    there = partial(torch.Tensor.to, device=first.device, non_blocking=True)
-    kept = [None if keep is None else there(keep) for keep in kept]
-    given = replace(given, ids=None if given.ids is None else {f: there(ids) for f, ids in given.ids.items()})
-    own_draw = int(torch.randint(2**62, ())) if pairs.draws else 0
-    weighs = int(given.weights is not None)
-    more = {field: len(given.extras[field][0]) for field in sorted(given.extras)}
-    # the one exchange of a loss: who has what, and the first one's draw
-    everyone = exchange([*local, *more.values(), weighs, own_draw, ranks_of_node()], group, first.device)
-    extra_sizes = {field: [counts[len(local) + k] for counts in everyone] for k, field in enumerate(more)}
-    totals = total_weights(given.weights, kept, local, group, first.device) if any(c[-3] for c in everyone) else None
-    within = agreed([counts[-1] for counts in everyone])
+    to_device = partial(torch.Tensor.to, device=first.device, non_blocking=True)
+    kept = [None if keep is None else to_device(keep) for keep in kept]
+    if inputs.ids is not None:
+        inputs = replace(inputs, ids={field: to_device(ids) for field, ids in inputs.ids.items()})
+    draw = int(torch.randint(2**62, ())) if pairs.draws else 0
+    weighted = int(inputs.weights is not None)
+    extras = {field: len(inputs.extras[field][0]) for field in sorted(inputs.extras)}
+    # the only exchange of a loss: the sizes of all ranks, and the first rank's draw
+    by_rank = exchange([*local, *extras.values(), weighted, draw, ranks_of_node()], group, first.device)
+    extra_sizes = {field: [counts[len(local) + k] for counts in by_rank] for k, field in enumerate(extras)}
+    any_weighted = any(counts[-3] for counts in by_rank)
+    totals = total_weights(inputs.weights, kept, local, group, first.device) if any_weighted else None
+    within = agreed([counts[-1] for counts in by_rank])
     reductions = tuple(dict.fromkeys((*scorer.reductions, *(WATCHED if signals is not None else ()))))
     dtype = torch.promote_types(first.dtype, torch.float32)
 
     loss, total_weight = torch.zeros((), device=first.device), 0.0
     for number, (term, keep) in enumerate(zip(terms, kept, strict=True)):
-        sizes = [counts[number] for counts in everyone]
+        sizes = [counts[number] for counts in by_rank]
         if sum(sizes) == 0 or (totals is not None and totals[number] == 0):
             continue
-        rows = {f: embeddings[f] if keep is None else embeddings[f][keep] for f in term}
-        here = given.of(term, keep)
-        scale, bias = (scalar_of_fields(v, term, n) for v, n in ((logit_scale, "logit_scale"), (logit_bias, "logit_bias")))
+        rows = {field: embeddings[field] if keep is None else embeddings[field][keep] for field in term}
+        of_term = inputs.of_term(term, keep)
+        scale = scalar_of_fields(logit_scale, term, "logit_scale")
+        bias = scalar_of_fields(logit_bias, term, "logit_bias")
         assert scale is not None
         scale, bias = scalar(scale, dtype, first.device), None if bias is None else scalar(bias, dtype, first.device)
         term_inputs = TermInputs(
             rows=rows,
-            ids=None if here.ids is None else here.ids[term[0]],
-            sample_ids=here.sample_ids,
-            given=here.values,
-            extras=here.extras,
-            own=here.own,
-            teachers=here.teachers,
+            ids=None if of_term.ids is None else of_term.ids[term[0]],
+            sample_ids=of_term.sample_ids,
+            given=of_term.values,
+            extras=of_term.extras,
+            own=of_term.own,
+            teachers=of_term.teachers,
             sizes=sizes,
             extra_sizes=extra_sizes,
-            draw=everyone[0][-2],
+            draw=by_rank[0][-2],
             group=group,
-            scale=partial(scorer.anchor_scale, scale=scale, sample_ids=here.sample_ids),
+            scale=partial(scorer.anchor_scale, scale=scale, sample_ids=of_term.sample_ids),
             bias=0.0 if bias is None else bias,
             reductions=reductions,
             both=scorer.both_directions or signals is not None,
@@ -205,21 +209,21 @@ def _loss(
                 reductions=reductions,
                 bias=bias,
                 link=link,
-                sizes=[(n, n) for n in sizes],
+                sizes=[(size, size) for size in sizes],
                 within=within,
                 **options,
             ),
         )
-        share = len(sizes) / sum(sizes)  # of an anchor in the mean over all ranks
-        weigh = partial(_weighted_sum, weights=here.weights, share=share if totals is None else len(sizes) / totals[number])
+        share = len(sizes) / sum(sizes)  # the weight of an anchor in the mean over all ranks
+        weigh = partial(_weighted_sum, weights=of_term.weights, share=share if totals is None else len(sizes) / totals[number])
         losses: list[Tensor] = []
-        for place, direction in enumerate(pairs.directions(term_inputs)):
+        for index, direction in enumerate(pairs.directions(term_inputs)):
             if scorer.both_directions or len(term) > 2 or not direction.name.startswith(f"{term[1]}_to_"):
                 losses.append(weigh(scorer(direction)))
             if signals is not None:
-                if len(term) == 2 and place == 0:
-                    similar = (direction.positives.detach() - term_inputs.bias) / direction.scale
-                    distance = 2.0 - 2.0 * similar if link is None else similar.square()
+                if len(term) == 2 and index == 0:
+                    similarity = (direction.positives.detach() - term_inputs.bias) / direction.scale
+                    distance = 2.0 - 2.0 * similarity if link is None else similarity.square()
                     signals[f"{term_name(term)}/alignment"] = distance.sum().detach() * share
                 signals |= {f"{direction.name}/{name}": number for name, number in signals_of(direction, share).items()}
         value = torch.stack(losses).mean()
@@ -229,11 +233,11 @@ def _loss(
         if signals is not None:
             signals[f"{term_name(term)}/loss"] = value.detach()
         loss, total_weight = loss + weights[term] * value, total_weight + weights[term]
-    if total_weight < sum(weights.values()) or len(terms) < len(weights):  # all take part, as data parallelism expects
-        loss = loss + sum(e.sum(dtype=torch.promote_types(e.dtype, torch.float32)) for e in embeddings.values()) * 0.0
+    if total_weight < sum(weights.values()) or len(terms) < len(weights):  # data parallelism expects all to take part
+        loss = loss + sum(rows.sum(dtype=dtype) for rows in embeddings.values()) * 0.0
     return loss / (total_weight or 1.0)
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor | None, share: float) -> Tensor:
-    """Sum the losses of the anchors here, so that the mean over the ranks is the mean over all anchors."""
+    """Sum the losses of this rank's anchors, so that the mean over the ranks is the mean over all anchors."""
     return (losses if weights is None else losses * weights).sum() * share

@@ -8,9 +8,9 @@ from mmcontrast.score import Direction, LogSumExp
 
 
 class DCL(Objective):
-    """L₁ − p (arXiv:2110.06848, equation 6, without weights): the positive's share is left out of the denominator, so that
+    """The loss L₁ − p (arXiv:2110.06848, equation 6, without weights): the positive is left out of the denominator, so that
     easy positives keep their gradient and small batches lose less; p is the positive's score, L₁ the log-sum-exp over the
-    negatives. 0 for an anchor without any."""
+    negatives. It is 0 for an anchor without any."""
 
     reductions = (LogSumExp(),)
 

@@ -1,4 +1,4 @@
-"""Distillation: a teacher's similarities between the samples of a batch are the targets."""
+"""Distillation of a teacher's similarities between the samples of a batch."""
 
 from torch import Tensor
 
@@ -9,13 +9,13 @@ ALL, NEGATIVES, TARGET = LogSumExp(over="all"), LogSumExp(), CrossSum()
 
 
 class Distillation(Objective):
-    """alpha · cross-entropy between a teacher's softmax and the model's + (1 − alpha) · InfoNCE, in each direction.
+    """The loss alpha · cross-entropy between a teacher's softmax and the model's + (1 − alpha) · InfoNCE, in each direction.
 
-    Of several teachers the softmaxes are averaged (DataCompDR, arXiv:2311.17049). open_clip's and TinyCLIP's distillation
+    The softmaxes of several teachers are averaged (DataCompDR, arXiv:2311.17049). open_clip's and TinyCLIP's distillation
     loss is alpha = 1 beside InfoNCE. All candidates take part in the teacher's term, whatever their group ids.
 
     Args:
-        alpha: in [0, 1].
+        alpha: the weight of the teacher's term, in [0, 1].
     """
 
     teachers = True

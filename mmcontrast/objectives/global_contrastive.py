@@ -1,4 +1,4 @@
-"""Global contrastive losses: each anchor's mean over negatives is estimated over all of its visits, not from one batch."""
+"""Global contrastive losses, which estimate each anchor's mean over negatives from all of its visits, not from one batch."""
 
 import math
 from collections.abc import Callable
@@ -17,20 +17,21 @@ Temperature = Literal["learnable", "constant", "individual"]
 
 
 class GlobalContrastive(Objective):
-    """τ (ρ + log(ε + u)), u a running mean of ℓ = mean_neg e^{z − p}, kept for every sample and direction: u ← (1 − γ) u + γ ℓ,
-    and ℓ on the first visit. Its gradient is the estimator's, τ ∂ℓ / (ε + u) and (ρ + log(ε + u)) ∂τ; small batches then
-    have the gradients of large ones, all but. SogCLR (arXiv:2202.12387), iSogCLR (2305.11965), FastCLIP (2407.01445).
+    """The loss τ (ρ + log(ε + u)), where u is a running mean of ℓ = mean_neg e^{z − p}, kept for every sample and direction:
+    u ← (1 − γ) u + γ ℓ, and ℓ on the first visit. Its gradient is the estimator's, τ ∂ℓ / (ε + u) and (ρ + log(ε + u)) ∂τ;
+    small batches then have almost the gradients of large ones. SogCLR (arXiv:2202.12387), iSogCLR (2305.11965), FastCLIP
+    (2407.01445).
 
     It needs sample ids. Its memory of S samples is 8 S bytes and 4 S for each direction (individual temperatures: 12 S), up to
-    four times that as a hash table, in its `state_dict`. Call it in training mode; evaluation leaves the memory alone.
+    four times that as a hash table, in its `state_dict`. Call it in training mode; evaluation does not change the memory.
 
     Args:
         gamma: the weight of the newest visit, in (0, 1], after the first `decay` of training. Until then it falls from 1 on
             a cosine, as `progress` says.
-        temperature: "learnable": one τ, 1 / logit scale, as the model learns it (FastCLIP v3); "constant": the logit scale as
-            it is; "individual": one for every sample and direction, which starts there (iSogCLR).
-        rho: where τ settles: the KL divergence, in nats, of the negatives' weights e^z from uniform. Less than the
-            logarithm of the number of samples that look alike.
+        temperature: "learnable": one τ, 1 / logit scale, as the model learns it (FastCLIP v3); "constant": the same without
+            gradient; "individual": one for every sample and direction, which starts there (iSogCLR).
+        rho: ρ, which determines where τ settles: the KL divergence, in nats, of the negatives' weights e^z from uniform. It
+            must be less than the logarithm of the number of samples that look alike.
         epsilon: ε.
         temperature_lr, temperature_momentum, temperature_range: of individual ones.
     """
@@ -65,29 +66,30 @@ class GlobalContrastive(Objective):
         self.temperature_lr, self.temperature_momentum = temperature_lr, temperature_momentum
         self.lowest, self.highest = low, high
         self.table = SampleTable()
-        self._temperatures: dict[str, Tensor] = {}  # of the anchors under way
+        self._temperatures: dict[str, Tensor] = {}  # of the anchors of the current forward
 
     @property
     def gamma(self) -> float:
+        """Return γ at the current progress."""
         done = min(1.0, self.progress / self.decay) if self.decay else 1.0
         return self.last_gamma + (1 - self.last_gamma) * 0.5 * (1 + math.cos(math.pi * done))
 
     def anchor_scale(self, name: str, scale: Tensor, sample_ids: Tensor | None) -> Tensor:
-        kept = 0.0 * scale  # the model's scale takes part in every step, as data parallelism expects
+        no_gradient = 0.0 * scale  # the model's scale takes part in every step, as data parallelism expects
         if self.temperature == "learnable":
             return scale
         if self.temperature == "constant":
-            return scale.detach() + kept
+            return scale.detach() + no_gradient
         ids = _required(sample_ids)
-        found = self.table.read(ids, f"{name}/tau").to(scale.dtype)
-        tau = torch.where(found.isnan(), (1.0 / scale.detach()).clamp(self.lowest, self.highest), found)
+        stored = self.table.read(ids, f"{name}/tau").to(scale.dtype)
+        tau = torch.where(stored.isnan(), (1.0 / scale.detach()).clamp(self.lowest, self.highest), stored)
         self._temperatures[name] = tau.requires_grad_(torch.is_grad_enabled())
-        return 1.0 / tau + kept
+        return 1.0 / tau + no_gradient
 
     def forward(self, d: Direction) -> Tensor:
-        ids, some, gamma = _required(d.sample_ids), d.num_negatives > 0, self.gamma
+        ids, has_negatives, gamma = _required(d.sample_ids), d.num_negatives > 0, self.gamma
         count = d.num_negatives.clamp(min=1).to(d.positives.dtype)
-        log_mean = torch.where(some, d[LogSumExp()], 0.0) - d.positives - count.log()
+        log_mean = torch.where(has_negatives, d[LogSumExp()], 0.0) - d.positives - count.log()
         new = log_mean.detach()
         old = self.table.read(ids, f"{d.name}/log_u").to(new.dtype)
         mixed = torch.logaddexp(old + (math.log1p(-gamma) if gamma < 1 else -math.inf), new + math.log(gamma))
@@ -97,33 +99,38 @@ class GlobalContrastive(Objective):
         tau = 1.0 / d.scale
         loss = tau * (self.rho + log_total) + tau.detach() * (share - share.detach())
         if self.training and torch.is_grad_enabled():
-            self._remember(d.everyone, ids, f"{d.name}/log_u", torch.where(some, log_u, torch.nan))
+            self._remember(d.everyone, ids, f"{d.name}/log_u", torch.where(has_negatives, log_u, torch.nan))
             if d.name in self._temperatures and loss.requires_grad:
                 upstream: list[Tensor] = []
                 loss.register_hook(upstream.append)
-                own = self._temperatures.pop(d.name)
-                own.register_hook(partial(self._descend, d.everyone, ids, d.name, own.detach(), upstream))
-        return torch.where(some, loss, 0.0)
+                temperatures = self._temperatures.pop(d.name)
+                temperatures.register_hook(partial(self._descend, d.everyone, ids, d.name, temperatures.detach(), upstream))
+        return torch.where(has_negatives, loss, 0.0)
 
     def _descend(
         self, everyone: Everyone, ids: Tensor, name: str, tau: Tensor, upstream: list[Tensor], grad: Tensor
-    ) -> None:  # knows nothing of the graph, which would then never be freed
-        """One step of the individual temperatures, by the gradient of each anchor's own loss."""
-        own = (grad / upstream.pop()).clamp(-5.0, 5.0)
-        moment = self.table.read(ids, f"{name}/moment").to(own.dtype).nan_to_num()
-        moment = self.temperature_momentum * moment + (1 - self.temperature_momentum) * own
+    ) -> None:  # takes no tensor of the graph, which would then never be freed
+        """Update the individual temperatures by the gradient of each anchor's own loss."""
+        grad = (grad / upstream.pop()).clamp(-5.0, 5.0)
+        moment = self.table.read(ids, f"{name}/moment").to(grad.dtype).nan_to_num()
+        moment = self.temperature_momentum * moment + (1 - self.temperature_momentum) * grad
         self._remember(everyone, ids, f"{name}/moment", moment)
         self._remember(everyone, ids, f"{name}/tau", (tau - self.temperature_lr * moment).clamp(self.lowest, self.highest))
 
     @torch.no_grad()
     def _remember(self, everyone: Everyone, ids: Tensor, column: str, values: Tensor) -> None:
-        """What all ranks found of their anchors; what is not finite is left out."""
+        """Store the values of all ranks' anchors, but for those that are not finite."""
         ids, values = everyone(ids), everyone(values)
-        good = values.isfinite()
-        self.table.write(ids[good], column, values[good])
+        finite = values.isfinite()
+        self.table.write(ids[finite], column, values[finite])
 
 
 def _required(sample_ids: Tensor | None) -> Tensor:
+    """Return the sample ids.
+
+    Raises:
+        ValueError: if there are none.
+    """
     if sample_ids is None:
         raise ValueError("objective global keeps a running estimate for every sample: pass sample_ids, unique and stable")
     return sample_ids

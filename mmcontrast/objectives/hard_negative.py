@@ -1,4 +1,4 @@
-"""Hard-negative reweighting: negatives count more the closer they are."""
+"""Hard-negative reweighting, in which closer negatives have larger weights."""
 
 import math
 
@@ -16,9 +16,9 @@ class HardNegative(Objective):
     InfoNCE, α = 0 leaves the positive out as DCL does. 0 for an anchor without negatives.
 
     Args:
-        beta: how sharply weight moves to the hard ones, ≥ 0; scores already carry the logit scale.
-        alpha: of the positive in the denominator, in [0, 1].
-        detach_weights: take the weights for constants in the gradient (the definition differentiates them).
+        beta: how strongly weight moves to hard negatives, ≥ 0; scores include the logit scale.
+        alpha: the weight of the positive in the denominator, in [0, 1].
+        detach_weights: treat the weights as constants in the gradient (the definition differentiates them).
     """
 
     def __init__(self, beta: float = 0.25, alpha: float = 1.0, detach_weights: bool = False) -> None:
@@ -31,18 +31,20 @@ class HardNegative(Objective):
         self.reductions = (LogSumExp(exponent=1 + beta), LogSumExp(exponent=beta))
 
     def forward(self, d: Direction) -> Tensor:
-        log_mean, some = log_weighted_mean(d, self.beta, self.detach_weights), d.num_negatives > 0
+        log_mean, has_negatives = log_weighted_mean(d, self.beta, self.detach_weights), d.num_negatives > 0
         negatives = d.num_negatives.clamp(min=1).to(log_mean.dtype).log() + log_mean
         loss = negatives - d.positives
         if self.alpha > 0:
             loss = torch.logaddexp(torch.full_like(loss, math.log(self.alpha)), loss)
-        return torch.where(some, loss, 0.0)
+        return torch.where(has_negatives, loss, 0.0)
 
 
 def log_weighted_mean(d: Direction, beta: float, detach_weights: bool = False) -> Tensor:
-    """log of the mean of e^z over an anchor's negatives, weighted by e^{βz}: L₁₊β − L_β [N]; 0 where there are none."""
-    some = d.num_negatives > 0
-    up, down = (torch.where(some, d[LogSumExp(exponent=e)], 0.0) for e in (1 + beta, beta))
+    """Return the log of the mean of e^z over an anchor's negatives, weighted by e^{βz}: L₁₊β − L_β [N]; 0 without negatives."""
+    has_negatives = d.num_negatives > 0
+    numerator = torch.where(has_negatives, d[LogSumExp(exponent=1 + beta)], 0.0)
+    denominator = torch.where(has_negatives, d[LogSumExp(exponent=beta)], 0.0)
     if detach_weights:  # with constant weights Σ w e^z has the gradient of L₁₊β over 1 + β
-        up, down = up / (1 + beta) + (up * (beta / (1 + beta))).detach(), down.detach()
-    return up - down
+        numerator = numerator / (1 + beta) + (numerator * (beta / (1 + beta))).detach()
+        denominator = denominator.detach()
+    return numerator - denominator

@@ -1,4 +1,4 @@
-"""Hybrid NCE: several positives inside of the logarithm, hard negatives reweighted."""
+"""Hybrid NCE, with several positives inside the logarithm and reweighted hard negatives."""
 
 import math
 
@@ -13,7 +13,7 @@ POSITIVES = LogSumExp(over="positives")
 
 
 class Hybrid(Objective):
-    """log(α + N/P): P = (1 − λ) e^p + λ Σ e^z over the anchor's group, N the negatives' sum weighted by e^{βz} as in
+    """The loss log(α + N/P): P = (1 − λ) e^p + λ Σ e^z over the anchor's group, N the negatives' sum weighted by e^{βz} as in
     `HardNegative` (AuroLA's Hybrid-NCE, which takes τ = 0.05). 0 for an anchor without negatives.
 
     Args:
@@ -29,11 +29,11 @@ class Hybrid(Objective):
         self.reductions = (LogSumExp(exponent=1 + beta), LogSumExp(exponent=beta), POSITIVES)
 
     def forward(self, d: Direction) -> Tensor:
-        log_mean, some = log_weighted_mean(d, self.beta), d.num_negatives > 0
+        log_mean, has_negatives = log_weighted_mean(d, self.beta), d.num_negatives > 0
         negatives = d.num_negatives.clamp(min=1).to(log_mean.dtype).log() + log_mean
         parts = [(1.0 - self.positives_weight, d.positives), (self.positives_weight, d[POSITIVES])]
         positives = torch.stack([math.log(weight) + value for weight, value in parts if weight > 0]).logsumexp(0)
         loss = negatives - positives
         if self.alpha > 0:
             loss = torch.logaddexp(torch.full_like(loss, math.log(self.alpha)), loss)
-        return torch.where(some, loss, 0.0)
+        return torch.where(has_negatives, loss, 0.0)

@@ -1,4 +1,4 @@
-"""Scores in hyperbolic space, and the cones in which general things hold particular ones (MERU, arXiv:2304.09172)."""
+"""Hyperbolic scores, and the entailment of particular samples in the cones of general ones (MERU, arXiv:2304.09172)."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -9,17 +9,17 @@ from torch import Tensor
 from mmcontrast.score import Lorentz
 
 MIN_RADIUS = 0.1  # of the cones' apertures, as in MERU
-EDGE = 1e-6  # how far angles stay from where their slope is infinite
+EDGE = 1e-6  # the distance that cosines keep from ±1, where the slope of their angle is infinite
 
 
 class Hyperbolic(Lorentz):
-    """Scores are logit_scale · −distance; embeddings are any vectors (tangent at the origin), not of unit length.
+    """The score −logit_scale · distance; embeddings are any vectors (tangent at the origin), not unit rows.
 
     Args:
         curvature: c > 0; a number, or a learnt tensor [].
         general: the field whose samples are more general than those of the others, usually text: a cone at each holds its
             partner, or `entailment` times the angle outside is added to the loss.
-        entailment: the weight of that.
+        entailment: the weight of that term.
     """
 
     def __init__(self, curvature: float | Tensor = 1.0, general: str | None = None, entailment: float = 0.2) -> None:
@@ -29,24 +29,25 @@ class Hyperbolic(Lorentz):
         self.general, self.entailment = general, entailment
 
     def at(self, curvature: Tensor) -> "Hyperbolic":
-        """Return the same with another curvature."""
+        """Return the same score with another curvature."""
         return Hyperbolic(curvature, self.general, self.entailment)
 
     def check(self, fields: Collection[str]) -> None:
-        """
+        """Check that the general field is one of the contrasted fields.
+
         Raises:
-            ValueError: if the general field is none of those that are contrasted.
+            ValueError: if it is not.
         """
         if self.general is not None and self.general not in fields:
             raise ValueError(f"score: general is {self.general!r}, which is none of the fields {', '.join(fields)}")
 
     def penalty(self, rows: Mapping[str, Tensor]) -> Tensor | None:
-        """Return entailment · max(0, angle − aperture) [n] of a term's two fields; None where neither is the general one."""
+        """Return entailment · max(0, angle − aperture) [n] of a term's two fields; None if neither is the general one."""
         if self.general is None or self.general not in rows:
             return None
-        given = {field: v.to(torch.promote_types(v.dtype, torch.float32)) for field, v in rows.items()}
-        general = given.pop(self.general)
-        (particular,) = given.values()
+        vectors = {field: v.to(torch.promote_types(v.dtype, torch.float32)) for field, v in rows.items()}
+        general = vectors.pop(self.general)
+        (particular,) = vectors.values()
         (x, x_time), (y, y_time) = self.lifted(general), self.lifted(particular)
         c = self.parameter.to(x.device, x.dtype)
         inner = c * ((x * y).sum(-1, keepdim=True) - x_time * y_time)

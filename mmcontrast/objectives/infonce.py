@@ -10,14 +10,14 @@ from mmcontrast.score import Direction, LogSumExp, Sum, log1pexp
 
 
 class InfoNCE(Objective):
-    """−log of the positive's share of the softmax (CLIP, arXiv:2103.00020): log(1 + exp(L₁ − p)), where p is the
+    """The loss −log of the positive's share of the softmax (CLIP, arXiv:2103.00020): log(1 + exp(L₁ − p)), where p is the
     positive's score and L₁ the log-sum-exp over the negatives; 0 for an anchor without any.
 
     Args:
         false_negative_margin: a candidate whose cosine is above the positive's by more than this is no negative of the anchor
             (Qwen3-Embedding, arXiv:2506.05176, takes 0.1); None: all are.
-        guide: compare a teacher's cosines instead (GISTEmbed, arXiv:2402.16829, with a margin of 0).
-        label_smoothing: the share of the target that goes to all candidates alike, in [0, 1).
+        guide: compare a teacher's cosines for that (GISTEmbed, arXiv:2402.16829, with a margin of 0).
+        label_smoothing: the share of the target that is spread equally over all candidates, in [0, 1).
         both_directions: of a pair; False: only the first field's samples are anchors.
     """
 

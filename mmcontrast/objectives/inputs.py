@@ -1,4 +1,4 @@
-"""What `contrastive_loss` is given, checked: fields, ids, scales, weights, teachers, extra and own negatives."""
+"""Check the inputs of `contrastive_loss`: fields, ids, scales, weights, teachers, extra and own negatives."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ from mmcontrast.score import CrossSum
 from mmcontrast.types import ABSENT
 
 Teachers = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
-NO_GROUP = -2  # the id of extra negatives of nobody's group
+NO_GROUP = -2  # the id of extra negatives that belong to no group
 Scalars = Tensor | float | Mapping[Any, Tensor | float]  # by tuples of fields
 
 
 @dataclass(frozen=True)
-class Given:
-    """What `contrastive_loss` is given of the samples beside their embeddings, checked.
+class LossInputs:
+    """The checked inputs of `contrastive_loss` beside the embeddings.
 
     Attributes:
         ids: group ids [N] of every field; None: all different. sample_ids: int64 [N]. weights, values: [N] of samples.
-        extras: per field, ([K, D], group ids [K]). own: per field, ([N, K, D], which are there [N, K]).
-        teachers: (per field, [N, E]; its scale) of each.
+        extras: per field, ([K, D], group ids [K]). own: per field, ([N, K, D], present [N, K]).
+        teachers: of each teacher, ([N, E] per field, its scale).
     """
 
     ids: Mapping[str, Tensor] | None = None
@@ -39,59 +39,60 @@ class Given:
     own: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     teachers: Sequence[tuple[Mapping[str, Tensor], float]] = ()
 
-    def of(self, term: Sequence[str], keep: Tensor | None) -> "Given":
-        """What concerns some fields, of the samples to be kept.
+    def of_term(self, term: Sequence[str], keep: Tensor | None) -> "LossInputs":
+        """Return the inputs of a term's fields, for the samples at the positions `keep`; None: for all.
 
         Raises:
-            ValueError: where a teacher lacks a field.
+            ValueError: if a teacher lacks a field.
         """
 
-        def kept(rows: Tensor) -> Tensor:
+        def select(rows: Tensor) -> Tensor:
             return rows if keep is None else rows[keep]
 
         for rows, _ in self.teachers:
-            if lacking := [field for field in term if field not in rows]:
-                raise ValueError(f"teacher lacks the field {lacking[0]!r}, which is scored with {', '.join(term)}")
-        return Given(
-            ids=None if self.ids is None else {field: kept(self.ids[field]) for field in term},
-            sample_ids=None if self.sample_ids is None else kept(self.sample_ids),
-            weights=None if self.weights is None else kept(self.weights),
-            values={name: kept(values) for name, values in self.values.items()},
+            if missing := [field for field in term if field not in rows]:
+                raise ValueError(f"teacher lacks the field {missing[0]!r}, which is scored with {', '.join(term)}")
+        return LossInputs(
+            ids=None if self.ids is None else {field: select(self.ids[field]) for field in term},
+            sample_ids=None if self.sample_ids is None else select(self.sample_ids),
+            weights=None if self.weights is None else select(self.weights),
+            values={name: select(values) for name, values in self.values.items()},
             extras={field: self.extras[field] for field in term if field in self.extras},
-            own={f: (kept(self.own[f][0]), kept(self.own[f][1])) for f in term if f in self.own},
-            teachers=[({field: kept(rows[field]) for field in term}, scale) for rows, scale in self.teachers],
+            own={field: (select(self.own[field][0]), select(self.own[field][1])) for field in term if field in self.own},
+            teachers=[({field: select(rows[field]) for field in term}, scale) for rows, scale in self.teachers],
         )
 
-    def prefix(self, width: int) -> "Given":
-        """The same with the first `width` numbers of all candidates, made unit rows."""
+    def prefix(self, width: int) -> "LossInputs":
+        """Return the inputs with the first `width` numbers of all candidates, normalized."""
 
-        def cut(sets: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-            return {field: (F.normalize(rows[..., :width], dim=-1), which) for field, (rows, which) in sets.items()}
+        def cut(candidates: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+            return {field: (F.normalize(rows[..., :width], dim=-1), other) for field, (rows, other) in candidates.items()}
 
         return replace(self, extras=cut(self.extras), own=cut(self.own))
 
 
-def check_together(objective: Objective, pairing: Pairing, given: Given, link: Any) -> None:
-    """
+def check_together(objective: Objective, pairing: Pairing, inputs: LossInputs, link: Any) -> None:
+    """Check that the objective, the pairing, the inputs and the score go together.
+
     Raises:
-        ValueError: for what does not go together; it says why.
+        ValueError: if they do not; it says why.
     """
     name = type(objective).__name__
-    distills = any(isinstance(r, CrossSum) for r in objective.reductions)
-    if objective.teachers and not given.teachers:
+    distills = any(isinstance(reduction, CrossSum) for reduction in objective.reductions)
+    if objective.teachers and not inputs.teachers:
         raise ValueError(f"{name} learns from a teacher: pass its embeddings as teacher")
-    if given.teachers and not objective.teachers:
+    if inputs.teachers and not objective.teachers:
         raise ValueError(f"{name} takes no teacher: leave it out, or use objective distillation")
-    if distills and (given.extras or given.own or pairing.same_field):
+    if distills and (inputs.extras or inputs.own or pairing.same_field):
         raise ValueError(
             f"{name}: the teacher's softmax is over the candidates that it has embeddings of: extra_negatives, own_negatives"
             " and same_field are not among them"
         )
-    if objective.guided and (given.extras or given.own):
+    if objective.guided and (inputs.extras or inputs.own):
         raise ValueError(f"{name}: the guide has no embeddings of extra_negatives and own_negatives: leave them or guide out")
     pairwise = {
-        "teacher": given.teachers,
-        "own_negatives": given.own,
+        "teacher": inputs.teachers,
+        "own_negatives": inputs.own,
         "false_negative_margin": objective.false_negative_margin,
     }
     for option, value in pairwise.items():
@@ -101,9 +102,10 @@ def check_together(objective: Objective, pairing: Pairing, given: Given, link: A
 
 
 def check_link(objective: Objective, pairing: Pairing, link: Any) -> None:
-    """
+    """Check that the objective and the pairing can use other scores than cosines, if there is a link.
+
     Raises:
-        ValueError: for an objective or a pairing of cosines alone, where there is a link.
+        ValueError: if they cannot.
     """
     if link is not None and not pairing.takes_extra_negatives:
         raise ValueError("score concerns scores of two fields: pairing multilinear takes none")
@@ -112,7 +114,7 @@ def check_link(objective: Objective, pairing: Pairing, link: Any) -> None:
 
 
 def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Group ids [N] of every field.
+    """Return group ids [N] of every field, None without ids.
 
     Raises:
         ValueError: for embeddings or ids that do not fit; it names the field.
@@ -130,25 +132,25 @@ def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Te
             raise ValueError(f"field {field!r} is {rows.dtype}: embeddings are floating point")
     if ids is None:
         return None
-    given = dict.fromkeys(embeddings, ids) if isinstance(ids, Tensor) else dict(ids)
-    for field, values in given.items():
+    ids_of = dict.fromkeys(embeddings, ids) if isinstance(ids, Tensor) else dict(ids)
+    for field, values in ids_of.items():
         if field not in embeddings:
             raise ValueError(f"ids names a field {field!r} that embeddings lack; they have {', '.join(embeddings)}")
         if values.dtype != torch.int64 or values.shape != reference.shape[:1]:
             raise ValueError(
                 f"ids of field {field!r} must be int64 [{len(reference)}], not {values.dtype} {tuple(values.shape)}"
             )
-    stacked = torch.stack(list(given.values()))
-    owner = stacked.amax(0)
-    if ((stacked != ABSENT) & ((stacked != owner) | (stacked < 0))).any():
+    stacked = torch.stack(list(ids_of.values()))
+    sample_group = stacked.amax(0)
+    if ((stacked != ABSENT) & ((stacked != sample_group) | (stacked < 0))).any():
         raise ValueError("ids: a group id is ≥ 0, or −1 where a sample lacks the field, and a sample has one id in all fields")
-    if len(given) < len(embeddings) and (owner == ABSENT).any():
-        raise ValueError(f"ids: name every field, as some sample lacks all of {', '.join(given)}")
-    return {field: given.get(field, owner) for field in embeddings}
+    if len(ids_of) < len(embeddings) and (sample_group == ABSENT).any():
+        raise ValueError(f"ids: name every field, as some sample lacks all of {', '.join(ids_of)}")
+    return {field: ids_of.get(field, sample_group) for field in embeddings}
 
 
 def all_present(ids_of: Mapping[str, Tensor] | None, fields: Sequence[str]) -> Tensor | None:
-    """Return the positions of the samples that have all of some fields; None if everybody has."""
+    """Return the positions of the samples that have all of some fields; None if all samples have."""
     if ids_of is None:
         return None
     keep = torch.stack([ids_of[field] != ABSENT for field in fields]).all(0)
@@ -156,10 +158,10 @@ def all_present(ids_of: Mapping[str, Tensor] | None, fields: Sequence[str]) -> T
 
 
 def scalar_of_fields(value: Scalars | None, fields: Sequence[str], name: str) -> Tensor | float | None:
-    """The scale or bias of some fields that are scored together, named in any order.
+    """Return the scale or bias of fields that are scored together, which may be named in any order.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no entry for them.
     """
     if not isinstance(value, Mapping):
         return value
@@ -172,14 +174,14 @@ def scalar_of_fields(value: Scalars | None, fields: Sequence[str], name: str) ->
 def extras_by_field(
     embeddings: Mapping[str, Tensor], extra_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]], with_ids: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per field, (rows [K, D], group ids [K]).
+    """Return extra negatives per field, (rows [K, D], group ids [K]).
 
     Raises:
         ValueError: for rows or ids that do not fit; it names the field.
     """
     extras = {}
-    for field, given in extra_negatives.items():
-        rows, ids = given if isinstance(given, Sequence) else (given, None)
+    for field, negatives in extra_negatives.items():
+        rows, ids = negatives if isinstance(negatives, Sequence) else (negatives, None)
         if field not in embeddings:
             raise ValueError(f"extra_negatives names a field {field!r} that embeddings lack")
         if rows.dim() != 2 or rows.shape[1:] != embeddings[field].shape[1:] or rows.dtype != embeddings[field].dtype:
@@ -198,10 +200,10 @@ def extras_by_field(
 
 
 def widths_of(matryoshka: Sequence[int] | Mapping[int, float], embeddings: Tensor) -> dict[int, float]:
-    """The weight of each width.
+    """Return the weight of each width.
 
     Raises:
-        ValueError: for a width that the embeddings have not.
+        ValueError: for a width that the embeddings do not have.
     """
     widths = dict(matryoshka) if isinstance(matryoshka, Mapping) else dict.fromkeys(matryoshka, 1.0)
     for width in widths:
@@ -219,7 +221,7 @@ def total_weights(
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> list[float]:
-    """Return the sum over all ranks of the weights of each term's samples; a rank without weights counts each as 1."""
+    """Return the sum over all ranks of the weights of each term's samples; on a rank without weights each weight is 1."""
     if weights is None:
         sums = torch.tensor(counts, dtype=torch.float64, device=device)
     else:
@@ -229,23 +231,23 @@ def total_weights(
     return sums.tolist()
 
 
-def values_of(given: Mapping[str, Tensor], objective: Objective, embeddings: Tensor) -> dict[str, Tensor]:
-    """Numbers [N] of samples, without gradient.
+def values_by_name(sample_values: Mapping[str, Tensor], objective: Objective, embeddings: Tensor) -> dict[str, Tensor]:
+    """Return values [N] of samples by name, without gradient.
 
     Raises:
-        ValueError: for what the objective does not take, or is not [N].
+        ValueError: for values that the objective does not take, or that are not [N].
     """
-    for name, values in given.items():
+    for name, values in sample_values.items():
         if name not in objective.sample_values:
-            takes = ", ".join(objective.sample_values) or "none"
-            raise ValueError(f"{type(objective).__name__} takes no sample_values {name!r}: it takes {takes}")
+            names = ", ".join(objective.sample_values) or "none"
+            raise ValueError(f"{type(objective).__name__} takes no sample_values {name!r}: it takes {names}")
         if values.shape != embeddings.shape[:1] or not values.is_floating_point():
             raise ValueError(f"sample_values {name!r} is {tuple(values.shape)} {values.dtype}, it must be [{len(embeddings)}]")
-    return {name: values.detach().to(embeddings.device, non_blocking=True) for name, values in given.items()}
+    return {name: values.detach().to(embeddings.device, non_blocking=True) for name, values in sample_values.items()}
 
 
 def weights_of(sample_weights: Tensor | None, embeddings: Tensor) -> Tensor | None:
-    """Weights [N] in the loss's dtype.
+    """Return the weights [N] of samples in the loss's dtype.
 
     Raises:
         ValueError: for weights that are not [N] and at least 0.
@@ -263,37 +265,40 @@ def weights_of(sample_weights: Tensor | None, embeddings: Tensor) -> Tensor | No
 def teachers_by_field(
     embeddings: Mapping[str, Tensor], teacher: Teachers | None, teacher_scale: float | Sequence[float]
 ) -> list[tuple[Mapping[str, Tensor], float]]:
-    """Each teacher's embeddings per field, [N, E], with its scale.
+    """Return each teacher's embeddings per field, [N, E], with its scale.
 
     Raises:
         ValueError: for fields, rows or scales that do not fit.
     """
-    given = [] if teacher is None else [teacher] if isinstance(teacher, Mapping) else list(teacher)
-    scales = list(teacher_scale) if isinstance(teacher_scale, Sequence) else [float(teacher_scale)] * len(given)
-    if given and len(scales) != len(given):
-        raise ValueError(f"teacher_scale has {len(scales)} entries for {len(given)} teachers")
-    for one in given:
-        for field, rows in one.items():
+    if teacher is None:
+        teachers: list[Mapping[str, Tensor]] = []
+    else:
+        teachers = [teacher] if isinstance(teacher, Mapping) else list(teacher)
+    scales = list(teacher_scale) if isinstance(teacher_scale, Sequence) else [float(teacher_scale)] * len(teachers)
+    if teachers and len(scales) != len(teachers):
+        raise ValueError(f"teacher_scale has {len(scales)} entries for {len(teachers)} teachers")
+    for rows_of in teachers:
+        for field, rows in rows_of.items():
             if field not in embeddings:
                 raise ValueError(f"teacher names a field {field!r} that embeddings lack; they have {', '.join(embeddings)}")
             if rows.dim() != 2 or len(rows) != len(embeddings[field]) or not rows.is_floating_point():
                 raise ValueError(
                     f"teacher's field {field!r} is {tuple(rows.shape)} {rows.dtype}, it must be [{len(embeddings[field])}, E]"
                 )
-    return list(zip(given, scales, strict=False))
+    return list(zip(teachers, scales, strict=False))
 
 
 def own_by_field(
     embeddings: Mapping[str, Tensor], own_negatives: Mapping[str, Tensor | tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per field, (candidates of each anchor alone [N, K, D], which of them are there [N, K]).
+    """Return each anchor's own candidates per field, ([N, K, D], present [N, K]).
 
     Raises:
         ValueError: for candidates that do not fit; it names the field.
     """
     own = {}
-    for field, given in own_negatives.items():
-        rows, there = given if isinstance(given, Sequence) else (given, None)
+    for field, negatives in own_negatives.items():
+        rows, present = negatives if isinstance(negatives, Sequence) else (negatives, None)
         if field not in embeddings:
             raise ValueError(f"own_negatives names a field {field!r} that embeddings lack")
         (n, d), dtype = embeddings[field].shape, embeddings[field].dtype
@@ -301,8 +306,8 @@ def own_by_field(
             raise ValueError(
                 f"own_negatives of field {field!r} are {tuple(rows.shape)} {rows.dtype}, they must be [{n}, K, {d}] {dtype}"
             )
-        there = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device) if there is None else there
-        if there.shape != rows.shape[:2] or there.dtype != torch.bool:
+        present = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device) if present is None else present
+        if present.shape != rows.shape[:2] or present.dtype != torch.bool:
             raise ValueError(f"own_negatives of field {field!r}: which are there must be bool {tuple(rows.shape[:2])}")
-        own[field] = rows, there
+        own[field] = rows, present
     return own

@@ -1,4 +1,4 @@
-"""Symile: all fields of a sample scored at once, by their multilinear inner product."""
+"""Symile: a pairing that scores all fields of a sample at once, by their multilinear inner product."""
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -16,21 +16,22 @@ from mmcontrast.score import Direction
 if TYPE_CHECKING:
     from mmcontrast.objectives.base import Objective
 
-ROWS = 16384  # products of an anchor and a tuple that exist at a time in mode n_squared
+ROWS = 16384  # products of an anchor and a tuple that are in memory at a time in mode n_squared
 
 
 class Multilinear(Pairing):
-    """z = scale · Σ_d Π_f r_f[d] of M ≥ 3 fields (Symile, arXiv:2411.01053). Each field in turn is the anchor; its candidates
-    are products of the others, its positive the sample's own. A sample that lacks a field takes no part.
+    """The pairing of M ≥ 3 fields with scores z = scale · Σ_d Π_f r_f[d] (Symile, arXiv:2411.01053). Each field in turn is the
+    anchor; its candidates are products of the others, its positive that of its own sample. A sample that lacks a field takes no
+    part.
 
     With unit embeddings the scores of independent fields are about 1/D, those of equal ones at most 1/√D: give the model a
-    logit scale √D times that of a pair (`logit_scale`, `max_logit_scale`). Of several ranks each gathers all embeddings.
+    logit scale √D times that of a pair (`logit_scale`, `max_logit_scale`). Every rank gathers all embeddings.
 
     Args:
-        negatives: "n": one product for every sample, of the other fields' embeddings in random orders, drawn anew for every
-            anchor field and step. A product at the place of a sample of the anchor's group is no negative of it, nor one that
-            is wholly of its group. "n_squared": all combinations, N^(M−1) an anchor, in O(N·D) memory, and computed again in
-            the backward; those wholly of the anchor's group are no negatives.
+        negatives: "n": one product for every sample, of the other fields' embeddings in random orders, drawn again for every
+            anchor field and step. A product at the position of a sample of the anchor's group is not its negative, nor is one
+            whose factors are all of its group. "n_squared": all combinations, N^(M−1) an anchor, in O(N·D) memory, and
+            recomputed in the backward; those whose factors are all of the anchor's group are no negatives.
     """
 
     draws: ClassVar[bool] = True
@@ -48,8 +49,8 @@ class Multilinear(Pairing):
         return [tuple(fields)]
 
     def check(self, objective: "Objective") -> None:
-        of_positives = [r for r in objective.reductions if r.over != "negatives"]
-        if self.negatives == "n" and of_positives:
+        over_positives = any(reduction.over != "negatives" for reduction in objective.reductions)
+        if self.negatives == "n" and over_positives:
             raise ValueError(
                 f"{type(objective).__name__} averages over all positives of an anchor; random products hold none but its own:"
                 ' use pairing multilinear with negatives "n_squared", or a pairing of two fields'
@@ -61,75 +62,78 @@ class Multilinear(Pairing):
                 f"extra_negatives of {', '.join(s.extras)}: a product needs a partner in every other field, so pairing"
                 " multilinear takes none"
             )
-        here = next(iter(s.rows.values()))
+        first = next(iter(s.rows.values()))
         start = [0, *accumulate(s.sizes)][0 if s.group is None else dist.get_rank(s.group)]
-        ids = torch.arange(start, start + len(here), device=here.device) if s.ids is None else s.ids
-        draws = torch.Generator().manual_seed(s.draw)
-        everyone, everyones = {field: s.everyone(rows) for field, rows in s.rows.items()}, s.everyone(ids)
+        ids = torch.arange(start, start + len(first), device=first.device) if s.ids is None else s.ids
+        generator = torch.Generator().manual_seed(s.draw)
+        all_rows = {field: s.everyone(rows) for field, rows in s.rows.items()}
+        all_ids = s.everyone(ids)
         for anchor, rows in s.rows.items():
             others = [field for field in s.rows if field != anchor]
             name = f"{anchor}_to_{'+'.join(others)}"
             scale = s.scale(name)
             if self.negatives == "n":
-                orders = [torch.randperm(sum(s.sizes), generator=draws)[start : start + len(rows)] for _ in others]
-                direction = self._n(s, rows, [everyone[f] for f in others], ids, everyones, scale, orders)
+                orders = [torch.randperm(sum(s.sizes), generator=generator)[start : start + len(rows)] for _ in others]
+                direction = self._score_n(s, rows, [all_rows[field] for field in others], ids, all_ids, scale, orders)
             else:
-                left = [everyone[field] for field in others[:-1]]
-                direction = self._n_squared(s, rows, left, s.rows[others[-1]], ids, everyones, scale)
+                left = [all_rows[field] for field in others[:-1]]
+                direction = self._score_n_squared(s, rows, left, s.rows[others[-1]], ids, all_ids, scale)
             dots = (rows * _product([s.rows[field] for field in others])).sum(1, dtype=direction.scale.dtype)
-            yield s.named(direction, name, dots * direction.scale + s.bias)
+            yield s.complete(direction, name, dots * direction.scale + s.bias)
 
-    def _n(
+    def _score_n(
         self,
         s: TermInputs,
         rows: Tensor,
         others: list[Tensor],
         ids: Tensor,
-        everyones: Tensor,
+        all_ids: Tensor,
         scale: Tensor,
         orders: list[Tensor],
     ) -> Direction:
-        """The columns at the places of this rank's samples: of everybody's rows, in random orders."""
+        """Score against random products, one at the position of each sample, made of all ranks' rows in random orders."""
         orders = [order.to(rows.device) for order in orders]
         columns = _product([other[order] for other, order in zip(others, orders, strict=True)])
-        parts = torch.stack([everyones[order] for order in orders])
-        column_ids = torch.where((parts == parts[0]).all(0), parts[0], ids)
+        factor_ids = torch.stack([all_ids[order] for order in orders])
+        column_ids = torch.where((factor_ids == factor_ids[0]).all(0), factor_ids[0], ids)
         return s.statistics(rows, columns, scale=scale, ids=ids, column_ids=column_ids, paired=False, columns=False)[0]
 
-    def _n_squared(
-        self, s: TermInputs, rows: Tensor, left: list[Tensor], columns: Tensor, ids: Tensor, everyones: Tensor, scale: Tensor
+    def _score_n_squared(
+        self, s: TermInputs, rows: Tensor, left: list[Tensor], columns: Tensor, ids: Tensor, all_ids: Tensor, scale: Tensor
     ) -> Direction:
-        """Every tuple of all other fields but the last, times the anchor, is a row against the last field's columns."""
-        number, width = len(everyones), max(1, ROWS // max(1, *s.sizes))  # the same on all ranks
+        """Score against all products: the anchor times each tuple of the other fields but the last is a row against the last
+        field's columns."""
+        number, width = len(all_ids), max(1, ROWS // max(1, *s.sizes))  # the same on all ranks
 
-        def of_tuples(rows: Tensor, columns: Tensor, scale: Tensor, start: int, *left: Tensor) -> tuple[Tensor, ...]:
+        def score_tuples(rows: Tensor, columns: Tensor, scale: Tensor, start: int, *left: Tensor) -> tuple[Tensor, ...]:
             tuples = torch.arange(start, min(start + width, number ** len(left)), device=rows.device)
-            places = [tuples // number**k % number for k in range(len(left))]
-            products = _product([other[place] for other, place in zip(left, places, strict=True)])
-            own = torch.stack([everyones[place] for place in places]).eq(ids[:, None, None]).all(1)
-            found, _ = s.statistics(
+            positions = [tuples // number**k % number for k in range(len(left))]
+            products = _product([other[position] for other, position in zip(left, positions, strict=True)])
+            same_group = torch.stack([all_ids[position] for position in positions]).eq(ids[:, None, None]).all(1)
+            direction, _ = s.statistics(
                 (rows[:, None] * products).flatten(0, 1),
                 columns,
                 scale=scale.repeat_interleave(len(tuples)) if scale.dim() else scale,
-                ids=torch.where(own, ids[:, None], UNGROUPED).flatten(),
+                ids=torch.where(same_group, ids[:, None], UNGROUPED).flatten(),
                 column_ids=ids,
                 paired=False,
                 columns=False,
-                sizes=[(n * len(tuples), n) for n in s.sizes],
+                sizes=[(size * len(tuples), size) for size in s.sizes],
             )
             shape = (len(rows), len(tuples))
-            merged = [reduce(r.merge, found[r].view(shape).unbind(1)) for r in s.reductions]
-            return found.num_negatives.view(shape).sum(1), *merged
+            merged = [reduce(reduction.merge, direction[reduction].view(shape).unbind(1)) for reduction in s.reductions]
+            return direction.num_negatives.view(shape).sum(1), *merged
 
         inputs = rows, columns, scale
         total: Direction | None = None
         for first in range(0, number ** len(left), width):
-            counts, *values = checkpoint(of_tuples, *inputs, first, *left, use_reentrant=False, preserve_rng_state=False)
+            counts, *values = checkpoint(score_tuples, *inputs, first, *left, use_reentrant=False, preserve_rng_state=False)
             part = Direction(rows.new_zeros(()), counts, scale, dict(zip(s.reductions, values, strict=True)))
             total = part if total is None else total.with_more(part)
-        assert total is not None, "somebody has a sample"
+        assert total is not None, "some rank has a sample"
         return total
 
 
 def _product(factors: list[Tensor]) -> Tensor:
+    """Return the elementwise product of tensors."""
     return reduce(torch.mul, factors)

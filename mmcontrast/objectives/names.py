@@ -1,4 +1,4 @@
-"""The objectives and pairings that configs and `contrastive_loss` know by name."""
+"""The tables of objectives, pairings and scores by the names that configs and `contrastive_loss` use."""
 
 from mmcontrast.objectives.dcl import DCL
 from mmcontrast.objectives.debiased import Debiased

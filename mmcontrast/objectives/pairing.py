@@ -1,4 +1,4 @@
-"""Which fields of a sample are scored together, in which directions, and how much each counts."""
+"""Pairings: which fields of a sample are scored together, in which directions, with which weights."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from mmcontrast.objectives.base import Objective
 
 Fields = tuple[str, ...]
-UNGROUPED = -3  # the id of rows and products of nobody's group
+UNGROUPED = -3  # the id of rows and products that belong to no group
 
 
 @dataclass(frozen=True)
 class TermInputs:
-    """The samples that have all fields of a term of the loss, and how their scores are taken.
+    """The samples that have all fields of a term of the loss, and how they are scored.
 
     Attributes:
         rows: per field, [n, D].
-        ids, sample_ids: int64 [n]: groups, and the key of per-sample state; None: all different; none given.
-        given: [n] of each value of samples.
+        ids, sample_ids: int64 [n]: group ids, None: all different; keys of per-sample state, None: not given.
+        given: sample values [n] by name.
         extras: per field, further candidates: ([K, D], group ids [K]).
-        own: per field, candidates of each anchor alone: ([n, K, D], which are there [n, K]).
-        teachers: (per field, [n, E]; its scale) of each.
+        own: per field, candidates of each anchor alone: ([n, K, D], present [n, K]).
+        teachers: of each teacher, ([n, E] per field, its scale).
         sizes: n of every rank. extra_sizes: per field, K of every rank. draw: a random number, the same on all ranks.
-        scale: (a direction's name) → [] or [n], what multiplies its scores. bias: what is added.
-        reductions: what to compute. both: of each direction of a pair, or of its rows alone.
-        link, margin, guided: of scores; of the objective.
-        statistics: `score_statistics` with all that is the same throughout the term.
+        scale: (a direction's name) → its scale, [] or [n]. bias: added to all scores.
+        reductions: those to compute. both: in both directions of a pair; False: for its rows alone.
+        link: of the score. margin, guided: of the objective.
+        statistics: `score_statistics` with the arguments that are the same for the whole term.
     """
 
     rows: dict[str, Tensor]
@@ -61,12 +61,12 @@ class TermInputs:
 
     @property
     def everyone(self) -> Callable[[Tensor], Tensor]:
-        """[n, …] → those of all ranks, in their order; differentiable."""
+        """Return a function that gathers tensors [n, …] of all ranks in order, differentiably."""
         return partial(gather_rows, group=self.group, sizes=self.sizes)
 
     @property
     def global_ids(self) -> Tensor:
-        """int64 [n]: group ids; where there are none, a number of its own for each sample of all ranks."""
+        """Return group ids, int64 [n]; without any, a different number for each sample of all ranks."""
         if self.ids is not None:
             return self.ids
         rows = next(iter(self.rows.values()))
@@ -74,22 +74,23 @@ class TermInputs:
         return torch.arange(first, first + len(rows), device=rows.device)
 
     def teachers_of(self, rows: str, columns: str) -> list[Teacher]:
-        return [Teacher(given[rows], given[columns], scale) for given, scale in self.teachers]
+        """Return the teachers of one field's rows against another's columns."""
+        return [Teacher(embeddings[rows], embeddings[columns], scale) for embeddings, scale in self.teachers]
 
     def limits_of(self, rows: str, columns: str, limits: Tensor | None, back: Tensor | None = None) -> Limits | None:
-        """The limits of a pass of some field's rows against another's columns."""
+        """Return the limits of one field's rows against another's columns."""
         if limits is None:
             return None
-        given = self.teachers[0][0] if self.guided else None
-        return Limits(limits, back, None if given is None else Teacher(given[rows], given[columns]))
+        guide = self.teachers[0][0] if self.guided else None
+        return Limits(limits, back, None if guide is None else Teacher(guide[rows], guide[columns]))
 
     @torch.no_grad()
-    def highest(self, scale: Tensor) -> Tensor | None:
-        """[n]: the score, or the guide's cosine, above which a candidate is no negative; None: all are."""
+    def limit(self, scale: Tensor) -> Tensor | None:
+        """Return the score [n], or the guide's cosine, above which a candidate is no negative; None: all are negatives."""
         if self.margin is None:
             return None
-        compared = self.teachers[0][0] if self.guided else self.rows
-        x, y = (compared[field] for field in self.rows)
+        embeddings = self.teachers[0][0] if self.guided else self.rows
+        x, y = (embeddings[field] for field in self.rows)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.guided:
             return row_dots(x, y, dtype) + self.margin
@@ -98,21 +99,22 @@ class TermInputs:
         dots = row_dots(x, y, dtype)
         return ((dots if self.link is None else self.link.value(dots)) + self.margin) * scale + self.bias
 
-    def named(self, direction: Direction, name: str, positives: Tensor) -> Direction:
+    def complete(self, direction: Direction, name: str, positives: Tensor) -> Direction:
+        """Return a direction with its name, its positives' scores and the samples' ids and values."""
         direction = replace(direction, name=name, positives=positives, everyone=self.everyone)
         return replace(direction, sample_ids=self.sample_ids, given=self.given)
 
 
 class Pairing:
-    """`terms` names the tuples of fields that are scored together, of the fields at hand; each is a term of the loss.
+    """The base of pairings, whose `terms` are the tuples of fields that are scored together; each is a term of the loss.
 
     Args:
-        weights: of terms that count more or less than the others' 1, by name: {"image-text": 2.0}, in any order. The loss
-            is the weighted mean over the terms that are not empty.
-        same_field: the other samples of a term's fields are candidates too (queries against queries); true: of every term, or
+        weights: of terms, by name: {"image-text": 2.0}, the fields in any order; default: 1. The loss is the weighted mean over
+            the terms that are not empty.
+        same_field: the other samples of a term's fields are candidates too (queries against queries); true: in every term, or
             the names of some, ["view1-view2"].
         joint: which of those share a denominator with an anchor's candidates of the other field. false: none, each field
-            is a direction of its own, with the same positive. "anchor": those of the anchor's field (SimCLR's NT-Xent,
+            is a separate direction with the same positive. "anchor": those of the anchor's field (SimCLR's NT-Xent,
             arXiv:2002.05709). true: also those of its positive's field, compared with the positive (GISTEmbed,
             Qwen3-Embedding). "pair": also the positive's candidates of the anchor's field (GTE, arXiv:2308.03281).
     """
@@ -121,7 +123,7 @@ class Pairing:
     same_field: bool | Sequence[str] = False
     joint: bool | Literal["anchor", "pair"] = False
     draws: ClassVar[bool] = False  # candidates are drawn at random
-    takes_extra_negatives: ClassVar[bool] = True  # and teachers, limits, links: all that scores two fields at a time
+    takes_extra_negatives: ClassVar[bool] = True  # and teachers, limits and links, which concern scores of two fields
 
     def __init__(
         self,
@@ -140,45 +142,49 @@ class Pairing:
                 raise ValueError(f"the weight of {name!r} is {weight}, it must be ≥ 0")
 
     def terms(self, fields: Sequence[str]) -> Sequence[Fields]:
+        """Return the tuples of fields that are scored together."""
         raise NotImplementedError
 
     def check(self, objective: "Objective") -> None:
-        """
+        """Check that the objective can be used with this pairing.
+
         Raises:
-            ValueError: if the objective makes no sense under this pairing; it says why.
+            ValueError: if it cannot; it says why.
         """
 
     def weighted_terms(self, fields: Sequence[str]) -> dict[Fields, float]:
-        """The terms with their weights.
+        """Return the terms with their weights.
 
         Raises:
-            ValueError: for a weight of a term that is not there, or if none counts.
+            ValueError: for a weight of an unknown term, or if all weights are 0.
         """
         terms = self.terms(fields)
-        named = {term_name(order): term for term in terms for order in permutations(term)}
+        by_name = {term_name(order): term for term in terms for order in permutations(term)}
         for name in (*self.weights, *([] if isinstance(self.same_field, bool) else self.same_field)):
-            if name not in named:
+            if name not in by_name:
                 raise ValueError(f"pairing: no term is named {name!r}; there is {', '.join(map(term_name, terms))}")
-        given = {named[name]: weight for name, weight in self.weights.items()}
-        weights = {term: given.get(term, 1.0) for term in terms}
+        named_weights = {by_name[name]: weight for name, weight in self.weights.items()}
+        weights = {term: named_weights.get(term, 1.0) for term in terms}
         if not any(weights.values()):
             raise ValueError("pairing: all weights are 0")
         return weights
 
     def has_same_field(self, term: Fields) -> bool:
+        """Return whether `same_field` holds for a term."""
         if isinstance(self.same_field, bool):
             return self.same_field
         return any(term_name(order) in self.same_field for order in permutations(term))
 
     def directions(self, s: TermInputs) -> Iterator[Direction]:
-        """Every direction of a term: here the two of a pair, or, unless `both`, its rows; then those of its own fields."""
+        """Yield the directions of a term: here the two of a pair (without `both` the first), each followed by its same-field
+        one."""
         (a, x), (b, y) = s.rows.items()
         names, same_field = (f"{a}_to_{b}", f"{b}_to_{a}"), self.has_same_field((a, b))
         columns = s.both or (same_field and self.joint == "pair")
         scales = [s.scale(name) for name in (names if columns else names[:1])]
-        limits = [s.highest(scale) for scale in scales]
+        limits = [s.limit(scale) for scale in scales]
         per_anchor = any(scale.dim() for scale in scales)
-        there, back = s.statistics(
+        forward, backward = s.statistics(
             x,
             y,
             scale=scales[0],
@@ -188,64 +194,84 @@ class Pairing:
             limits=s.limits_of(a, b, *limits),
             teachers=s.teachers_of(a, b),
         )
-        within: dict[tuple[str, int], Direction] = {}
+        within_field: dict[tuple[str, int], Direction] = {}
 
-        def among(field: str, number: int) -> Direction:
-            """The field's own samples, scored and limited as a direction is."""
+        def score_within(field: str, number: int) -> Direction:
+            """Return a field's samples against each other, with the scale and limits of a direction."""
             key = field, number if per_anchor else 0
-            if key not in within:
+            if key not in within_field:
                 rows, ids = s.rows[field], s.global_ids
-                given = {"ids": ids, "column_ids": ids, "limits": s.limits_of(field, field, limits[number])}
-                within[key] = s.statistics(rows, rows, scale=scales[number], paired=False, columns=False, **given)[0]
-            return within[key]
+                within_field[key], _ = s.statistics(
+                    rows,
+                    rows,
+                    scale=scales[number],
+                    ids=ids,
+                    column_ids=ids,
+                    limits=s.limits_of(field, field, limits[number]),
+                    paired=False,
+                    columns=False,
+                )
+            return within_field[key]
 
-        directions = [(there, a, b), (back, b, a)]
+        directions = [(forward, a, b), (backward, b, a)]
         for number, (direction, field, other) in enumerate(directions[: 1 + s.both]):
             assert direction is not None
-            further = self._further(s, direction, field, other, limits[number])
+            further = self._score_further(s, direction, field, other, limits[number])
             if same_field and self.joint:
-                fields = (field,) if self.joint == "anchor" else (field, other)
-                further += [among(one, number) for one in fields]
+                further.append(score_within(field, number))
+                if self.joint != "anchor":
+                    further.append(score_within(other, number))
             if same_field and self.joint == "pair":
                 opposite = directions[1 - number][0]
                 assert opposite is not None
                 further.append(opposite)
-            yield s.named(reduce(Direction.with_more, further, direction), names[number], direction.positives)
+            yield s.complete(reduce(Direction.with_more, further, direction), names[number], direction.positives)
             if same_field and not self.joint:
-                yield s.named(among(field, number), f"{field}_to_{field}", direction.positives)
+                yield s.complete(score_within(field, number), f"{field}_to_{field}", direction.positives)
 
-    def _further(self, s: TermInputs, direction: Direction, field: str, other: str, limits: Tensor | None) -> list[Direction]:
-        """A direction's anchors against extra candidates, and against their own."""
+    def _score_further(
+        self, s: TermInputs, direction: Direction, field: str, other: str, limits: Tensor | None
+    ) -> list[Direction]:
+        """Return a direction's anchors against extra candidates, and against their own."""
         further, rows = [], s.rows[field]
         if other in s.extras:
-            more, more_ids = s.extras[other]
-            ids = more_ids.new_full((len(rows),), UNGROUPED) if s.ids is None else s.ids
-            given = {"ids": ids, "column_ids": more_ids, "limits": None if limits is None else Limits(limits)}
-            among = partial(s.statistics, sizes=list(zip(s.sizes, s.extra_sizes[other], strict=True)), **given)
-            further.append(among(rows, more, scale=direction.scale, paired=False, columns=False)[0])
+            extra_rows, extra_ids = s.extras[other]
+            extra, _ = s.statistics(
+                rows,
+                extra_rows,
+                scale=direction.scale,
+                ids=extra_ids.new_full((len(rows),), UNGROUPED) if s.ids is None else s.ids,
+                column_ids=extra_ids,
+                limits=None if limits is None else Limits(limits),
+                sizes=list(zip(s.sizes, s.extra_sizes[other], strict=True)),
+                paired=False,
+                columns=False,
+            )
+            further.append(extra)
         if other in s.own:
-            candidates, there = s.own[other]
-            own = partial(own_statistics, scale=direction.scale, bias=s.bias, link=s.link, limits=limits)
-            further.append(own(rows, candidates, there, s.reductions))
+            candidates, present = s.own[other]
+            score = partial(own_statistics, scale=direction.scale, bias=s.bias, link=s.link, limits=limits)
+            further.append(score(rows, candidates, present, s.reductions))
         return further
 
 
 def term_name(fields: Sequence[str]) -> str:
+    """Return the name of a term, "image-text"."""
     return "-".join(fields)
 
 
 class AllPairs(Pairing):
-    """Every field with every other: M·(M − 1)/2 pairs."""
+    """The pairing of every field with every other: M·(M − 1)/2 pairs."""
 
     def terms(self, fields: Sequence[str]) -> Sequence[Fields]:
         return list(combinations(fields, 2))
 
 
 class Anchor(Pairing):
-    """Every other field with one (ImageBind, arXiv:2305.05665).
+    """The pairing of one field with every other (ImageBind, arXiv:2305.05665).
 
     Args:
-        field: the one.
+        field: the one field.
     """
 
     def __init__(

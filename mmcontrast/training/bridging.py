@@ -1,4 +1,4 @@
-"""Training through a bridge: fields that have no pairs learn from what the batch's third field says of both."""
+"""The loss of training through a bridge: two fields without pairs learn from a third field of the batch."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,8 +22,8 @@ def bridge_loss(
     group: dist.ProcessGroup | None = None,
     communication: Communication = "auto",
 ) -> Tensor:
-    """Return the cross-entropy between what a bank says of two fields and what their own cosines say, the mean over both
-    directions and their anchors on all ranks.
+    """Return the cross-entropy between the targets that a bank gives for two fields and the softmax of their own cosines, the
+    mean over both directions and their anchors on all ranks.
 
     The targets of an anchor are softmax_j(κ · cos(E_i, E_j)) over the other field's rows j, where E are expected entries of
     the bank (`Bridge.expected`). They get no gradient. No row need be paired with another.

@@ -1,7 +1,7 @@
-"""Checkpoints: complete or absent, never half. A folder `step-00000500` with weights, state, the config, and checksums.
+"""Write, check and find checkpoints: folders `step-00000500` with weights, state, the config, and checksums.
 
-Written under a temporary name, flushed to the disk, renamed: a folder of the right name is complete. The optimizer's state of
-weights in shards is a folder in it, written by all ranks through torch's distributed checkpoints.
+They are written under a temporary name, flushed to the disk, and renamed: a folder of the right name is complete. The
+optimizer's state of weights in shards is a folder in it, written by all ranks through torch's distributed checkpoints.
 """
 
 import hashlib
@@ -27,25 +27,25 @@ from torch import Tensor
 from mmcontrast.errors import EveryRankError, PeerLost, UserError
 from mmcontrast.training.distributed import LOST, OTHER_HAS_ENDED
 from mmcontrast.training.parallel import in_shards
-from mmcontrast.training.tensors import drained, in_order, whole_on_first, write_tensors
+from mmcontrast.training.tensors import drain, in_order, whole_on_first, write_tensors
 
 WEIGHTS, AVERAGED, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
 QUEUE = "queue.safetensors"
-ADAPTER = "adapter.safetensors"  # in the place of all weights: those that are not of `model.start`
+ADAPTER = "adapter.safetensors"  # instead of all weights: those that are not in `model.start`
 SHARDS, MANIFEST, PARTIAL = "optimizer", "manifest.json", ".partial"
-BEST = "best.json"  # the name of the best checkpoint, and by what value
+BEST = "best.json"  # the name and the value of the best checkpoint
 
 
 @dataclass
 class Contents:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         weights, averaged, queue: whole, or in shards; the average and the queue may be empty.
         state: anything that `torch.load(weights_only=True)` admits.
         config: as YAML.
         shards: tensors of which every rank holds a part.
-        start: the digest of the start whose tensors are left out of the weights; "": nothing is.
+        start: the digest of the start whose tensors are left out of the weights; "": none are.
     """
 
     weights: Mapping[str, Tensor]
@@ -63,19 +63,19 @@ class Contents:
         return {name: tensors for name, tensors in files.items() if tensors}
 
     def full_tensors(self) -> Iterator[Tensor | None]:
-        """Yield all tensors of the files, `in_order`, whole on the first rank: one is sent when it is asked for, by all."""
+        """Yield all tensors of the files, `in_order`, whole on the first rank: each is sent when all ranks ask for it."""
         for tensors in self.files.values():
             yield from (whole_on_first(tensors[name]) for name in in_order(tensors))
 
     def on_host(self, keep: bool) -> "Contents":
-        """Return the same in the memory of the host, with tensors that nothing else changes; without shards.
+        """Return a copy in the memory of the host, without shards.
 
         Args:
-            keep: False: take part in it alone, and keep nothing.
+            keep: False: only take part in sending, and keep nothing.
         """
         whole = self.full_tensors()
         if not keep:
-            drained(whole)
+            drain(whole)
             return replace(self, weights={}, averaged={}, queue={}, shards={})
         copies: dict[str, dict[str, Tensor]] = {}
         for file, tensors in self.files.items():
@@ -84,12 +84,18 @@ class Contents:
                 tensor = next(whole)
                 assert tensor is not None
                 copies[file][name] = tensor.detach().to("cpu", copy=not in_shards(tensors[name]))
-        weights, averaged, queue = (copies.get(name, {}) for name in (ADAPTER if self.start else WEIGHTS, AVERAGED, QUEUE))
-        return replace(self, weights=weights, averaged=averaged, queue=queue, state=_copied(self.state), shards={})
+        return replace(
+            self,
+            weights=copies.get(ADAPTER if self.start else WEIGHTS, {}),
+            averaged=copies.get(AVERAGED, {}),
+            queue=copies.get(QUEUE, {}),
+            state=_copy(self.state),
+            shards={},
+        )
 
 
 def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | None" = None) -> Path:
-    """Writes the checkpoint of a step, around the shards that may be on their way into `partial_of` it.
+    """Write the checkpoint of a step; shards may still be on their way into its `partial_of`.
 
     Raises:
         UserError: if it cannot be written (a full disk); earlier checkpoints stay as they were.
@@ -99,9 +105,9 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
         if not shards:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        about = {"start": contents.start} if contents.start else None
+        metadata = {"start": contents.start} if contents.start else None
         for name, tensors in contents.files.items():
-            write_tensors(partial / name, tensors, whole, about)
+            write_tensors(partial / name, tensors, whole, metadata)
         torch.save(contents.state, partial / STATE)
         (partial / CONFIG).write_text(contents.config)
         if shards:
@@ -115,62 +121,64 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
         _flush(folder)
     except _write_errors() as error:
         with suppress(RuntimeError):
-            drained(whole)  # the other ranks send it
+            drain(whole)  # the other ranks send it
         if shards:
-            shards.exception()  # they are written no more
+            shards.exception()  # waits until nothing is written any more
         shutil.rmtree(partial, ignore_errors=True)
-        raise _not_written(folder, step, error) from error
+        raise _write_failed(folder, step, error) from error
     return target
 
 
 def partial_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is until it is complete."""
+    """Return where the checkpoint of a step is written until it is complete."""
     return folder / f".step-{step:08d}{PARTIAL}"
 
 
 def _write_errors() -> tuple[type[BaseException], ...]:
-    """Return what writing may raise: torch.save and safetensors make a RuntimeError of a full disk, and torch's distributed
-    checkpoints have an error of their own, if they are in use (their import takes half as long as torch's)."""
+    """Return what writing may raise: torch.save and safetensors raise RuntimeError for a full disk, and torch's distributed
+    checkpoints an error of their own, if they are in use (their import takes half as long as torch's)."""
     shards = sys.modules.get("torch.distributed.checkpoint.api")
     return (OSError, RuntimeError, *([shards.CheckpointException] if shards else []))
 
 
-def _not_written(folder: Path, step: int, error: BaseException) -> EveryRankError:
+def _write_failed(folder: Path, step: int, error: BaseException) -> EveryRankError:
+    """Return the error that tells every rank why a checkpoint was not written."""
     if isinstance(error, EveryRankError):
         return error
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
         return PeerLost(OTHER_HAS_ENDED)
     failures = getattr(error, "failures", None)  # by rank, of a CheckpointException
-    said = "; ".join(f"rank {r}: {why[0]}" for r, why in failures.items()) if failures else " ".join(str(error).split())
+    reason = "; ".join(f"rank {r}: {why[0]}" for r, why in failures.items()) if failures else " ".join(str(error).split())
     return EveryRankError(
-        f"the checkpoint of step {step} could not be written to {folder}: {said[:500]}; the earlier ones are untouched: make"
+        f"the checkpoint of step {step} could not be written to {folder}: {reason[:500]}; the earlier ones are untouched: make"
         " room, then continue with --resume"
     )
 
 
 def _files(checkpoint: Path) -> dict[str, Path]:
-    """Return every file in a checkpoint but the manifest, by its path there."""
+    """Return every file in a checkpoint but the manifest, by its path in it."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {str(file.relative_to(checkpoint)): file for file in files}
 
 
 def _checksum(file: Path) -> dict[str, Any]:
-    """Return the bytes and the SHA-256 of a file."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    """Return the size and the SHA-256 of a file."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
 def check(checkpoint: Path, group: dist.ProcessGroup | None = None) -> None:
-    """
+    """Check the files of a checkpoint against its manifest.
+
     Args:
-        group: its ranks share the files, each of which one rank reads; all must ask.
+        group: its ranks share the files, each of which one rank reads; all must call this.
 
     Raises:
         UserError: if a file is not as it was written; on all ranks of a group.
     """
     rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    problem = _problem(checkpoint, rank, ranks)
+    problem = _find_problem(checkpoint, rank, ranks)
     if group:
         problems: list[str | None] = [None] * ranks
         dist.all_gather_object(problems, problem, group)
@@ -180,28 +188,30 @@ def check(checkpoint: Path, group: dist.ProcessGroup | None = None) -> None:
         raise (EveryRankError if group else UserError)(f"{checkpoint}: {problem}; {remedy}")
 
 
-def _problem(checkpoint: Path, rank: int, ranks: int) -> str | None:
+def _find_problem(checkpoint: Path, rank: int, ranks: int) -> str | None:
     """Return what is wrong with a checkpoint, of whose files every `ranks`-th is read; None if nothing is."""
     try:
-        written, there = json.loads((checkpoint / MANIFEST).read_text())["files"], _files(checkpoint)
+        written = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = _files(checkpoint)
         largest_first = sorted(written, key=lambda name: (-written[name]["bytes"], name))
-        for name in sorted(written.keys() | there.keys()):
-            if name not in there or name not in written:
+        for name in sorted(written.keys() | files.keys()):
+            if name not in files or name not in written:
                 return f"{name} is {'missing' if name in written else 'not of it'}"
-            if there[name].stat().st_size != written[name]["bytes"]:
+            if files[name].stat().st_size != written[name]["bytes"]:
                 return f"{name} is damaged (another size)"
-        damaged = [name for name in largest_first[rank::ranks] if _checksum(there[name]) != written[name]]
+        damaged = [name for name in largest_first[rank::ranks] if _checksum(files[name]) != written[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     return f"{min(damaged)} is damaged (another checksum)" if damaged else None
 
 
 class Saver:
-    """Writes checkpoints beside the training: `save` copies what there is to write, and returns; a thread does the rest.
+    """Writes checkpoints while training goes on: `save` copies the contents and returns; a thread writes them.
 
     Args:
+        keep, every: which checkpoints stay, see `prune`.
         beside: False: `save` returns when all is written.
-        rank: the first writes the checkpoint; the others only their shards, if there are some.
+        rank: the first writes the checkpoint; the others only their shards, if there are any.
         group: over which the ranks agree on their shards.
     """
 
@@ -214,7 +224,8 @@ class Saver:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, step: int, contents: Contents) -> None:
-        """
+        """Save a checkpoint, after the one before it is written.
+
         Raises:
             UserError: if this one, or the one before, could not be written.
         """
@@ -222,31 +233,31 @@ class Saver:
         self.step = step
         shards = self._write_shards(step, contents.shards) if contents.shards else None
         if self.beside:
-            copied = contents.on_host(keep=not self.rank)
-            self.writing = shards if self.rank else self.thread.submit(self._write, step, copied, shards)
+            contents = contents.on_host(keep=not self.rank)
+            self.writing = shards if self.rank else self.thread.submit(self._write, step, contents, shards)
         elif self.rank:
-            drained(contents.full_tensors())
+            drain(contents.full_tensors())
         else:
             self._write(step, contents, shards)
 
     def _write_shards(self, step: int, shards: Mapping[str, Tensor]) -> Future[Any]:
-        """Write this rank's; `beside` the training, from a copy."""
+        """Write this rank's shards; `beside` the training, from a copy."""
         import torch.distributed.checkpoint as dcp
 
         partial = partial_of(self.folder, step)
         if not self.rank:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier(self.group)
-        where: dict[str, Any] = {"checkpoint_id": partial / SHARDS, "process_group": self.group}
+        options: dict[str, Any] = {"checkpoint_id": partial / SHARDS, "process_group": self.group}
         if self.beside:
-            writing = dcp.async_save(dict(shards), **where)
+            writing = dcp.async_save(dict(shards), **options)
             assert isinstance(writing, Future)
             return writing
         written: Future[Any] = Future()
         try:
-            written.set_result(dcp.save(dict(shards), **where))
+            written.set_result(dcp.save(dict(shards), **options))
         except _write_errors() as error:
-            raise _not_written(self.folder, step, error) from error
+            raise _write_failed(self.folder, step, error) from error
         return written
 
     def _write(self, step: int, contents: Contents, shards: Future[Any] | None) -> Path:
@@ -255,7 +266,7 @@ class Saver:
         return written
 
     def wait(self) -> Path | None:
-        """Until the last one is written; returns it.
+        """Wait until the last checkpoint is written, and return it.
 
         Raises:
             UserError: if it could not be written.
@@ -264,36 +275,37 @@ class Saver:
         try:
             written = writing.result() if writing else None
         except _write_errors() as error:
-            raise _not_written(self.folder, self.step, error) from error
+            raise _write_failed(self.folder, self.step, error) from error
         return written if isinstance(written, Path) else None
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Whatever ends the run, what was begun is written."""
+        """Finish the checkpoint that is being written, whatever ends the run."""
         self.thread.shutdown(wait=True)
         if kind is None:
             self.wait()
 
     def mark_best(self, step: int, value: float) -> None:
-        """Takes note of a step's checkpoint, if its value is higher than any before."""
+        """Mark a step's checkpoint as the best, if its value is higher than any before."""
         self.wait()
-        if (written := self.folder / f"step-{step:08d}").exists() and not math.isnan(value):
-            mark_best(self.folder, written, value)
+        if (checkpoint := self.folder / f"step-{step:08d}").exists() and not math.isnan(value):
+            mark_best(self.folder, checkpoint, value)
             prune(self.folder, self.keep, self.every)
 
 
-def _copied(tree: Any) -> Any:
-    """The same with tensors of its own, in the memory of the CPU."""
+def _copy(tree: Any) -> Any:
+    """Return a copy with its own tensors, in the memory of the CPU."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):
-        return {key: _copied(value) for key, value in tree.items()}
-    return type(tree)(map(_copied, tree)) if isinstance(tree, list | tuple) else tree
+        return {key: _copy(value) for key, value in tree.items()}
+    return type(tree)(map(_copy, tree)) if isinstance(tree, list | tuple) else tree
 
 
 def _flush(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -302,28 +314,28 @@ def _flush(path: Path) -> None:
 
 
 def complete(folder: Path) -> list[Path]:
-    """All checkpoints, oldest first."""
+    """Return all checkpoints of a folder, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
 def prune(folder: Path, keep: int, every: int = 0) -> None:
-    """Removes all but the last `keep`, the best, and those of every `every`-th step."""
+    """Remove all checkpoints but the last `keep`, the best, and those of every `every`-th step."""
     best = best_of(folder)
     for checkpoint in complete(folder)[:-keep]:
         if checkpoint != best and not (every and int(checkpoint.name.removeprefix("step-")) % every == 0):
-            aside = checkpoint.with_name(f".{checkpoint.name}{PARTIAL}")  # at once: what has its name is complete
+            aside = checkpoint.with_name(f".{checkpoint.name}{PARTIAL}")  # a folder of the right name is complete
             os.rename(checkpoint, aside)
             shutil.rmtree(aside)
 
 
 def clean(folder: Path) -> None:
-    """Removes what killed processes have left."""
-    for left in folder.glob(f".step-*{PARTIAL}"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove the partial checkpoints of killed processes."""
+    for partial in folder.glob(f".step-*{PARTIAL}"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def mark_best(folder: Path, checkpoint: Path, value: float) -> None:
-    """Takes note of a checkpoint if its value is higher than any before."""
+    """Mark a checkpoint as the best if its value is higher than any before."""
     file = folder / BEST
     if file.exists() and json.loads(file.read_text())["value"] >= value:
         return
@@ -333,12 +345,13 @@ def mark_best(folder: Path, checkpoint: Path, value: float) -> None:
 
 
 def best_of(folder: Path) -> Path | None:
+    """Return the best checkpoint of a folder, None if none is marked."""
     file = folder / BEST
     return folder / json.loads(file.read_text())["checkpoint"] if file.exists() else None
 
 
 def find(folder: Path, which: str) -> Path:
-    """The checkpoint named "last", "best" or a step's number.
+    """Return the checkpoint named "last", "best" or a step's number.
 
     Raises:
         UserError: if there is none.
@@ -350,8 +363,8 @@ def find(folder: Path, which: str) -> Path:
         return best
     if which.isdigit() and (folder / f"step-{int(which):08d}").exists():
         return folder / f"step-{int(which):08d}"
-    have = ", ".join(str(int(c.name.removeprefix("step-"))) for c in checkpoints) or "none"
-    raise UserError(f"no checkpoint {which!r} in {folder}; there are steps: {have}")
+    steps = ", ".join(str(int(checkpoint.name.removeprefix("step-"))) for checkpoint in checkpoints) or "none"
+    raise UserError(f"no checkpoint {which!r} in {folder}; there are steps: {steps}")
 
 
 def load_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
@@ -368,7 +381,11 @@ def load_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
 
 
 def weights_file(path: Path, averaged: bool = False) -> Path:
-    """
+    """Return the file of weights of a checkpoint's folder, or the .safetensors file itself.
+
+    Args:
+        averaged: prefer the moving average.
+
     Raises:
         UserError: if there is none.
     """
@@ -386,4 +403,5 @@ def start_of(path: Path) -> str:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Load the state of a checkpoint."""
     return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""All that a run is made of."""
+"""The object that holds all parts of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +14,15 @@ from mmcontrast.training.teachers import Teacher
 
 @dataclass
 class RunContext:
-    """`config` is the resolved config as YAML, saved with every checkpoint; `negative_of` names the fields that only provide
-    negatives, and for which field; `own` those whose negatives are of their own sample's anchors alone; `score` is None where
-    it is the cosine; `mined` is the step whose mined table the data have, None before the first."""
+    """All parts of a run.
+
+    Attributes:
+        config: the resolved config as YAML, saved with every checkpoint.
+        negative_of: the fields that only provide negatives, and for which field.
+        own_negatives: those of them that are candidates of their own sample's anchors alone.
+        score: None where it is the cosine.
+        mined: the step whose mined table the data have, None before the first.
+    """
 
     name: str
     folder: Path
@@ -32,6 +38,6 @@ class RunContext:
     options: TrainOptions
     negative_of: Mapping[str, str]
     teachers: list[Teacher] = field(default_factory=list)
-    own: frozenset[str] = frozenset()
+    own_negatives: frozenset[str] = frozenset()
     score: Hyperbolic | None = None
     mined: int | None = None

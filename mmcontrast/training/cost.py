@@ -1,5 +1,5 @@
-"""What training costs: FLOPs and bytes of a forward and backward, found by running the model on tensors that have shapes and no
-contents (torch's FakeTensorMode): nothing is allocated, and a model of any size is measured in seconds on a CPU."""
+"""Count the FLOPs and bytes of a forward and backward, by running the model on tensors with shapes and no contents (torch's
+FakeTensorMode): nothing is allocated, and a model of any size takes seconds on a CPU."""
 
 import re
 import weakref
@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmcontrast.modalities import PADDING, TextModality
 from mmcontrast.models import ContrastiveModel
 
-# dense products of bf16 (V100: fp16) with fp32 accumulation, FLOP/s, by the vendor's data sheet of the product named; the first
-# that a device's name contains counts. Where a sheet prints the figure "with sparsity", half of it.
+# FLOP/s of dense bf16 products (V100: fp16) with fp32 accumulation, from the vendor's data sheet of the named product; the
+# first name that a device's name contains counts. Where a sheet gives the figure "with sparsity", half of it.
 PEAK_FLOPS = {
     "GB200": 2.5e15,  # NVIDIA GB200 NVL72: 180 PFLOP/s dense for 72
     "B200": 2.25e15,  # NVIDIA HGX B200: 18 PFLOP/s dense for 8
@@ -50,14 +50,14 @@ PEAK_FLOPS = {
 }
 
 _HALF = (torch.bfloat16, torch.float16)
-_IN_FP32 = {  # what autocast computes in fp32 on a GPU, and towers use; on a CPU it does not
+_IN_FP32 = {  # functions of towers that autocast computes in fp32 on a GPU, but not on a CPU
     F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax,
     torch.log_softmax, Tensor.log_softmax, F.normalize,
 }  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by `torch.cuda.get_device_name()`; None: not in the table."""
+    """Return the dense bf16 FLOP/s of a GPU by `torch.cuda.get_device_name()`; None: not in the table."""
     if re.search(r"MIG|Laptop|Max-Q|4090 D", device_name):  # a part of a card, or another card of the same name
         return None
     for name, peak in PEAK_FLOPS.items():
@@ -67,19 +67,19 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def peak_samples(model: ContrastiveModel, precision: str, device: torch.device) -> float | None:
-    """Samples a second that a device could train on if it did nothing but the model's operations at its data sheet's rate; None
-    where that is not known. Of a model as it is before anything is done to its blocks."""
+    """Return the samples a second that a device could train on if it did nothing but the model's operations at its data sheet's
+    rate; None where that is not known. The model's blocks must not be compiled or recomputed yet."""
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and precision in ("bf16", "fp16") else None
     return peak / flops_per_sample(model) if peak else None
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one sample that has every field; a multiplication with its addition is 2.
+    """The FLOPs of one sample that has every field; a multiplication with its addition is 2.
 
     Attributes:
         forward: per field, of its modality, tower and projection.
-        backward: of what learns.
+        backward: for the gradients of the trainable parameters.
     """
 
     forward: dict[str, float]
@@ -87,18 +87,19 @@ class Flops:
 
     @property
     def total(self) -> float:
+        """Return the FLOPs of forward and backward."""
         return sum(self.forward.values()) + self.backward
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one forward and backward of some samples that have every field.
+    """The bytes of one forward and backward of samples that have every field.
 
     Attributes:
-        saved: per field, what the forward keeps for the backward, parameters and inputs apart; what two fields share is the
-            first one's.
-        peak: what is alive at the worst moment and was not before, but for gradients: activations, gradients, and what lies
-            between.
+        saved: per field, what the forward keeps for the backward, without parameters and inputs; what two fields share counts
+            for the first.
+        peak: the most that is alive at a time and, but for gradients, was not before: activations, gradients and temporary
+            tensors.
     """
 
     saved: dict[str, int]
@@ -106,14 +107,14 @@ class Bytes:
 
 
 def flops_per_sample(model: ContrastiveModel, shapes: Mapping[str, Sequence[int]] | None = None) -> float:
-    """FLOPs of forward and backward of one sample with every field: both are counted, operation by operation, so that what is
-    locked costs its forward alone. The loss's own are not in it, nor what memory is bought with: a second forward of gradient
-    caching or of recomputed activations (switch recomputation on after counting). For model FLOPs utilisation: this, times
-    samples a second of one device, over `peak_flops`.
+    """Return the FLOPs of forward and backward of one sample with every field: both are counted, operation by operation, so
+    that locked weights cost their forward alone. The loss is not counted, nor a second forward of gradient caching or of
+    recomputed activations (switch recomputation on after counting). Model FLOPs utilisation is this, times samples a second of
+    one device, over `peak_flops`.
 
     Args:
-        model: as it trains, with `requires_grad` as it is; its weights and gradients are not touched.
-        shapes: of one sample by field, for texts the length that counts: {"text": [32]}; default: the longest.
+        model: as it trains, with its `requires_grad`; its weights and gradients are not touched.
+        shapes: of one sample by field, of a text its length: {"text": [32]}; default: the longest.
     """
     with fakes(), _training(model), next(model.parameters()).device:
         return count_flops(model, make_values(model, 2, shapes)).total
@@ -121,9 +122,9 @@ def flops_per_sample(model: ContrastiveModel, shapes: Mapping[str, Sequence[int]
 
 @contextmanager
 def fakes() -> Iterator[None]:
-    """Within it tensors have no contents. Modules are built as they are anywhere else, but stay where they are and as they are:
-    a fake parameter cannot be converted in place. What a content decides is decided as if it were 0: timm's models are built
-    without stochastic depth."""
+    """Make tensors without contents within it. Modules are built as usual, but are not moved or converted: a fake parameter
+    cannot be converted in place. A decision on a content is made as if it were 0: timm's models are built without stochastic
+    depth."""
     convert = nn.Module._apply
 
     def keep(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
@@ -131,7 +132,7 @@ def fakes() -> Iterator[None]:
 
     nn.Module._apply = keep  # type: ignore[method-assign]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _Unknown():
+        with FakeTensorMode(allow_non_fake_inputs=True), _ZeroContents():
             yield
     finally:
         nn.Module._apply = convert  # type: ignore[method-assign]
@@ -139,7 +140,7 @@ def fakes() -> Iterator[None]:
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """The model in training mode, and afterwards as it was."""
+    """Put the model in training mode within it."""
     before = model.training
     model.train()
     try:
@@ -149,7 +150,7 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def make_values(model: ContrastiveModel, samples: int, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
-    """What the modalities would collate of samples that have every field; texts are as long as they may be."""
+    """Return values as the modalities collate them for samples that have every field, with the longest texts."""
     values = {}
     for field in model.modalities:
         modality = model.modality(field)
@@ -165,39 +166,40 @@ def make_values(model: ContrastiveModel, samples: int, shapes: Mapping[str, Sequ
 
 
 def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor]) -> Flops:
-    """Runs the model forward and backward, and counts; leaves no gradients."""
+    """Run the model forward and backward, and count its FLOPs; leave no gradients."""
     samples = len(next(iter(values.values())))
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    forward, outputs = {}, []
-    # as products: which fused attention a device picks, and whether torch's table of FLOPs knows it, changes from version to
-    # version; nor does what a fused one computes twice count
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    forward: dict[str, float] = {}
+    outputs: list[Tensor] = []
+    # attention as plain products: which fused attention a device picks, and whether torch's table of FLOPs knows it, changes
+    # from version to version; what a fused one computes twice does not count either
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), _AsOnGpu():
         for field, batch in values.items():
             before = counter.get_total_flops()
             outputs.append(model.encode(field, batch))
             forward[field] = (counter.get_total_flops() - before) / samples
         before = counter.get_total_flops()
-        torch.autograd.grad(torch.stack([output.sum() for output in outputs]).sum(), learning, allow_unused=True)
+        torch.autograd.grad(torch.stack([output.sum() for output in outputs]).sum(), trainable, allow_unused=True)
         return Flops(forward, (counter.get_total_flops() - before) / samples)
 
 
 def count_bytes(model: ContrastiveModel, values: Mapping[str, Tensor], precision: str = "fp32") -> Bytes:
-    """Runs the model forward and backward, and looks what is alive; gradients are added to those that are there. On real
-    tensors it counts the same: that is how it is tested.
+    """Run the model forward and backward, and count the bytes that are alive; gradients are added to existing ones. On real
+    tensors it counts the same, which is how it is tested.
 
     Args:
-        precision: train.precision, by autocast's rules for a GPU.
+        precision: `train.precision`, by autocast's rules for a GPU.
     """
-    given = {_key(tensor) for tensor in (*model.parameters(), *model.buffers(), *values.values())}
+    inputs = {_key(tensor) for tensor in (*model.parameters(), *model.buffers(), *values.values())}
     saved: dict[str, int] = {}
-    kept: dict[int, Any] = {}  # storages by their key
+    kept: dict[int, Any] = {}  # storages by key
 
     def keep(tensor: Tensor) -> Tensor:
-        if _key(tensor) not in given:
+        if _key(tensor) not in inputs:
             kept.setdefault(_key(tensor), tensor.untyped_storage())
         return tensor
 
-    with _Alive(given, [p.grad for p in model.parameters() if p.grad is not None]) as alive, _AsOnGpu():
+    with _AliveBytes(inputs, [p.grad for p in model.parameters() if p.grad is not None]) as alive, _AsOnGpu():
         outputs = []
         for field, batch in values.items():
             count = len(kept)
@@ -205,7 +207,7 @@ def count_bytes(model: ContrastiveModel, values: Mapping[str, Tensor], precision
             with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
                 outputs.append(model.encode(field, batch))
             saved[field] = sum(storage.nbytes() for storage in list(kept.values())[count:])
-        kept.clear()  # from here on they live as long as the graph needs them
+        kept.clear()  # from here on only the graph keeps them alive
         total = torch.stack([output.sum() for output in outputs]).sum()
         del outputs
         # what torch.autograd.backward calls, which would leave `_AsOnGpu` while blocks are recomputed
@@ -216,15 +218,16 @@ def count_bytes(model: ContrastiveModel, values: Mapping[str, Tensor], precision
 
 
 def _key(tensor: Tensor) -> int:
+    """Return a number that identifies a tensor's storage."""
     return tensor.untyped_storage()._cdata
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, from their making to their end."""
+class _AliveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations allocate, until they are freed."""
 
-    def __init__(self, given: set[int], gradients: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: set[int], gradients: Sequence[Tensor]) -> None:
         super().__init__()
-        self.known = given | {_key(gradient) for gradient in gradients}
+        self.known = inputs | {_key(gradient) for gradient in gradients}
         self.now = self.peak = sum(gradient.untyped_storage().nbytes() for gradient in gradients)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -235,16 +238,17 @@ class _Alive(TorchDispatchMode):
                 self.known.add(_key(tensor))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._end, _key(tensor), storage.nbytes()).atexit = False
+                weakref.finalize(storage, self._free, _key(tensor), storage.nbytes()).atexit = False
         return out
 
-    def _end(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
+        """Take note that a storage is freed."""
         self.known.discard(key)
         self.now -= size
 
 
-class _Unknown(TorchDispatchMode):
-    """Answers what asks for a content: no, or 0. `batch.isnan().any()`, say."""
+class _ZeroContents(TorchDispatchMode):
+    """Answers questions for a content, such as `batch.isnan().any()`, with False or 0."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -253,21 +257,21 @@ class _Unknown(TorchDispatchMode):
 
 
 class _AsOnGpu(TorchFunctionMode):
-    """What a GPU does otherwise than a CPU: norms and softmaxes in fp32 under autocast; attention that keeps no scores, with
-    dropout and learnt biases too; one byte for each number that dropout may drop."""
+    """Computes on a CPU as a GPU does: norms and softmaxes in fp32 under autocast; attention that keeps no scores, also with
+    dropout and learnt biases; one byte for each number that dropout may drop."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given = dict(zip(names, args, strict=False)) | kwargs | {"dropout_p": 0.0}
-            if given.get("attn_mask") is not None:
-                given["attn_mask"] = given["attn_mask"].detach()
-            return func(**given)
+            arguments = dict(zip(names, args, strict=False)) | kwargs | {"dropout_p": 0.0}
+            if arguments.get("attn_mask") is not None:
+                arguments["attn_mask"] = arguments["attn_mask"].detach()
+            return func(**arguments)
         if func is F.dropout:
-            given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-            if given.get("training", True) and not given.get("inplace") and (share := given.get("p", 0.5)):
-                return torch.native_dropout(given["input"], share, True)[0]
+            arguments = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+            if arguments.get("training", True) and not arguments.get("inplace") and (share := arguments.get("p", 0.5)):
+                return torch.native_dropout(arguments["input"], share, True)[0]
         if func in _IN_FP32 and torch.is_autocast_enabled("cpu"):
             args = [arg.float() if isinstance(arg, Tensor) and arg.dtype in _HALF else arg for arg in args]
         return func(*args, **kwargs)

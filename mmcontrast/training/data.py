@@ -1,4 +1,4 @@
-"""From options to the objects of a run: modalities, towers, model, data. What the loop and the evaluation work on."""
+"""Make the training data of a run from its options: data sets, their order, sources and mined negatives."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -51,22 +51,23 @@ def make_dataset(
     without: float | None = None,
     views: Sequence[TeacherView] = (),
 ) -> ShardDataset:
-    """Open shards as `fields` say, or as a mapping of shards says that has `keys` and `files` of its own.
+    """Open shards by the keys of `fields`, or by those of a mapping of shards that has its own `keys` and `files`.
 
     Args:
         partial: leave out fields of which no sample has a member.
-        without: the share of the samples that is held out, and left out here.
-        views: what teachers read beside it.
+        without: the share of the samples that is held out, and so left out.
+        views: what teachers read of each sample.
 
     Raises:
-        UserError: for shards that are not there, or lack a field.
+        UserError: for shards that do not exist, or lack a field.
     """
     modalities = training_modalities(fields, model) if training else {field: model.modality(field) for field in fields}
-    keys = {field: of.keys for field, of in fields.items() if of.keys}
+    keys = {name: field.keys for name, field in fields.items() if field.keys}
     return open_dataset(shards, modalities, keys, seed=seed, training=training, partial=partial, without=without, views=views)
 
 
 def training_modalities(fields: Iterable[str], model: ContrastiveModel) -> dict[str, Modality]:
+    """Return the fields' modalities with the augmentation of training."""
     return {field: model.modality(field).for_training() for field in fields}
 
 
@@ -78,54 +79,56 @@ def make_training_data(
     seed: int,
     views: Sequence[TeacherView] = (),
 ) -> tuple[TrainingDataset, TrainingOrder]:
-    """The samples and their order: of one set of shards, of several sources, within clusters, beside their neighbours, or
-    sequential.
+    """Return the training samples and their order: from one set of shards, from several sources, within clusters, beside their
+    nearest neighbours, or sequential.
 
     Raises:
         UserError: for shards, fields, weights or options that do not fit.
     """
     sources = options.train if isinstance(options.train, dict) else {}
-    refuse_combinations(options, fields)
+    check_combinations(options, fields)
     if options.sequential and any(view.keys for view in views):
         raise UserError("train.teacher: embeddings that are stored need shards that are indexed: no data.sequential")
     lanes = options.lanes or max(lanes for lanes in (1, 2, 4, 8, 16, 32, 64) if batch_size % lanes == 0)
-    keys = {field: of.keys for field, of in fields.items() if of.keys}
+    keys = {name: field.keys for name, field in fields.items() if field.keys}
     if options.sequential:
         assert not isinstance(options.train, dict)
         modalities = training_modalities(fields, model)
         return StreamDataset(options.train, modalities, keys, seed, views), StreamOrder(batch_size, seed)
 
-    def order_of(dataset: ShardDataset) -> SampleOrder:
-        sizes, by = tuple(len(shard) for shard in dataset.shards), options.bucket_by
-        lengths = partial(dataset.lengths, by) if by else None
-        return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, dataset.digest + more, by, lengths)
+    def make_order(dataset: ShardDataset) -> SampleOrder:
+        sizes, field = tuple(len(shard) for shard in dataset.shards), options.bucket_by
+        lengths = partial(dataset.lengths, field) if field else None
+        digest = dataset.digest + negatives_digest
+        return SampleOrder(sizes, batch_size, seed, lanes, options.block, options.window, digest, field, lengths)
 
     dataset: ShardDataset | MixtureDataset
     if sources:
         common: dict[str, Any] = {"seed": seed, "without": options.held_out, "views": views, "select": options.select}
         opened = {name: make_source(name, source, fields, model, **common) for name, source in sources.items()}
-        every = training_modalities(fields, model)
-        dataset = MixtureDataset(opened, every, [name for name, source in sources.items() if source.own_ids], views)
+        own_ids = [name for name, source in sources.items() if source.own_ids]
+        dataset = MixtureDataset(opened, training_modalities(fields, model), own_ids, views)
     else:
         assert not isinstance(options.train, dict)
-        part: dict[str, Any] = {"without": options.held_out, "views": views}
         shards = ShardOptions(shards=options.train, select=options.select)
-        dataset = make_dataset(shards, fields, model, seed=seed, training=True, **part)
+        dataset = make_dataset(shards, fields, model, seed=seed, training=True, without=options.held_out, views=views)
     dataset.negatives = make_negatives(options, dataset, seed)
-    more, batches = digest_of(dataset), options.batches
+    negatives_digest, batches = digest_of_negatives(dataset), options.batches
     if options.clusters:
         clusters, table = clusters_of(dataset, options.clusters)
-        return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest + more, table, clusters)
+        return dataset, ClusterOrder(batch_size, seed, lanes, dataset.digest + negatives_digest, table, clusters)
     if isinstance(batches, NeighboursOptions):
         if batches.table is None:
             neighbours = Neighbours.none(len(dataset))
         else:
             neighbours = open_neighbours(dataset, batches.table, batches.nearest, batches.unknown_ids)
-        chosen = batches.nearest, batches.beside, batches.share
-        return dataset, NeighbourOrder(batch_size, seed, lanes, dataset.digest + more, neighbours.digest, *chosen, neighbours)
+        return dataset, NeighbourOrder(
+            batch_size, seed, lanes, dataset.digest + negatives_digest, neighbours.digest, batches.nearest, batches.beside,
+            batches.share, neighbours,
+        )  # fmt: skip
     if isinstance(dataset, ShardDataset):
-        return dataset, order_of(dataset)
-    orders = tuple(order_of(source) for source in dataset.sources.values())
+        return dataset, make_order(dataset)
+    orders = tuple(make_order(source) for source in dataset.sources.values())
     weights = [source.weight or float(len(dataset.sources[name])) for name, source in sources.items()]
     return dataset, MixtureOrder(orders, tuple(weight / sum(weights) for weight in weights), batches)
 
@@ -134,56 +137,58 @@ def make_negatives(options: DataOptions, dataset: ShardDataset | MixtureDataset,
     """Open the tables of `data.negatives`.
 
     Raises:
-        UserError: for a table that is not there, or of other samples.
+        UserError: for a table that does not exist, or belongs to other samples.
     """
-    names, opened = iter(options.mined), []
-    for given in options.tables_of_negatives:
-        own = [next(names) for _ in range(given.count)]
-        if given.table is None:
-            opened.append(MinedNegatives.none(given.field, own, seed))
+    all_names, negatives = iter(options.mined), []
+    for table in options.tables_of_negatives:
+        names = [next(all_names) for _ in range(table.count)]
+        if table.table is None:
+            negatives.append(MinedNegatives.none(table.field, names, seed))
         else:
-            opened.append(open_negatives(dataset, given.table, given.field, own, seed, given.unknown_ids))
-    return opened
+            negatives.append(open_negatives(dataset, table.table, table.field, names, seed, table.unknown_ids))
+    return negatives
 
 
 def use_mined(
-    table: Path, options: DataOptions, dataset: ShardDataset | MixtureDataset, order: ExactOrder, known: np.ndarray
+    table: Path, options: DataOptions, dataset: ShardDataset | MixtureDataset, order: ExactOrder, sample_ids: np.ndarray
 ) -> ExactOrder:
-    """Give a data set the negatives of a table that training has mined, wherever the options name none, and return the order
-    with its neighbours, if there are such; its digest is part of the order's state.
+    """Let a data set use the negatives of a table that training has mined, wherever the options name no table, and return the
+    order with the table's neighbours, if it has neighbours. The table's digest is part of the order's state.
 
     Args:
-        known: the data set's sample ids.
+        sample_ids: those of the data set.
 
     Raises:
-        UserError: for a table that is not there, or of other samples.
+        UserError: for a table that does not exist, or belongs to other samples.
     """
-    opened = []
-    for given, old in zip(options.tables_of_negatives, dataset.negatives, strict=True):
-        renewed = given.table is None
-        opened.append(open_negatives(dataset, str(table), old.field, old.names, old.seed, known=known) if renewed else old)
-    dataset.negatives = opened
-    more = digest_of(dataset)
+    dataset.negatives = [
+        open_negatives(dataset, str(table), old.field, old.names, old.seed, known=sample_ids) if given.table is None else old
+        for given, old in zip(options.tables_of_negatives, dataset.negatives, strict=True)
+    ]
+    negatives_digest = digest_of_negatives(dataset)
     if isinstance(order, MixtureOrder):
         assert isinstance(dataset, MixtureDataset)
-        sources = dataset.sources.values()
-        orders = [replace(one, data=source.digest + more) for one, source in zip(order.orders, sources, strict=True)]
-        return replace(order, orders=tuple(orders))
-    order = replace(order, data=dataset.digest + more)
+        orders = tuple(
+            replace(source_order, data=source.digest + negatives_digest)
+            for source_order, source in zip(order.orders, dataset.sources.values(), strict=True)
+        )
+        return replace(order, orders=orders)
+    order = replace(order, data=dataset.digest + negatives_digest)
     batches = options.batches
     if isinstance(order, NeighbourOrder) and isinstance(batches, NeighboursOptions) and batches.table is None:
-        neighbours = open_neighbours(dataset, str(table), batches.nearest, known=known)
+        neighbours = open_neighbours(dataset, str(table), batches.nearest, known=sample_ids)
         order = replace(order, table=neighbours.digest, neighbours=neighbours, epochs={})
     return order
 
 
-def digest_of(dataset: ShardDataset | MixtureDataset) -> str:
+def digest_of_negatives(dataset: ShardDataset | MixtureDataset) -> str:
     """Return what the tables of negatives add to the digest of the data."""
     return "".join(f" {negatives.digest}" for negatives in dataset.negatives)
 
 
-def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]) -> None:
-    """
+def check_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]) -> None:
+    """Check that the options of the data go together.
+
     Raises:
         UserError: for options that contradict each other.
     """
@@ -198,7 +203,7 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
     if options.clusters and (weighted or options.batches == "single"):
         raise UserError("data.clusters: an epoch shows each sample once, so there are no weights and no data.batches")
     if isinstance(options.batches, NeighboursOptions):
-        refuse_beside_neighbours(options, bool(weighted))
+        check_neighbours(options, bool(weighted))
     if options.sequential and options.mined:
         raise UserError("data.negatives: they are read by their ids, from shards that are indexed: no data.sequential")
     if options.sequential and options.held_out:
@@ -209,10 +214,11 @@ def refuse_combinations(options: DataOptions, fields: Mapping[str, FieldOptions]
         raise UserError("data.sequential: the order is that of the tars: no several sources, clusters or bucket_by")
 
 
-def refuse_beside_neighbours(options: DataOptions, weighted: bool) -> None:
-    """
+def check_neighbours(options: DataOptions, weighted: bool) -> None:
+    """Check the options beside batches of neighbours.
+
     Raises:
-        UserError: for what contradicts batches of neighbours.
+        UserError: for options that contradict them.
     """
     if options.clusters:
         raise UserError("data.batches neighbours and data.clusters: a step is of neighbours, or of one cluster, not both")
@@ -234,16 +240,17 @@ def make_source(
     views: Sequence[TeacherView] = (),
     select: str | None = None,
 ) -> ShardDataset:
-    """One of several sources, with its own keys and transforms; without a share that is held out.
+    """Open one of several sources, with its own keys and transforms.
 
     Args:
+        without: the share of the samples that is held out, and so left out.
         select: the selection of all sources that have none of their own.
 
     Raises:
-        UserError: for a field that there is not.
+        UserError: for an unknown field.
     """
     modalities = source_modalities(name, source, fields, training_modalities(fields, model))
-    keys = {field: of.keys for field, of in fields.items() if of.keys} | source.keys
+    keys = {name: field.keys for name, field in fields.items() if field.keys} | source.keys
     part = Part(without, False) if without else None
     check_templates(source.templates, modalities, f"data.train.{name}")
     select = source.select or select
@@ -259,10 +266,10 @@ def make_source(
 def source_modalities(
     name: str, source: SourceOptions, fields: Mapping[str, FieldOptions], modalities: Mapping[str, Modality]
 ) -> dict[str, Modality]:
-    """The model's modalities, with what one of several sources has otherwise.
+    """Return the model's modalities with the changes of one of several sources.
 
     Raises:
-        UserError: for a field that there is not; for an option that must be that of the model.
+        UserError: for an unknown field; for an option that must be that of the model.
     """
     for field in source.keys.keys() | source.modalities.keys():
         if field not in fields:
@@ -270,17 +277,17 @@ def source_modalities(
     modalities = dict(modalities)
     for field, changed in source.modalities.items():
         for option in changed.keys() - modalities[field].of_source:
-            may = ", ".join(sorted(modalities[field].of_source)) or "none"
+            allowed = ", ".join(sorted(modalities[field].of_source)) or "none"
             raise UserError(
-                f"data.train.{name}.modalities.{field}: {option!r} must be that of the model; a source may have: {may}"
+                f"data.train.{name}.modalities.{field}: {option!r} must be that of the model; a source may have: {allowed}"
             )
-        own = fields[field].modality
-        if own is None:
+        spec = fields[field].modality
+        if spec is None:
             raise UserError(
                 f"data.train.{name}.modalities.{field}: its modality is that of model.start: say fields.{field}.modality"
             )
-        spec = {**({"type": own} if isinstance(own, str) else own), **changed}
-        if spec["type"] == "image" and isinstance(pictures := modalities[field], ImageModality):
-            spec = {"background": pictures.background, **spec}
+        spec = {**({"type": spec} if isinstance(spec, str) else spec), **changed}
+        if spec["type"] == "image" and isinstance(modality := modalities[field], ImageModality):
+            spec = {"background": modality.background, **spec}
         modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality", Modality)
     return modalities

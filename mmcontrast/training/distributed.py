@@ -16,13 +16,13 @@ from accelerate import PartialState
 from mmcontrast.errors import PeerLost, leave_exit_code
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while one evaluates; of stalls the watchdog knows better
+COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while one evaluates; the watchdog finds stalls sooner
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Connection refused")
 OTHER_HAS_ENDED = "another rank has ended; its own message says why"
 
 
 def join_processes() -> PartialState:
-    """This process's place among all. Without a GPU several processes talk over gloo; accelerate must be told so.
+    """Join the process group and return accelerate's state. Without a GPU, accelerate must be told to use gloo.
 
     Raises:
         RuntimeError: if fewer processes meet than were launched: each would train alone.
@@ -42,14 +42,14 @@ def all_ranks() -> dist.ProcessGroup | None:
 
 
 def end_with_torchrun() -> None:
-    """It gives its ranks sessions of their own, so they would outlive its kill."""
+    """Let the kernel kill this process when torchrun is killed: it starts its ranks in sessions of their own."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_now(code: int) -> NoReturn:
-    """Ends this process without another thought, and its data workers with it."""
+    """End this process and its data workers at once, without any clean-up."""
     leave_exit_code(code)
     for child in multiprocessing.active_children():
         child.kill()
@@ -58,10 +58,10 @@ def end_now(code: int) -> NoReturn:
 
 @contextmanager
 def reporting_lost_ranks() -> Iterator[None]:
-    """What a rank sees of another's end becomes one error, that says so.
+    """Turn what collectives raise after another rank's end into one error that says so.
 
     Raises:
-        PeerLost: for what the collectives raise then.
+        PeerLost: if another rank has ended.
     """
     try:
         yield

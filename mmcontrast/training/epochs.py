@@ -1,4 +1,4 @@
-"""How many optimizer steps a run of some epochs takes, and when it is evaluated."""
+"""Turn the epochs of a run's options into optimizer steps."""
 
 import math
 
@@ -25,11 +25,11 @@ def in_steps(options: TrainOptions, order: TrainingOrder) -> TrainOptions:
 
 
 def steps_per_epoch(order: TrainingOrder, wanted: str, remedy: str) -> int:
-    """Return the steps in which every sample is seen once, but for fewer than a batch and some; of several sources, whose
-    shares hold over thousands of samples, the steps in which as many are seen as there are.
+    """Return the steps in which every sample is seen once, except for a remainder of a batch or so; of several sources, whose
+    shares hold only over thousands of samples, the steps that show as many samples as there are.
 
     Args:
-        wanted, remedy: by which option, and what to do if there is no such number.
+        wanted, remedy: which option asks, and what to do if there is no such number; for the error.
 
     Raises:
         UserError: for a sequential order, and sources whose weights are not their sizes.

@@ -1,4 +1,4 @@
-"""The evaluations of a run: when one was missed, which step was the best, and when none has been better for too long."""
+"""Evaluate during a run: record the results, mark the best checkpoint, and end the run early by `train.patience`."""
 
 import math
 import shutil
@@ -19,16 +19,17 @@ from mmcontrast.training.step import Learner
 
 
 class Evaluations:
-    """Evaluates the weights at hand, averaged if they are; all ranks embed, the first has the results. It adds them to
-    evaluations.jsonl, takes note of the best checkpoint, and at the end of the run writes results and page.
+    """Evaluates the current weights, or their moving average; all ranks embed, the first has the results. It adds them to
+    evaluations.jsonl, marks the best checkpoint, and at the end of the run writes the results and the page.
 
     Args:
-        start: the step that the run begins or is resumed at; later lines of evaluations.jsonl are cut off.
+        start: the step that the run begins or resumes at; later lines of evaluations.jsonl are cut off.
         saver: of checkpoints; the first rank has one.
 
     Attributes:
-        exhausted: `train.patience` evaluations have not been better than the best before them: the run has ended. The same on
-            all ranks, and on a resumed run found again from evaluations.jsonl.
+        exhausted: `train.patience` evaluations have not improved on the best one before them: the run has ended. The same on
+            all ranks; a resumed run computes it from evaluations.jsonl.
+        steps: the steps that were evaluated.
     """
 
     def __init__(self, job: RunContext, start: int, learner: Learner, saver: checkpoint.Saver | None) -> None:
@@ -45,7 +46,7 @@ class Evaluations:
         self.steps, self.exhausted = broadcast_object_list([set(self.history), self._is_exhausted()])
 
     def run(self, done: int, progress: Progress) -> Results:
-        """Evaluate after a number of steps.
+        """Evaluate after a number of steps, and return the results.
 
         Raises:
             UserError: if `evaluation.best` is no result.
@@ -54,29 +55,30 @@ class Evaluations:
         model, device = learner.averaged or job.model, learner.accelerator.device
         last = done == job.options.total_steps
         may_end = last or (job.options.patience is not None and self._stale() + 1 >= job.options.patience)
-        options = (
-            job.evaluation if may_end else job.evaluation.model_copy(update={"resamples": 0})
-        )  # intervals: of results.json
-        found = evaluate(model, job.eval_datasets, options, device, progress, group)
+        options = job.evaluation
+        if not may_end:  # only results.json has confidence intervals
+            options = options.model_copy(update={"resamples": 0})
+        evaluation = evaluate(model, job.eval_datasets, options, device, progress, group)
         self.steps.add(done)
-        if self.main and found.values:
-            self._record(done, found, last, progress)
+        if self.main and evaluation.values:
+            self._record(done, evaluation, last, progress)
         if job.options.patience:
             (self.exhausted,) = broadcast_object_list([self.exhausted])
-        return found.values
+        return evaluation.values
 
-    def _record(self, done: int, found: Evaluation, last: bool, progress: Progress) -> None:
-        job, results = self.job, found.values
+    def _record(self, done: int, evaluation: Evaluation, last: bool, progress: Progress) -> None:
+        """Write the results of an evaluation, and mark the checkpoint if it is the best."""
+        job, results = self.job, evaluation.values
         self.history[done] = results
         self.exhausted = self._is_exhausted()
         if last or self.exhausted:  # before anything that may be refused: the results are kept
-            found.notes += self._notes(done, last)
-            about = {"model": {"model": str(job.folder), "checkpoint": str(done)}, "training": self._about(done)}
+            evaluation.notes += self._notes(done, last)
+            metadata = {"model": {"model": str(job.folder), "checkpoint": str(done)}, "training": self._summary(done)}
             model = self.learner.averaged or job.model
-            write_results(job.folder, job.name, found, model, job.eval_datasets, job.evaluation, about)
-            progress.console.print(results_table(found))
+            write_results(job.folder, job.name, evaluation, model, job.eval_datasets, job.evaluation, metadata)
+            progress.console.print(results_table(evaluation))
         elif not done:
-            keep_before(job.folder, found, job.eval_datasets, job.evaluation)
+            keep_before(job.folder, evaluation, job.eval_datasets, job.evaluation)
         self.lines.add({"step": done} | results)
         self.learner.accelerator.log(results, step=done)
         key = self._key()
@@ -94,7 +96,7 @@ class Evaluations:
         return self.job.evaluation.best or next(names, None)
 
     def _values(self) -> dict[int, float]:
-        """Return that result of each evaluation by its step, negated where lower is better; what is no number is −∞."""
+        """Return the value of that result by step, negated where lower is better, −∞ where it is not a number."""
         key = self._key() or ""
         values = {step: results.get(key, math.nan) for step, results in sorted(self.history.items())}
         sign = -1.0 if lower_is_better(key) else 1.0
@@ -111,18 +113,19 @@ class Evaluations:
         return sum(best is None or step > best for step in self.history)
 
     def _is_exhausted(self) -> bool:
+        """Return whether `train.patience` evaluations have brought no improvement."""
         return self.job.options.patience is not None and self._stale() >= self.job.options.patience
 
-    def _about(self, done: int) -> dict[str, Any]:
-        about: dict[str, Any] = {"step": done, "steps": self.job.options.total_steps, "stopped_early": self.exhausted}
+    def _summary(self, done: int) -> dict[str, Any]:
+        """Return what results.json says of the training."""
+        summary: dict[str, Any] = {"step": done, "steps": self.job.options.total_steps, "stopped_early": self.exhausted}
         best, key = self._best(), self._key()
         if best is not None and key:
-            about["best"] = {"step": best, "result": key, "value": self.history[best][key]}
-        return about
+            summary["best"] = {"step": best, "result": key, "value": self.history[best][key]}
+        return summary
 
     def _notes(self, done: int, last: bool) -> list[str]:
-        """Return what a reader of the results must know of the steps before: that the run has ended early, and that another
-        step was better."""
+        """Return notes for a reader of the results: that the run has ended early, and that another step was better."""
         notes, best, key = [], self._best(), self._key()
         if not last:
             notes = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmcontrast.models import ContrastiveModel, Embeddings
 from mmcontrast.types import Batch
 
-NOT_COUNTING = {"momentum": 0.0, "num_batches_tracked": None}  # of a norm whose statistics stay as they are
+FIXED_STATISTICS = {"momentum": 0.0, "num_batches_tracked": None}  # attributes of a norm that leaves its statistics unchanged
 
 
 def cached_backward(
@@ -28,34 +28,36 @@ def cached_backward(
     device: torch.device | str = "cpu",
     synchronise: bool = True,
 ) -> tuple[Tensor, Embeddings]:
-    """Adds the gradient of `loss_of` the whole batch's embeddings to the model's parameters.
+    """Add the gradient of `loss_of` the whole batch's embeddings to the model's parameters.
 
-    It is that of `loss_of(model(batch)).backward()`, had the model seen the batch in micro-batches.
+    It equals that of `loss_of(model(batch)).backward()`, had the model seen the batch in micro-batches.
 
     Args:
         model: Batch → Embeddings, or DistributedDataParallel of one, whose single all-reduce follows the last micro-batch.
         batch: anywhere; micro-batches are moved to `device` one at a time.
-        loss_of: called once. What it does in its backward (other ranks, objectives' memories) happens once.
+        loss_of: called once, so what its backward does (collectives, updates of an objective's memory) happens once.
         backward: of the micro-batches: `accelerator.backward`, where gradients are scaled.
-        synchronise: let the last micro-batch reduce over the ranks; False: more is to be added first.
+        synchronise: let the last micro-batch reduce over the ranks; False: more gradients follow first.
 
     Returns:
-        (loss, detached; the embeddings it was taken of, with their gradients).
+        (the loss, detached; the embeddings that it was computed from, with their gradients).
     """
     device = torch.device(device)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    parts, states, seen = batch.split(micro_batch_size), [], []
+    parts = batch.split(micro_batch_size)
+    states: list[tuple[Tensor, Tensor | None]] = []
+    outputs: list[Embeddings] = []
     locked = isinstance(inner, ContrastiveModel) and any(map(inner.is_locked, inner.towers))
     kept: list[dict[str, Any]] = [{"features": {}} if locked else {} for _ in parts]
     with torch.no_grad(), running_statistics_kept(inner):
         for part, features in zip(parts, kept, strict=True):
             states.append(_random_state(device))
-            seen.append(inner(part.to(device), **features))
-    fields = {field: _leaf(torch.cat([part.fields[field] for part in seen])) for field in seen[0].fields}
-    scale, bias, curvature = seen[0].logit_scale, seen[0].logit_bias, seen[0].curvature
-    scale = {pair: _leaf(one) for pair, one in scale.items()} if isinstance(scale, dict) else _leaf(scale)
+            outputs.append(inner(part.to(device), **features))
+    fields = {field: _leaf(torch.cat([output.fields[field] for output in outputs])) for field in outputs[0].fields}
+    scale, bias, curvature = outputs[0].logit_scale, outputs[0].logit_bias, outputs[0].curvature
+    scale = {pair: _leaf(value) for pair, value in scale.items()} if isinstance(scale, dict) else _leaf(scale)
     leaves = Embeddings(fields, scale, None if bias is None else _leaf(bias), None if curvature is None else _leaf(curvature))
-    del seen
+    del outputs
     loss = loss_of(leaves)
     loss.backward()
     after = _random_state(device)
@@ -65,11 +67,11 @@ def cached_backward(
         last = start == len(batch)
         _set_random_state(state, device)
         with nullcontext() if last and synchronise else no_sync(model):
-            again = model(part.to(device), **features)
-            pairs = [(found, _grad(fields[field])[rows]) for field, found in again.fields.items()]
-            if last:  # the scale, the bias and the curvature are one for all
-                pairs += [(found, _grad(leaf)) for found, leaf in zip(_shared(again), _shared(leaves), strict=True)]
-            backward(torch.stack([(found * grad).sum() for found, grad in pairs]).sum())
+            output = model(part.to(device), **features)
+            pairs = [(tensor, _grad(fields[field])[rows]) for field, tensor in output.fields.items()]
+            if last:  # all micro-batches share the scale, the bias and the curvature
+                pairs += [(tensor, _grad(leaf)) for tensor, leaf in zip(_shared(output), _shared(leaves), strict=True)]
+            backward(torch.stack([(tensor * grad).sum() for tensor, grad in pairs]).sum())
     _set_random_state(after, device)
     return loss.detach(), leaves
 
@@ -83,13 +85,14 @@ def _grad(leaf: Tensor) -> Tensor:
 
 
 def _shared(embeddings: Embeddings) -> list[Tensor]:
-    """What all samples share: scales, the bias, and the curvature."""
-    scale, more = embeddings.logit_scale, (embeddings.logit_bias, embeddings.curvature)
-    return [*(scale.values() if isinstance(scale, dict) else [scale]), *(one for one in more if one is not None)]
+    """Return what all samples share: scales, the bias, and the curvature."""
+    scale = embeddings.logit_scale
+    scales = [*scale.values()] if isinstance(scale, dict) else [scale]
+    return scales + [tensor for tensor in (embeddings.logit_bias, embeddings.curvature) if tensor is not None]
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Gradients stay on their ranks within it; of weights in shards, where they are to be reduced once a step."""
+    """Keep gradients on their ranks within it; those of weights in shards only where they are reduced once a step."""
     if getattr(model, "reduced_once", False):
         return _whole_gradients(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
@@ -106,23 +109,27 @@ def _whole_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def batch_norms(model: nn.Module) -> list[str]:
-    """Names of the modules whose output depends on who else is in a micro-batch."""
+    """Return the names of the batch norms, whose output depends on the other samples of a micro-batch."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def with_statistics(model: nn.Module) -> list[Any]:
-    """The modules that learn running statistics of what passes through them in training: batch norms and their kin."""
-    return [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor) and hasattr(m, "momentum")]
+    """Return the modules that keep running statistics of their inputs: batch norms and the like."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "running_var", None), Tensor) and hasattr(module, "momentum")
+    ]
 
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """What passes twice is counted by batch norms once: within it they leave their statistics as they are."""
+    """Let batch norms leave their running statistics unchanged within it, so that a second forward does not count twice."""
     norms = [module for module in with_statistics(model) if module.training]
-    before = [{name: getattr(module, name) for name in NOT_COUNTING if hasattr(module, name)} for module in norms]
+    before = [{name: getattr(module, name) for name in FIXED_STATISTICS if hasattr(module, name)} for module in norms]
     for module, values in zip(norms, before, strict=True):
         for name in values:
-            setattr(module, name, NOT_COUNTING[name])
+            setattr(module, name, FIXED_STATISTICS[name])
     try:
         yield
     finally:

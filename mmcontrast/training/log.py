@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a line a step to metrics.jsonl and the trackers, a live line to the console."""
+"""The log of a run: metrics.jsonl with the rates of a step, memory, and the console's progress bar."""
 
 import json
 import resource
@@ -17,7 +17,7 @@ from mmcontrast.strict_json import dumps
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device if it is a GPU, else of the process."""
+    """Return the peak memory in bytes, of the device if it is a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -25,6 +25,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def make_progress(enabled: bool = True) -> Progress:
+    """Return the console's progress bar, on standard error."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(None),
@@ -46,12 +47,13 @@ class StepLines:
             end = 0
             for line in file if resumed_at else ():
                 if not line.endswith(b"}\n") or json.loads(line)["step"] > resumed_at:
-                    break  # half a line, or of a step that will come again
+                    break  # half a line, or a step that will be run again
                 end += len(line)
             file.truncate(end)
         self.file = path.open("a", buffering=1)
 
     def add(self, values: dict[str, Any]) -> None:
+        """Append a line."""
         self.file.write(dumps(values) + "\n")
 
 
@@ -59,28 +61,27 @@ class StepLog(StepLines):
     """`metrics.jsonl`, one object per logged step, with the rates since the one before.
 
     Args:
-        devices: over how many the samples of a step are spread.
-        peak_samples: a second, that a device could do if it did nothing but the operations the model asks for, at its data
-            sheet's rate; None where that is not known. What is reached of it is the MFU (arXiv:2204.02311).
+        devices: the number of devices that share the samples of a step.
+        peak_samples: samples a second that a device could train on if it did nothing but the model's operations at its data
+            sheet's rate; None where that is not known. The share of it that is reached is the MFU (arXiv:2204.02311).
     """
 
     def __init__(self, path: Path, resumed_at: int, devices: int = 1, peak_samples: float | None = None) -> None:
         super().__init__(path, resumed_at)
         self.devices, self.peak_samples = devices, peak_samples
-        self.started = self.waited = time.perf_counter()
+        self.started = time.perf_counter()
         self.data_seconds, self.samples = 0.0, 0
 
-    def waiting(self) -> None:
-        """Called before a batch is asked for."""
-        self.waited = time.perf_counter()
-
-    def arrived(self, samples: int) -> None:
-        """Called when it has come."""
-        self.data_seconds += time.perf_counter() - self.waited
+    @contextmanager
+    def waiting(self, samples: int) -> Iterator[None]:
+        """Count the time within it as waiting for a batch, and the samples of the batch."""
+        began = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - began
         self.samples += samples
 
     def write(self, values: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        """Adds the rates since the last line, and writes one."""
+        """Write a line of the values and the rates since the last line, and return it."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         rate = self.samples / elapsed
         values = values | {
@@ -97,17 +98,17 @@ class StepLog(StepLines):
         return values
 
     def note(self, line: dict[str, Any]) -> str:
-        """What of a line a person wants to see."""
-        each = f" ({line['samples_per_second_per_device']:.0f} a device)" if self.devices > 1 else ""
+        """Return the part of a line that the console shows."""
+        per_device = f" ({line['samples_per_second_per_device']:.0f} a device)" if self.devices > 1 else ""
         parts = [f"loss {line['loss']:.3f}", f"logit_scale {line['logit_scale']:.1f}", f"grad_norm {line['grad_norm']:.2f}"]
-        parts += [f"{line['samples_per_second']:.0f} samples/s{each}"]
+        parts += [f"{line['samples_per_second']:.0f} samples/s{per_device}"]
         parts += [f"mfu {line['mfu']:.0%}"] if "mfu" in line else []
         parts += [f"data {line['data_share']:.0%}", f"{line['peak_memory_bytes'] / 2**30:.1f} GiB"]
         return "  ".join(parts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training: saving and evaluating do not count in the rates."""
+        """Leave the time within it, saving or evaluating, out of the rates."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began

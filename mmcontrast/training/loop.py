@@ -1,10 +1,10 @@
-"""The training loop: the only one. Read it from top to bottom."""
+"""The training loop, `train`, with the functions that set it up and report on it."""
 
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from rich.progress import Progress, TaskID
 
 from mmcontrast.components import suggestion
 from mmcontrast.data import training_batches
@@ -42,76 +43,50 @@ from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
 from mmcontrast.types import Batch
 
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
 STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
 def train(job: RunContext, resume: bool = False, preemption: Preemption | None = None, miner: Miner | None = None) -> Results:
-    """Trains, evaluates, and writes the run's folder; returns the last results. A run that has all of its steps, or has ended
-    early, is evaluated, if it was not.
+    """Train, evaluate, write the run's folder, and return the last results. A run that has all of its steps, or has ended
+    early, is only evaluated, if it was not.
 
     Args:
-        preemption: of a caller that handles a scheduler's signals from its own beginning.
-        miner: of a run with `train.mine_every`.
+        preemption: the handler of a caller that handles a scheduler's signals from its own beginning.
+        miner: mines for a run with `train.mine_every`.
 
     Raises:
         TrainingStopped: if the loss or the gradients cease to be finite.
         Preempted: after SIGTERM or SIGUSR1, when the step is saved.
         UserError: for data that cannot be decoded, a checkpoint that does not fit, a full disk.
     """
-    options, total, checkpoints = job.options, job.options.total_steps, job.folder / "checkpoints"
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options, total = job.options, job.options.total_steps
     accelerator = make_accelerator(options, job.name, job.folder, yaml.safe_load(job.config))
-    if options.precision == "tf32" or (options.precision != "fp32" and accelerator.device.type == "cuda"):
-        torch.set_float32_matmul_precision("high")
+    main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)
-    objective, queue = job.objective.to(accelerator.device), make_queue(job, accelerator.device)
+    queue = make_queue(job, accelerator.device)
     check_schedules(job.model, options)
     locked_until = freeze(job.model, options.freeze)
-    averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
-    most = peak_samples(job.model, options.precision, accelerator.device) if accelerator.is_main_process else None
-    copies = [one for one in (averaged, queue and queue.encoder) if one]
-    model = distribute(job.model, copies, options, accelerator)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(job.model, options))
-    for teacher in job.teachers:
-        teacher.to(accelerator.device)
-    learner = Learner(
-        model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, locked_until,
-        job.teachers, job.own, job.score,
-    )  # fmt: skip
-
-    start, mining = 0, make_mining(job, learner, miner)
-    if resume:
-        start = restore(checkpoint.find(checkpoints, "last"), job, learner, mining)
-        if accelerator.is_main_process:  # nothing refused it
-            replace_text(job.folder / checkpoint.CONFIG, job.config)
-    log = StepLog(job.folder / LOG, start, accelerator.num_processes, most) if accelerator.is_main_process else None
-    saver = make_saver(checkpoints, options, accelerator)
+    max_rate = peak_samples(job.model, options.precision, accelerator.device) if main else None
+    learner = make_learner(job, accelerator, queue, locked_until)
+    mining = make_mining(job, learner, miner)
+    start = resume_from_last(job, learner, mining) if resume else 0
+    log = StepLog(job.folder / LOG, start, world_size, max_rate) if main else None
+    saver = make_saver(job.folder / CHECKPOINTS, options, accelerator)
     evaluations = Evaluations(job, start, learner, saver)
     sample_log, anomalies = SampleLog(job, start, accelerator), Anomalies(job.model.max_logit_scale)
-    results: Results = {}
-    rank, world_size = accelerator.process_index, accelerator.num_processes
     with (
         nullcontext(preemption) if preemption else preemptible() as preemption,
         Watchdog(options.stall_seconds, job.folder, rank, world_size, options.pause_stall_seconds) as watchdog,
-        make_progress(accelerator.is_main_process) as progress,
+        make_progress(main) as progress,
         reporting_lost_ranks(),
         saver or nullcontext(),
         tracing(options.profile_steps, job.folder, rank) as trace,
     ):
-        for warning in warnings(job) if log else ():
-            progress.console.print(f"warning: {warning}", highlight=False, markup=False)
+        print_warnings(warnings(job) if main else (), progress)
         bar = progress.add_task(job.name, total=total, completed=start, note="")
-        evaluate_now = is_due(start, options.evaluate_every, total) if start else options.evaluate_first
-        if evaluate_now and start not in evaluations.steps:
-            with watchdog.away("evaluating"):
-                results = evaluations.run(start, progress)
-        elif log and (start == total or evaluations.exhausted):
-            why = "train.patience is at its end" if evaluations.exhausted else f"all {total} steps are done"
-            progress.console.print(f"{job.name} is complete: {why}", highlight=False, markup=False)
-        elif log and start and options.evaluate_first and 0 not in evaluations.steps:
-            progress.console.print("warning: train.evaluate_first: step 0 was not evaluated when the run began; it is past")
+        results = evaluate_start(start, job, evaluations, watchdog, progress)
         if mining:
             mining.begin()
             if mining.is_due(start) and not evaluations.exhausted:
@@ -121,45 +96,28 @@ def train(job: RunContext, resume: bool = False, preemption: Preemption | None =
         for step in range(start, total):
             if evaluations.exhausted:
                 break
-            trace(step + 1)
-            if log:
-                log.waiting()
-            watchdog.move(step, "waiting for a batch")
-            batch = next(batches)
-            if log:
-                log.arrived(options.batch_size)
             done, logging = step + 1, is_due(step + 1, options.log_every, total)
+            trace(done)
+            watchdog.move(step, "waiting for a batch")
+            with log.waiting(options.batch_size) if log else nullcontext():
+                batch = next(batches)
             watchdog.move(step, "training")
-            try:
+            with recording_stop(job.folder, done, main):
                 values = training_step(step, batch, learner, logging and options.signals, preemption.is_asked)
-            except TrainingStopped as error:
-                if accelerator.is_main_process:
-                    about = {"step": done, "error": str(error), "ids": list(error.sample_ids)}
-                    (job.folder / STOPPED).write_text(json.dumps(about))
-                raise
-            stopping = values.pop("asked")
-            for warning in anomalies.see(done, values["loss"], values["logit_scale"]) if log else ():
-                progress.console.print(f"warning: {warning}", highlight=False, markup=False)
+            stopping = values.pop("asked_to_end")
+            print_warnings(anomalies.see(done, values["loss"], values["logit_scale"]) if main else (), progress)
             values |= sample_log.step(done, batch, values["bad_samples"], progress)
-
             if log and logging:
-                seen = {"step": done, "samples_seen": done * options.batch_size}
-                line = log.write(seen | values, accelerator.device)
-                accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)
-                note = log.note(line)
-                progress.update(bar, note=note)
-                if not progress.console.is_terminal:  # a log file shows no bar
-                    left = progress.tasks[bar].time_remaining
-                    eta = f"  eta {timedelta(seconds=round(left))}" if left is not None else ""
-                    progress.console.print(f"step {done}/{total}  {note}{eta}", highlight=False, soft_wrap=True)
+                report_step(done, values, job, log, accelerator, progress, bar)
             progress.update(bar, completed=done)
+
             evaluating = is_due(done, options.evaluate_every, total) and (done == total or not stopping)
-            renewing = mining is not None and mining.is_due(done) and not stopping
-            if mining and renewing:
+            mining_now = mining is not None and mining.is_due(done) and not stopping
+            if mining and mining_now:
                 with log.paused() if log else nullcontext(), watchdog.away("mining"):
                     mining.run(done, progress)
                 batches = batches_from(done, job, accelerator, mining)
-            if is_due(done, options.checkpoint_every, total) or evaluating or stopping or renewing:
+            if is_due(done, options.checkpoint_every, total) or evaluating or stopping or mining_now:
                 with log.paused() if log else nullcontext(), watchdog.away("saving"):
                     if saver:
                         saver.save(done, state_of(done, job, learner))
@@ -176,12 +134,87 @@ def train(job: RunContext, resume: bool = False, preemption: Preemption | None =
     return results
 
 
+def make_learner(
+    job: RunContext, accelerator: Accelerator, queue: MomentumQueue | None, locked_until: dict[str, int]
+) -> Learner:
+    """Return what a step trains, on its device: the model, distributed over the ranks, its average, and the optimizer."""
+    options = job.options
+    objective = job.objective.to(accelerator.device)
+    averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
+    copies = [model for model in (averaged, queue and queue.encoder) if model]
+    model = distribute(job.model, copies, options, accelerator)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(job.model, options))
+    for teacher in job.teachers:
+        teacher.to(accelerator.device)
+    return Learner(
+        model, objective, job.pairing, optimizer, accelerator, options, job.negative_of, queue, averaged, locked_until,
+        job.teachers, job.own_negatives, job.score,
+    )  # fmt: skip
+
+
+def resume_from_last(job: RunContext, learner: Learner, mining: Mining | None) -> int:
+    """Load the last checkpoint, replace the run's config by the job's, and return the number of steps done."""
+    start = restore(checkpoint.find(job.folder / CHECKPOINTS, "last"), job, learner, mining)
+    if learner.accelerator.is_main_process:  # only now: the checkpoint fits
+        replace_text(job.folder / checkpoint.CONFIG, job.config)
+    return start
+
+
+def evaluate_start(start: int, job: RunContext, evaluations: Evaluations, watchdog: Watchdog, progress: Progress) -> Results:
+    """Evaluate the model as it starts, if that is due and was not done; otherwise print why nothing remains to be done."""
+    options, total = job.options, job.options.total_steps
+    due = is_due(start, options.evaluate_every, total) if start else options.evaluate_first
+    if due and start not in evaluations.steps:
+        with watchdog.away("evaluating"):
+            return evaluations.run(start, progress)
+    if evaluations.main and (start == total or evaluations.exhausted):
+        why = "train.patience is at its end" if evaluations.exhausted else f"all {total} steps are done"
+        progress.console.print(f"{job.name} is complete: {why}", highlight=False, markup=False)
+    elif evaluations.main and start and options.evaluate_first and 0 not in evaluations.steps:
+        progress.console.print("warning: train.evaluate_first: step 0 was not evaluated when the run began; it is past")
+    return {}
+
+
+@contextmanager
+def recording_stop(folder: Path, done: int, main: bool) -> Iterator[None]:
+    """Write the step and its samples to the run's folder if training stops within it."""
+    try:
+        yield
+    except TrainingStopped as error:
+        if main:
+            (folder / STOPPED).write_text(json.dumps({"step": done, "error": str(error), "ids": list(error.sample_ids)}))
+        raise
+
+
+def report_step(
+    done: int, values: dict[str, Any], job: RunContext, log: StepLog, accelerator: Accelerator, progress: Progress, bar: TaskID
+) -> None:
+    """Write a step's values to metrics.jsonl, the trackers and the console."""
+    counts = {"step": done, "samples_seen": done * job.options.batch_size}
+    line = log.write(counts | values, accelerator.device)
+    accelerator.log({name: value for name, value in line.items() if name != "step"}, step=done)
+    note = log.note(line)
+    progress.update(bar, note=note)
+    if not progress.console.is_terminal:  # a log file shows no bar
+        seconds = progress.tasks[bar].time_remaining
+        eta = f"  eta {timedelta(seconds=round(seconds))}" if seconds is not None else ""
+        progress.console.print(f"step {done}/{job.options.total_steps}  {note}{eta}", highlight=False, soft_wrap=True)
+
+
+def print_warnings(texts: Iterable[str], progress: Progress) -> None:
+    for text in texts:
+        progress.console.print(f"warning: {text}", highlight=False, markup=False)
+
+
 def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Mapping[str, Any]) -> Accelerator:
-    """accelerate's device, precision, data parallelism and trackers, which are told the config.
+    """Set torch's threads and matmul precision, and return an accelerator with the run's device, precision and trackers, which
+    get the config.
 
     Raises:
-        UserError: for a tracker that there is not, or whose package is not installed.
+        UserError: for a tracker that does not exist, or whose package is not installed.
     """
+    if options.threads:
+        torch.set_num_threads(options.threads)
     join_processes()
     trackers: list[Any] = []
     accelerator = Accelerator(
@@ -189,23 +222,25 @@ def make_accelerator(options: TrainOptions, name: str, folder: Path, config: Map
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # batch norms': see `same_statistics`
     )
-    for kind, given in options.trackers.items():
+    if options.precision == "tf32" or (options.precision != "fp32" and accelerator.device.type == "cuda"):
+        torch.set_float32_matmul_precision("high")
+    for kind, init_kwargs in options.trackers.items():
         if kind not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"train.trackers: no {kind!r}; {suggestion(kind, map(str, LOGGER_TYPE_TO_CLASS))}")
         accelerator.log_with = filter_trackers([kind], folder)
         if not accelerator.log_with:
             raise UserError(f"train.trackers: {kind} is not installed: pip install {kind}")
         if kind == "tensorboard":  # it takes no nested config
-            accelerator.init_trackers(kind, init_kwargs={kind: given})
+            accelerator.init_trackers(kind, init_kwargs={kind: init_kwargs})
         else:
-            accelerator.init_trackers(name, config=dict(config), init_kwargs={kind: given})
+            accelerator.init_trackers(name, config=dict(config), init_kwargs={kind: init_kwargs})
         trackers += accelerator.trackers
     accelerator.trackers = trackers
     return accelerator
 
 
 def batches_from(step: int, job: RunContext, accelerator: Accelerator, mining: Mining | None) -> Iterator[Batch]:
-    """This rank's batches from a step on, until something is mined anew."""
+    """Return this rank's batches from a step on, until the next round of mining."""
     end = job.options.total_steps if mining is None else min(job.options.total_steps, mining.next_after(step))
     return training_batches(
         job.dataset,
@@ -220,14 +255,15 @@ def batches_from(step: int, job: RunContext, accelerator: Accelerator, mining: M
 
 
 def is_due(done: int, every: int | None, total: int) -> bool:
+    """Return whether something that happens every so many steps, and after the last, happens after `done` steps."""
     return done == total or (every is not None and every > 0 and done % every == 0)
 
 
 def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) -> checkpoint.Saver | None:
-    """On the first rank; where weights are in shards on all of them, with a process group of its own."""
-    sharded, rank = is_sharded(options), accelerator.process_index
+    """Return a saver on the first rank; where weights are in shards, on every rank, with a process group of its own."""
+    rank = accelerator.process_index
     group: Any = None
-    if sharded:
+    if is_sharded(options):
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     elif rank:
         return None
@@ -237,7 +273,7 @@ def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) ->
 
 
 def make_queue(job: RunContext, device: torch.device) -> MomentumQueue | None:
-    """The queue that the options ask for; on a model that accelerate has not prepared yet."""
+    """Return the queue that the options ask for, of a model that is neither frozen nor distributed yet."""
     if not job.options.queue_size:
         return None
     fields = [field for field in job.model.modalities if field not in job.negative_of]
@@ -245,7 +281,7 @@ def make_queue(job: RunContext, device: torch.device) -> MomentumQueue | None:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """At once: the file is never half."""
+    """Write a file by renaming a complete one, so that it is never half written."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)

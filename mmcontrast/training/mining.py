@@ -1,6 +1,6 @@
-"""Hard negatives that are mined anew during a run, with the weights at hand: every `train.mine_every` steps.
+"""Mine hard negatives during a run, every `train.mine_every` steps, with its current weights.
 
-A round embeds the training data on all ranks, and the first one mines `mined/step-000200.parquet` of the run's folder. Which
+A round embeds the training data on all ranks, and the first one mines `mined/step-000200.parquet` in the run's folder. Which
 samples and negatives the steps after it show is a function of that table, whose digest is part of the order's state, and of the
 step; a checkpoint says which table is in use.
 """
@@ -26,16 +26,16 @@ from mmcontrast.training.data import use_mined
 from mmcontrast.training.options import DataOptions, MineOptions, NeighboursOptions, TrainOptions
 from mmcontrast.training.step import Learner
 
-Miner = Callable[[Path, Path, int, str], dict[str, Any]]  # an embedding table, a new Parquet file, a seed, a device: the counts
-FOLDER, TABLE = "mined", "embeddings"  # of a run; in it the embeddings, while they are mined
-COUNT = 5  # candidates of a sample
+Miner = Callable[[Path, Path, int, str], dict[str, Any]]  # (embedding table, new Parquet file, seed, device) → counts
+FOLDER, TABLE = "mined", "embeddings"  # in a run's folder; in it the embedding table, while it is mined
+COUNT = 5  # default number of candidates of a sample
 
 
 class Mining:
-    """Mines, and gives the job what was mined.
+    """Mines candidates from a run's training data, and lets the data use them.
 
     Args:
-        miner: does it, on the first rank.
+        miner: mines an embedding table, on the first rank.
     """
 
     def __init__(self, job: RunContext, learner: Learner, miner: Miner) -> None:
@@ -47,26 +47,28 @@ class Mining:
 
     @property
     def dataset(self) -> ShardDataset | MixtureDataset:
+        """Return the run's training data."""
         assert not isinstance(self.job.dataset, StreamDataset)
         return self.job.dataset
 
     def file(self, step: int) -> Path:
+        """Return the file of the table that is mined at a step."""
         return self.folder / f"step-{step:06d}.parquet"
 
     def is_due(self, done: int) -> bool:
-        """Whether a round is to be mined after so many steps, and was not."""
-        wanted = done % self.every == 0 if done else self.options.first
-        return wanted and done < self.job.options.total_steps and self.job.mined != done
+        """Return whether a round is to be mined after `done` steps, and was not."""
+        scheduled = done % self.every == 0 if done else self.options.first
+        return scheduled and done < self.job.options.total_steps and self.job.mined != done
 
     def next_after(self, step: int) -> int:
-        """The step of the next round."""
+        """Return the step of the next round."""
         return step + self.every - step % self.every
 
     def open(self, step: int) -> None:
-        """Give the job's data what was mined at a step.
+        """Let the run's data use the table that was mined at a step.
 
         Raises:
-            UserError: for a table that is gone, or of other samples.
+            UserError: for a table that is gone, or belongs to other samples.
         """
         assert not isinstance(self.job.order, StreamOrder)
         if not self.file(step).is_file():
@@ -78,36 +80,35 @@ class Mining:
         self.job.mined = step
 
     def begin(self) -> None:
-        """Remove what a killed run has mined after the checkpoint with which this one begins: it will be mined again."""
+        """Remove the tables that a killed run mined after the checkpoint that this one resumes from: they are mined again."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder / TABLE, ignore_errors=True)
-            self._tidy()
+            self._remove_partial()
             for step in self._steps():
                 if self.job.mined is None or step > self.job.mined:
                     self._remove(step)
 
     def run(self, done: int, progress: Progress) -> None:
-        """Embed, mine, and go on with it.
+        """Embed the training data, mine, and let the data use the new table.
 
         Raises:
-            UserError: for samples that cannot be had, embeddings that are not finite, a full disk; if no candidate is left.
+            UserError: for samples that cannot be read, embeddings that are not finite, a full disk; if no candidate is left.
         """
         accelerator, table = self.accelerator, self.folder / TABLE
         if accelerator.is_main_process:
             shutil.rmtree(table, ignore_errors=True)
             table.mkdir(parents=True)
-            self._tidy()
+            self._remove_partial()
             self._remove(done)
         accelerator.wait_for_everyone()
         parts = gather_object(list(self._embed(table, progress)))
         if accelerator.is_main_process:
-            about = {"model": str(self.job.folder), "checkpoint": str(done), "data": self.dataset.digest}
-            rows = sum(part["rows"] for part in parts)
-            whole = {"rows": rows, "parts": [one for part in parts for one in part["parts"]]}
-            write_json(table / MANIFEST, parts[0] | whole | about)
+            source = {"model": str(self.job.folder), "checkpoint": str(done), "data": self.dataset.digest}
+            rows, files = sum(part["rows"] for part in parts), [file for part in parts for file in part["parts"]]
+            write_json(table / MANIFEST, parts[0] | {"rows": rows, "parts": files} | source)
             counts = self.miner(table, self.file(done), self.job.options.seed + done, str(accelerator.device))
             shutil.rmtree(table)
-            self._tell(done, counts, progress)
+            self._report(done, counts, progress)
         accelerator.wait_for_everyone()
         before = self.job.mined
         self.open(done)
@@ -115,31 +116,33 @@ class Mining:
             self._prune({done, before})
 
     def _embed(self, folder: Path, progress: Progress) -> Iterator[dict[str, Any]]:
-        """Write this rank's share of the table, whole batches of it, and yield a manifest of each part.
+        """Write this rank's share of the embedding table, in whole batches, and yield a manifest of each part.
 
-        The batches are the same for any number of ranks. All ranks compute as many, as sharded weights ask for: one that a rank
-        has too few of is another's.
+        The batches are the same for any number of ranks. All ranks compute the same number of batches, as sharded weights need:
+        a rank that has fewer also computes one of the next rank's.
         """
         job, rank, world_size = self.job, self.accelerator.process_index, self.accelerator.num_processes
         fields = dict.fromkeys((self.options.query, self.options.candidate))
         dataset = self.dataset.evaluated({field: job.model.modality(field) for field in fields})
         size, total = job.evaluation.batch_size, len(dataset)
         batches = math.ceil(total / size)
-        first, last = (min(batches * number // world_size * size, total) for number in (rank, rank + 1))
+        first = min(batches * rank // world_size * size, total)
+        last = min(batches * (rank + 1) // world_size * size, total)
         rows = range(first, min(first + math.ceil(batches / world_size) * size, total))
-        piece = max(1, PART_ROWS // size) * size
-        pieces = math.ceil(math.ceil(batches / world_size) * size / piece)
-        for number, start in enumerate(range(0, len(rows), piece)):
-            some = rows[start : start + piece]
+        chunk_size = max(1, PART_ROWS // size) * size
+        chunks = math.ceil(math.ceil(batches / world_size) * size / chunk_size)
+        for number, start in enumerate(range(0, len(rows), chunk_size)):
+            chunk = rows[start : start + chunk_size]
             embedded = embed_dataset(
-                self.learner.averaged or job.model, dataset, rows=some, batch_size=size, num_workers=job.data.num_workers,
+                self.learner.averaged or job.model, dataset, rows=chunk, batch_size=size, num_workers=job.data.num_workers,
                 device=self.accelerator.device, progress=progress, label="embedding the training data", name="data.train",
             )  # fmt: skip
-            own = embedded.first(max(0, min(some.stop, last) - some.start))
-            if len(own):
-                yield own.write_parts(folder, (rank * pieces + number) * math.ceil(piece / PART_ROWS))
+            embedded = embedded.first(max(0, min(chunk.stop, last) - chunk.start))
+            if len(embedded):
+                yield embedded.write_parts(folder, (rank * chunks + number) * math.ceil(chunk_size / PART_ROWS))
 
-    def _tell(self, done: int, counts: dict[str, Any], progress: Progress) -> None:
+    def _report(self, done: int, counts: dict[str, Any], progress: Progress) -> None:
+        """Write a round's counts to the console and the trackers."""
         queries, short, empty = counts["queries"], counts["short_queries"], counts["empty_queries"]
         progress.console.print(
             f"mined at step {done}: {counts['negatives']:,} candidates of {queries:,} samples, of which {short:,} have fewer"
@@ -151,35 +154,36 @@ class Mining:
         self.accelerator.log(values, step=done)
 
     def _steps(self) -> list[int]:
-        """The steps of which there is a table, a summary or a page, ascending."""
+        """Return the steps that have a table, a summary or a page, ascending."""
         names = {path.name.removeprefix("step-").partition(".")[0] for path in self.folder.glob("step-*")}
         return sorted(int(name) for name in names if name.isdigit())
 
     def _remove(self, step: int) -> None:
+        """Remove the files of a step."""
         for path in self.folder.glob(f"{self.file(step).stem}.*"):
             path.unlink()
 
-    def _tidy(self) -> None:
-        """Remove what a killed miner has left: it was of other embeddings."""
-        for left in self.folder.glob(".step-*"):
-            if left.is_dir():
-                shutil.rmtree(left)
+    def _remove_partial(self) -> None:
+        """Remove the partial files of a killed miner: they come from other embeddings."""
+        for partial in self.folder.glob(".step-*"):
+            if partial.is_dir():
+                shutil.rmtree(partial)
             else:
-                left.unlink()
+                partial.unlink()
 
     def _prune(self, kept: set[int | None]) -> None:
         """Remove the tables that no checkpoint needs; their summaries and pages stay."""
-        there = [step for step in self._steps() if self.file(step).exists()]
-        for one in checkpoint.complete(self.job.folder / "checkpoints"):
-            done = int(one.name.removeprefix("step-"))
-            kept |= {*[step for step in there if step <= done][-2:]}  # one that is asked to end saves before it mines
-        for step in there:
+        mined = [step for step in self._steps() if self.file(step).exists()]
+        for folder in checkpoint.complete(self.job.folder / "checkpoints"):
+            done = int(folder.name.removeprefix("step-"))
+            kept |= {*[step for step in mined if step <= done][-2:]}  # a run that is asked to end saves before it mines
+        for step in mined:
             if step not in kept:
                 self.file(step).unlink()
 
 
 def make_mining(job: RunContext, learner: Learner, miner: Miner | None) -> Mining | None:
-    """Return what mines in a run, if anything does.
+    """Return the miner of a run, None if it does not mine.
 
     Raises:
         UserError: for a run that mines, without a miner.
@@ -192,20 +196,22 @@ def make_mining(job: RunContext, learner: Learner, miner: Miner | None) -> Minin
 
 
 def mining_options(options: MineOptions, data: DataOptions) -> dict[str, Any]:
-    """Return what is to be mined, as `mmcontrast.curation.mine.MiningOptions` takes it."""
-    wanted = [COUNT, *(given.nearest for given in [data.batches] if isinstance(given, NeighboursOptions) and not given.table)]
-    return options.model_dump(exclude={"first"}) | {"count": options.count or max(wanted)}
+    """Return the options of mining, as `mmcontrast.curation.mine.MiningOptions` takes them."""
+    batches = data.batches
+    nearest = batches.nearest if isinstance(batches, NeighboursOptions) and not batches.table else 0
+    return options.model_dump(exclude={"first"}) | {"count": options.count or max(COUNT, nearest)}
 
 
 def check_mining(options: TrainOptions, data: DataOptions, fields: Collection[str], model: ContrastiveModel) -> None:
-    """
+    """Check that what a run mines is what its data use.
+
     Args:
-        fields: that have embeddings.
+        fields: those that have embeddings.
 
     Raises:
-        UserError: for a table that is missing; for what is mined and not read, or of fields that there are not.
+        UserError: for a missing table; for candidates that are mined and not used, or of unknown fields.
     """
-    negatives = [given for given in data.tables_of_negatives if given.table is None]
+    negatives = [table for table in data.tables_of_negatives if table.table is None]
     neighbours = isinstance(data.batches, NeighboursOptions) and data.batches.table is None
     if options.mine is None:
         if negatives or neighbours:
@@ -224,18 +230,19 @@ def check_mining(options: TrainOptions, data: DataOptions, fields: Collection[st
             "train.mine_every: nothing reads what is mined: data.negatives: {field: …} or data.batches: {type: neighbours},"
             " without a table of their own"
         )
-    for given in negatives:
-        if given.field != options.mine.candidate:
+    for table in negatives:
+        if table.field != options.mine.candidate:
             raise UserError(
-                f"data.negatives.field={given.field} has no table, and what is mined are candidates of"
+                f"data.negatives.field={table.field} has no table, and what is mined are candidates of"
                 f" train.mine.candidate={options.mine.candidate}: make them the same, or name a table"
             )
 
 
 def check_rounds(options: TrainOptions, data: DataOptions, order: TrainingOrder) -> None:
-    """
+    """Check that new neighbours are mined between epochs.
+
     Raises:
-        UserError: for new neighbours in the middle of an epoch, of which some samples would be seen twice and others not.
+        UserError: if they are mined within one, in which some samples would then be seen twice and others not.
     """
     mined = isinstance(data.batches, NeighboursOptions) and data.batches.table is None
     if options.mine_every and mined and isinstance(order, NeighbourOrder) and options.mine_every % order.steps_per_epoch:

@@ -1,6 +1,6 @@
-"""Where the weights live, whole on every rank or in shards (FSDP2), and what blocks do to take less memory or time.
+"""Distribute a model over ranks, whole or in shards (FSDP2), recompute or compile its blocks, and average batch norms.
 
-The shards are torch's own `fully_shard`: accelerate's wrapping computes the logit scale in half precision, and needs a GPU.
+Shards come from torch's own `fully_shard`: accelerate's wrapping computes the logit scale in half precision, and needs a GPU.
 """
 
 import os
@@ -26,26 +26,27 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-NOT_IN_SHARDS = ("adafactor", "adamp", "mars", "novograd", "nvnovograd")  # of timm's: they fail on DTensors
+NOT_IN_SHARDS = ("adafactor", "adamp", "mars", "novograd", "nvnovograd")  # timm's optimizers that fail on DTensors
 
 
 def is_sharded(options: TrainOptions) -> bool:
+    """Return whether weights are in shards."""
     return options.parallel == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) -> None:
-    """Cuts every block's weights, and the rest's, over all ranks, in place; their parameters are `DTensor`s then.
+    """Shard every block's weights, and the other ones, over all ranks in place; their parameters are `DTensor`s then.
 
-    With bf16, blocks are fetched and computed in it; what surrounds them (embeddings, projections, the logit scale), and blocks
-    with batch norms, stay fp32 under autocast. Gradients are averaged in fp32.
+    With bf16, blocks are gathered and computed in it; other modules (embeddings, projections, the logit scale), and blocks with
+    batch norms, stay fp32 under autocast. Gradients are averaged in fp32.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = make_mesh(options, device)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for tower in map(model.tower, model.towers):
         for block in tower.blocks().values():
-            policy = half if options.precision == "bf16" and not batch_norms(block) else MixedPrecisionPolicy()
+            policy = bf16 if options.precision == "bf16" and not batch_norms(block) else MixedPrecisionPolicy()
             fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     model.reduced_once = options.reduce_gradients == "step"
@@ -56,28 +57,30 @@ def shard(model: ContrastiveModel, options: TrainOptions, device: torch.device) 
 
 
 def make_mesh(options: TrainOptions, device: torch.device) -> "DeviceMesh":
-    """Return the ranks that share a copy of the weights, all or `shard_ranks` of them that follow each other.
+    """Return the mesh of ranks: all share one copy of the weights, or each `shard_ranks` in a row share one.
 
     Raises:
-        UserError: if copies cannot be shared evenly.
+        UserError: if the ranks cannot be cut into groups of `shard_ranks`.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    ranks, each = dist.get_world_size(), options.shard_ranks or dist.get_world_size()
-    if ranks % each:
-        raise UserError(f"train.shard_ranks={each}: {ranks} processes cannot be cut into groups of {each}: take a divisor")
-    if each == ranks:
+    ranks = dist.get_world_size()
+    size = options.shard_ranks or ranks
+    if ranks % size:
+        raise UserError(f"train.shard_ranks={size}: {ranks} processes cannot be cut into groups of {size}: take a divisor")
+    if size == ranks:
         return init_device_mesh(device.type, (ranks,))
-    return init_device_mesh(device.type, (ranks // each, each), mesh_dim_names=("copies", "shards"))
+    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("copies", "shards"))
 
 
 def distribute(
     model: ContrastiveModel, copies: list[ContrastiveModel], options: TrainOptions, accelerator: Accelerator
 ) -> nn.Module:
-    """The model as the loop calls it, on its device, for several ranks; `copies` of it are placed as it is.
+    """Return the model as the training loop calls it, on its device and distributed over the ranks; distribute its `copies` in
+    place in the same way.
 
     Raises:
-        UserError: for towers that are not there, or what does not go together.
+        UserError: for unknown towers, or options that do not go together.
     """
     check_placement(model, options)
     check_rows(model, options, accelerator.num_processes)
@@ -86,21 +89,22 @@ def distribute(
         for block in model.tower(name).blocks().values() or [model.towers[name]]:
             block.forward = torch.compile(block.forward)
     sharded = is_sharded(options)
-    for one in [model, *copies]:
+    for module in [model, *copies]:
         if sharded:
-            shard(one, options, accelerator.device)
+            shard(module, options, accelerator.device)
         else:
-            one.to(accelerator.device)
+            module.to(accelerator.device)
     for copy in copies:
         accelerator.prepare_model(copy, evaluation_mode=True)  # it computes in the same precision
-    placed: nn.Module = accelerator.prepare_model(model, evaluation_mode=sharded)
-    return placed
+    prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=sharded)
+    return prepared
 
 
 def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
-    """
+    """Check the options that say how a model is distributed, recomputed and compiled.
+
     Raises:
-        UserError: for towers that are not there, or what does not go together.
+        UserError: for unknown towers, or options that do not go together.
     """
     for option in ("recompute", "compile", "layer_decay"):
         for name in getattr(options, option):
@@ -139,9 +143,10 @@ def check_placement(model: ContrastiveModel, options: TrainOptions) -> None:
 
 
 def check_rows(model: ContrastiveModel, options: TrainOptions, ranks: int) -> None:
-    """
+    """Check that a rank's samples can be cut into the parts and micro-batches that the options ask for.
+
     Raises:
-        UserError: where a rank's samples cannot be cut into parts, or one of them would go alone through batch norms.
+        UserError: if they cannot, or a single sample would pass batch norms.
     """
     samples = options.batch_size // ranks
     if samples % options.accumulation_steps:
@@ -152,67 +157,67 @@ def check_rows(model: ContrastiveModel, options: TrainOptions, ranks: int) -> No
     samples //= options.accumulation_steps
     size = options.micro_batch_size or samples
     smallest = samples // max(1, -(-samples // max(1, size)))
-    learning = [
-        name for name, tower in model.towers.items() if any(tower.get_submodule(n).training for n in batch_norms(tower))
+    normed = [
+        name for name, tower in model.towers.items() if any(tower.get_submodule(norm).training for norm in batch_norms(tower))
     ]
-    if smallest == 1 and learning:
+    if smallest == 1 and normed:
         micro = f", in parts of at most {size} (train.micro_batch_size)" if samples > 1 else ""
         raise UserError(
-            f"towers.{learning[0]} has batch norms, which need two samples at a time: train.batch_size={options.batch_size} on"
+            f"towers.{normed[0]} has batch norms, which need two samples at a time: train.batch_size={options.batch_size} on"
             f" {ranks} processes and train.accumulation_steps={options.accumulation_steps} is {samples} at a time{micro}"
         )
 
 
 def recompute_blocks(model: ContrastiveModel, towers: Sequence[str]) -> None:
-    """The blocks of some towers keep their inputs alone from now on."""
+    """Let the blocks of some towers keep only their inputs, and recompute their activations in the backward."""
     for name in towers:
         for block in model.tower(name).blocks().values():
-            block.forward = MethodType(_recomputed, block)
+            block.forward = MethodType(_recomputed_forward, block)
 
 
-def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward that keeps its inputs alone. Batch norms count once; what was in evaluation mode is so again."""
+def _recomputed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a block so that it keeps only its inputs. In the second forward batch norms do not count again, and modules that were
+    in evaluation mode are in it again."""
     forward = type(self).forward.__get__(self)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
 
-    if (
-        self.training and not batch_norms(self)
-    ) or torch.compiler.is_compiling():  # what is compiled is computed again as it is
+    if (self.training and not batch_norms(self)) or torch.compiler.is_compiling():  # a compiled block recomputes as it is
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    still = [module for module in self.modules() if not module.training]
+    evaluated = [module for module in self.modules() if not module.training]
 
     @contextmanager
-    def as_it_was() -> Iterator[None]:
-        with evaluating(still), running_statistics_kept(self):
+    def second_forward() -> Iterator[None]:
+        with evaluating(evaluated), running_statistics_kept(self):
             yield
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), as_it_was()
+        return nullcontext(), second_forward()
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def batches_counted(model: nn.Module) -> Tensor:
-    """How many batches each of the model's norms has counted so far, [norms]; 0 for those that do not count."""
-    norms = with_statistics(model)
-    counts = [_count(norm) for norm in norms]
-    numbers = [n.running_var.new_zeros(()) if count is None else count for n, count in zip(norms, counts, strict=True)]
-    return torch.stack([number.float() for number in numbers]) if norms else torch.empty(0)
+    """Return how many batches each of the model's norms has counted, [norms]; 0 for those that do not count."""
+    counts = []
+    for norm in with_statistics(model):
+        count = _count(norm)
+        counts.append((norm.running_var.new_zeros(()) if count is None else count).float())
+    return torch.stack(counts) if counts else torch.empty(0)
 
 
 def _count(norm: nn.Module) -> Tensor | None:
-    """What a batch norm counts its batches in; others have it too, and leave it at 0."""
+    """Return the tensor in which a batch norm counts its batches. Other norms may have one too, but leave it at 0."""
     return norm.num_batches_tracked if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
 
 
 @torch.no_grad()
 def same_statistics(model: nn.Module, before: Tensor) -> None:
-    """Batch norms' running statistics of every rank become the mean of those of the ranks that counted in this step: each has
-    seen its own part of the batch, and one that lacks a field has seen nothing of it.
+    """Set batch norms' running statistics to their mean over the ranks that counted in this step: each rank has seen its own
+    part of the batch, and nothing of a field that its part lacks.
 
     Args:
-        before: `batches_counted` at the step's beginning.
+        before: `batches_counted` at the beginning of the step.
     """
     norms = with_statistics(model)
     if not norms or not (dist.is_initialized() and dist.get_world_size() > 1):
@@ -226,9 +231,9 @@ def same_statistics(model: nn.Module, before: Tensor) -> None:
         for statistic in (getattr(norm, "running_mean", None), norm.running_var)
         if statistic is not None
     ]
-    told = torch.cat([weights, counted, *(statistic.float() * weights[k] for k, statistic in statistics)])
-    dist.all_reduce(told)
-    weights, counted, *sums = told.split([len(norms), len(norms), *(len(statistic) for _, statistic in statistics)])
+    message = torch.cat([weights, counted, *(statistic.float() * weights[k] for k, statistic in statistics)])
+    dist.all_reduce(message)
+    weights, counted, *sums = message.split([len(norms), len(norms), *(len(statistic) for _, statistic in statistics)])
     share = weights.clamp(min=1)
     for (k, statistic), total in zip(statistics, sums, strict=True):
         statistic.copy_(torch.where(weights[k] > 0, total / share[k], statistic))
@@ -238,18 +243,18 @@ def same_statistics(model: nn.Module, before: Tensor) -> None:
 
 
 def in_shards(tensor: Any) -> TypeGuard["DTensor"]:
-    """Return whether it is a tensor in shards, without importing what makes them: that takes half as long as torch itself."""
-    made_here = sys.modules.get("torch.distributed.tensor")
-    return made_here is not None and isinstance(tensor, made_here.DTensor)
+    """Return whether a tensor is in shards, without importing DTensor, which takes half as long as importing torch."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Of all ranks' shards, if it is in shards: then every rank must ask."""
+    """Return a tensor whole. If it is in shards, all ranks must call this."""
     return tensor.full_tensor() if in_shards(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor as the example is: in the same shards (of another shape: whole on every rank). No rank asks another."""
+    """Return a whole tensor in the example's shards (one of another shape: whole on every rank), without communication."""
     if not in_shards(example) or in_shards(tensor):
         return tensor
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -259,4 +264,5 @@ def shard_like(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def shard_all_like(tensors: Mapping[str, Tensor], examples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors in the shards of the examples of the same names."""
     return {name: shard_like(tensor, examples[name]) for name, tensor in tensors.items()}

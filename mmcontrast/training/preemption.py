@@ -1,4 +1,4 @@
-"""A scheduler's warning: the step at hand is finished and saved, and the process ends with a code to requeue on."""
+"""Handle a scheduler's warning: the current step is finished and saved, and the process ends with a code to requeue on."""
 
 import signal
 import sys
@@ -10,36 +10,38 @@ from types import FrameType
 from mmcontrast.errors import Preempted
 
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
-SAME = 1.0  # seconds in which another one is the same, that came by another way: of the scheduler, and of the launcher
+SAME = 1.0  # seconds in which a second signal is the first one again: the scheduler and the launcher both send it
 
 
 class Preemption:
-    """Whether this process has been warned. A second warning ends it at once."""
+    """A signal handler that remembers a first warning; a second one ends the process at once."""
 
-    asked: signal.Signals | None = None
-    since = 0.0
+    received: signal.Signals | None = None
+    since = 0.0  # of time.monotonic()
 
     def is_asked(self) -> bool:
-        return self.asked is not None
+        """Return whether this process is asked to end."""
+        return self.received is not None
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self.since < SAME:
+        """Handle a signal."""
+        if self.received and time.monotonic() - self.since < SAME:
             return
-        if self.asked:
+        if self.received:
             from mmcontrast.training.distributed import end_now  # takes seconds, in which a warning may come
 
             end_now(Preempted.exit_code)
-        self.asked, self.since = signal.Signals(number), time.monotonic()
-        print(f"{self.asked.name}: finishing the step, then saving; a second one ends at once", file=sys.stderr, flush=True)
+        self.received, self.since = signal.Signals(number), time.monotonic()
+        print(f"{self.received.name}: finishing the step, then saving; a second one ends at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def preemptible() -> Iterator[Preemption]:
-    """Handles the signals within it. Data workers ignore them: see `start_worker`."""
+    """Handle the signals within it. Data workers ignore them: see `start_worker`."""
     preemption = Preemption()
     before = {number: signal.signal(number, preemption.handle) for number in WARNINGS}
     try:
         yield preemption
     finally:
-        for number, handler in before.items() if not preemption.asked else ():
+        for number, handler in before.items() if not preemption.received else ():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What changes at given steps: the side of pictures, and the share of their patches that a tower drops."""
+"""Schedules of what changes at given steps: the side of pictures, and the share of their patches that a tower drops."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -16,29 +16,30 @@ T = TypeVar("T")
 
 
 def value_at(points: Mapping[int, T], step: int) -> T:
-    """Of the last of some steps that has come."""
+    """Return the value of the last point that is not after a step."""
     return points[max(point for point in points if point <= step)]
 
 
 def apply_schedules(model: ContrastiveModel, options: TrainOptions, step: int) -> None:
-    """What holds in optimizer step number `step`, from 0."""
+    """Set what the schedules say for optimizer step `step`, from 0."""
     for field, sides in options.resolution.items():
         modality = model.modality(field)
         assert isinstance(modality, ImageModality)  # see check_schedules
         modality.side = value_at(sides, step)
     for tower, shares in options.patch_dropout.items():
         for module in _patch_dropouts(model, tower):
-            module.prob = value_at(shares, step)  # type: ignore[assignment]  # a number of its own
+            module.prob = value_at(shares, step)  # type: ignore[assignment]  # a plain number
 
 
 def _patch_dropouts(model: ContrastiveModel, tower: str) -> list[nn.Module]:
-    """timm's and open_clip's go by the same name, and so does what they draw by."""
+    """Return a tower's patch dropouts: timm's and open_clip's have the same class name and the same `prob`."""
     return [module for module in model.towers[tower].modules() if type(module).__name__.startswith("PatchDropout")]
 
 
 @torch.no_grad()
 def check_schedules(model: ContrastiveModel, options: TrainOptions) -> None:
-    """
+    """Check the schedules against the model, by passing a picture of every side through its tower.
+
     Raises:
         UserError: for fields that are no pictures, towers that drop no patches, or that refuse pictures of a side.
     """

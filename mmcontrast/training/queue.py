@@ -13,15 +13,16 @@ from mmcontrast.types import ABSENT, Batch
 
 
 class MomentumQueue(nn.Module):
-    """The last embeddings of every field, by an encoder whose weights follow the model's slowly (MoCo, arXiv:1911.05722; v2,
-    2003.04297). They carry their group ids, so an anchor's own group is never its negative. Positives are of the model.
+    """A queue of the last embeddings of every field, by an encoder whose weights follow the model's slowly (MoCo,
+    arXiv:1911.05722; v2, 2003.04297). They carry their group ids, so an anchor's own group is never its negative. Positives
+    come from the model.
 
-    The same on every rank; each rank contributes its share of the rows, which meet the anchors of all.
+    The queue is the same on every rank; each rank contributes its share of the rows, which are negatives of all ranks' anchors.
 
     Args:
-        model: whose weights the encoder starts from. The encoder is in evaluation mode: no dropout, running batch norms.
-        fields: which of the model's.
-        size: rows of each field.
+        model: the encoder starts as its copy, in evaluation mode: no dropout, fixed batch norms.
+        fields: those of the model's that are queued.
+        size: the number of rows of each field.
         momentum: m of encoder ← m · encoder + (1 − m) · model, a step.
     """
 
@@ -36,21 +37,21 @@ class MomentumQueue(nn.Module):
             self.register_buffer(f"{field}_pushed", torch.zeros((), dtype=torch.int64))
 
     def negatives(self, rank: int = 0, world_size: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
-        """A rank's share of the queue: per field, rows [K, D] and group ids [K]."""
-        found = {}
+        """Return a rank's share of the queue: per field, rows [K, D] and group ids [K]."""
+        negatives = {}
         for field in self.fields:
-            rows, ids, pushed = (self.get_buffer(f"{field}_{name}") for name in ("rows", "ids", "pushed"))
-            share = slice(rank, min(int(pushed), self.size), world_size)
-            found[field] = rows[share].clone(), ids[share].clone()
-        return found
+            share = slice(rank, min(int(self.get_buffer(f"{field}_pushed")), self.size), world_size)
+            rows, ids = self.get_buffer(f"{field}_rows"), self.get_buffer(f"{field}_ids")
+            negatives[field] = rows[share].clone(), ids[share].clone()
+        return negatives
 
     def update_encoder(self, model: nn.Module, momentum: float | None = None) -> None:
-        """Moves the encoder's weights towards a model's; running statistics are taken over."""
+        """Move the encoder's weights towards a model's, and copy running statistics."""
         update_average(self.encoder, model, self.momentum if momentum is None else momentum)
 
     @torch.no_grad()
     def push(self, batch: Batch, micro_batch_size: int | None, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        """Embeds a batch and puts it, of all ranks, in place of the oldest rows."""
+        """Embed a batch, and put all ranks' embeddings in place of the oldest rows."""
         parts = [self.encoder(part.to(device)).fields for part in batch.split(micro_batch_size or len(batch))]
         sizes = [size for (size,) in exchange([len(batch)], group, device)]
         for field in self.fields:
@@ -58,7 +59,7 @@ class MomentumQueue(nn.Module):
             ids = gather_rows(batch.ids[field].to(device), group, sizes)
             rows, ids = rows[ids != ABSENT][-self.size :], ids[ids != ABSENT][-self.size :]
             pushed = self.get_buffer(f"{field}_pushed")
-            places = (pushed + torch.arange(len(rows), device=device)) % self.size
-            self.get_buffer(f"{field}_rows")[places] = rows.to(self.get_buffer(f"{field}_rows").dtype)
-            self.get_buffer(f"{field}_ids")[places] = ids
+            slots = (pushed + torch.arange(len(rows), device=device)) % self.size
+            self.get_buffer(f"{field}_rows")[slots] = rows.to(self.get_buffer(f"{field}_rows").dtype)
+            self.get_buffer(f"{field}_ids")[slots] = ids
             pushed += len(rows)

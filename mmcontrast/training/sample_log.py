@@ -1,4 +1,4 @@
-"""What was seen, and what could not be: samples.jsonl and bad_samples.jsonl; and what may not be as a user thinks."""
+"""Record the samples of a run in samples.jsonl and bad_samples.jsonl, and warn of options with surprising effects."""
 
 import json
 import os
@@ -22,21 +22,21 @@ SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
 
 
 class SampleLog:
-    """Writes samples.jsonl (if asked for) and bad_samples.jsonl, continued on resume."""
+    """Writes samples.jsonl (with `data.record_samples`) and bad_samples.jsonl, and continues them on resume."""
 
     def __init__(self, job: RunContext, start: int, accelerator: Accelerator) -> None:
         self.job, self.accelerator, main = job, accelerator, accelerator.is_main_process
         self.samples = StepLines(job.folder / SAMPLES, start) if job.data.record_samples and main else None
         self.bad_samples = StepLines(job.folder / BAD_SAMPLES, start) if main else None
-        kept = (job.folder / BAD_SAMPLES).read_text().splitlines() if main else []
-        sources = [json.loads(line).get("source", "") for line in kept]
+        lines = (job.folder / BAD_SAMPLES).read_text().splitlines() if main else []
+        sources = [json.loads(line).get("source", "") for line in lines]
         self.bad: Counter[str] = broadcast_object_list([Counter(sources)])[0]
 
     def step(self, done: int, batch: Batch, bad: int, progress: Progress) -> dict[str, int]:
-        """Writes down a step; returns the number of bad samples since the run began, in all and of each source.
+        """Record a step, and return the number of bad samples since the run began, in total and by source.
 
         Raises:
-            EveryRankError: if they are too many.
+            EveryRankError: if there are too many.
         """
         if self.job.data.record_samples:
             ids = self.accelerator.gather(batch.sample_ids.to(self.accelerator.device))
@@ -44,11 +44,11 @@ class SampleLog:
                 self.samples.add({"step": done, "ids": ids.tolist()})
         if bad:
             replaced = gather_object(batch.replaced)
-            for one in replaced:
+            for sample in replaced:
                 if self.bad_samples:
-                    self.bad_samples.add({"step": done} | one)
-                    progress.console.print(f"replaced: {one['error']}", highlight=False, markup=False)
-            self.bad.update(one.get("source", "") for one in replaced)
+                    self.bad_samples.add({"step": done} | sample)
+                    progress.console.print(f"replaced: {sample['error']}", highlight=False, markup=False)
+            self.bad.update(sample.get("source", "") for sample in replaced)
             seen = max(1000, done * self.job.options.batch_size)
             if self.bad.total() > self.job.data.max_bad_share * seen:
                 raise EveryRankError(
@@ -56,12 +56,12 @@ class SampleLog:
                     f" data.max_bad_share={self.job.data.max_bad_share}; the last: {replaced[-1]['error']}. All are in"
                     f" {self.job.folder / BAD_SAMPLES}; `mmcontrast data verify` finds what else is wrong"
                 )
-        of_sources = {f"bad_samples/{source}": count for source, count in self.bad.items() if source}
-        return {"bad_samples": self.bad.total()} | of_sources
+        by_source = {f"bad_samples/{source}": count for source, count in self.bad.items() if source}
+        return {"bad_samples": self.bad.total()} | by_source
 
 
 def warnings(job: RunContext) -> Iterator[str]:
-    """What may not be as its user thinks."""
+    """Yield warnings of options whose effect a user may not expect."""
     options, names = job.options, batch_norms(job.model)
     if options.micro_batch_size and options.micro_batch_size < options.batch_size and names:
         yield (
@@ -80,7 +80,9 @@ def warnings(job: RunContext) -> Iterator[str]:
             " of ranks and workers, and a resumed run goes on with other samples"
         )
     sources = job.dataset.sources.values() if isinstance(job.dataset, MixtureDataset) else [job.dataset]
-    remote = [shard for of in sources if isinstance(of, ShardDataset) for shard in of.shards if is_remote(shard.name)]
+    remote = [
+        shard for source in sources if isinstance(source, ShardDataset) for shard in source.shards if is_remote(shard.name)
+    ]
     limit, needed = range_cache().limit, working_set(remote, job)
     if 0 < limit < needed:
         yield (
@@ -91,11 +93,11 @@ def warnings(job: RunContext) -> Iterator[str]:
 
 
 def working_set(remote: Sequence[ShardIndex], job: RunContext) -> float:
-    """Bytes of remote shards from which a machine's lanes draw at a time."""
+    """Return the bytes of remote shards that a machine's lanes draw from at a time."""
     if not remote:
         return 0.0
-    whole = float(sum(shard.sizes_of(extension).clip(0).sum() for shard in remote for extension in shard.extensions))
+    total = float(sum(shard.sizes_of(extension).clip(0).sum() for shard in remote for extension in shard.extensions))
     if not isinstance(job.order, SampleOrder | MixtureOrder):
-        return whole  # drawn from all over
+        return total  # samples are drawn from all shards
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / int(os.environ.get("WORLD_SIZE", "1"))
-    return min(whole, whole / sum(map(len, remote)) * job.data.window * job.order.lanes * share)
+    return min(total, total / sum(map(len, remote)) * job.data.window * job.order.lanes * share)

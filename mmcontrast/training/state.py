@@ -1,4 +1,4 @@
-"""A run's state: taken from what learns, and given back to it, on any number of ranks, whole or in shards."""
+"""Save and restore a run's state: weights, optimizer, objective and data order, on any number of ranks, whole or in shards."""
 
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -20,11 +20,11 @@ from mmcontrast.training.parallel import in_shards, shard_all_like, shard_like
 from mmcontrast.training.step import Learner
 from mmcontrast.training.tensors import read_parts
 
-GIVEN = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # of a group: the config's, also of a run that is resumed
+OF_CONFIG = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # options of a group that a resumed run takes from its config
 
 
 def state_of(done: int, job: RunContext, learner: Learner) -> Contents:
-    """All there is to save after a number of steps, as it is: what is in shards stays there."""
+    """Return what a checkpoint saves after a number of steps; what is in shards stays in shards."""
     optimizer, shards = optimizer_state(learner.optimizer, job.model)
     scaler = learner.accelerator.scaler
     state = {
@@ -37,20 +37,22 @@ def state_of(done: int, job: RunContext, learner: Learner) -> Contents:
         "threads": torch.get_num_threads(),
         "teachers": [teacher.identity for teacher in job.teachers],
     }
-    of_start = job.model.of_start
-    weights, averaged, queue = _saved(job.model, of_start), _saved(learner.averaged, of_start), _saved(learner.queue)
+    weights = _state_without(job.model, job.model.of_start)
+    averaged = _state_without(learner.averaged, job.model.of_start)
+    queue = _state_without(learner.queue)
     return Contents(weights, averaged, state, job.config, shards, job.model.start_digest, queue)
 
 
-def _saved(module: nn.Module | None, but: Container[str] = ()) -> dict[str, Tensor]:
+def _state_without(module: nn.Module | None, excluded: Container[str] = ()) -> dict[str, Tensor]:
+    """Return a module's state but for some names; {} of None."""
     tensors = module.state_dict() if module else {}
-    return {name: tensor for name, tensor in tensors.items() if name not in but}
+    return {name: tensor for name, tensor in tensors.items() if name not in excluded}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(groups and state by the names of the weights, the part of the state that is in shards by "kind/name")."""
+    """Return an optimizer's groups and state by the names of the weights, and the state in shards by "kind/name"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    groups = [group | {"params": [names[one] for one in group["params"]]} for group in optimizer.param_groups]
+    groups = [group | {"params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups]
     state: dict[str, dict[str, Any]] = {}
     shards: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():
@@ -61,11 +63,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any], shards: Path) -> None:
-    """
-    Args:
-        saved, shards: as `optimizer_state` gave them, the latter in a folder, if there were any.
+    """Load an optimizer's saved state; rates, decays and betas stay those of the optimizer.
 
-    The rates, decays and betas are those of the optimizer, not of what was saved.
+    Args:
+        saved: as `optimizer_state` returned it.
+        shards: the folder of its state in shards, if there was any.
 
     Raises:
         ValueError: if it was another optimizer, or other weights learn.
@@ -73,20 +75,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: di
     now, _ = optimizer_state(optimizer, model)
     if now["kind"] != saved["kind"]:
         raise ValueError(f"it was {saved['kind']}, and is {now['kind']}")
-    names, before = (sorted(n for group in one["groups"] for n in group["params"]) for one in (now, saved))
-    if names != before:
-        raise ValueError(f"{', '.join(sorted(set(names) ^ set(before))[:3])} learn in one of the two")
+    names = [name for group in now["groups"] for name in group["params"]]
+    saved_names = [name for group in saved["groups"] for name in group["params"]]
+    if sorted(names) != sorted(saved_names):
+        raise ValueError(f"{', '.join(sorted({*names} ^ {*saved_names})[:3])} learn in one of the two")
     parameters = dict(model.named_parameters())
     state = {name: dict(values) for name, values in saved["state"].items()}
     for key, tensor in read_shards(shards, parameters).items() if shards.exists() else ():
         kind, _, name = key.partition("/")
         state[name][kind] = tensor
-    numbers = {name: k for k, name in enumerate(name for group in now["groups"] for name in group["params"])}
+    numbers = {name: number for number, name in enumerate(names)}
     groups = []
-    for group in now["groups"]:  # some optimizers count their steps there
-        same = next(one for one in saved["groups"] if group["params"][0] in one["params"])
-        now_given = {option: value for option, value in group.items() if option in GIVEN or option not in same}
-        groups.append(same | now_given | {"params": [numbers[name] for name in group["params"]]})
+    for group in now["groups"]:  # some optimizers count their steps in them
+        saved_group = next(candidate for candidate in saved["groups"] if group["params"][0] in candidate["params"])
+        kept = {option: value for option, value in group.items() if option in OF_CONFIG or option not in saved_group}
+        groups.append(saved_group | kept | {"params": [numbers[name] for name in group["params"]]})
     placed = {
         numbers[name]: {
             kind: shard_like(value, parameters[name]) if isinstance(value, Tensor) and value.dim() else value
@@ -98,30 +101,30 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: di
 
 
 def read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What ranks wrote of "kind/name", each rank reading what it will hold of it."""
+    """Read the optimizer's state in shards by "kind/name", each rank its own part."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.FileSystemReader(folder)
-    into: dict[str, Tensor] = {}
-    for key, about in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(about, TensorStorageMetadata)
+    tensors: dict[str, Tensor] = {}
+    for key, metadata in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(metadata, TensorStorageMetadata)
         parameter = parameters[key.partition("/")[2]].detach()
-        same = in_shards(parameter) and parameter.shape == about.size
-        dtype = about.properties.dtype
-        into[key] = torch.empty_like(parameter, dtype=dtype) if same else torch.empty(about.size, dtype=dtype)
-    dcp.load(into, storage_reader=reader, no_dist=True)
-    return into
+        same_shards = in_shards(parameter) and parameter.shape == metadata.size
+        dtype = metadata.properties.dtype
+        tensors[key] = torch.empty_like(parameter, dtype=dtype) if same_shards else torch.empty(metadata.size, dtype=dtype)
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None = None) -> int:
-    """Loads a checkpoint into a job; returns the steps that are done.
+    """Load a checkpoint into a job and return the number of steps done.
 
     Args:
-        mining: opens the table that was mined last before the checkpoint.
+        mining: opens the last table that was mined before the checkpoint.
 
     Raises:
-        UserError: if the checkpoint is damaged, of another model or another order of the data; it says what differs.
+        UserError: if the checkpoint is damaged, or of another model or another order of the data; it says what differs.
     """
     group, device = learner.group, learner.accelerator.device
     checkpoint.check(path, group)
@@ -132,22 +135,11 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
 
     if mining and state.get("mined") is not None:
         mining.open(state["mined"])
-    now = job.order.state()
-    for name in sorted(state["order"].keys() | now.keys()):
-        before, after = (str(order.get(name)) for order in (state["order"], now))
-        if before != after:
-            here, there = yaml.safe_load(job.config)["data"], saved_data(path)
-            changed = [f"data.{option}" for option in ("held_out", "select") if here.get(option) != there.get(option)]
-            said = [f"{name} was {there.get(name[5:])}, is {here.get(name[5:])}" for name in changed]
-            why = f" ({'; '.join(said)})" if said else ""
-            raise UserError(
-                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]}{why};"
-                " give it back, or start another run with train.init_from"
-            )
+    check_order(job, path, state["order"])
     if state["step"] > job.options.total_steps:
         epochs = job.options.epochs
-        asked = f"train.steps={job.options.steps}" if epochs is None else f"the {job.options.steps} of train.epochs={epochs:g}"
-        raise UserError(f"{job.folder} already has {state['step']} steps, more than {asked}")
+        wanted = f"train.steps={job.options.steps}" if epochs is None else f"the {job.options.steps} of train.epochs={epochs:g}"
+        raise UserError(f"{job.folder} already has {state['step']} steps, more than {wanted}")
     check_start(job.model, path)
     check_teachers(job, state.get("teachers", []))
     load(job.model, checkpoint.weights_file(path))
@@ -162,11 +154,34 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
         load(learner.averaged, checkpoint.weights_file(path, averaged=True))
     if learner.queue and (path / checkpoint.QUEUE).exists():
         load(learner.queue, path / checkpoint.QUEUE)
-    elif learner.queue and state.get("queue"):  # of a checkpoint of before 2026-11-26
+    elif learner.queue and state.get("queue"):  # in a checkpoint from before 2026-11-26
         load_weights(learner.queue, state["queue"], f"the queue in {path}")
     elif learner.queue:
         raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
     return state["step"]
+
+
+def check_order(job: RunContext, path: Path, saved: Mapping[str, Any]) -> None:
+    """Check that a job's data have the order that a checkpoint's data had.
+
+    Raises:
+        UserError: if they do not; it names the first difference, and the options that may have made it.
+    """
+    order = job.order.state()
+    for name in sorted(saved.keys() | order.keys()):
+        before, after = str(saved.get(name)), str(order.get(name))
+        if before != after:
+            data, data_before = yaml.safe_load(job.config)["data"], saved_data(path)
+            changes = [
+                f"data.{option} was {data_before.get(option)}, is {data.get(option)}"
+                for option in ("held_out", "select")
+                if data.get(option) != data_before.get(option)
+            ]
+            why = f" ({'; '.join(changes)})" if changes else ""
+            raise UserError(
+                f"cannot resume {job.folder}: its data order had {name}={before[:200]}, now {after[:200]}{why};"
+                " give it back, or start another run with train.init_from"
+            )
 
 
 def saved_data(path: Path) -> Any:
@@ -175,50 +190,58 @@ def saved_data(path: Path) -> Any:
 
 
 def check_start(model: ContrastiveModel, path: Path) -> None:
-    """
+    """Check that a checkpoint's weights were trained beside the model's start.
+
     Raises:
-        UserError: for a checkpoint whose weights were trained beside another start.
+        UserError: if it was another start.
     """
     if (trained := checkpoint.start_of(path)) != model.start_digest:
-        what = "model.start is not what it was" if trained and model.start_digest else "it was trained with another model.lora"
-        raise UserError(f"{path}: {what}: its weights do not belong to these: give back the start, and its name in config.yaml")
+        why = "model.start is not what it was" if trained and model.start_digest else "it was trained with another model.lora"
+        raise UserError(f"{path}: {why}: its weights do not belong to these: give back the start, and its name in config.yaml")
 
 
 def check_teachers(job: RunContext, saved: list[dict[str, str]]) -> None:
-    """
+    """Check that a job's teachers are those of a checkpoint: from another path perhaps, but with the same weights.
+
     Raises:
-        UserError: for teachers that are not those of a checkpoint. Their places may be others, their weights may not.
+        UserError: if they are not.
     """
     now = [teacher.identity for teacher in job.teachers]
-    if [one["digest"] for one in now] != [one["digest"] for one in saved]:
-        before, after = (", ".join(f"{one['name']} ({one['digest'][:8]})" for one in each) or "none" for each in (saved, now))
+    if [teacher["digest"] for teacher in now] != [teacher["digest"] for teacher in saved]:
         raise UserError(
-            f"cannot resume {job.folder}: its teacher was {before}, is {after}: give train.teacher what it had, or start"
-            " another run with train.init_from"
+            f"cannot resume {job.folder}: its teacher was {_names(saved)}, is {_names(now)}: give train.teacher what it had, or"
+            " start another run with train.init_from"
         )
 
 
+def _names(teachers: list[dict[str, str]]) -> str:
+    """Return the names of teachers, with the beginning of their digests, for a message."""
+    return ", ".join(f"{teacher['name']} ({teacher['digest'][:8]})" for teacher in teachers) or "none"
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Give a model its weights, all but those that it has of a start.
+    """Load a model's weights, all but those that it has from a start.
 
     Raises:
         UserError: if names or shapes differ; it names the first.
     """
     of_start: frozenset[str] = getattr(model, "of_start", frozenset())
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in of_start}
-    for name in sorted(own.keys() ^ weights.keys()):
-        raise UserError(f"{source}: {name} is {'missing in it' if name in own else 'not in the model'}: another architecture")
-    for name, tensor in own.items():
+    tensors = _state_without(model, of_start)
+    for name in sorted(tensors.keys() ^ weights.keys()):
+        raise UserError(
+            f"{source}: {name} is {'missing in it' if name in tensors else 'not in the model'}: another architecture"
+        )
+    for name, tensor in tensors.items():
         if tensor.shape != weights[name].shape:
             raise UserError(f"{source}: {name} is {list(weights[name].shape)}, the model's {list(tensor.shape)}")
-    model.load_state_dict(shard_all_like(weights, own), strict=not of_start)
+    model.load_state_dict(shard_all_like(weights, tensors), strict=not of_start)
 
 
 def weights_path(source: str, group: dist.ProcessGroup | None = None) -> Path:
-    """A .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder.
+    """Return the path of weights: a .safetensors file, a checkpoint's folder, or the last checkpoint of a run's folder.
 
     Args:
-        group: its ranks share the check of the checkpoint's files; all must ask.
+        group: its ranks share the check of the checkpoint's files; all must call this.
 
     Raises:
         UserError: if the checkpoint is damaged.

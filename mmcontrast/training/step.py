@@ -1,4 +1,4 @@
-"""One optimizer step: forward, loss over all ranks, backward, the check that all is finite, update."""
+"""One optimizer step: forward, loss over all ranks, backward, the check that loss and gradients are finite, update."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ from mmcontrast.types import Batch
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout and the like are a function of (seed, step, rank), so a resumed run needs no generator's state."""
+    """Seed torch by (seed, step, rank), of which dropout is a function then: a resumed run needs no generator's state."""
     value = hash((seed, step, rank)) & (2**63 - 1)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_available():
@@ -38,7 +38,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 @dataclass
 class Learner:
-    """What learns, and from what: a run's model (as accelerate prepared it), objective, pairing, optimizer, negatives.
+    """A run's model (as accelerate prepared it), and all that a step trains it with: objective, optimizer, negatives.
 
     Attributes:
         negative_of: fields that only provide negatives, and for which field.
@@ -46,9 +46,9 @@ class Learner:
         averaged: the moving average of the model, or None.
         locked_until: the step until which weights are locked, by their names.
         teachers: models to learn from, each of which has a view of every batch.
-        own: those of `negative_of` that are candidates of their own sample's anchors alone.
+        own_negatives: those of `negative_of` that are candidates of their own sample's anchors alone.
         score: of a hyperbolic model; its curvature is the model's.
-        step: the one that is taken.
+        step: the current one.
     """
 
     model: nn.Module
@@ -62,43 +62,48 @@ class Learner:
     averaged: ContrastiveModel | None = None
     locked_until: dict[str, int] = dataclasses.field(default_factory=dict)
     teachers: Sequence[Teacher] = ()
-    own: frozenset[str] = frozenset()
+    own_negatives: frozenset[str] = frozenset()
     score: Hyperbolic | None = None
     step: int = 0
 
     @property
     def group(self) -> dist.ProcessGroup | None:
+        """Return the group of all ranks; None: this process is alone."""
         return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
-    def taught(self, batch: Batch) -> list[dict[str, Tensor]]:
+    def teacher_embeddings(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Return each teacher's embeddings of a batch, computed in micro-batches and kept."""
         size, device = self.options.micro_batch_size or len(batch), self.accelerator.device
         with self.accelerator.autocast():
-            return [t.embed(view, size, device) for t, view in zip(self.teachers, batch.views, strict=True)]
+            return [teacher.embed(view, size, device) for teacher, view in zip(self.teachers, batch.views, strict=True)]
 
     def loss(
         self,
         embeddings: Embeddings,
         labels: Batch,
         signals: dict[str, Tensor] | None = None,
-        taught: Sequence[dict[str, Tensor]] = (),
+        teacher_embeddings: Sequence[dict[str, Tensor]] = (),
     ) -> Tensor:
-        """Return the loss of some samples' embeddings, over all ranks. `labels`: their batch, values apart, on the host, where
-        looking at them waits for no device; `taught`: what their teachers make of them."""
+        """Return the loss of some samples' embeddings, over all ranks.
+
+        Args:
+            labels: their batch without values, on the host, where looking at it waits for no device.
+            signals: receives the signals of the objective.
+            teacher_embeddings: of the same samples, one mapping per teacher.
+        """
         extra = self.queue.negatives(self.accelerator.process_index, self.accelerator.num_processes) if self.queue else {}
         own: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for field, of in self.negative_of.items():
-            device = embeddings.fields[field].device
-            if field in self.own:
-                here = labels.present[field].to(device, non_blocking=True)
-                own.setdefault(of, []).append((embeddings.fields[field], here))
+        for field, target in self.negative_of.items():
+            rows, present = embeddings.fields[field], labels.present[field]
+            if field in self.own_negatives:
+                own.setdefault(target, []).append((rows, present.to(rows.device, non_blocking=True)))
                 continue
-            here = labels.present[field].nonzero().squeeze(1)  # on the host, where the number of rows waits for no device
-            rows = embeddings.fields[field][here.to(device, non_blocking=True)]
-            nobodys = torch.full((len(rows),), NO_GROUP, device=rows.device)
-            if of in extra:
-                rows, nobodys = torch.cat([extra[of][0], rows]), torch.cat([extra[of][1], nobodys])
-            extra[of] = rows, nobodys
+            row_index = present.nonzero().squeeze(1)  # on the host, where the number of rows waits for no device
+            rows = rows[row_index.to(rows.device, non_blocking=True)]
+            group_ids = torch.full((len(rows),), NO_GROUP, device=rows.device)
+            if target in extra:
+                rows, group_ids = torch.cat([extra[target][0], rows]), torch.cat([extra[target][1], group_ids])
+            extra[target] = rows, group_ids
         contrasted = {field: rows for field, rows in embeddings.fields.items() if field not in self.negative_of}
         loss = contrastive_loss(
             contrasted,
@@ -109,10 +114,10 @@ class Learner:
             ids={field: ids for field, ids in labels.ids.items() if field not in self.negative_of},
             sample_ids=labels.sample_ids,
             extra_negatives=extra,
-            own_negatives={of: stacked(pairs) for of, pairs in own.items()},
+            own_negatives={field: stack_candidates(candidates) for field, candidates in own.items()},
             sample_weights=labels.weights,
             matryoshka=self.options.matryoshka,
-            teacher=taught or None,
+            teacher=teacher_embeddings or None,
             teacher_scale=[teacher.scale for teacher in self.teachers],
             score=None if embeddings.curvature is None else (self.score or Hyperbolic()).at(embeddings.curvature),
             group=self.group,
@@ -122,9 +127,9 @@ class Learner:
         bridge = self.options.bridge
         if bridge is None or self.step < bridge.start:
             return loss
-        return loss + bridge.weight * self.bridged(bridge, embeddings, labels, list(contrasted), signals)
+        return loss + bridge.weight * self.mean_bridge_loss(bridge, embeddings, labels, list(contrasted), signals)
 
-    def bridged(
+    def mean_bridge_loss(
         self,
         bridge: BridgeLossOptions,
         embeddings: Embeddings,
@@ -135,19 +140,21 @@ class Learner:
         """Return the mean loss of the pairs of fields that learn through a third one."""
 
         def rows_of(field: str) -> Tensor:
-            here = labels.present[field].nonzero().squeeze(1)
+            """Return the embeddings of the samples that have a field."""
+            row_index = labels.present[field].nonzero().squeeze(1)
             rows = embeddings.fields[field]
-            return rows if len(here) == len(rows) else rows[here.to(rows.device, non_blocking=True)]
+            return rows if len(row_index) == len(rows) else rows[row_index.to(rows.device, non_blocking=True)]
 
-        bank, losses = rows_of(bridge.through), []
+        bank = rows_of(bridge.through)
+        losses: list[Tensor] = []
         for first, second in bridge.pairs_of(fields):
             scale = embeddings.logit_scale
             if isinstance(scale, dict):
                 scale = next(value for pair, value in scale.items() if {*pair} == {first, second})
-            known = bridge.scale or float(scale.detach())
+            bank_scale = bridge.scale or float(scale.detach())
             losses.append(
                 bridge_loss(
-                    rows_of(first), rows_of(second), bank, logit_scale=scale, bank_scale=known, group=self.group,
+                    rows_of(first), rows_of(second), bank, logit_scale=scale, bank_scale=bank_scale, group=self.group,
                     communication=self.options.communication,
                 )
             )  # fmt: skip
@@ -156,12 +163,12 @@ class Learner:
         return torch.stack(losses).mean()
 
     def backward(self, batch: Batch, share: float, last: bool, signals: dict[str, Tensor] | None) -> tuple[Tensor, Embeddings]:
-        """Adds the gradients of `share` times a part's loss; the `last` part of a step reduces them over the ranks."""
-        device, labels, taught = self.accelerator.device, batch.labels(), self.taught(batch)
+        """Add the gradients of `share` times a part's loss; the `last` part of a step reduces them over the ranks."""
+        device, labels, teacher_embeddings = self.accelerator.device, batch.labels(), self.teacher_embeddings(batch)
         batch = dataclasses.replace(batch, views=[])
 
         def loss_of(embeddings: Embeddings) -> Tensor:
-            return self.loss(embeddings, labels, signals, taught) * share
+            return self.loss(embeddings, labels, signals, teacher_embeddings) * share
 
         if self.options.micro_batch_size:
             size, backward = self.options.micro_batch_size, self.accelerator.backward
@@ -173,17 +180,24 @@ class Learner:
         return loss.detach(), embeddings
 
 
-def stacked(candidates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return K times (rows [N, D], which are there [N]) as rows [N, K, D], and which are there [N, K]."""
-    return torch.stack([rows for rows, _ in candidates], 1), torch.stack([here for _, here in candidates], 1)
+def stack_candidates(candidates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return K times (rows [N, D], present [N]) as rows [N, K, D] and present [N, K]."""
+    return torch.stack([rows for rows, _ in candidates], 1), torch.stack([present for _, present in candidates], 1)
 
 
 def training_step(
-    step: int, batch: Batch, learner: Learner, watch: bool = False, asked: Callable[[], bool] = lambda: False
+    step: int, batch: Batch, learner: Learner, with_signals: bool = False, asked_to_end: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Trains on one batch and returns what there is to log; with `watch` also the signals of the objective. `bad_samples`: how
-    many of the batch, on all ranks, could not be decoded; `asked`: whether any rank is asked to end,
-    at the end of its backward.
+    """Train on one batch.
+
+    Args:
+        step: from 0.
+        with_signals: return the signals of the objective too.
+        asked_to_end: returns whether this rank is asked to end; called after the backward.
+
+    Returns:
+        what there is to log; `bad_samples`: how many of the batch, on all ranks, could not be decoded; and, not to be logged,
+        `asked_to_end`: whether any rank is asked to end.
 
     Raises:
         TrainingStopped: on every rank, if the loss or the gradient norm of any is not finite; nothing was updated.
@@ -200,23 +214,24 @@ def training_step(
     if learner.queue:
         apply_schedules(learner.queue.encoder, options, step)
 
-    signals: dict[str, Tensor] | None = {} if watch else None
+    signals: dict[str, Tensor] | None = {} if with_signals else None
     loss = torch.zeros((), device=accelerator.device)
     parts, counted = batch.deal(options.accumulation_steps), batches_counted(model)
     for part in parts:
         last = part is parts[-1]
-        value_of_part, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
-        loss += value_of_part
+        part_loss, embeddings = learner.backward(part, 1 / len(parts), last, signals if last else None)
+        loss += part_loss
     for name in [name for name, end in learner.locked_until.items() if step < end]:
         model.get_parameter(name).grad = None
     norm = full_tensor(accelerator.clip_grad_norm_(learner.model.parameters(), options.clip_grad_norm or math.inf))
 
     scale = embeddings.logit_scale
     scales = torch.stack([*scale.values()] if isinstance(scale, dict) else [scale]).detach()
-    counts = (loss.new_full((), number) for number in (len(batch.replaced), asked()))  # filled there: a copy would wait
-    told = torch.stack([loss, *counts, norm, *scales])
-    value, bad, asked_of_all, grad_norm, *scales_now = accelerator.reduce(told, "mean").tolist()  # waits for the device once
-    # with fp16 an overflowing gradient is the scaler's business: it skips the step and lowers the scale
+    replaced = loss.new_full((), len(batch.replaced))  # filled on the device: a copy would wait
+    asked = loss.new_full((), asked_to_end())
+    means = accelerator.reduce(torch.stack([loss, replaced, asked, norm, *scales]), "mean").tolist()  # waits for the device
+    value, replaced_mean, asked_share, grad_norm, *logit_scales = means
+    # with fp16 the scaler handles an overflowing gradient: it skips the step and lowers the scale
     if not math.isfinite(value) or (options.precision != "fp16" and not math.isfinite(grad_norm)):
         error = TrainingStopped(
             f"step {step + 1}: the loss is {value}, the gradient norm {grad_norm}: stopped before the update; lower train.lr"
@@ -234,12 +249,12 @@ def training_step(
         learner.queue.update_encoder(model)
         with accelerator.autocast():
             learner.queue.push(batch, options.micro_batch_size, accelerator.device, learner.group)
-    values = {"loss": value, "lr": lr, "logit_scale": sum(scales_now) / len(scales_now), "grad_norm": grad_norm}
+    values = {"loss": value, "lr": lr, "logit_scale": sum(logit_scales) / len(logit_scales), "grad_norm": grad_norm}
     values |= {} if embeddings.curvature is None else {"curvature": float(embeddings.curvature.detach())}
-    values |= {"bad_samples": round(bad * accelerator.num_processes), "asked": asked_of_all > 0}
+    values |= {"bad_samples": round(replaced_mean * accelerator.num_processes), "asked_to_end": asked_share > 0}
     if isinstance(scale, dict):
-        values |= {f"logit_scale/{term_name(pair)}": number for pair, number in zip(scale, scales_now, strict=True)}
+        values |= {f"logit_scale/{term_name(pair)}": number for pair, number in zip(scale, logit_scales, strict=True)}
     if signals:
-        seen = accelerator.reduce(torch.stack([s.float() for s in signals.values()]), "mean")
-        values |= {f"signals/{name}": number for name, number in zip(signals, seen.tolist(), strict=True)}
+        signal_means = accelerator.reduce(torch.stack([signal.float() for signal in signals.values()]), "mean").tolist()
+        values |= {f"signals/{name}": mean for name, mean in zip(signals, signal_means, strict=True)}
     return values

@@ -1,7 +1,8 @@
-"""Models that a run learns from: opened, looked through at the door, and run without gradient beside the model."""
+"""Open and check the teachers of a run, and embed batches with them, without gradient."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,15 +21,15 @@ Opener = Callable[[StartOptions], ContrastiveModel]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model in evaluation mode without gradient, or embeddings that it once made.
+    """A model in evaluation mode without gradient, or its stored embeddings.
 
     Attributes:
-        name: what it was opened by.
-        digest: of its weights; of stored embeddings, which members they are.
+        name: the name that it was opened by.
+        digest: of its weights; of stored embeddings, the names of their members.
         scale: its logit scale.
         view: how it reads samples, by the model's fields.
         model: None: its embeddings are stored.
-        fields: its own field for each of the model's.
+        fields: the teacher's field for each of the model's.
     """
 
     name: str
@@ -36,14 +37,15 @@ class Teacher:
     scale: float
     view: TeacherView
     model: ContrastiveModel | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return what checkpoints hold of it."""
+        """Return its name and digest, which checkpoints hold."""
         return {"name": self.name, "digest": self.digest}
 
     def to(self, device: torch.device) -> None:
+        """Move its model to a device, if it has one."""
         if self.model:
             self.model.to(device)
 
@@ -60,19 +62,19 @@ class Teacher:
     def _embed(self, view: Batch) -> dict[str, Tensor]:
         rows = {}
         for name, values in view.values.items():
-            here = view.present[name]
+            present = view.present[name]
             if self.model:
-                own = self.fields[name]
-                alone = Batch({own: values}, {own: here}, view.sample_ids, view.group_ids, [])
-                rows[name] = self.model(alone).fields[own].float()
+                field = self.fields[name]
+                batch = Batch({field: values}, {field: present}, view.sample_ids, view.group_ids, [])
+                rows[name] = self.model(batch).fields[field].float()
             else:
-                rows[name] = values.new_zeros(len(here), values.shape[1])
-                rows[name][here] = values[: int(here.sum())]
+                rows[name] = values.new_zeros(len(present), values.shape[1])
+                rows[name][present] = values[: int(present.sum())]
         return rows
 
 
 def open_teachers(
-    given: Sequence[TeacherOptions | StoredTeacherOptions], scored: Sequence[str], model: ContrastiveModel, opener: Opener
+    teachers: Sequence[TeacherOptions | StoredTeacherOptions], scored: Sequence[str], model: ContrastiveModel, opener: Opener
 ) -> list[Teacher]:
     """Open the teachers of a run.
 
@@ -84,57 +86,62 @@ def open_teachers(
         UserError: for a teacher that cannot be opened, lacks a scored field, or reads another kind of values there.
     """
     return [
-        _stored(one, scored, model) if isinstance(one, StoredTeacherOptions) else _opened(one, scored, model, opener)
-        for one in given
+        _make_stored(options, scored, model)
+        if isinstance(options, StoredTeacherOptions)
+        else _open(options, scored, model, opener)
+        for options in teachers
     ]
 
 
-def _stored(given: StoredTeacherOptions, scored: Sequence[str], model: ContrastiveModel) -> Teacher:
-    for name in given.stored:
+def _make_stored(options: StoredTeacherOptions, scored: Sequence[str], model: ContrastiveModel) -> Teacher:
+    """Return a teacher whose embeddings are stored in the shards."""
+    for name in options.stored:
         if name not in model.modalities:
             raise UserError(f"train.teacher.stored: no field {name!r}; {suggestion(name, model.modalities)}")
     for name in scored:
-        if name not in given.stored:
+        if name not in options.stored:
             raise UserError(f"train.teacher.stored lacks the field {name!r}, which the loss scores: name its member, {name}: …")
-    keys = {name: given.stored[name] for name in scored}
-    named = ", ".join(f"{name} in {key}" for name, key in keys.items())
-    return Teacher(named, named, given.scale, TeacherView({name: StoredEmbeddings() for name in keys}, keys))
+    keys = {name: options.stored[name] for name in scored}
+    members = ", ".join(f"{name} in {key}" for name, key in keys.items())
+    return Teacher(members, members, options.scale, TeacherView({name: StoredEmbeddings() for name in keys}, keys))
 
 
-def _opened(given: TeacherOptions, scored: Sequence[str], model: ContrastiveModel, opener: Opener) -> Teacher:
+def _open(options: TeacherOptions, scored: Sequence[str], model: ContrastiveModel, opener: Opener) -> Teacher:
+    """Open a teacher's model, and check that it reads every scored field."""
     try:
-        teacher = opener(given.start)
+        teacher = opener(options.start)
     except UserError as error:
         raise UserError(f"train.teacher: {str(error).removeprefix('model.start: ')}") from error
     if teacher.hyperbolic is not None:
-        raise UserError(f"train.teacher: the scores of {given.model} are hyperbolic, a teacher's are cosines: take another")
-    for name, own in given.fields.items():
+        raise UserError(f"train.teacher: the scores of {options.model} are hyperbolic, a teacher's are cosines: take another")
+    for name, field in options.fields.items():
         if name not in model.modalities:
             raise UserError(f"train.teacher.fields: no field {name!r}; {suggestion(name, model.modalities)}")
-        if own not in teacher.modalities:
+        if field not in teacher.modalities:
             raise UserError(
-                f"train.teacher.fields.{name}: {given.model} has no field {own!r}; {suggestion(own, teacher.modalities)}"
+                f"train.teacher.fields.{name}: {options.model} has no field {field!r}; {suggestion(field, teacher.modalities)}"
             )
-    fields = {name: given.fields.get(name, name) for name in scored}
-    for name, own in fields.items():
-        if own not in teacher.modalities:
+    fields = {name: options.fields.get(name, name) for name in scored}
+    for name, field in fields.items():
+        if field not in teacher.modalities:
             raise UserError(
-                f"train.teacher: {given.model} has no field {name!r}, which the loss scores; it has"
+                f"train.teacher: {options.model} has no field {name!r}, which the loss scores; it has"
                 f" {', '.join(teacher.modalities)}: say which sees it, fields: {{{name}: …}}, or take another teacher"
             )
-        mine, its = _kind(model.modality(name)), _kind(teacher.modality(own))
-        if mine is not its:
+        kind, teacher_kind = _kind(model.modality(name)), _kind(teacher.modality(field))
+        if kind is not teacher_kind:
             raise UserError(
-                f"train.teacher: field {own!r} of {given.model} reads {its.__name__}, the model's {name!r} {mine.__name__}:"
-                " both read the same members"
+                f"train.teacher: field {field!r} of {options.model} reads {teacher_kind.__name__}, the model's {name!r}"
+                f" {kind.__name__}: both read the same members"
             )
-    if teacher.pairs and given.scale is None:
-        raise UserError(f"train.teacher: {given.model} has a logit scale for each pair of fields: say train.teacher.scale")
-    scale = given.scale or float(teacher.log_logit_scale.detach().exp()[0])
-    view = TeacherView({name: teacher.modality(own) for name, own in fields.items()})
+    if teacher.pairs and options.scale is None:
+        raise UserError(f"train.teacher: {options.model} has a logit scale for each pair of fields: say train.teacher.scale")
+    scale = options.scale or float(teacher.log_logit_scale.detach().exp()[0])
+    view = TeacherView({name: teacher.modality(field) for name, field in fields.items()})
     digest = teacher.digest()
-    return Teacher(given.model, digest, scale, view, teacher.requires_grad_(False).eval(), fields)
+    return Teacher(options.model, digest, scale, view, teacher.requires_grad_(False).eval(), fields)
 
 
 def _kind(modality: Modality) -> type[Modality]:
+    """Return the kind of values that a modality reads."""
     return next((kind for kind in KINDS if isinstance(modality, kind)), type(modality))

@@ -12,11 +12,11 @@ FOLDER = "profile"  # of a run
 
 @contextmanager
 def tracing(steps: tuple[int, int] | None, folder: Path, rank: int) -> Iterator[Callable[[int], None]]:
-    """Gives what is to be called at the beginning of every step, with its number from 1.
+    """Yield a function to be called at the beginning of every step, with its number from 1.
 
     Args:
-        steps: the first and the last that are traced, or None.
-        folder: the run's; every rank writes a file there.
+        steps: the first and the last traced step, or None.
+        folder: the run's; every rank writes a file into its `profile`.
     """
     running: profile | None = None
     first = last = 0

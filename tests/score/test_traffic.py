@@ -33,7 +33,7 @@ from mmcontrast.score.traffic import (
     waiting_seconds,
     with_links,
 )  # fmt: skip
-from mmcontrast.training.cost import _Alive
+from mmcontrast.training.cost import _AliveBytes
 from tests.command import call_on_ranks, free_port
 
 RANKS, WIDTH = 8, 5
@@ -95,7 +95,7 @@ def check_memory(rank):
     rows, width, peaks = 64, 256, {}
     for scheme in (None, *SCHEMES):
         leaves = [torch.randn(rows, width).requires_grad_() for _ in "ab"]
-        with _Alive({leaf.untyped_storage()._cdata for leaf in leaves}, []) as alive:
+        with _AliveBytes({leaf.untyped_storage()._cdata for leaf in leaves}, []) as alive:
             options = {"group": dist.group.WORLD, "communication": scheme} if scheme else {}
             contrastive_loss(dict(zip("ab", leaves, strict=True)), logit_scale=1.0, tile_size=32, **options).backward()
         peaks[scheme] = alive.peak

@@ -37,7 +37,8 @@ def test_they_are_negatives_of_their_own_anchor(tmp_path, mined):
     tables = [{"table": str(mined), "field": "b", "count": 2}, {"table": str(mined), "field": "a"}]
     path = write_config(tmp_path, shards, data={"negatives": tables}, train={"steps": 6, "checkpoint_every": 2})
     job = make_run_context(load_config(path))
-    assert job.negative_of == {"b.negative.0": "b", "b.negative.1": "b", "a.negative.0": "a"} and job.own == {*job.negative_of}
+    assert job.negative_of == {"b.negative.0": "b", "b.negative.1": "b", "a.negative.0": "a"}
+    assert job.own_negatives == {*job.negative_of}
     (batch,) = training_batches(job.dataset, job.order, range(1), rank=0, world_size=1, num_workers=0, pin_memory=False)
     counts = torch.tensor([k % 5 for k in batch.sample_ids.tolist()])
     for name, least in (("b.negative.0", 1), ("b.negative.1", 2), ("a.negative.0", 1)):

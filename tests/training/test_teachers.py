@@ -133,7 +133,7 @@ def test_a_guide_says_which_candidates_are_no_negatives(tmp_path, shards, teache
     learner = Learner(
         job.model, job.objective, job.pairing, None, Accelerator(cpu=True), job.options, {}, teachers=job.teachers
     )
-    torch.testing.assert_close(learner.loss(out, batch.labels(), taught=learner.taught(batch)), want)
+    torch.testing.assert_close(learner.loss(out, batch.labels(), teacher_embeddings=learner.teacher_embeddings(batch)), want)
 
 
 def test_a_teacher_of_another_library_reads_pictures_and_the_same_lines_by_its_own_preprocessing(corpus, tmp_path):

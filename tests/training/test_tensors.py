@@ -95,7 +95,7 @@ def work(rank, folder):
         assert not whole, "no rank but the first has a whole one"
 
         last = folder / "True" / "step-00000001"
-        read = counted(tensors, "_own_part", lambda opened, name, example: example.to_local().numel())
+        read = counted(tensors, "_read_own_part", lambda reader, name, example: example.to_local().numel())
         again = Weights(True)
         with torch.no_grad():
             again.wide.zero_()
