@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.evaluation.embed import embed_together
-from mmcontrast.evaluation.evaluate import shared
+from mmcontrast.evaluation.evaluate import broadcast_table
 from mmcontrast.evaluation.retrieval_inputs import _share
 from mmcontrast.modalities import TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
@@ -42,7 +42,7 @@ def check_shared(table, rank):
     """All have the first rank's tensors, and of the metadata what is asked for."""
     whole = joined([None] * RANKS, table)
     for entries in ((), ("kind", "nothing")):
-        found = shared(whole if rank == 0 else table, dist.group.WORLD, entries)
+        found = broadcast_table(whole if rank == 0 else table, dist.group.WORLD, entries)
         expected = [{name: entry[name] for name in entries if name in entry} for entry in whole.metadata]
         assert found.metadata == (whole.metadata if rank == 0 else expected)
         assert found.sample_ids.equal(whole.sample_ids) and found.group_ids.equal(whole.group_ids)
