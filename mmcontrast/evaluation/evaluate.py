@@ -243,7 +243,7 @@ def check_labels(options: EvaluationOptions, datasets: Mapping[str, ShardDataset
             return
         matched = classes.match(entries_of(metadata, task.label, place), place)
         if complete and not (matched.numbers >= 0).any():
-            raise UserError(f"{place}: {classes.unlike(matched.others, {})}")
+            raise UserError(f"{place}: {classes.mismatch_message(matched.unmatched, {})}")
 
     for name, task in options.zero_shot.items():
         for split in task.splits or options.splits:

@@ -14,9 +14,7 @@ from torch import Tensor
 from mmcontrast.evaluation.bridge import Bridge
 
 TILE = {"cpu": (1024, 2048), "cuda": (8192, 16384)}
-PASSES = (
-    48  # relevant candidates of a query up to which each is compared by itself; beyond, scores are binned by sorting
-)
+PASSES = 48  # relevant candidates of a query up to which each is compared by itself; beyond, scores are binned by sorting
 ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # of products [R, T], rows of queries [R] and of candidates [T]
 
 

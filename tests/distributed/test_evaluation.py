@@ -11,7 +11,7 @@ from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.evaluation.embed import embed_together
 from mmcontrast.evaluation.evaluate import broadcast_table
-from mmcontrast.evaluation.retrieval_inputs import _share
+from mmcontrast.evaluation.retrieval_inputs import _rank_share
 from mmcontrast.modalities import TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
 from tests.command import call_on_ranks
@@ -76,7 +76,7 @@ def work(rank, folder):
             read.clear()
             opened, datasets = open_splits(options, model, lambda _, whole=dataset: whole)
             results = evaluate(model, datasets, opened, group=dist.group.WORLD).values
-            assert [sample for sample in read if sample < len(dataset)] == [*_share(len(dataset), rank, RANKS)], "its own"
+            assert [sample for sample in read if sample < len(dataset)] == [*_rank_share(len(dataset), rank, RANKS)], "its own"
             answers.append((rank, shard.name, table, results))
         (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(answers))
     finally:
