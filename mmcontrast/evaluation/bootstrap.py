@@ -56,12 +56,12 @@ def intervals(
     Raises:
         ValueError: if they are not of the same samples.
     """
-    (number, device), *others = {(e.number, e.device) for e in estimates} or {(0, torch.device("cpu"))}
-    if others:
-        raise ValueError(f"estimates over {sorted(e.number for e in estimates)} samples: give those of the same samples")
-    values = [
-        torch.stack([e.statistic(block) for e in estimates], 1) for block in weights(number, clusters, resamples, seed, device)
-    ]
+    if len({(estimate.number, estimate.device) for estimate in estimates}) > 1:
+        numbers = sorted(estimate.number for estimate in estimates)
+        raise ValueError(f"estimates over {numbers} samples: give those of the same samples")
+    number, device = (estimates[0].number, estimates[0].device) if estimates else (0, torch.device("cpu"))
+    blocks = weights(number, clusters, resamples, seed, device)
+    values = [torch.stack([estimate.statistic(block) for estimate in estimates], 1) for block in blocks]
     return _percentiles(values, len(estimates), level)
 
 

@@ -172,10 +172,8 @@ def labelled_rows(
     matched = classes.match([values[row] for row in present_rows.tolist()], place)
     kept = matched.numbers >= 0
     if not kept.any():
-        reason = (
-            f"; {classes.mismatch_message(matched.unmatched, {})}"
-            if matched.unmatched
-            else f", {len(present_rows)} have the field"
-        )
+        reason = f", {len(present_rows)} have the field"
+        if matched.unmatched:
+            reason = f"; {classes.mismatch_message(matched.unmatched, {})}"
         raise UserError(f"{place}: no sample has the field {field!r} and a label {label!r} that is a class{reason}")
     return table.fields[field][present_rows[kept]], matched.numbers[kept], matched
