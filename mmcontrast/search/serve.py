@@ -136,7 +136,7 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         UserError: lambda _, error: error_response(400, str(error)),
         ClientDisconnect: lambda _, error: error_response(400, "the connection was closed"),
         MultiPartException: lambda _, error: error_response(400, error.message),
-        FormParserError: lambda _, error: error_response(400, f"Invalid multipart data: {error}"),  # not caught by starlette 1.0
+        FormParserError: lambda _, error: error_response(400, f"Invalid multipart data: {error}"),  # starlette 1.0 lets it by
         HTTPException: lambda _, error: error_response(error.status_code, error.detail),
         Exception: unforeseen,
     }
