@@ -1,4 +1,4 @@
-"""A model as a program uses it: lists of pictures, texts and sounds in, embeddings out."""
+"""Use a model from Python: `load` opens it, `Embedder` embeds lists of pictures, texts and sounds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,19 +30,19 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def kind_of(modality: Modality) -> str:
-    """Return "images", "texts" or "audio"; "vectors" of anything else."""
-    return next((kind for kind, known in KINDS.items() if isinstance(modality, known)), "vectors")
+    """Return "images", "texts" or "audio"; "vectors" for any other modality."""
+    return next((kind for kind, modality_class in KINDS.items() if isinstance(modality, modality_class)), "vectors")
 
 
 class Embedder:
-    """A model in evaluation mode on its device, with what it takes to feed it.
+    """A model in evaluation mode on its device, with the preprocessing of its fields.
 
     Attributes:
         model: fields → towers → embeddings, with the logit scale and bias.
-        name: what it was opened by.
-        device: where it computes, in which `precision`.
+        name: by which it was opened.
+        device: where it computes, in `precision`.
         keys: the members of a sample that each field is read from; default: its modality's.
-        fields: those that it embeds, the first of a kind being the default of that kind.
+        fields: those that it embeds; the first of a kind is that kind's default.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Embedder:
     def __repr__(self) -> str:
         fields = ", ".join(f"{name} ({kind_of(self.model.modality(name))})" for name in self.fields)
         parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
-        about = f"{self.model.embed_dim} numbers, {parameters:.1f} M parameters, {self.precision} on {self.device}"
-        return f"Embedder({self.name!r}: {fields}; {about})"
+        details = f"{self.model.embed_dim} numbers, {parameters:.1f} M parameters, {self.precision} on {self.device}"
+        return f"Embedder({self.name!r}: {fields}; {details})"
 
     @torch.no_grad()
     def embed(
@@ -82,8 +82,8 @@ class Embedder:
         batch_size: int = 64,
         progress: bool | None = None,
     ) -> Tensor:
-        """Unit rows float32 [N, D] on the CPU, of a hyperbolic model tangent vectors, of one list of values, or of a generator,
-        which is read first.
+        """Embed one list of values, or a generator, which is read first: unit rows float32 [N, D] on the CPU, or tangent
+        vectors of a hyperbolic model.
 
         Args:
             images: paths, encoded bytes, PIL images, or pixels: arrays or tensors uint8 [height, width, 3].
@@ -97,19 +97,20 @@ class Embedder:
             UserError: if the model has no field for such values; for a value that cannot be read or whose embedding
                 is not finite, by its place in the list.
         """
-        given = {"images": images, "texts": texts, "audio": audio, "vectors": vectors}
-        (kind, values), *more = [(kind, values) for kind, values in given.items() if values is not None] or [("", [])]
-        if not kind or more:
-            raise UserError(f"embed takes one of {', '.join(given)} at a time")
-        values = _as_list(kind, values)
+        inputs = {"images": images, "texts": texts, "audio": audio, "vectors": vectors}
+        kinds = [kind for kind, values in inputs.items() if values is not None]
+        if len(kinds) != 1:
+            raise UserError(f"embed takes one of {', '.join(inputs)} at a time")
+        kind = kinds[0]
+        values = _as_list(kind, inputs[kind])
         field = self.field_of(kind, field)
         modality, rows = self.model.modality(field), []
-        shown = len(values) > batch_size if progress is None else progress
-        with make_progress(shown) as bar:
+        show_bar = len(values) > batch_size if progress is None else progress
+        with make_progress(show_bar) as bar:
             task = bar.add_task(f"embedding {kind}", total=len(values), note="")
             for start in range(0, len(values), batch_size):
                 batch = values[start : start + batch_size]
-                prepared = [self._prepared(modality, f"{kind}[{start + k}]", value) for k, value in enumerate(batch)]
+                prepared = [self._prepare(modality, f"{kind}[{start + offset}]", value) for offset, value in enumerate(batch)]
                 with self.autocast():
                     rows.append(self.model.encode(field, modality.collate(prepared).to(self.device)).float().cpu())
                 check_finite(rows[-1], lambda row, start=start: f"{self.name}, field {field!r}, {kind}[{start + row}]")  # type: ignore[misc]
@@ -117,7 +118,7 @@ class Embedder:
         return torch.cat(rows) if rows else torch.empty(0, self.model.embed_dim)
 
     def field_of(self, kind: str, field: str | None = None) -> str:
-        """The field that takes values of a kind: "images", "texts", "audio" or "vectors".
+        """Return the field that takes values of a kind: "images", "texts", "audio" or "vectors".
 
         Raises:
             UserError: if there is none, or `field` is of another kind.
@@ -130,7 +131,7 @@ class Embedder:
         return field or fitting[0]
 
     @staticmethod
-    def _prepared(modality: Modality, place: str, value: Any) -> Tensor:
+    def _prepare(modality: Modality, place: str, value: Any) -> Tensor:
         try:
             if isinstance(value, Path) or (isinstance(value, str) and not isinstance(modality, TextModality)):
                 value = Path(value).read_bytes()
@@ -144,14 +145,14 @@ class Embedder:
 
     @torch.no_grad()
     def similarity(self, first: Tensor, second: Tensor) -> Tensor:
-        """Cosines [N, M] of unit rows [N, D] and [M, D]; of a hyperbolic model −distance of tangent vectors."""
+        """Compute cosines [N, M] of unit rows [N, D] and [M, D]; of a hyperbolic model −distance of tangent vectors."""
         if self.model.hyperbolic is None:
             return first @ second.T
         return Lorentz(self.model.hyperbolic.curvature.item()).scores(first.double(), second.double()).to(first.dtype)
 
     @torch.no_grad()
     def logits(self, first: Tensor, second: Tensor, pair: tuple[str, str] | None = None) -> Tensor:
-        """scale · similarity + bias [N, M] of rows [N, D] and [M, D], with the model's own scale and bias.
+        """Compute scale · similarity + bias [N, M] of rows [N, D] and [M, D], with the model's own scale and bias.
 
         Args:
             pair: the fields of the rows, for a model that has learnt a scale for each pair of fields.
@@ -159,7 +160,7 @@ class Embedder:
         Raises:
             UserError: if the model has a scale for each pair, and `pair` is none of them.
         """
-        scales, pairs = self.model.log_logit_scale.exp().cpu(), [set(one) for one in self.model.pairs]
+        scales, pairs = self.model.log_logit_scale.exp().cpu(), [set(pair_names) for pair_names in self.model.pairs]
         if pairs and set(pair or ()) not in pairs:
             raise UserError(f"{self.name} has a scale for each pair of fields: logits(…, pair=…) with two of {self.fields}")
         if not torch.isfinite(scales).all():
@@ -168,11 +169,11 @@ class Embedder:
         return scores if self.model.logit_bias is None else scores + self.model.logit_bias.cpu()
 
     def bridge(self, texts: Sequence[str], to: "Embedder | None" = None, scales: tuple[float, float] | None = None) -> Bridge:
-        """Return the bridge of texts from this model's embeddings to those of another one, or of its own: what compares, say,
-        its pictures with the other's sounds, `bridge.scores(pictures, sounds)`.
+        """Return the bridge of texts from this model's embeddings to those of another one, or its own. It compares, say, its
+        pictures with the other's sounds: `bridge.scores(pictures, sounds)`.
 
         Args:
-            texts: which both models read; the entries of the bank.
+            texts: the entries of the bank, which both models read.
             to: the model of the candidates; default: this one.
             scales: κ of both; default: the logit scales that the models have learnt.
 
@@ -180,51 +181,53 @@ class Embedder:
             UserError: as `embed`; for a hyperbolic model.
         """
         bank = self.embed(texts=texts)
-        other = bank if to is None else to.embed(texts=texts)
-        learnt = self.scale_of_texts(), (to or self).scale_of_texts()
-        return Bridge(bank, other, *(scales or learnt))
+        other_bank = bank if to is None else to.embed(texts=texts)
+        default_scales = self.scale_of_texts(), (to or self).scale_of_texts()
+        return Bridge(bank, other_bank, *(scales or default_scales))
 
     def scale_of_texts(self) -> float:
-        """Return the logit scale that the model has learnt between its texts and what else it embeds.
+        """Return the logit scale that the model has learnt between its texts and its other fields.
 
         Raises:
             UserError: for a hyperbolic model.
         """
         if self.model.hyperbolic is not None:
             raise UserError(f"{self.name}: its scores are hyperbolic, and a bank is compared by cosines")
-        reads = self.field_of("texts")
-        return scale_between(self.model, [field for field in self.fields if field != reads], reads)
+        text_field = self.field_of("texts")
+        return scale_between(self.model, [field for field in self.fields if field != text_field], text_field)
 
     def autocast(self) -> torch.autocast:
-        """The precision that the towers compute in."""
+        """Return the context in which the towers compute in the embedder's precision."""
         dtype = AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def dataset(self, shards: Shards | dict[str, Any]) -> ShardDataset:
-        """Shards as this model reads them: of its fields, those that they have.
+        """Open shards with this model's preprocessing, with those of its fields that they have.
 
         Args:
-            shards: patterns; or a mapping of `shards`, `keys` and `files`, where columns or files have names of their own.
+            shards: patterns; or a mapping of `shards`, `keys` and `files`, if columns or files have other names.
 
         Raises:
             UserError: if they have none, or lack a field that has keys of its own.
         """
         modalities = {field: self.model.modality(field) for field in self.fields}
-        found = open_dataset(shards, modalities, self.keys, partial=True)
-        if not found.modalities:
+        dataset = open_dataset(shards, modalities, self.keys, partial=True)
+        if not dataset.modalities:
             keys = {field: names_of(self.keys.get(field) or self.model.modality(field).extensions) for field in self.fields}
-            wanted = (f"{field} (.{', .'.join(names)})" for field, names in keys.items())
-            have = ", ".join(sorted({f".{extension}" for shard in found.shards for extension in shard.extensions}))
+            expected = (f"{field} (.{', .'.join(names)})" for field, names in keys.items())
+            available = ", ".join(sorted({f".{extension}" for shard in dataset.shards for extension in shard.extensions}))
             raise UserError(
-                f"{ShardOptions.of(shards).shards}: no sample has a field of {self.name}: {', '.join(wanted)}; they have {have}"
+                f"{ShardOptions.of(shards).shards}: no sample has a field of {self.name}: {', '.join(expected)};"
+                f" they have {available}"
             )
-        return found
+        return dataset
 
 
 def _as_list(kind: str, values: Any) -> Any:
-    """
+    """Return values as a list or array.
+
     Raises:
-        UserError: for one value, and for what gives none in an order of its own.
+        UserError: for a single value, and for a collection without an order.
     """
     if isinstance(values, str | bytes | Path) or not isinstance(values, Iterable):
         raise UserError(f"embed: {kind} is a list, not one {type(values).__name__}")
@@ -244,7 +247,7 @@ def load(
     trust_code: bool = False,
     width: int | None = None,
 ) -> Embedder:
-    """Opens a model: a run's, or another library's, with its weights, tokenizer, preprocessing, logit scale and bias.
+    """Open a model: a run's, or another library's, with its weights, tokenizer, preprocessing, logit scale and bias.
 
     Args:
         name: a run's folder, or that of one of its checkpoints; an export's folder; otherwise folders and names of
@@ -254,11 +257,11 @@ def load(
         device: default: a GPU if there is one.
         precision: of the towers: "fp32", "bf16" or "fp16".
         pooling: of a plain encoder of transformers: "mean", "first" or "last".
-        trust_code: import what a run's config names by import path. Nothing else that a folder holds is ever run.
-        width: embeddings are their first numbers alone, made unit rows again: of models trained with `train.matryoshka`.
+        trust_code: import the code that a run's config names by import path. No other code of a folder is ever run.
+        width: truncate embeddings to their first numbers, and normalise again: for models trained with `train.matryoshka`.
 
     Raises:
-        UserError: if there is no such model; for code that is not trusted; for a width that embeddings have not.
+        UserError: if there is no such model; for code that is not trusted; for a width that embeddings do not have.
     """
     folder, checkpoint = run_of(name, checkpoint)
     if folder is None:
@@ -274,25 +277,25 @@ def load(
     if width is not None:
         run.model.narrow(width)
     fields = contrasted_fields(run.config)
-    keys = {field: of.keys for field, of in fields.items() if of.keys}
+    keys = {field: options.keys for field, options in fields.items() if options.keys}
     return Embedder(run.model, str(name), device, list(fields), keys, precision)
 
 
 def identity(name: str | Path, checkpoint: str | None = "last", pretrained: str | None = None) -> dict[str, Any]:
-    """What a table says of the model that made it: model, checkpoint, pretrained; `load` takes them. Folders and files are
-    absolute, "last" and "best" the number of their step.
+    """Return a table's description of the model that made it, as arguments of `load`: model, checkpoint, pretrained. Folders
+    and files are absolute paths, "last" and "best" the number of their step.
 
     Raises:
         UserError: if a run has no such checkpoint.
     """
-    folder, which = run_of(name, checkpoint)
+    folder, step = run_of(name, checkpoint)
     if folder is not None:
-        return {"model": str(folder), "checkpoint": step_of(folder, which), "pretrained": None}
+        return {"model": str(folder), "checkpoint": step_of(folder, step), "pretrained": None}
     prefix, colon, rest = str(name).rpartition(":")
-    here = prefix != "hf-hub" and Path(rest).is_dir() and library_of(Path(rest))
+    is_local_folder = prefix != "hf-hub" and Path(rest).is_dir() and library_of(Path(rest))
     weights = Path(pretrained or "")
     return {
-        "model": f"{prefix}{colon}{Path(rest).absolute()}" if here else str(name),
+        "model": f"{prefix}{colon}{Path(rest).absolute()}" if is_local_folder else str(name),
         "checkpoint": None,
         "pretrained": str(weights.absolute()) if weights.is_file() else pretrained,
     }

@@ -1,4 +1,4 @@
-"""Embedding data with a model: a table of any number of samples, by one process or by many."""
+"""Embed data with a model into a table of any number of samples, by one process or by many."""
 
 import math
 import os
@@ -35,63 +35,65 @@ def embed_shards(
     trust_code: bool = False,
     width: int | None = None,
 ) -> bool:
-    """Embeds shards and writes the table, slice by slice; True if it is complete. Slices that are there are not embedded again,
-    so what was killed goes on; ranks that torchrun started take every W-th slice each, and need not talk to each other.
+    """Embed shards and write the table, slice by slice; return whether it is complete. Existing slices are not embedded again,
+    so a killed job can be continued; ranks of torchrun take every W-th slice each, without communication.
 
     Args:
         name, checkpoint, pretrained, precision, trust_code, width: as `load`.
         shards: as `Embedder.dataset`.
-        part: this slice alone.
-        slice_rows: about the samples of a slice, that is of what a kill may lose. A table that was begun keeps its own.
+        part: embed only this slice.
+        slice_rows: samples of a slice, approximately: a kill loses at most one slice. A table that was begun keeps its slices.
 
     Raises:
-        UserError: as `load`; for shards that are not there or have no field of the model's; if `out` holds another table.
+        UserError: as `load`; for missing shards, or without a field of the model's; if `out` holds another table.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if part and world_size > 1:
         raise UserError(f"--part {part.number}/{part.of}: the {world_size} ranks of torchrun already share the slices")
     end_with_torchrun()
-    about = about_model(name, checkpoint, pretrained, precision)
-    given = ShardOptions.of(shards)
-    about |= {"width": width, "shards": given.shown()}
-    about["data"] = ShardDataset(given.shards, {}, {}, files=given.files, select=given.select).digest
-    begun = TableSlice.number_in(out)
-    own = [part] if part else TableSlice.all(out, begun)[rank::world_size] if begun else []
-    if not begun and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):
+    description = about_model(name, checkpoint, pretrained, precision)
+    options = ShardOptions.of(shards)
+    description |= {"width": width, "shards": options.shown()}
+    description["data"] = ShardDataset(options.shards, {}, {}, files=options.files, select=options.select).digest
+    num_slices = TableSlice.number_in(out)
+    own_slices = [] if part is None else [part]
+    if num_slices and part is None:
+        own_slices = TableSlice.all(out, num_slices)[rank::world_size]
+    if not num_slices and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):
         EmbeddingTable.refuse_to_overwrite(out)
-    for one in own[:1]:
-        one.check(about)
-    if begun and all(one.record.exists() for one in own):
-        return TableSlice(out, 1, begun).complete()
+    for table_slice in own_slices[:1]:
+        table_slice.check(description)
+    if num_slices and all(table_slice.record.exists() for table_slice in own_slices):
+        return TableSlice(out, 1, num_slices).complete()
     if device in (None, "cuda") and world_size > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     embedder = load(
-        name, checkpoint=about["checkpoint"], pretrained=pretrained, device=device, precision=precision,
+        name, checkpoint=description["checkpoint"], pretrained=pretrained, device=device, precision=precision,
         trust_code=trust_code, width=width,
     )  # fmt: skip
     dataset = embedder.dataset(shards)
-    if not begun and not part:
-        own = TableSlice.all(out, slices_of(len(dataset), slice_rows or SLICE_ROWS, world_size))[rank::world_size]
+    if not num_slices and not part:
+        own_slices = TableSlice.all(out, slices_of(len(dataset), slice_rows or SLICE_ROWS, world_size))[rank::world_size]
     complete = False
-    for one in own[:1]:
-        one.check(about)
+    for table_slice in own_slices[:1]:
+        table_slice.check(description)
     with make_progress(rank == 0) as progress:
-        for one in own:
-            if not one.record.exists():
+        for table_slice in own_slices:
+            if not table_slice.record.exists():
                 embed = partial(
                     embed_dataset, embedder.model, dataset, batch_size=batch_size, num_workers=num_workers,
-                    device=embedder.device, progress=progress, label=f"embedding, slice {one.number} of {one.of}",
-                    name=str(given.shards),
+                    device=embedder.device, progress=progress, name=str(options.shards),
+                    label=f"embedding, slice {table_slice.number} of {table_slice.of}",
                 )  # fmt: skip
                 with embedder.autocast():
-                    tables = (embed(rows=rows) for rows in one.pieces(len(dataset)))
-                    one.write(tables, len(dataset), about)
-            complete = one.complete()
+                    tables = (embed(rows=rows) for rows in table_slice.pieces(len(dataset)))
+                    table_slice.write(tables, len(dataset), description)
+            complete = table_slice.complete()
     return complete
 
 
 def about_model(name: str | Path, checkpoint: str, pretrained: str | None = None, precision: str = "fp32") -> dict[str, Any]:
-    """What a table's manifest says of the model that made it.
+    """Return the description of a model in a table's manifest.
 
     Raises:
         UserError: for a run without such a checkpoint.
@@ -100,5 +102,5 @@ def about_model(name: str | Path, checkpoint: str, pretrained: str | None = None
 
 
 def slices_of(samples: int, slice_rows: int, world_size: int) -> int:
-    """As many for each rank, of at most `slice_rows` samples, none of them empty."""
+    """Return a number of slices: as many for each rank, of at most `slice_rows` samples, none of them empty."""
     return max(1, min(samples, world_size * math.ceil(samples / (world_size * slice_rows))))

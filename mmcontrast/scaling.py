@@ -1,6 +1,6 @@
-"""How long a training step takes on many devices, by parts: from operations, bytes, and the rates of devices and links.
+"""Predict the time of a training step on many devices, by parts: from operations, bytes, and the rates of devices and links.
 
-docs/scale.md says what each number is taken from, and how far the model was off where it could be checked.
+docs/scale.md gives the source of each number, and the errors of the prediction where it could be checked.
 """
 
 import math
@@ -41,7 +41,7 @@ class Cluster:
 
     Attributes:
         link, within: of a device to other nodes, and to the others of its node, one direction.
-        gpu: a name of `peak_flops`; None: the one at hand if its peak is known, else an H100.
+        gpu: a name of `peak_flops`; None: the local one if its peak is known, else an H100.
         mfu: share of its peak that the towers reach; None: `assumed_mfu`.
     """
 
@@ -53,14 +53,15 @@ class Cluster:
 
     @property
     def device(self) -> str:
-        here = torch.cuda.get_device_name() if torch.cuda.is_available() else DEFAULT_GPU
-        return self.gpu or (here if peak_flops(here) else DEFAULT_GPU)
+        local_gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else DEFAULT_GPU
+        return self.gpu or (local_gpu if peak_flops(local_gpu) else DEFAULT_GPU)
 
     @property
     def peak(self) -> float:
-        """
+        """Return the dense bf16 peak of a device in FLOP/s.
+
         Raises:
-            UserError: for a name that is not known.
+            UserError: for an unknown name.
         """
         peak = peak_flops(self.device)
         if peak is None:
@@ -68,18 +69,18 @@ class Cluster:
         return peak
 
     def machine(self, precision: str) -> Machine:
-        """Return what the loss is computed with."""
+        """Return the rates of devices and links for the loss in a precision."""
         share = LOSS_SHARE * (FP32 if precision == "fp32" else TF32)
         return replace(with_links(MACHINES["cuda"], self.within, self.link), products=self.peak * share)
 
     def towers_rate(self, precision: str) -> float:
         """Return the FLOP/s of the towers on one device."""
-        of_peak = {"fp32": FP32, "tf32": TF32}.get(precision, 1.0)
-        return self.peak * of_peak * (self.mfu or assumed_mfu(self.peak))
+        share_of_peak = {"fp32": FP32, "tf32": TF32}.get(precision, 1.0)
+        return self.peak * share_of_peak * (self.mfu or assumed_mfu(self.peak))
 
 
 def assumed_mfu(peak: float) -> float:
-    """Return the share of a peak that towers reach: what is published of ViT-g/14 on A100 (0.39) and H100 (0.2)."""
+    """Return the share of a peak that towers reach, as published of ViT-g/14 on A100 (0.39) and H100 (0.2)."""
     return 0.4 if peak < 4e14 else 0.2
 
 
@@ -101,15 +102,15 @@ def link_of(text: str, option: str) -> Link:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does on each of some devices.
+    """The work of a step on each of several devices.
 
     Attributes:
         samples: of one device. at_a_time: of them, those whose activations exist at once.
-        cuts: parts of the batch that are contrasted within themselves (accumulation).
-        forward, backward: FLOPs a sample. again: of forwards that are computed once more, and their weights fetched again:
-            1 with gradient caching; recomputed: FLOPs a sample of blocks that recompute.
+        cuts: parts of the batch, each contrasted within itself (accumulation).
+        forward, backward: FLOPs a sample. again: additional forwards, which fetch their weights again: 1 with gradient
+            caching. recomputed: FLOPs a sample of blocks that recompute.
         terms: pairs of fields. width, element, reductions, both: of their rows, as `passes` takes them.
-        gradients, weights: bytes that are reduced, and that are fetched for each pass if weights are in shards.
+        gradients, weights: bytes of reduced gradients, and of weights that are fetched for each pass if they are sharded.
         refetched: whether shards are fetched again for the backward.
     """
 
@@ -135,8 +136,8 @@ class SchemeTime:
     """A loss's communication by one scheme.
 
     Attributes:
-        waits: seconds that it adds to a step. alone: if nothing hid it. calls, sent: of a rank in a step; bytes.
-        memory: bytes of columns that are not a rank's own.
+        waits: seconds that it adds to a step. alone: seconds without overlap. calls: of a rank in a step. sent: bytes of them.
+        memory: bytes of columns of other ranks.
     """
 
     waits: float
@@ -148,11 +149,11 @@ class SchemeTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, by parts that add up.
+    """The seconds of a step, by parts that add up.
 
     Attributes:
-        schemes: all that are possible. scheme: the one that counts. fastest: of all.
-        reduction: of the gradients (and fetching of shards), if nothing hid it.
+        schemes: all possible ones. scheme: the one that is used. fastest: of all.
+        reduction: seconds of the gradients' reduction (and fetching of shards) without overlap.
     """
 
     parts: dict[str, float]
@@ -176,7 +177,7 @@ def step_time(
     """Return the time of a step on `nodes` of `within` devices.
 
     Args:
-        scheme: of communication; None: the one that "auto" takes.
+        scheme: of communication; None: the choice of "auto".
     """
     devices, rows = nodes * within, work.samples // work.cuts
     losses = work.terms * work.cuts
@@ -184,37 +185,37 @@ def step_time(
     towers = work.samples * (work.forward + work.backward + forward_again) / towers_rate
     products = products_seconds(rows, rows * devices, work.width, machine)
     both_passes = passes(work.width, work.element, work.reductions, both=work.both)
-    possible = [one for one in SCHEMES if one != "hierarchical" or (nodes > 1 and within > 1)]
+    possible_schemes = [name for name in SCHEMES if name != "hierarchical" or (nodes > 1 and within > 1)]
     schemes: dict[Scheme, SchemeTime] = {}
     exchange = Calls("all_gather", devices, nodes, 1, 1, (devices - 1) * 40)  # of sizes
-    for one in possible:
-        calls = loss_calls(one, nodes, within, rows, both_passes)
+    for name in possible_schemes:
+        calls = loss_calls(name, nodes, within, rows, both_passes)
         sizes = exchange.seconds(machine) * work.cuts if devices > 1 else 0.0
         if devices == 1:
             calls = []
-        schemes[one] = SchemeTime(
-            losses * waiting_seconds(calls, blocks_of(one, nodes, within), products, machine) + sizes,
+        schemes[name] = SchemeTime(
+            losses * waiting_seconds(calls, blocks_of(name, nodes, within), products, machine) + sizes,
             losses * sum(call.seconds(machine) for call in calls) + sizes,
             losses * sum(call.count for call in calls) + (work.cuts if devices > 1 else 0),
             losses * sum(call.sent for call in calls),
-            gathered_bytes(one, nodes, within, rows, work.width) if devices > 1 else 0,
+            gathered_bytes(name, nodes, within, rows, work.width) if devices > 1 else 0,
         )
     if scheme not in schemes:
         scheme = cheapest(nodes, within, rows, work.width, MACHINES["cuda" if machine.overlaps else "cpu"])
-    small = [one for one in possible if one != "gather" or schemes[one].memory <= GATHERED]
-    fastest = min(small, key=lambda one: schemes[one].waits)
+    candidates = [name for name in possible_schemes if name != "gather" or schemes[name].memory <= GATHERED]
+    fastest = min(candidates, key=lambda name: schemes[name].waits)
     reduction, hidden = 0.0, 0.0
     if devices > 1:
         micro_batches = math.ceil(work.samples / work.at_a_time)
         if work.weights:
             fetches = micro_batches * (1 + work.again + work.refetched)
-            sent = work.weights * (devices - 1) // devices
-            reduction = Calls("all_gather", devices, nodes, fetches, 1, fetches * sent).seconds(machine)
+            sent_bytes = work.weights * (devices - 1) // devices
+            reduction = Calls("all_gather", devices, nodes, fetches, 1, fetches * sent_bytes).seconds(machine)
             reduced = Calls("reduce_scatter", devices, nodes, 1, 1, work.gradients * (devices - 1) // devices)
             reduction, hidden = reduction + reduced.seconds(machine), towers
         else:
-            sent = 2 * work.gradients * (devices - 1) // devices
-            reduction = Calls("all_reduce", devices, nodes, 1, 1, sent).seconds(machine)
+            sent_bytes = 2 * work.gradients * (devices - 1) // devices
+            reduction = Calls("all_reduce", devices, nodes, 1, 1, sent_bytes).seconds(machine)
             hidden = min(work.at_a_time, work.samples) * (work.backward + work.recomputed) / towers_rate
     waits = max(0.0, reduction - hidden) if machine.overlaps else reduction
     parts = {

@@ -1,4 +1,4 @@
-"""Suites: what a run's config, a YAML file, or a folder in CLIP_benchmark's layout asks of a model, done and written down."""
+"""Run evaluation suites: of a run's config, a YAML file, or a folder in CLIP_benchmark's layout."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +27,11 @@ from mmcontrast.training.log import make_progress
 
 @dataclass(frozen=True)
 class Suite:
-    """
+    """An evaluation and the folder of its results.
+
     Attributes:
         name: of the file or the folder; empty: a run's own evaluation.
-        options: what is evaluated.
+        options: of the evaluation.
         out: the folder of its results.
     """
 
@@ -47,7 +48,8 @@ def open_suite(
     checkpoint: str = "last",
     pretrained: str | None = None,
 ) -> Suite:
-    """
+    """Read a suite and choose the folder of its results.
+
     Args:
         model, checkpoint, pretrained: as `load`.
         given: a YAML file, or a folder in CLIP_benchmark's layout; None: the run's own evaluation.
@@ -55,14 +57,14 @@ def open_suite(
             evaluations/MODEL/SUITE for a model that is no run.
 
     Raises:
-        UserError: for a suite that is none; without one, if the model is no run.
+        UserError: for an invalid suite; without one, if the model is no run.
     """
-    run, which = run_of(model, checkpoint)
+    run, step = run_of(model, checkpoint)
     if given is None:
         if run is None:
             raise UserError(f"{model} is no run with an evaluation of its own: name a suite, like eval/glyphs/suite.yaml")
-        own = run if which == "last" else run / "evaluations" / f"checkpoint-{which}"
-        return Suite("", load_suite(load_config(run / CONFIG).evaluation, overrides), out or own)
+        default_out = run if step == "last" else run / "evaluations" / f"checkpoint-{step}"
+        return Suite("", load_suite(load_config(run / CONFIG).evaluation, overrides), out or default_out)
     folder, _, split = given.partition(":")
     if in_layout(Path(folder)):
         name = Path(folder).name + (f"-{split}" if split else "")
@@ -70,10 +72,10 @@ def open_suite(
     else:
         name, options = Path(given).stem, load_suite(given, overrides)
     if run is not None:
-        name += "" if which == "last" else f"-checkpoint-{which}"
+        name += "" if step == "last" else f"-checkpoint-{step}"
         return Suite(name, options, out or run / "evaluations" / name)
-    of_model = "--".join([model, *([pretrained] if pretrained else [])]).strip("/").replace("/", "--")
-    return Suite(name, options, out or Path("evaluations") / of_model / name)
+    model_name = "--".join([model, *([pretrained] if pretrained else [])]).strip("/").replace("/", "--")
+    return Suite(name, options, out or Path("evaluations") / model_name / name)
 
 
 def run_suite(
@@ -87,21 +89,21 @@ def run_suite(
     cached: bool = True,
     trust_code: bool = False,
 ) -> Evaluation:
-    """Evaluates, writes results.json and report.html, and returns what was found. Ranks that torchrun started share the work;
-    the first returns the results.
+    """Evaluate a model, write results.json and report.html, and return the results. Ranks of torchrun share the work; the first
+    returns the results.
 
     Args:
         checkpoint, pretrained, device, precision, trust_code: as `load`.
-        cached: embeddings of the same model and data are read, and kept for the next time.
+        cached: read cached embeddings of the same model and data, and keep new ones.
 
     Raises:
-        UserError: as `load`; for what the options name and the model or the data have not.
+        UserError: as `load`; for fields or splits of the options that the model or the data do not have.
     """
     state = join_processes()
     group = dist.group.WORLD if state.num_processes > 1 else None
-    where = device or str(state.device)
+    device_name = device or str(state.device)
     embedder = load(
-        model, checkpoint=checkpoint, pretrained=pretrained, device=where, precision=precision, trust_code=trust_code
+        model, checkpoint=checkpoint, pretrained=pretrained, device=device_name, precision=precision, trust_code=trust_code
     )
     options, datasets = open_splits(suite.options, embedder.model, embedder.dataset)
     if isinstance(options.scoring, BridgeOptions):
@@ -113,11 +115,11 @@ def run_suite(
     except OSError as error:
         raise UserError(f"{suite.out}: no folder for results ({error.strerror})") from error
     weights = fingerprint(embedder.model)
-    found = evaluate_embedder(embedder, datasets, options, weights if cached else None, group)
+    evaluation = evaluate_embedder(embedder, datasets, options, weights if cached else None, group)
     if state.is_main_process:
-        about = {"model": identity(model, checkpoint, pretrained) | {"fingerprint": weights, "precision": precision}}
-        write_results(suite.out, suite.name or Path(model).name, found, embedder.model, datasets, options, about)
-    return found
+        description = {"model": identity(model, checkpoint, pretrained) | {"fingerprint": weights, "precision": precision}}
+        write_results(suite.out, suite.name or Path(model).name, evaluation, embedder.model, datasets, options, description)
+    return evaluation
 
 
 def evaluate_embedder(
@@ -131,8 +133,7 @@ def evaluate_embedder(
 
     Args:
         datasets, options: as `open_splits` gives them.
-        weights: its fingerprint: embeddings of the same weights and data are read, and kept for the next time; None: they are
-            not.
+        weights: its fingerprint: read cached embeddings of the same weights and data, and keep new ones; None: do not.
         group: ranks that share the work.
     """
     with make_progress(not group or dist.get_rank(group) == 0) as progress:
@@ -143,13 +144,13 @@ def evaluate_embedder(
 
 
 def _embed_once(embed: Embed, model: str, group: dist.ProcessGroup | None, split: str, dataset: ShardDataset) -> EmbeddingTable:
-    """As `embed`, unless the table is kept from before; whether it is, the first rank decides."""
+    """Read a split's table from the cache, or embed the split and keep the table; the first rank decides for all."""
     first = not group or dist.get_rank(group) == 0
     folder = table_folder(model, dataset)
-    there = [(folder / MANIFEST).exists()]
+    cached = [(folder / MANIFEST).exists()]
     if group:
-        dist.broadcast_object_list(there, group=group, group_src=0)
-    if there[0]:
+        dist.broadcast_object_list(cached, group=group, group_src=0)
+    if cached[0]:
         return EmbeddingTable.read(folder) if first else EmbeddingTable({}, {}, torch.empty(0), torch.empty(0), [])
     table = embed(split, dataset)
     if first:

@@ -175,7 +175,7 @@ def test_a_model_that_cannot_be_planned_is_fine_tuned_all_the_same(start, pairs,
     def refuse(*_):
         raise RuntimeError("data-dependent")
 
-    monkeypatch.setattr("mmcontrast.plan.count_flops", refuse)
+    monkeypatch.setattr("mmcontrast.plan.memory.count_flops", refuse)
     config, chosen = make_config(Request(start, str(pairs)))
     assert config.train.micro_batch_size is None
     assert any("not known to fit: this model cannot be planned: data-dependent" in why for _, _, why in chosen.rows)

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import write_shard
 from mmcontrast.models import make_model
-from mmcontrast.plan import GIB, Plan, count, plan_run, without_downloads
+from mmcontrast.plan import GIB, Plan, plan_run, without_downloads
+from mmcontrast.plan.memory import count
 from mmcontrast.runs import make_run_context
 from mmcontrast.training.cost import fakes
 from mmcontrast.training.loop import train

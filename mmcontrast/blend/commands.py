@@ -1,4 +1,4 @@
-"""The command `blend`: models averaged in weight space, evaluated, and written as a model."""
+"""Command `blend`: average models in weight space, evaluate the blends, and write one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,36 +49,36 @@ def blend(
     """  # fmt: skip
     from mmcontrast.blend.run import blend_models
 
-    chosen = [name for name, asked in (("--alpha", alpha is not None), ("--curve", curve), ("--soup", soup)) if asked]
-    if len(chosen) != 1:
-        raise UserError(f"blend takes one of --alpha, --curve and --soup, {' and '.join(chosen) or 'none'} given")
+    modes = [name for name, is_set in (("--alpha", alpha is not None), ("--curve", curve), ("--soup", soup)) if is_set]
+    if len(modes) != 1:
+        raise UserError(f"blend takes one of --alpha, --curve and --soup, {' and '.join(modes) or 'none'} given")
     if soup is not None and soup not in SOUPS:
         raise UserError(f"--soup {soup}: it is uniform or greedy")
     if soup == "greedy" and len(metric or ()) != 1:
         raise UserError("--soup greedy needs --metric with one result's name, as val/retrieval/image_to_text/recall_at_1")
-    names, place = (models, out) if curve else (models[:-1], Path(models[-1]))
+    names, target = (models, out) if curve else (models[:-1], Path(models[-1]))
     if len(names) < 2 or (soup is None and len(names) > 2):
-        wanted = "two models" if soup is None else "two models or more"
-        raise UserError(f"{chosen[0]} blends {wanted}{'' if curve else ', and OUT comes last'}: {len(names)} named")
-    about = blend_models(
-        names, place, alpha=alpha, soup=soup, suite=suite, metrics=metric or (), device=device, precision=precision,
+        expected = "two models" if soup is None else "two models or more"
+        raise UserError(f"{modes[0]} blends {expected}{'' if curve else ', and OUT comes last'}: {len(names)} named")
+    outcome = blend_models(
+        names, target, alpha=alpha, soup=soup, suite=suite, metrics=metric or (), device=device, precision=precision,
         cached=cache, overwrite=overwrite, trust_code=trust_code,
     )  # fmt: skip
-    _show(names, about)
+    _show(names, outcome)
 
 
-def _show(names: Sequence[str], about: dict[str, Any]) -> None:
-    if "curve" in about:
-        curve, metrics = about["curve"], about["metrics"]
+def _show(names: Sequence[str], outcome: dict[str, Any]) -> None:
+    if "curve" in outcome:
+        curve, metrics = outcome["curve"], outcome["metrics"]
         table = Table("α", *metrics, box=None)
         for number, alpha in enumerate(curve.alphas):
             table.add_row(f"{alpha:g}", *(f"{curve.results[name][number]['value']:.3f}" for name in metrics))
         console.print(table, highlight=False)
-    if about.get("alone") is not None:
-        for number, (name, value) in enumerate(zip(names, about["alone"], strict=True)):
+    if outcome.get("alone") is not None:
+        for number, (name, value) in enumerate(zip(names, outcome["alone"], strict=True)):
             console.print(
-                f"{value:.4f} {name}{'' if number in about['members'] else ' (left out)'}", highlight=False, markup=False
+                f"{value:.4f} {name}{'' if number in outcome['members'] else ' (left out)'}", highlight=False, markup=False
             )
-        console.print(f"{about['value']:.4f} the soup of {len(about['members'])}", highlight=False)
-    for file in about["files"]:
+        console.print(f"{outcome['value']:.4f} the soup of {len(outcome['members'])}", highlight=False)
+    for file in outcome["files"]:
         console.print(f"written: {file}", highlight=False)

@@ -1,4 +1,4 @@
-"""Blends evaluated: the curve of WiSE-FT over α with its intervals, as JSON and as a figure; greedy soups."""
+"""Evaluate blends: the WiSE-FT curve over α with intervals, as JSON and as a figure; uniform and greedy soups."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def evaluator(
     """Return a function that evaluates a state in an open model, on data that are opened once.
 
     Raises:
-        UserError: for an evaluation of nothing, or of what the model has not.
+        UserError: for an empty evaluation, or one of fields that the model does not have.
     """
     options, datasets = open_splits(options, embedder.model, embedder.dataset)
     if not options.splits:
@@ -52,7 +52,7 @@ class Curve:
 
     Attributes:
         models: their names.
-        alphas: places on the line: 0 the first, 1 the second.
+        alphas: positions on the line: 0 is the first model, 1 the second.
         results: by name, at each α: value, and low and high where there is an interval.
     """
 
@@ -71,11 +71,11 @@ def measure_curve(
     alphas: Sequence[float] = ALPHAS,
 ) -> Curve:
     """Evaluate the blends of two states."""
-    found = [evaluate_state(wise_ft(states[0], states[1], alpha)) for alpha in alphas]
+    evaluations = [evaluate_state(wise_ft(states[0], states[1], alpha)) for alpha in alphas]
     results: dict[str, list[dict[str, float]]] = {}
-    for one in found:
-        for name, value in one.values.items():
-            low, high = one.intervals.get(name, (None, None))
+    for evaluation in evaluations:
+        for name, value in evaluation.values.items():
+            low, high = evaluation.intervals.get(name, (None, None))
             interval = {} if low is None or high is None else {"low": low, "high": high}
             results.setdefault(name, []).append({"value": value, **interval})
     return Curve(models, tuple(alphas), {name: row for name, row in results.items() if len(row) == len(alphas)})
@@ -90,15 +90,15 @@ def drawn_metrics(curve: Curve, patterns: Sequence[str] = ()) -> dict[str, list[
     Raises:
         UserError: if nothing fits.
     """
-    wanted = [f"*/{pattern}" for pattern in patterns] or HEADLINES
-    found: dict[str, list[str]] = {}
+    name_patterns = [f"*/{pattern}" for pattern in patterns] or HEADLINES
+    splits_by_metric: dict[str, list[str]] = {}
     for name in curve.results:
         split, _, metric = name.partition("/")
-        if any(fnmatchcase(f"/{name}", pattern) for pattern in wanted):
-            found.setdefault(metric, []).append(split)
-    if not found and patterns:
+        if any(fnmatchcase(f"/{name}", pattern) for pattern in name_patterns):
+            splits_by_metric.setdefault(metric, []).append(split)
+    if not splits_by_metric and patterns:
         raise UserError(f"--metric {patterns[0]}: no such result; {suggestion(patterns[0], curve.results)}")
-    return dict(list(found.items())[:PANELS])
+    return dict(list(splits_by_metric.items())[:PANELS])
 
 
 def curve_figure(curve: Curve, patterns: Sequence[str] = ()) -> Any:
@@ -161,7 +161,7 @@ def write_curve(curve: Curve, folder: Path, patterns: Sequence[str] = ()) -> lis
 
 @dataclass(frozen=True)
 class Soup:
-    """A soup, and how it came about.
+    """An average of models, and how it was chosen.
 
     Attributes:
         state: its weights.
@@ -177,7 +177,7 @@ class Soup:
 
 
 def uniform_soup(states: States) -> Soup:
-    """Return the average of all (model soups, arXiv:2203.05482)."""
+    """Return the average of all states (model soups, arXiv:2203.05482)."""
     return Soup(blended(states, [1 / len(states)] * len(states)), list(range(len(states))))
 
 
@@ -189,7 +189,7 @@ def greedy_soup(states: States, metric: str, evaluate_state: Callable[[Mapping[s
         metric: a result's name; of held-out data, not of those that the soup is reported on.
 
     Raises:
-        UserError: for a result that there is not.
+        UserError: for an unknown result.
     """
 
     def value_of(state: Mapping[str, Tensor]) -> float:

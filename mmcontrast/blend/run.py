@@ -53,30 +53,30 @@ def blend_models(
         UserError: for models that are not of one architecture; as `load`, `open_suite` and `export_model`.
     """
     writes = alpha is not None or soup is not None
-    evaluated = not writes or soup == "greedy"
+    evaluates = not writes or soup == "greedy"
     if writes:
         assert out is not None
         check_place(out, overwrite)
     run = next((name for name in reversed(names) if run_of(name, None)[0]), names[-1])
-    options = open_suite(run, suite, (), None).options if evaluated else None
-    embedder = _opened(names[0], device if evaluated else "cpu", precision, trust_code)
+    options = open_suite(run, suite, (), None).options if evaluates else None
+    embedder = _open_plain(names[0], device if evaluates else "cpu", precision, trust_code)
     states = [state_of(embedder.model)]
     for name in names[1:]:
-        other = _opened(name, "cpu", precision, trust_code)
+        other = _open_plain(name, "cpu", precision, trust_code)
         check_alike(embedder, other)
-        theirs = state_of(other.model)
-        states.append({key: theirs.get(key, value) for key, value in states[0].items()})  # a run has lost CoCa's decoder
+        other_state = state_of(other.model)
+        states.append({key: other_state.get(key, value) for key, value in states[0].items()})  # a run has lost CoCa's decoder
     evaluate_state = evaluator(embedder, options, cached) if options else None
     if not writes:
         assert evaluate_state
-        return _curve(names, states, evaluate_state, out, metrics)
-    made = _made(states, alpha, soup, metrics, evaluate_state)
-    load_state(embedder.model, made.state)
+        return _evaluate_curve(names, states, evaluate_state, out, metrics)
+    blend = _average_states(states, alpha, soup, metrics, evaluate_state)
+    load_state(embedder.model, blend.state)
     embedder.model, embedder.device = embedder.model.to("cpu"), torch.device("cpu")
-    shown = [Path(name).absolute().name if Path(name).exists() else name for name in names]
-    recipe = f"a soup ({soup}) of {', '.join(shown[number] for number in made.members)}"
+    shown_names = [Path(name).absolute().name if Path(name).exists() else name for name in names]
+    recipe = f"a soup ({soup}) of {', '.join(shown_names[number] for number in blend.members)}"
     if alpha is not None:
-        recipe = f"(1 − α) · {shown[0]} + α · {shown[1]}, α = {alpha:g}"
+        recipe = f"(1 − α) · {shown_names[0]} + α · {shown_names[1]}, α = {alpha:g}"
     embedder.name, embedder.precision = recipe, "fp32"
     fields = list(embedder.fields)
     assert out is not None
@@ -84,16 +84,16 @@ def blend_models(
         embedder, out, "safetensors", safetensors, fields, made_samples(embedder.model, fields),
         notes=["weights averaged over the whole state (WiSE-FT, arXiv:2109.01903; model soups, arXiv:2203.05482)"],
     )  # fmt: skip
-    return {"files": [out], "members": made.members, "alone": made.alone, "value": made.value}
+    return {"files": [out], "members": blend.members, "alone": blend.alone, "value": blend.value}
 
 
-def _opened(name: str, device: str | None, precision: str, trust_code: bool) -> Embedder:
+def _open_plain(name: str, device: str | None, precision: str, trust_code: bool) -> Embedder:
     embedder = load(name, device=device, precision=precision, trust_code=trust_code)
     embedder.model = plain_model(embedder.model)
     return embedder
 
 
-def _made(
+def _average_states(
     states: Sequence[Mapping[str, Tensor]],
     alpha: float | None,
     soup: str | None,
@@ -108,7 +108,7 @@ def _made(
     return greedy_soup(states, metrics[0], evaluate_state)
 
 
-def _curve(
+def _evaluate_curve(
     names: Sequence[str],
     states: Sequence[Mapping[str, Tensor]],
     evaluate_state: Callable[[Mapping[str, Tensor]], Evaluation],
@@ -118,5 +118,5 @@ def _curve(
     curve = measure_curve((names[0], names[1]), states, evaluate_state)
     default = Path("blends") / "--".join(name.strip("/").replace("/", "--") for name in names)
     files = write_curve(curve, out or default, metrics)
-    drawn = [f"{split}/{metric}" for metric, splits in drawn_metrics(curve, metrics).items() for split in splits]
-    return {"curve": curve, "metrics": drawn, "files": files}
+    drawn_names = [f"{split}/{metric}" for metric, splits in drawn_metrics(curve, metrics).items() for split in splits]
+    return {"curve": curve, "metrics": drawn_names, "files": files}

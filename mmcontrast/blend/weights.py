@@ -1,4 +1,4 @@
-"""Weights of several models of one architecture, averaged: over the whole state, the logit scale by its logarithm."""
+"""Average the weights of models of one architecture: over the whole state, the logit scale by its logarithm."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,14 +10,14 @@ from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel
 
-MOST_APART = 0.05  # of values of about unit variance, on average: two ways to scale a picture are not so far apart
+MOST_APART = 0.05  # mean difference of values of about unit variance: two ways to scale a picture differ by less
 
 
 def blended(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return Σ wᵢ θᵢ, computed in float64. A state with weight 1 is returned as it is.
 
-    Statistics of batch norms are averaged as all else; what counts or indexes (integers, as a batch norm's number of batches)
-    is that of the state with the most weight, of equals the last.
+    Statistics of batch norms are averaged like all else; integers (counters and indexes, as a batch norm's number of batches)
+    are those of the state with the most weight, of equals the last.
 
     Args:
         states: as `state_of`; names and shapes agree.
@@ -27,14 +27,14 @@ def blended(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
     heaviest = max(range(len(weights)), key=lambda number: (weights[number], number))
     if weights[heaviest] == 1:
         return {name: value.clone() for name, value in states[heaviest].items()}
-    found = {}
+    average = {}
     for name, value in states[heaviest].items():
         if value.is_floating_point():
             parts = [weight * state[name].double() for state, weight in zip(states, weights, strict=True)]
-            found[name] = torch.stack(parts).sum(0).to(value.dtype)
+            average[name] = torch.stack(parts).sum(0).to(value.dtype)
         else:
-            found[name] = value.clone()
-    return found
+            average[name] = value.clone()
+    return average
 
 
 def wise_ft(first: Mapping[str, Tensor], last: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -43,8 +43,8 @@ def wise_ft(first: Mapping[str, Tensor], last: Mapping[str, Tensor], alpha: floa
 
 
 def state_of(model: ContrastiveModel) -> dict[str, Tensor]:
-    """Return all that is averaged: weights, statistics, the logit scale's logarithm, the bias; and under `rest.` what of a
-    library's model no tower has, as CoCa's decoder."""
+    """Return all that is averaged: weights, statistics, the logit scale's logarithm, the bias; and under `rest.` the tensors of
+    a library's model that no tower has, as CoCa's decoder."""
     rest = model.origin.rest if model.origin else {}
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     return state | {f"rest.{name}": value.detach().cpu().clone() for name, value in rest.items()}
@@ -60,45 +60,51 @@ def load_state(model: ContrastiveModel, state: Mapping[str, Tensor]) -> None:
 
 
 def check_alike(first: Embedder, other: Embedder) -> None:
-    """
+    """Check that two models can be averaged.
+
     Raises:
-        UserError: for models that do not compute alike: other names or shapes of weights, other modules (an activation), or
-            values that are prepared otherwise.
+        UserError: for models that compute differently: other names or shapes of weights, other modules (an activation), or
+            other preprocessing.
     """
-    names = f"{other.name} is no blend partner of {first.name}"
+    problem = f"{other.name} is no blend partner of {first.name}"
     ours, theirs = state_of(first.model), state_of(other.model)
     for name in sorted(ours.keys() ^ theirs.keys()):
         if not name.startswith("rest."):
             raise UserError(
-                f"{names}: {name} is in {'the latter' if name in ours else 'the former'} alone: another architecture"
+                f"{problem}: {name} is in {'the latter' if name in ours else 'the former'} alone: another architecture"
             )
     for name in sorted(ours.keys() & theirs.keys()):
         if ours[name].shape != theirs[name].shape:
             raise UserError(
-                f"{names}: {name} is {list(theirs[name].shape)} in the former, {list(ours[name].shape)} in the latter"
+                f"{problem}: {name} is {list(theirs[name].shape)} in the former, {list(ours[name].shape)} in the latter"
             )
-    kinds = [{n: type(m).__name__ for n, m in one.model.towers.named_modules()} for one in (first, other)]
-    for name, kind in kinds[0].items():
-        if kinds[1].get(name) != kind:
-            raise UserError(f"{names}: {name or 'its towers'} is a {kinds[1].get(name)} in the former, a {kind} in the latter")
+    first_types, other_types = _module_types(first), _module_types(other)
+    for name, kind in first_types.items():
+        other_kind = other_types.get(name)
+        if other_kind != kind:
+            raise UserError(f"{problem}: {name or 'its towers'} is a {other_kind} in the former, a {kind} in the latter")
     for field in first.fields:
-        _check_prepared(names, field, first, other)
+        _check_prepared(problem, field, first, other)
 
 
-def _check_prepared(names: str, field: str, first: Embedder, other: Embedder) -> None:
-    """Compare what modalities of one class make of samples."""
+def _module_types(embedder: Embedder) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in embedder.model.towers.named_modules()}
+
+
+def _check_prepared(problem: str, field: str, first: Embedder, other: Embedder) -> None:
+    """Check that two modalities of one class prepare samples equally."""
     from mmcontrast.export.samples import made_samples
 
-    pair = [one.model.modality(field) for one in (first, other)]
-    if type(pair[0]) is not type(pair[1]):
+    modalities = [embedder.model.modality(field) for embedder in (first, other)]
+    if type(modalities[0]) is not type(modalities[1]):
         return
     for value in made_samples(first.model, [field]).values[field]:
         prepared = []
-        for modality in pair:
+        for modality in modalities:
             raw = modality.decode(value if isinstance(value, bytes) else value.encode())
             transformed = modality.transform(raw, False)
             assert transformed is not None
             prepared.append(modality(modality.collate([transformed])))
         ours, theirs = prepared
         if ours.shape != theirs.shape or not (ours.double() - theirs.double()).nan_to_num().abs().mean() < MOST_APART:
-            raise UserError(f"{names}: field {field!r} is prepared otherwise (size, mean and std, tokenizer, or length)")
+            raise UserError(f"{problem}: field {field!r} is prepared otherwise (size, mean and std, tokenizer, or length)")

@@ -1,4 +1,4 @@
-"""Banks for bridges: texts of a file or of shards, which the model reads on the spot, or a field of an embedding table."""
+"""Read the bank of a bridge: texts of a file or of shards, which the model embeds now, or a field of an embedding table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ TEXTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Bank:
-    """Entries as one model embeds them.
+    """The entries of a bank, embedded by one model.
 
     Attributes:
         rows: unit rows [B, D].
-        field: of the model, which read them.
-        scale: κ; None: the logit scale that the model has learnt for the field that is compared and this one.
+        field: the model's field that read them.
+        scale: κ; None: the logit scale that the model has learnt for the compared field and this one.
         texts: of the entries, where they are texts, for other models to read.
     """
 
@@ -51,19 +51,19 @@ class Bank:
 
 
 def scale_between(model: ContrastiveModel, fields: Sequence[str], other: str) -> float:
-    """Return the logit scale of fields and another one: of a model with a scale for each pair theirs, on average."""
+    """Return the logit scale between fields and another one; of a model with a scale for each pair, the mean over theirs."""
     scales = model.log_logit_scale.detach().double().exp().cpu()
     if not model.pairs:
         return scales.item()
-    theirs = torch.tensor([other in pair and bool({*pair} & {*fields} - {other}) for pair in model.pairs])
-    return scales[theirs if theirs.any() else ~theirs].mean().item()
+    pairs_with_other = torch.tensor([other in pair and bool({*pair} & {*fields} - {other}) for pair in model.pairs])
+    return scales[pairs_with_other if pairs_with_other.any() else ~pairs_with_other].mean().item()
 
 
 def text_field(model: ContrastiveModel, field: str | None, source: str | Path) -> str:
     """Return the field that reads a file of texts: the one that is named, or the model's first text field.
 
     Raises:
-        UserError: if it is none.
+        UserError: if it is no text field, or there is none.
     """
     fields = [name for name in model.modalities if isinstance(model.modality(name), TextModality)]
     if field is None and not fields:
@@ -79,7 +79,7 @@ def names_shards(source: str) -> bool:
 
 
 def read_texts(source: str | Path) -> list[str]:
-    """Return the lines of a text file, each once, without those that are empty.
+    """Return the distinct non-empty lines of a text file.
 
     Raises:
         UserError: as `read_text`; if there is none.
@@ -107,23 +107,23 @@ def texts_of_shards(model: ContrastiveModel, field: str, shards: str, keys: Mapp
 
 
 def embed_bank(model: ContrastiveModel, field: str, texts: Sequence[str], device: torch.device | str) -> Tensor:
-    """Return unit rows [B, D] of texts, some at a time."""
+    """Embed texts in batches, and return unit rows [B, D]."""
     parts = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
     return torch.cat([embed_texts(model, field, part, device) for part in parts])
 
 
 def check_made_by(source: str | Path, maker: Mapping[str, Any]) -> None:
-    """Compare the model that made a bank's embedding table, where its manifest says so, with one that is to use it.
+    """Check that a bank's embedding table was made by the model that uses it, if its manifest names the model.
 
     Raises:
-        UserError: if it is another one, whose rows would mean nothing here.
+        UserError: if it was made by another one, whose rows would mean nothing here.
     """
     manifest = Path(source) / MANIFEST
-    made_by = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    for name in ("model", "checkpoint", "pretrained", "width"):
-        if "model" in made_by and made_by.get(name) != maker.get(name):
+    recorded = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    for key in ("model", "checkpoint", "pretrained", "width"):
+        if "model" in recorded and recorded.get(key) != maker.get(key):
             raise UserError(
-                f"bank {source}: its {name} is {made_by.get(name)!r}, here it is {maker.get(name)!r}: embed both with one model"
+                f"bank {source}: its {key} is {recorded.get(key)!r}, here it is {maker.get(key)!r}: embed both with one model"
             )
 
 
@@ -135,30 +135,30 @@ def read_bank(
     device: torch.device | str,
     keys: Mapping[str, FieldKeys],
 ) -> Bank:
-    """Return the bank of a text file, a line an entry; of shards, a different text an entry; or of an embedding table of this
-    model, see `check_made_by`, a group an entry, the mean of its rows.
+    """Return the bank of a text file, one entry a line; of shards, one entry a distinct text; or of an embedding table of this
+    model, see `check_made_by`, one entry a group, the mean of its rows.
 
     Args:
         keys: of shards: the members that each field is read from, as `ShardDataset` has them.
 
     Raises:
-        UserError: for a source that is neither, or fits the model not.
+        UserError: for a source that is neither, or does not fit the model.
     """
     if not Path(source).is_dir():
         field = text_field(model, field, source)
         texts = texts_of_shards(model, field, str(source), keys) if names_shards(str(source)) else read_texts(source)
         return Bank(embed_bank(model, field, texts, device), field, scale, tuple(texts))
     table = EmbeddingTable.read(Path(source))
-    both = [name for name in table.fields if name in model.modalities]
-    texts = [name for name in both if isinstance(model.modality(name), TextModality)]
-    field = field or next(iter(texts), None)
-    if field not in both:
-        raise UserError(f"bank {source}: field {field!r} is not of the table and the model; of both are {', '.join(both)}")
-    here = table.present[field]
-    if table.curvature is not None or not here.any():
-        what = "its scores are hyperbolic" if table.curvature is not None else f"no row has the field {field!r}"
-        raise UserError(f"bank {source}: {what}")
-    rows = table.fields[field][here]
+    common = [name for name in table.fields if name in model.modalities]
+    text_fields = [name for name in common if isinstance(model.modality(name), TextModality)]
+    field = field or next(iter(text_fields), None)
+    if field not in common:
+        raise UserError(f"bank {source}: field {field!r} is not of the table and the model; of both are {', '.join(common)}")
+    present = table.present[field]
+    if table.curvature is not None or not present.any():
+        problem = "its scores are hyperbolic" if table.curvature is not None else f"no row has the field {field!r}"
+        raise UserError(f"bank {source}: {problem}")
+    rows = table.fields[field][present]
     if rows.shape[1] != model.embed_dim:
         raise UserError(f"bank {source}: rows of {rows.shape[1]} numbers, the model's have {model.embed_dim}")
-    return Bank(mean_rows(rows, table.group_ids[here]), field, scale)
+    return Bank(mean_rows(rows, table.group_ids[present]), field, scale)

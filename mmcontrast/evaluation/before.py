@@ -1,7 +1,7 @@
-"""What a training has changed: results at its first evaluation and at its last, their curve between, and samples that are
-found now and were not before, or the other way.
+"""Show what training has changed: results at the first and the last evaluation, their curves, and samples that are retrieved
+now and were not before, or the reverse.
 
-`train.evaluate_first` keeps step 0: its results are a line of evaluations.jsonl, its embeddings of the split that the page
+`train.evaluate_first` keeps step 0: its results are a line of evaluations.jsonl, and its embeddings of the split that the page
 shows (of its first 10,000 samples) an embedding table in the run's folder, `before/`.
 """
 
@@ -30,8 +30,8 @@ EVALUATIONS, BEFORE = "evaluations.jsonl", "before"
 KEPT = 10_000  # samples whose embeddings of step 0 are kept
 CHANGED, HITS = 3, 4  # queries that are shown of each kind of change, and hits of each
 NO_RESULT = {"splits", "resamples", "best", "report_split", "batch_size", "num_workers"}  # options that change no value
-CURVES = re.compile(r"/(mean_recall_at_\d+|top1)$")  # results whose course is drawn
-PANELS, COLUMNS = 8, 3  # splits whose course is drawn, and in a row
+CURVES = re.compile(r"/(mean_recall_at_\d+|top1)$")  # results whose curve is drawn
+PANELS, COLUMNS = 8, 3  # splits whose curves are drawn, and of these in a row
 
 
 def report_split(options: EvaluationOptions) -> str:
@@ -40,23 +40,23 @@ def report_split(options: EvaluationOptions) -> str:
 
 
 def keep_before(
-    folder: Path, found: Evaluation, datasets: Mapping[str, ShardDataset], options: EvaluationOptions
+    folder: Path, evaluation: Evaluation, datasets: Mapping[str, ShardDataset], options: EvaluationOptions
 ) -> EmbeddingTable:
-    """Write the embeddings of step 0 to a run's folder, with what later ones must have in common with them; return them."""
+    """Write the embeddings of step 0 to a run's folder, with the conditions that a comparison requires; return them."""
     split = report_split(options)
-    table = found.tables[split].first(KEPT)
+    table = evaluation.tables[split].first(KEPT)
     table.write(folder / BEFORE, {"split": split, **_conditions(datasets, options)})
     return table
 
 
 def _conditions(datasets: Mapping[str, ShardDataset], options: EvaluationOptions) -> dict[str, Any]:
-    """Return what decides about results beside the model, as JSON has it."""
+    """Return the data and the options that determine results beside the model, as JSON."""
     digests = {split: datasets[split].digest for split in options.splits}
     return {"data": digests, "options": options.model_dump(mode="json", exclude=NO_RESULT)}
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's evaluations.jsonl, each with its `step`; what is null there is NaN."""
+    """Return the lines of a run's evaluations.jsonl, each with its `step`; null becomes NaN."""
     file = folder / EVALUATIONS
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
@@ -64,38 +64,38 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 def before_and_after(
     folder: Path,
-    found: Evaluation,
+    evaluation: Evaluation,
     step: int | None,
     model: ContrastiveModel,
     datasets: Mapping[str, ShardDataset],
     options: EvaluationOptions,
 ) -> list[str]:
-    """Return sections of a run's page: the course of its results, and what has changed since step 0, if that was evaluated.
+    """Return sections of a run's page: the curves of its results, and the changes since step 0, if that was evaluated.
 
     Args:
-        found: the results of now, at `step` if they are no line of evaluations.jsonl yet.
+        evaluation: the current results, at `step` if they are no line of evaluations.jsonl yet.
     """
     lines = read_evaluations(folder)
     if step is not None and step not in [line["step"] for line in lines]:
-        lines.append({"step": step, **found.values})
+        lines.append({"step": step, **evaluation.values})
     sections = [f"<h2>Results by step</h2>{_courses(lines)}"] if len(lines) > 1 else []
     first = next((line for line in lines if line["step"] == 0), None)
     if first is None or not (folder / BEFORE / MANIFEST).exists():
         return sections
-    about, now = json.loads((folder / BEFORE / MANIFEST).read_text()), _conditions(datasets, options)
-    same = [split for split in now["data"] if now["data"][split] == about["data"].get(split)]
-    if not same or now["options"] != about["options"]:
+    recorded, current = json.loads((folder / BEFORE / MANIFEST).read_text()), _conditions(datasets, options)
+    same_splits = [split for split in current["data"] if current["data"][split] == recorded["data"].get(split)]
+    if not same_splits or current["options"] != recorded["options"]:
         return sections  # other data, or other tasks, than those of step 0
-    sections.append(f"<h2>Before and after training</h2>{_differences(first, found, same)}")
-    split = about["split"]
-    if split in same and split in found.tables:
-        before, after = EmbeddingTable.read(folder / BEFORE), found.tables[split].first(KEPT)
-        sections += changes(split, before, after, model, datasets[split])
+    sections.append(f"<h2>Before and after training</h2>{_differences(first, evaluation, same_splits)}")
+    split = recorded["split"]
+    if split in same_splits and split in evaluation.tables:
+        table_before, table_after = EmbeddingTable.read(folder / BEFORE), evaluation.tables[split].first(KEPT)
+        sections += changes(split, table_before, table_after, model, datasets[split])
     return sections
 
 
 def _courses(lines: list[dict[str, Any]]) -> str:
-    """Draw the main results of each split by step, as one SVG."""
+    """Plot the main results of each split by step, as one SVG."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
@@ -120,16 +120,16 @@ def _courses(lines: list[dict[str, Any]]) -> str:
     return svg(figure)
 
 
-def _differences(first: Mapping[str, float], found: Evaluation, splits: list[str]) -> str:
+def _differences(first: Mapping[str, float], evaluation: Evaluation, splits: list[str]) -> str:
     """Return a table of results at step 0, now, and their differences."""
-    _, rows = shown_results(found)
-    shown = [name for name, *_ in rows if not name.startswith("geometry/")]
+    _, rows = shown_results(evaluation)
+    names = [name for name, *_ in rows if not name.startswith("geometry/")]
     head = "".join(f"<th>{html.escape(split)}: before</th><th>after</th><th>difference</th>" for split in splits)
     body = []
-    for name in shown:
+    for name in names:
         cells = []
         for split in splits:
-            before, after = first.get(f"{split}/{name}"), found.values.get(f"{split}/{name}")
+            before, after = first.get(f"{split}/{name}"), evaluation.values.get(f"{split}/{name}")
             if before is None or after is None:
                 cells += [""] * 3
                 continue
@@ -141,7 +141,7 @@ def _differences(first: Mapping[str, float], found: Evaluation, splits: list[str
 
 
 def first_hits(query: str, candidate: str, model: ContrastiveModel, table: EmbeddingTable) -> tuple[Tensor, Tensor]:
-    """Return (rows [Q] that have the query's field, [Q, k] rows of their first hits, the best first)."""
+    """Return (rows [Q] that have the query's field, rows [Q, k] of their first hits, the best first)."""
     queries, candidates = table.present[query].nonzero().squeeze(1), candidates_of(model, candidate, table)
     if not len(queries) or not len(candidates):
         return queries[:0], torch.zeros(0, HITS, dtype=torch.int64)
@@ -154,10 +154,10 @@ def first_hits(query: str, candidate: str, model: ContrastiveModel, table: Embed
 def changes(
     split: str, before: EmbeddingTable, after: EmbeddingTable, model: ContrastiveModel, dataset: ShardDataset
 ) -> list[str]:
-    """Return a section for every pair of fields: how many queries' first hits have become right, and wrong, with some of each,
-    what they found before above what they find now. Nothing if the tables are not of the same samples and fields."""
-    same = torch.equal(before.sample_ids, after.sample_ids) and list(before.fields) == list(after.fields)
-    if not same or any(not torch.equal(here, after.present[field]) for field, here in before.present.items()):
+    """Return a section for every pair of fields: how many queries' first hits have become right, and wrong, with examples of
+    each, their hits before above those after. None if the tables are not of the same samples and fields."""
+    same_samples = torch.equal(before.sample_ids, after.sample_ids) and list(before.fields) == list(after.fields)
+    if not same_samples or any(not torch.equal(present, after.present[field]) for field, present in before.present.items()):
         return []
     sections = []
     for query, candidate in galleries(model, after):
@@ -168,14 +168,14 @@ def changes(
         groups = after.group_ids
         right_before, right_after = (groups[hits[:, 0]] == groups[queries] for hits in (hits_before, hits_after))
         gained, lost = (right_after & ~right_before).nonzero().squeeze(1), (right_before & ~right_after).nonzero().squeeze(1)
-        parts = []
-        for title, places in (("right now, wrong before", gained), ("wrong now, right before", lost)):
-            parts += [f"<h3>{title}: {len(places)} of {len(queries)}</h3>"]
-            for place in drawn(places, CHANGED):
-                row = int(queries[place])
-                head = f"{sample_as_html(dataset, query, row, after)}<br><small>before</small>"
-                for heading, hits in ((head, hits_before), ("<small>after</small>", hits_after)):
-                    parts.append(row_of_hits(heading, hits[place].tolist(), row, candidate, dataset, after))
+        blocks = []
+        for title, positions in (("right now, wrong before", gained), ("wrong now, right before", lost)):
+            blocks += [f"<h3>{title}: {len(positions)} of {len(queries)}</h3>"]
+            for position in drawn(positions, CHANGED):
+                row = int(queries[position])
+                sample_html = f"{sample_as_html(dataset, query, row, after)}<br><small>before</small>"
+                for heading, hits in ((sample_html, hits_before), ("<small>after</small>", hits_after)):
+                    blocks.append(row_of_hits(heading, hits[position].tolist(), row, candidate, dataset, after))
         title = f"What has changed: {html.escape(query)} → {html.escape(candidate)}, {html.escape(split)}"
-        sections.append(f"<h2>{title}</h2>{''.join(parts)}")
+        sections.append(f"<h2>{title}</h2>{''.join(blocks)}")
     return sections

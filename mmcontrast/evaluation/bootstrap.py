@@ -17,13 +17,13 @@ Statistic = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that samples give, and what it would be for resamples of them.
+    """A statistic of samples: its value, and the function that computes it for resamples.
 
     Attributes:
         value: of the samples themselves.
         statistic: float64 weights [B, N] → [B].
         number: N.
-        device: where the weights are needed.
+        device: of the weights.
     """
 
     value: float
@@ -33,14 +33,14 @@ class Estimate:
 
     @classmethod
     def of(cls, statistic: Statistic, number: int, device: torch.device) -> "Estimate":
-        """The value is the statistic of every sample once."""
+        """Return the estimate whose value is the statistic with every sample once."""
         once = torch.ones(1, number, dtype=torch.float64, device=device)
         return cls(statistic(once).item() if number else float("nan"), statistic, number, device)
 
     @classmethod
     def of_mean(cls, values: Tensor) -> "Estimate":
-        """The mean of one value a sample, [N]. For a statistic that is no mean: its value plus each sample's influence
-        on it, the first-order (Hájek) projection."""
+        """Return the estimate of the mean of values [N], one a sample. For a statistic that is no mean, give its value plus
+        each sample's influence on it, the first-order (Hájek) projection."""
         values = values.double()
         return cls.of(lambda weights: means(values[:, None], weights).squeeze(1), len(values), values.device)
 
@@ -48,27 +48,27 @@ class Estimate:
 def intervals(
     estimates: Sequence[Estimate], *, clusters: Tensor | None = None, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """(low, high), float64 [M] on the CPU, of M estimates over the same samples.
+    """Return (low, high), float64 [M] on the CPU, of M estimates over the same samples.
 
     Args:
-        clusters: int64 [N], any numbers: samples of one are drawn together, so N is not that of independent ones.
+        clusters: int64 [N], any numbers: samples of one cluster are drawn together.
 
     Raises:
         ValueError: if they are not of the same samples.
     """
-    (number, device), *others = {(e.number, e.device) for e in estimates} or {(0, torch.device("cpu"))}
-    if others:
-        raise ValueError(f"estimates over {sorted(e.number for e in estimates)} samples: give those of the same samples")
-    values = [
-        torch.stack([e.statistic(block) for e in estimates], 1) for block in weights(number, clusters, resamples, seed, device)
-    ]
+    if len({(estimate.number, estimate.device) for estimate in estimates}) > 1:
+        numbers = sorted(estimate.number for estimate in estimates)
+        raise ValueError(f"estimates over {numbers} samples: give those of the same samples")
+    number, device = (estimates[0].number, estimates[0].device) if estimates else (0, torch.device("cpu"))
+    blocks = weights(number, clusters, resamples, seed, device)
+    values = [torch.stack([estimate.statistic(block) for estimate in estimates], 1) for block in blocks]
     return _percentiles(values, len(estimates), level)
 
 
 def mean_interval(
     values: Tensor, resamples: int = 1000, seed: int = 0, *, clusters: Tensor | None = None, level: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """(low, high), float64 [M] on the CPU, of the means of values [N, M]; NaN for no sample."""
+    """Return (low, high), float64 [M] on the CPU, of the means of values [N, M]; NaN for no sample."""
     rows = values.double()
     blocks = weights(len(rows), clusters, resamples, seed, rows.device)
     return _percentiles([means(rows, block) for block in blocks], rows.shape[1], level)
@@ -83,19 +83,19 @@ def quantile_interval(
     clusters: Tensor | None = None,
     level: float = 0.95,
 ) -> tuple[Tensor, Tensor]:
-    """(low, high), float64 [M] on the CPU, of a quantile of values [N, M], the median by default; between two values it is
-    linear, as `torch.quantile` is."""
+    """Return (low, high), float64 [M] on the CPU, of a quantile of values [N, M], the median by default; linear between two
+    values, as `torch.quantile`."""
     ordered, order = values.double().sort(dim=0)
 
     def quantiles(weights: Tensor) -> Tensor:
-        found = []
-        for column, places in zip(ordered.T, order.T, strict=True):
-            below = weights[:, places].cumsum(1)  # how many of the resample are not above each value
-            place = q * (below[:, -1:] - 1)
-            at = torch.cat([place.floor(), place.ceil()], 1) + 1
-            first, second = column[torch.searchsorted(below, at)].unbind(1)
-            found.append(first.lerp(second, place.frac().squeeze(1)))
-        return torch.stack(found, 1)
+        columns = []
+        for column, order_of_column in zip(ordered.T, order.T, strict=True):
+            below = weights[:, order_of_column].cumsum(1)  # how many of the resample are not above each value
+            position = q * (below[:, -1:] - 1)
+            bounds = torch.cat([position.floor(), position.ceil()], 1) + 1
+            first, second = column[torch.searchsorted(below, bounds)].unbind(1)
+            columns.append(first.lerp(second, position.frac().squeeze(1)))
+        return torch.stack(columns, 1)
 
     blocks = weights(len(values), clusters, resamples, seed, values.device)
     return _percentiles([quantiles(block) for block in blocks], values.shape[1], level)
@@ -104,28 +104,29 @@ def quantile_interval(
 def weights(
     number: int, clusters: Tensor | None, resamples: int, seed: int, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
-    """How often each sample is drawn, float64 [b, N], in blocks of all B resamples. Of clusters, as many as there are."""
+    """Yield how often each sample is drawn, float64 [b, N], in blocks of all B resamples. Of clusters, draw as many as there
+    are."""
     if not number:
         return
-    of_sample = None if clusters is None else clusters.cpu().unique(return_inverse=True)[1]
-    units = number if of_sample is None else int(of_sample.max()) + 1
+    cluster_of_sample = None if clusters is None else clusters.cpu().unique(return_inverse=True)[1]
+    units = number if cluster_of_sample is None else int(cluster_of_sample.max()) + 1
     generator = torch.Generator().manual_seed(seed)
     height = max(1, BLOCK // max(units, number))
     for start in range(0, resamples, height):
-        here = min(height, resamples - start)
-        drawn = torch.randint(units, (here, units), generator=generator)
-        drawn += torch.arange(here)[:, None] * units
-        counts = drawn.flatten().bincount(minlength=here * units).view(here, units)
-        yield (counts if of_sample is None else counts[:, of_sample]).to(device, torch.float64)
+        rows = min(height, resamples - start)
+        drawn = torch.randint(units, (rows, units), generator=generator)
+        drawn += torch.arange(rows)[:, None] * units
+        counts = drawn.flatten().bincount(minlength=rows * units).view(rows, units)
+        yield (counts if cluster_of_sample is None else counts[:, cluster_of_sample]).to(device, torch.float64)
 
 
 def means(values: Tensor, weights: Tensor) -> Tensor:
-    """[B, M] of values [N, M]."""
+    """Return weighted means [B, M] of values [N, M]."""
     return weights @ values / weights.sum(1, keepdim=True)
 
 
 def _percentiles(values: Sequence[Tensor], number: int, level: float) -> tuple[Tensor, Tensor]:
-    """Of statistics [b, M]."""
+    """Return (low, high) percentiles [M] of blocks of statistics [b, M]."""
     if not values:
         return torch.full((number,), torch.nan, dtype=torch.float64), torch.full((number,), torch.nan, dtype=torch.float64)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)

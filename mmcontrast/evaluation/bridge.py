@@ -1,8 +1,8 @@
-"""Scores through a bridge: rows of two fields that never met in training, compared by what each says of a bank both know.
+"""Score rows of two fields that were never trained together, by their distributions over a bank of entries that both know.
 
-p(t|e) = softmax_t(κ e·b_t) is a distribution over the entries t of the bank: captions, say. Two rows score the Bhattacharyya
-coefficient of theirs, Σ_t √p(t|q) √p(t|c), in [0, 1]. C-MCR (arXiv:2305.14381) has expected rows, Σ_t p(t|e) b_t, of such a
-memory as training pairs of its projectors; here nothing is trained.
+p(t|e) = softmax_t(κ e·b_t) is a distribution over the entries t of the bank: captions, say. The score of two rows is the
+Bhattacharyya coefficient of their distributions, Σ_t √p(t|q) √p(t|c), in [0, 1]. C-MCR (arXiv:2305.14381) takes expected rows,
+Σ_t p(t|e) b_t, of such a memory as training pairs for its projectors; here nothing is trained.
 
 Shapes: B entries, which the queries' model embeds with D numbers and the candidates' with E; Q queries, C candidates.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WEIGHTS = 2**23  # p of so many rows and entries are there at once: 32 MiB
+WEIGHTS = 2**23  # elements of p (rows × entries) in memory at once: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Bridge:
             raise ValueError(f"scales are more than 0, not {self.query_scale:g} and {self.candidate_scale:g}")
 
     def prefix(self, width: int) -> "Bridge":
-        """Return the bridge of the first so many numbers of embeddings of one model."""
+        """Return the bridge of the first `width` numbers of embeddings of one model."""
         bank = F.normalize(self.queries[:, :width], dim=1)
         return Bridge(bank, bank, self.query_scale, self.candidate_scale)
 
     @torch.no_grad()
     def lift(self, rows: Tensor, candidates: bool = False) -> Tensor:
-        """Return rows as `products` takes them: [N, D + 1] of queries [N, D], or [N, E + 1] of candidates [N, E]; float32, or
-        float64 of float64 rows. The last number is minus half the logarithm of the softmax's denominator."""
+        """Return rows for `products`: [N, D + 1] of queries [N, D], or [N, E + 1] of candidates [N, E]; float32, or float64 of
+        float64 rows. The last number is minus half the logarithm of the softmax's denominator."""
         bank, scale = self._side(candidates, rows)
         rows = rows.to(bank.dtype)
         sums = [(scale * part @ bank.T).logsumexp(1) for part in rows.split(self._rows_at_once())]
@@ -57,15 +57,17 @@ class Bridge:
     def products(self, queries: Tensor, candidates: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the scores [Q, C] of lifted rows, a block of entries at a time: O((Q + C)·(D + block)) beside them."""
         out = queries.new_empty(len(queries), len(candidates)) if out is None else out
-        banks = [F.pad(self._side(side, rows)[0], (0, 1), value=1.0) for side, rows in ((False, queries), (True, candidates))]
+        query_bank = F.pad(self._side(False, queries)[0], (0, 1), value=1.0)
+        candidate_bank = F.pad(self._side(True, candidates)[0], (0, 1), value=1.0)
         block = max(1, WEIGHTS // max(1, len(queries) + len(candidates)))
-        for number, (here, there) in enumerate(zip(*(bank.split(block) for bank in banks), strict=True)):
-            of_queries, of_candidates = torch.mm(queries, here.T).exp_(), torch.mm(candidates, there.T).exp_()
-            out.addmm_(of_queries, of_candidates.T, beta=min(number, 1))
+        for start in range(0, len(query_bank), block):
+            query_roots = torch.mm(queries, query_bank[start : start + block].T).exp_()  # √p
+            candidate_roots = torch.mm(candidates, candidate_bank[start : start + block].T).exp_()
+            out.addmm_(query_roots, candidate_roots.T, beta=min(start, 1))
         return out
 
     def rounding(self, queries: Tensor, candidates: Tensor, products: Tensor) -> Tensor:
-        """Return by how much the scores [Q, C] of lifted rows may differ of rounding alone."""
+        """Return a bound on the rounding error of the scores [Q, C] of lifted rows."""
         norms = queries.norm(dim=1, keepdim=True) + candidates.norm(dim=1)
         return 4 * torch.finfo(products.dtype).eps * norms * products
 
@@ -75,8 +77,8 @@ class Bridge:
 
     @torch.no_grad()
     def expected(self, rows: Tensor, candidates: bool = False) -> Tensor:
-        """Return the expected entries Σ_t p(t|e) b_t in the candidates' space, made unit rows [N, E], of queries [N, D] or
-        candidates [N, E]: their cosines stand for the scores where an index needs rows."""
+        """Return the expected entries Σ_t p(t|e) b_t in the candidates' space, as unit rows [N, E], of queries [N, D] or
+        candidates [N, E]: their cosines approximate the scores where an index needs rows."""
         bank, scale = self._side(candidates, rows)
         entries = self._side(True, rows)[0]
         means = [(scale * part @ bank.T).softmax(1) @ entries for part in rows.to(bank.dtype).split(self._rows_at_once())]
@@ -91,7 +93,7 @@ class Bridge:
 
 
 def mean_rows(rows: Tensor, groups: Tensor) -> Tensor:
-    """Return one entry a group: the mean of its unit rows [N, D], made a unit row, in the order of the groups' ids [N]."""
+    """Return one unit row a group: the direction of the mean of its rows [N, D], in the order of the groups' ids [N]."""
     _, number = groups.unique(return_inverse=True)
     sums = rows.new_zeros(int(number.max()) + 1, rows.shape[1]).index_add_(0, number, rows)
     return F.normalize(sums, dim=1)

@@ -1,4 +1,4 @@
-"""The classification that a suite asks for: zero-shot by prompts, and probes trained on embeddings."""
+"""Run a suite's classification: zero-shot by prompts, and probes trained on embeddings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +20,10 @@ from mmcontrast.models import ContrastiveModel
 
 
 def phrases_of(task: ZeroShotOptions) -> dict[str, list[str]]:
-    """Per label, what its class is called.
+    """Return the phrases of the class of each label.
 
     Raises:
-        UserError: for a list by a name that there is not.
+        UserError: for an unknown name of a list.
     """
     if isinstance(task.classes, dict):
         return task.classes
@@ -32,17 +32,17 @@ def phrases_of(task: ZeroShotOptions) -> dict[str, list[str]]:
 
 
 def labels_of_classes(task: ZeroShotOptions) -> ClassLabels:
-    """Return what tells the class of a label."""
+    """Return the matcher of labels to a task's classes."""
     return ClassLabels(list(phrases_of(task)), numbered=not isinstance(task.classes, dict))
 
 
-Classes = list[Tensor]  # of each class embeddings [P, D] of its phrases
+Classes = list[Tensor]  # embeddings [P, D] of each class's phrases
 
 
 def embed_classes(
     model: ContrastiveModel, task: ZeroShotOptions, device: torch.device | str, widths: Sequence[int] = ()
 ) -> dict[int | None, Classes]:
-    """Return the classes' embeddings, under None; and those of prefixes of them, by width."""
+    """Return the classes' embeddings, under None; and those of their prefixes, by width."""
     field, templates = task.prompt_field, task.templates
     assert field
     templates = named_templates(templates) if isinstance(templates, str) else templates
@@ -54,12 +54,17 @@ def embed_classes(
         prefixes: dict[int | None, Tensor] = {width: phrase_embedding(F.normalize(rows[:, :width], dim=1)) for width in widths}
         return {None: phrase_embedding(rows), **prefixes}
 
-    embedded = [[embed(phrase) for phrase in phrases] for phrases in phrases_of(task).values()]
-    return {width: [torch.stack([one[width] for one in of]) for of in embedded] for width in (None, *widths)}
+    by_class = [[embed(phrase) for phrase in phrases] for phrases in phrases_of(task).values()]
+    return {
+        width: [torch.stack([prefixes[width] for prefixes in class_phrases]) for class_phrases in by_class]
+        for width in (None, *widths)
+    }
 
 
-def zero_shot(found: Evaluation, place: str, table: EmbeddingTable, task: ZeroShotOptions, classes: Sequence[Tensor]) -> None:
-    """Classify one split by one task; nothing, if the split lacks the field.
+def zero_shot(
+    evaluation: Evaluation, prefix: str, table: EmbeddingTable, task: ZeroShotOptions, classes: Sequence[Tensor]
+) -> None:
+    """Classify one split by one task, unless the split lacks the field.
 
     Raises:
         UserError: if labels are no classes, as `ClassLabels.match`; if no sample has both the field and one of the labels.
@@ -68,36 +73,36 @@ def zero_shot(found: Evaluation, place: str, table: EmbeddingTable, task: ZeroSh
     if task.field not in table.fields:
         return
     phrases = phrases_of(task)
-    rows, labels, matched = labelled_rows(table, task.field, task.label, labels_of_classes(task), place)
-    candidates = [table.compared(of_class, columns=True) for of_class in classes]
+    rows, labels, matched = labelled_rows(table, task.field, task.label, labels_of_classes(task), prefix)
+    candidates = [table.compared(phrase_rows, columns=True) for phrase_rows in classes]
     predictions, ranks = predict(table.compared(rows), candidates, labels)
-    shown = [of[0] if label.isdigit() else label for label, of in phrases.items()]
-    found.add_report(place, report(predictions, labels, len(classes), ranks), shown)
-    tell(found, place, matched, len(labels.unique()), len(classes))
+    names = [class_phrases[0] if label.isdigit() else label for label, class_phrases in phrases.items()]
+    evaluation.add_report(prefix, report(predictions, labels, len(classes), ranks), names)
+    add_label_notes(evaluation, prefix, matched, len(labels.unique()), len(classes))
 
 
-def tell(found: Evaluation, place: str, matched: MatchedLabels, seen: int, classes: int) -> None:
+def add_label_notes(evaluation: Evaluation, prefix: str, matched: MatchedLabels, num_seen: int, num_classes: int) -> None:
     """Count the samples that a task leaves out, and note them and the classes without samples."""
     notes = []
     if matched.unlabelled:
-        found.values[f"{place}/num_unlabelled"] = matched.unlabelled
+        evaluation.values[f"{prefix}/num_unlabelled"] = matched.unlabelled
         notes.append(f"samples without a label are left out: {matched.unlabelled}")
-    if matched.others:
-        found.values[f"{place}/num_other_labels"] = number = matched.others.total()
-        shown = ", ".join(f"{text[:40]!r} ({count})" for text, count in matched.others.most_common(5))
-        shown += ", …" if len(matched.others) > 5 else ""
+    if matched.unmatched:
+        evaluation.values[f"{prefix}/num_other_labels"] = number = matched.unmatched.total()
+        shown = ", ".join(f"{text[:40]!r} ({count})" for text, count in matched.unmatched.most_common(5))
+        shown += ", …" if len(matched.unmatched) > 5 else ""
         notes.append(f"samples with labels that are no class are left out: {number}, of {shown}")
-    if seen < classes:
-        notes.append(f"classes without samples: {classes - seen} of {classes}")
+    if num_seen < num_classes:
+        notes.append(f"classes without samples: {num_classes - num_seen} of {num_classes}")
     if notes:
-        found.notes.append(f"{place}: {'; '.join(notes)}")
+        evaluation.notes.append(f"{prefix}: {'; '.join(notes)}")
 
 
-def probe(found: Evaluation, splits: dict[str, str], task: ProbeOptions, train: EmbeddingTable) -> None:
-    """All kinds of probe of one task on splits, whose tables are there already.
+def probe(evaluation: Evaluation, splits: dict[str, str], task: ProbeOptions, train: EmbeddingTable) -> None:
+    """Train all kinds of probe of one task, and evaluate them on splits, whose tables are in `evaluation`.
 
     Args:
-        splits: the place of its results, by split.
+        splits: the prefix of its results, by split.
 
     Raises:
         UserError: if the training samples lack the field or the label, or labels are no classes of theirs.
@@ -107,43 +112,45 @@ def probe(found: Evaluation, splits: dict[str, str], task: ProbeOptions, train: 
         raise UserError(
             f"probes: the samples of {task.train} have no field {task.field!r}; they have {', '.join(train.fields)}"
         )
-    place = next(iter(splits.values())).partition("/")[2]
-    here = train.present[task.field].tolist()
-    classes = trained_classes([entry for entry, has in zip(train.metadata, here, strict=True) if has], task, place)
-    names = classes.names
-    rows, labels, matched = labelled_rows(train, task.field, task.label, classes, f"{place}, training samples")
+    name = next(iter(splits.values())).partition("/")[2]
+    metadata = [train.metadata[row] for row in train.present[task.field].nonzero().squeeze(1).tolist()]
+    classes = trained_classes(metadata, task, name)
+    num_classes = len(classes.names)
+    rows, labels, matched = labelled_rows(train, task.field, task.label, classes, f"{name}, training samples")
     if matched.unlabelled:
-        found.notes.append(f"{place}: training samples without a label are left out: {matched.unlabelled}")
+        evaluation.notes.append(f"{name}: training samples without a label are left out: {matched.unlabelled}")
     tests = {
-        place: labelled_rows(found.tables[split], task.field, task.label, classes, place)
-        for split, place in splits.items()
-        if task.field in found.tables[split].fields
+        prefix: labelled_rows(evaluation.tables[split], task.field, task.label, classes, prefix)
+        for split, prefix in splits.items()
+        if task.field in evaluation.tables[split].fields
     }
     if not tests:
         return
-    every, sizes = torch.cat([test for test, *_ in tests.values()]), [len(truth) for _, truth, _ in tests.values()]
-    for place, (_, truth, of_test) in tests.items():
-        tell(found, place, of_test, len(truth.unique()), len(names))
+    test_labels = {prefix: truth for prefix, (_, truth, _) in tests.items()}
+    test_rows = torch.cat([split_rows for split_rows, _, _ in tests.values()])
+    sizes = [len(truth) for truth in test_labels.values()]
+    for prefix, (_, truth, matched) in tests.items():
+        add_label_notes(evaluation, prefix, matched, len(truth.unique()), num_classes)
 
     def add(kind: str, predictions: Tensor) -> None:
-        for (place, (_, truth, _)), of in zip(tests.items(), predictions.split(sizes), strict=True):
-            found.add_report(f"{place}/{kind}", report(of, truth, len(names)), names)
+        for (prefix, truth), predicted in zip(test_labels.items(), predictions.split(sizes), strict=True):
+            evaluation.add_report(f"{prefix}/{kind}", report(predicted, truth, num_classes), classes.names)
 
     if "linear" in task.kinds:
-        add("linear", linear_probe(rows, labels, every))
+        add("linear", linear_probe(rows, labels, test_rows))
     if "knn" in task.kinds:
-        compared = train.compared(rows, columns=True), labels, train.compared(every)
+        compared = train.compared(rows, columns=True), labels, train.compared(test_rows)
         add("knn", knn(*compared, task.neighbours, distances=train.distances))
     rarest = int(labels.bincount().min())
     for shots in (shots for shots in task.shots if "few_shot" in task.kinds and shots <= rarest):
-        predictions = few_shot(rows, labels, every, shots, seeds=range(task.seeds))
-        for (place, (_, truth, _)), of in zip(tests.items(), predictions.split(sizes, dim=1), strict=True):
-            found.add_means(f"{place}/few_shot_{shots}", {"top1": (of == truth).double().mean(0)})
-            found.values[f"{place}/few_shot_{shots}/top1_std_over_seeds"] = over_seeds(of, truth)[1]
+        predictions = few_shot(rows, labels, test_rows, shots, seeds=range(task.seeds))
+        for (prefix, truth), predicted in zip(test_labels.items(), predictions.split(sizes, dim=1), strict=True):
+            evaluation.add_means(f"{prefix}/few_shot_{shots}", {"top1": (predicted == truth).double().mean(0)})
+            evaluation.values[f"{prefix}/few_shot_{shots}/top1_std_over_seeds"] = over_seeds(predicted, truth)[1]
 
 
 def trained_classes(metadata: Sequence[dict[str, Any]], task: ProbeOptions, place: str) -> ClassLabels:
-    """Return the classes that training samples have.
+    """Return the classes of the training samples' labels.
 
     Raises:
         UserError: if none of them has the label.
@@ -161,10 +168,12 @@ def labelled_rows(
     Raises:
         UserError: as `ClassLabels.match`; if there is no such sample.
     """
-    values, here = entries_of(table.metadata, label, place), table.present[field].nonzero().squeeze(1)
-    matched = classes.match([values[row] for row in here.tolist()], place)
+    values, present_rows = entries_of(table.metadata, label, place), table.present[field].nonzero().squeeze(1)
+    matched = classes.match([values[row] for row in present_rows.tolist()], place)
     kept = matched.numbers >= 0
     if not kept.any():
-        why = f"; {classes.unlike(matched.others, {})}" if matched.others else f", {len(here)} have the field"
-        raise UserError(f"{place}: no sample has the field {field!r} and a label {label!r} that is a class{why}")
-    return table.fields[field][here[kept]], matched.numbers[kept], matched
+        reason = f", {len(present_rows)} have the field"
+        if matched.unmatched:
+            reason = f"; {classes.mismatch_message(matched.unmatched, {})}"
+        raise UserError(f"{place}: no sample has the field {field!r} and a label {label!r} that is a class{reason}")
+    return table.fields[field][present_rows[kept]], matched.numbers[kept], matched

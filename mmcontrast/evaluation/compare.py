@@ -1,4 +1,4 @@
-"""Runs side by side: their results.json as a table, as JSON, and what speaks against comparing them."""
+"""Compare runs: their results.json as one table or as JSON, with warnings where they are not comparable."""
 
 import html
 import json
@@ -18,13 +18,13 @@ from mmcontrast.errors import UserError
 
 FORMAT = "mmcontrast results 1"
 LOWER_IS_BETTER = {"rank", "alignment", "uniformity", "gap", "skewness", "hubness", "antihubs", "variance", "loss"}
-HIGHER_ALL_THE_SAME = {"effective"}  # words of a result's name, both
+HIGHER_ALL_THE_SAME = {"effective"}  # both: words in a result's name
 BETTER, WORSE = "▲", "▼"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A number, its interval if it is known, and over how many samples it is."""
+    """A value, its interval if it is known, and its number of samples."""
 
     value: float
     low: float | None = None
@@ -33,7 +33,7 @@ class Result:
 
     @classmethod
     def of(cls, entry: Any) -> "Result":
-        """Of a file's entry: a number, or one with its interval; null is no number."""
+        """Parse an entry of a file: a number, or a mapping with an interval; null becomes NaN."""
         entry = entry if isinstance(entry, dict) else {"value": entry}
         value, interval = entry["value"], (entry.get("low"), entry.get("high"))
         low, high = (None, None) if None in interval or any(map(math.isnan, interval)) else interval
@@ -43,7 +43,7 @@ class Result:
         return f"{self.value:.{digits}f}" + ("" if self.low is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]")
 
     def apart_from(self, other: "Result") -> bool:
-        """Each value lies outside the other's interval; unknown intervals tell nothing."""
+        """Return whether each value lies outside the other's interval; False if an interval is unknown."""
         return self._misses(other.value) and other._misses(self.value)
 
     def _misses(self, value: float) -> bool:
@@ -57,9 +57,9 @@ class RunResults:
     """One run's results.json.
 
     Attributes:
-        name: the run's, unique among those that are compared.
+        name: of the run, unique among those that are compared.
         results: by name, "val/retrieval/image_to_text/recall_at_1".
-        digests: of each split's data, where the file tells.
+        digests: of each split's data, if the file has them.
     """
 
     name: str
@@ -74,56 +74,56 @@ SHORT = 24  # results that are shown in full
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, and the names of the results to show, in order."""
+    """Runs to compare, and the names of the results to show, in order."""
 
     runs: list[RunResults]
     names: list[str]
 
     @property
     def splits(self) -> dict[str, list[str]]:
-        """The names by split."""
-        found: dict[str, list[str]] = {}
+        """Return the names by split."""
+        names_by_split: dict[str, list[str]] = {}
         for name in self.names:
-            found.setdefault(name.partition("/")[0], []).append(name)
-        return found
+            names_by_split.setdefault(name.partition("/")[0], []).append(name)
+        return names_by_split
 
     def headline(self) -> "Comparison":
-        """Return the few results that are looked at first, of long lists: recall at the first k, and accuracies."""
+        """Return the comparison of a long list's main results only: recall at 1, and accuracies."""
         chosen = [name for name in self.names if name.rpartition("/")[2] in HEADLINES]
         return self if len(self.names) <= SHORT or not chosen else replace(self, names=chosen)
 
     def best(self, name: str) -> float | None:
-        """The best value, if there are several to choose from."""
+        """Return the best value; None if there are fewer than two."""
         values = [run.results[name].value for run in self.runs if name in run.results]
         values = [value for value in values if not math.isnan(value)]
         return (min if lower_is_better(name) else max)(values) if len(values) > 1 else None
 
     def mark(self, name: str, run: RunResults) -> str:
-        """▲ or ▼ for one that is better or worse than the first run's and apart from it."""
-        first, own = self.runs[0].results.get(name), run.results.get(name)
-        if not first or not own or run is self.runs[0] or not own.apart_from(first):
+        """Return ▲ or ▼ for a result that is better or worse than the first run's, and `apart_from` it; else ""."""
+        first, result = self.runs[0].results.get(name), run.results.get(name)
+        if not first or not result or run is self.runs[0] or not result.apart_from(first):
             return ""
-        return BETTER if (own.value < first.value) == lower_is_better(name) else WORSE
+        return BETTER if (result.value < first.value) == lower_is_better(name) else WORSE
 
     def warnings(self) -> list[str]:
-        """What the runs were not evaluated alike in, a sentence a split."""
-        found = []
+        """Return a sentence for each split on which the runs were evaluated differently."""
+        warnings = []
         for split in self.splits:
             digests = {run.name: run.digests[split] for run in self.runs if split in run.digests}
             if len(set(digests.values())) > 1:
-                found.append(f"{split}: not the same data: " + ", ".join(f"{run} {d[:12]}" for run, d in digests.items()))
+                shown = ", ".join(f"{run} {digest[:12]}" for run, digest in digests.items())
+                warnings.append(f"{split}: not the same data: {shown}")
                 continue
-            counted = [n for n in _union(self.runs) if n.startswith(f"{split}/") and is_count(n)]
-            for name in counted:
+            for name in (name for name in _union(self.runs) if name.startswith(f"{split}/") and is_count(name)):
                 counts = {run.name: run.results[name].value for run in self.runs if name in run.results}
                 if len(set(counts.values())) > 1:
-                    numbers = ", ".join(f"{run} {value:.0f}" for run, value in counts.items())
-                    found.append(f"{split}: not the same data or options: {name.partition('/')[2]} is {numbers}")
+                    shown = ", ".join(f"{run} {value:.0f}" for run, value in counts.items())
+                    warnings.append(f"{split}: not the same data or options: {name.partition('/')[2]} is {shown}")
                     break
-        return found
+        return warnings
 
     def to_json(self) -> dict[str, Any]:
-        """All of it: runs, warnings, and of each result the values by run, with the marks."""
+        """Return the runs, the warnings, and each result's values by run with the marks."""
         results = {
             name: {
                 run.name: asdict(run.results[name]) | {"mark": self.mark(name, run)} for run in self.runs if name in run.results
@@ -135,12 +135,12 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path], match: str | None = None) -> Comparison:
-    """Reads runs' results.
+    """Read the results of runs to compare.
 
     Args:
         paths: folders of runs, or files like their results.json.
-        match: whole parts of results' names, with * for anything: "recall_at_1", "val/*/top1". Default: all. Counts are shown
-            if nothing else matches.
+        match: whole parts of results' names, with * as a wildcard: "recall_at_1", "val/*/top1". Default: all. Counts are shown
+            only if nothing else matches.
 
     Raises:
         UserError: for a path without results, or a pattern that matches none.
@@ -155,7 +155,8 @@ def compare(paths: Sequence[Path], match: str | None = None) -> Comparison:
 
 
 def read(path: Path, name: str) -> RunResults:
-    """
+    """Read one run's results.
+
     Raises:
         UserError: if there is no file of results.
     """
@@ -172,7 +173,8 @@ def read(path: Path, name: str) -> RunResults:
         if content["format"] != FORMAT:
             raise UserError(f"{file}: its format is {content['format']!r}, this version reads {FORMAT!r}")
         results = {key: Result.of(entry) for key, entry in content["results"].items()}
-        digests = {split: str(about["digest"]) for split, about in content.get("data", {}).items() if about.get("digest")}
+        data = content.get("data", {})
+        digests = {split: str(entry["digest"]) for split, entry in data.items() if entry.get("digest")}
     except UserError:
         raise
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -181,13 +183,17 @@ def read(path: Path, name: str) -> RunResults:
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the runs' paths that tell them apart; the same path twice is numbered."""
-    absolute = [path.absolute() for path in paths]
-    folders = [p.parent if p.name == "results.json" else p.with_suffix("") if p.suffix == ".json" else p for p in absolute]
-    ends = 1
-    while len({f.parts[-ends:] for f in folders}) < len(set(folders)):
-        ends += 1
-    names = ["/".join(folder.parts[-ends:]) for folder in folders]
+    """Return the shortest ends of the runs' paths that tell them apart; a repeated path is numbered."""
+    folders = []
+    for path in (path.absolute() for path in paths):
+        if path.name == "results.json":
+            folders.append(path.parent)
+        else:
+            folders.append(path.with_suffix("") if path.suffix == ".json" else path)
+    num_parts = 1
+    while len({folder.parts[-num_parts:] for folder in folders}) < len(set(folders)):
+        num_parts += 1
+    names = ["/".join(folder.parts[-num_parts:]) for folder in folders]
     earlier = [names[:k].count(name) for k, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]
 
@@ -206,7 +212,7 @@ def _union(runs: Sequence[RunResults]) -> list[str]:
 
 
 def _cells(comparison: Comparison, name: str) -> Iterator[tuple[str, bool, str]]:
-    """(text, is it the best, mark) of every run; empty where it lacks the result."""
+    """Yield (text, is it the best, mark) of every run; empty if the run lacks the result."""
     for run in comparison.runs:
         result = run.results.get(name)
         text = "" if result is None else result.shown(1 if "rank" in name.rpartition("/")[2] else 3)
@@ -220,7 +226,7 @@ def _legend(comparison: Comparison) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Rows are results, by split; columns runs; the best is bold."""
+    """Return a table for the terminal: a row for each result, by split, a column for each run, the best in bold."""
     table = Table(caption=_legend(comparison) or None, caption_justify="left")
     table.add_column("")
     for run in comparison.runs:
@@ -240,7 +246,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """The same for a page."""
+    """Return the same table as HTML."""
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in comparison.runs)
     rows = []
     for split, names in comparison.splits.items():

@@ -1,4 +1,4 @@
-"""Runs side by side as a picture: a dot a run with its interval, a row a result, a panel a task, a column a split."""
+"""Plot a comparison of runs: a dot for each run with its interval, a row for each result, panels by task and split."""
 
 import html
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from mmcontrast.data.page import page, svg
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.compare import Comparison, comparison_html
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")  # Okabe and Ito, for any eye
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")  # Okabe and Ito, for the colour-blind
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-ROW, PANEL, LEGEND = 0.17, 0.75, 0.5  # inches: of a result and its first run, around a panel, of the legend
+ROW, PANEL, LEGEND = 0.17, 0.75, 0.5  # inches: height of a row without its runs, margins of a panel, height of the legend
 
 
 def comparison_figure(comparison: Comparison) -> Any:
-    """A matplotlib figure; it needs no display."""
+    """Return a matplotlib figure; it needs no display."""
     from matplotlib.figure import Figure
 
     splits, tasks = list(comparison.splits), _tasks(comparison)
@@ -29,15 +29,18 @@ def comparison_figure(comparison: Comparison) -> Any:
             axis.set_title(f"{split} · {task}", fontsize=10)
         panels[0].set_yticks(range(len(names)), [_label(name) for name in names], fontsize=8)
         panels[0].set_ylim(len(names) - 0.5, -0.5)
-    handles = [axes[0, 0].plot([], [], linestyle="", label=run.name, **_style(k))[0] for k, run in enumerate(comparison.runs)]
+    handles = []
+    for k, run in enumerate(comparison.runs):
+        handles += axes[0, 0].plot([], [], linestyle="", label=run.name, **_style(k))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
     return figure
 
 
 def write_picture(comparison: Comparison, path: Path) -> None:
-    """
+    """Write the figure as .png, .svg or .pdf.
+
     Raises:
-        UserError: for a name that no picture has, or a folder that is not there.
+        UserError: for another suffix, or a missing folder.
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--png {path}: give a file that ends in .png, .svg or .pdf")
@@ -46,13 +49,14 @@ def write_picture(comparison: Comparison, path: Path) -> None:
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
-    """One file with the picture, the table and the warnings.
+    """Write one HTML file with the figure, the table and the warnings.
 
     Raises:
-        UserError: for a folder that is not there.
+        UserError: for a missing folder.
     """
     _check_folder("--html", path)
-    warnings = [f'<p><b style="color:#D55E00">Do not compare:</b> {html.escape(each)}</p>' for each in comparison.warnings()]
+    heading = '<b style="color:#D55E00">Do not compare:</b>'
+    warnings = [f"<p>{heading} {html.escape(warning)}</p>" for warning in comparison.warnings()]
     title = " · ".join(run.name for run in comparison.runs)
     sections = [*warnings, svg(comparison_figure(comparison)), comparison_html(comparison)]
     path.write_text(page(title, sections), encoding="utf-8")
@@ -64,7 +68,7 @@ def _check_folder(option: str, path: Path) -> None:
 
 
 def _tasks(comparison: Comparison) -> dict[str, list[str]]:
-    """Results without their split, by what shares a scale: a task, and apart from it its ranks."""
+    """Return the results' names without their split, by panel: a task, with its ranks in a panel of their own."""
     tasks: dict[str, list[str]] = {}
     for name in dict.fromkeys(name.partition("/")[2] for name in comparison.names):
         task = name.partition("/")[0].replace("_", " ") + (", ranks" if "_rank" in name else "")
@@ -73,7 +77,7 @@ def _tasks(comparison: Comparison) -> dict[str, list[str]]:
 
 
 def _draw(axis: Any, comparison: Comparison, names: Sequence[str]) -> None:
-    """One panel: runs of a result lie a little below each other."""
+    """Draw one panel, the runs of a result slightly below each other."""
     count = len(comparison.runs)
     for k, run in enumerate(comparison.runs):
         shift = 0.7 * ((k + 0.5) / count - 0.5)
@@ -97,5 +101,5 @@ def _style(k: int) -> dict[str, Any]:
 
 
 def _label(name: str) -> str:
-    """ "image → text, recall at 1" of "retrieval/image_to_text/recall_at_1"."""
+    """Return "image → text, recall at 1" for "retrieval/image_to_text/recall_at_1"."""
     return ", ".join(part.replace("_to_", " → ").replace("_", " ") for part in name.split("/")[1:]) or name

@@ -1,4 +1,4 @@
-"""Consistency of retrieval over languages: does the same sample rank alike in all of them?"""
+"""Measure the consistency of retrieval over languages: the variance of a sample's rank."""
 
 from torch import Tensor
 
@@ -6,9 +6,9 @@ from mmcontrast.evaluation.bootstrap import Estimate
 
 
 def mean_rank_variance(ranks: Tensor) -> Estimate:
-    """1/(N·K) Σ_i Σ_k (rank_ik − mean_k rank_ik)²: the variance over K languages of a sample's rank, as a mean over N samples
-    (Mean Rank Variance of "Improving the Consistency in Cross-Lingual Cross-Modal Retrieval with 1-to-K Contrastive Learning",
-    KDD 2024, arXiv:2406.18254): 0 where every language ranks alike.
+    """Compute 1/(N·K) Σ_i Σ_k (rank_ik − mean_k rank_ik)²: the variance over K languages of a sample's rank, averaged over
+    N samples (Mean Rank Variance of "Improving the Consistency in Cross-Lingual Cross-Modal Retrieval with 1-to-K Contrastive
+    Learning", KDD 2024, arXiv:2406.18254): 0 where every language ranks alike.
 
     Args:
         ranks: [N, K], from 1; samples with a rank of 0, which have no hit in some language, are left out.

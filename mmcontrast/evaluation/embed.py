@@ -1,4 +1,4 @@
-"""Embedding tables: what a model makes of a data set, in memory and on disk."""
+"""Embedding tables: the embeddings of a data set by a model, in memory and on disk."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,14 +29,14 @@ from mmcontrast.score import Lorentz
 from mmcontrast.strict_json import dumps
 from mmcontrast.types import ABSENT, Batch
 
-PART_ROWS, GROUP_ROWS = 100_000, 4096  # rows of a part, and those of it that are read to look up one
+PART_ROWS, GROUP_ROWS = 100_000, 4096  # rows of a part, and of a Parquet row group, which is read to look up one row
 MANIFEST = "manifest.json"
 logger = logging.getLogger("mmcontrast")
 
 
 @dataclass
 class EmbeddingTable:
-    """N samples.
+    """The embeddings of N samples.
 
     Attributes:
         fields: per field, unit rows float32 [N, D], or tangent vectors of a hyperbolic model; zero where absent.
@@ -57,7 +58,7 @@ class EmbeddingTable:
 
     @property
     def distances(self) -> Lorentz | None:
-        """Return what makes scores, −distance, of the inner products of `compared` rows; None: these are the scores."""
+        """Return the function that maps inner products of `compared` rows to scores, −distance; None: they are the scores."""
         return None if self.curvature is None else Lorentz(self.curvature)
 
     def compared(self, rows: Tensor, columns: bool = False) -> Tensor:
@@ -66,24 +67,24 @@ class EmbeddingTable:
         return rows if self.distances is None else self.distances.rows(rows.double(), columns)
 
     def prefix(self, width: int) -> "EmbeddingTable":
-        """The first numbers of all embeddings alone, made unit rows again."""
+        """Return the table of the first `width` numbers of all embeddings, normalized again."""
         assert self.curvature is None
         return replace(self, fields={field: F.normalize(rows[:, :width], dim=1) for field, rows in self.fields.items()})
 
     def first(self, number: int) -> "EmbeddingTable":
-        """Return the first so many samples."""
+        """Return the first `number` samples."""
         return EmbeddingTable(
             {field: rows[:number] for field, rows in self.fields.items()},
-            {field: here[:number] for field, here in self.present.items()},
+            {field: present[:number] for field, present in self.present.items()},
             self.sample_ids[:number],
             self.group_ids[:number],
             self.metadata[:number],
             self.curvature,
         )
 
-    def write(self, folder: Path, about: dict[str, Any] | None = None) -> None:
-        """`part-00000.safetensors` (one tensor a field, `present.<field>`), `part-00000.parquet` (key, sample_id,
-        group_id, metadata as JSON) and so on, and last `manifest.json`.
+    def write(self, folder: Path, description: dict[str, Any] | None = None) -> None:
+        """Write `part-00000.safetensors` (one tensor a field, `present.<field>`), `part-00000.parquet` (key, sample_id,
+        group_id, metadata as JSON) and so on, and last `manifest.json`, which also holds `description`.
 
         Raises:
             UserError: if the folder already holds a table.
@@ -91,15 +92,15 @@ class EmbeddingTable:
         self.refuse_to_overwrite(folder)
         folder.mkdir(parents=True, exist_ok=True)
         manifest = self.write_parts(folder)
-        write_json(folder / MANIFEST, manifest | (about or {}))  # last: a table with a manifest is complete
+        write_json(folder / MANIFEST, manifest | (description or {}))  # last: a table with a manifest is complete
 
     def write_parts(self, folder: Path, first: int = 0) -> dict[str, Any]:
-        """Writes the parts, numbered from `first`, and returns the manifest."""
+        """Write the parts, numbered from `first`, and return the manifest."""
         parts = []
         for number, start in enumerate(range(0, max(len(self), 1), PART_ROWS), first):
             rows, name = slice(start, start + PART_ROWS), f"part-{number:05d}"
             tensors = {field: values[rows].contiguous() for field, values in self.fields.items()}
-            tensors |= {f"present.{field}": here[rows].contiguous() for field, here in self.present.items()}
+            tensors |= {f"present.{field}": present[rows].contiguous() for field, present in self.present.items()}
             save_file(tensors, folder / f"{name}.safetensors")
             columns = {
                 "key": [entry.get("key") for entry in self.metadata[rows]],
@@ -127,7 +128,8 @@ class EmbeddingTable:
 
     @classmethod
     def read(cls, folder: Path) -> "EmbeddingTable":
-        """
+        """Read a table from its folder.
+
         Raises:
             UserError: if the folder holds no complete table, or one with embeddings that are not finite.
         """
@@ -147,30 +149,32 @@ class EmbeddingTable:
         table.check_finite(str(folder))
         return table
 
-    def check_finite(self, name: str, place_of: Callable[[int], str] = lambda row: f"row {row}") -> None:
-        """
+    def check_finite(self, name: str, position_of: Callable[[int], str] = lambda row: f"row {row}") -> None:
+        """Check that all embeddings are finite.
+
         Args:
             name: of the table or the split.
-            place_of: where a sample of the table is, for the message.
+            position_of: describes where a row of the table comes from, for the message.
 
         Raises:
             UserError: for the first sample and field whose embedding is not finite.
         """
 
-        def name_of(field: str, row: int) -> str:
+        def row_name(field: str, present_rows: Tensor, number: int) -> str:
+            row = int(present_rows[number])
             key = self.metadata[row].get("key") if row < len(self.metadata) else None
-            return f"{name}, field {field!r}, {place_of(row)}, sample {key!r} (sample_id {int(self.sample_ids[row])})"
+            return f"{name}, field {field!r}, {position_of(row)}, sample {key!r} (sample_id {int(self.sample_ids[row])})"
 
         for field, rows in self.fields.items():
-            here = self.present[field].nonzero().squeeze(1)
-            check_finite(rows[here], lambda k, field=field, here=here: name_of(field, int(here[k])))  # type: ignore[misc]
+            present_rows = self.present[field].nonzero().squeeze(1)
+            check_finite(rows[present_rows], partial(row_name, field, present_rows))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The file appears when it is whole."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several processes, and several machines, may do so
-    partial.write_text(dumps(content, indent=1))
-    os.replace(partial, path)
+    """Write a JSON file atomically."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several processes, on several machines, may write it
+    temporary.write_text(dumps(content, indent=1))
+    os.replace(temporary, path)
 
 
 @torch.no_grad()
@@ -200,59 +204,59 @@ def embed_dataset(
     was_training = model.training
     model.eval()
     task = progress.add_task(label, total=len(positions), note="") if progress else None
-    about: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
+    columns: dict[str, list[Any]] = {"sample_ids": [], "group_ids": [], "metadata": []}
     fields: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
     present: dict[str, list[Tensor]] = {field: [] for field in dataset.modalities}
-    bad: list[dict[str, str]] = []
+    undecodable: list[dict[str, str]] = []
     curvature: float | None = None
     for batch in all_batches(dataset, batch_size, num_workers, rows):
         embeddings = model(batch.to(torch.device(device)))
-        embedded = EmbeddingTable(
+        batch_table = EmbeddingTable(
             {field: embeddings.fields[field].float().cpu() for field in fields},
             batch.present, batch.sample_ids, batch.group_ids, batch.metadata,
         )  # fmt: skip
         curvature = None if embeddings.curvature is None else float(embeddings.curvature)
-        done = len(about["metadata"])
-        embedded.check_finite(name or label, lambda row, done=done: dataset.shard_name(positions[done + row]))  # type: ignore[misc]
+        num_done = len(columns["metadata"])
+        batch_table.check_finite(name or label, lambda row, num_done=num_done: dataset.shard_name(positions[num_done + row]))  # type: ignore[misc]
         for field in fields:
-            fields[field].append(embedded.fields[field])
+            fields[field].append(batch_table.fields[field])
             present[field].append(batch.present[field])
-        about["sample_ids"].append(batch.sample_ids)
-        about["group_ids"].append(batch.group_ids)
-        about["metadata"].extend(batch.metadata)
-        bad += batch.replaced
+        columns["sample_ids"].append(batch.sample_ids)
+        columns["group_ids"].append(batch.group_ids)
+        columns["metadata"].extend(batch.metadata)
+        undecodable += batch.replaced
         if progress and task is not None:
             progress.advance(task, len(batch))
     if progress and task is not None:
         progress.remove_task(task)
     model.train(was_training)
-    if bad:
-        number = f"{len(bad)} of {len(positions)} samples"
-        logger.warning("%s: %s cannot be decoded and are left out, as %s", name or label, number, bad[0]["error"])
+    if undecodable:
+        ratio = f"{len(undecodable)} of {len(positions)} samples"
+        logger.warning("%s: %s cannot be decoded and are left out, as %s", name or label, ratio, undecodable[0]["error"])
     return EmbeddingTable(
         {field: torch.cat(parts) for field, parts in fields.items()},
         {field: torch.cat(parts) for field, parts in present.items()},
-        torch.cat(about["sample_ids"]),
-        torch.cat(about["group_ids"]),
-        about["metadata"],
+        torch.cat(columns["sample_ids"]),
+        torch.cat(columns["group_ids"]),
+        columns["metadata"],
         curvature,
     )
 
 
 def embed_together(model: ContrastiveModel, dataset: ShardDataset, group: dist.ProcessGroup, **options: Any) -> EmbeddingTable:
-    """`embed_dataset`, by all ranks of a group: each embeds its share, in as many batches as any other. The first returns the
-    whole table, the others what they have made."""
+    """Embed a data set with all ranks of a group, as `embed_dataset`: each embeds its share, in the same number of batches. The
+    first returns the complete table, the others their share."""
     rank, world_size, n = dist.get_rank(group), dist.get_world_size(group), len(dataset)
     start, stop = n * rank // world_size, n * (rank + 1) // world_size
-    share = range(start, start + math.ceil(n / world_size))  # of the same length everywhere: it may overlap the next
-    own = embed_dataset(model, dataset, rows=share, **options).first(stop - start)
+    share = range(start, start + math.ceil(n / world_size))  # of the same length on every rank: it may overlap the next
+    own_table = embed_dataset(model, dataset, rows=share, **options).first(stop - start)
     tables: list[Any] | None = None if rank else [None] * world_size
-    dist.gather_object(own, tables, group_dst=0, group=group)
-    return joined(tables) if tables else own
+    dist.gather_object(own_table, tables, group_dst=0, group=group)
+    return joined(tables) if tables else own_table
 
 
 def joined(tables: Sequence[EmbeddingTable]) -> EmbeddingTable:
-    """One after the other."""
+    """Concatenate tables."""
     return EmbeddingTable(
         {field: torch.cat([table.fields[field] for table in tables]) for field in tables[0].fields},
         {field: torch.cat([table.present[field] for table in tables]) for field in tables[0].present},
@@ -275,8 +279,8 @@ def embed_texts(model: ContrastiveModel, field: str, texts: Iterable[str], devic
     batch = modality.collate([modality.tokens(text) for text in texts])
     was_training = model.training
     model.eval()
-    nobodys = torch.full((len(batch),), ABSENT)
-    prompts = Batch({field: batch}, {field: nobodys == ABSENT}, nobodys, nobodys, [{}] * len(batch))
+    no_ids = torch.full((len(batch),), ABSENT)
+    prompts = Batch({field: batch}, {field: no_ids == ABSENT}, no_ids, no_ids, [{}] * len(batch))
     embeddings = model(prompts.to(torch.device(device))).fields[field].float().cpu()
     check_finite(embeddings, lambda row: f"field {field!r}, text {texts[row][:60]!r}")
     model.train(was_training)

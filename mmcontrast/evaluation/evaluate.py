@@ -1,4 +1,4 @@
-"""All that a suite asks of a model: every split embedded, fields retrieved by fields, tasks classified, spaces measured."""
+"""Evaluate a model by a suite: embed every split, run retrieval, zero-shot classification and probes, measure the geometry."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -41,53 +41,58 @@ def evaluate(
     embed: Embed | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Evaluation:
-    """Evaluates a model.
+    """Evaluate a model.
 
     Args:
         datasets, options: as `open_splits` gives them.
         group: its ranks share embedding and ranking; the first has the results, the others' are empty.
-        embed: makes a split's table, which the first rank gets; default: it is embedded now.
-        autocast: the context in which the towers compute; all else is in fp32 or more.
+        embed: returns a split's table to the first rank; default: embed it now.
+        autocast: the context in which the towers compute; everything else is in fp32 or more.
     """
     first = not group or dist.get_rank(group) == 0
-    found = Evaluation(options.resamples if first else 0)
+    evaluation = Evaluation(options.resamples if first else 0)
     embed = embed or partial(embed_split, model, options, device, progress, group)
     with autocast():
         widths = [width for width in options.widths or () if width < model.embed_dim]
         bank = None
-        if isinstance(through := options.scoring, BridgeOptions) and datasets:
+        if isinstance(scoring := options.scoring, BridgeOptions) and datasets:
             keys = {field: read for dataset in datasets.values() for field, read in dataset.choices.items()}
-            bank = found.bank = read_bank(model, through.bank, through.field, through.scale, device, keys)
-        classes = {n: embed_classes(model, task, device, widths) for n, task in options.zero_shot.items()} if datasets else {}
+            bank = evaluation.bank = read_bank(model, scoring.bank, scoring.field, scoring.scale, device, keys)
+        class_embeddings = {}
+        if datasets:
+            class_embeddings = {name: embed_classes(model, task, device, widths) for name, task in options.zero_shot.items()}
     for split in options.splits:
         with autocast():
-            table = shared(embed(split, datasets[split]), group, entries_asked(options))
+            table = broadcast_table(embed(split, datasets[split]), group, relevance_entries(options))
             captions = {
                 field: embed_captions(model, field, datasets[split], table, device, options.batch_size, group)
                 for field in captions_of(options, split)
                 if field in table.fields
             }
         for width in (None, *widths):
-            part = Evaluation(found.resamples) if width else found
-            rows = table.prefix(width) if width else table
-            sides = {field: side.prefix(width) if width else side for field, side in captions.items()}
-            through_prefix = bank.prefix(width) if bank and width else bank
-            RetrievalTasks(model, split, rows, sides, options, device, progress, group, part, through_prefix).run()
+            target = Evaluation(evaluation.resamples) if width else evaluation
+            split_table = table.prefix(width) if width else table
+            split_captions = {field: rows.prefix(width) if width else rows for field, rows in captions.items()}
+            split_bank = bank.prefix(width) if bank and width else bank
+            RetrievalTasks(
+                model, split, split_table, split_captions, options, device, progress, group, target, split_bank
+            ).run()
             for name, task in options.zero_shot.items() if first else ():
                 if split in (task.splits or options.splits):
-                    zero_shot(part, f"{split}/zero_shot/{name}", rows, task, classes[name][width])
+                    zero_shot(target, f"{split}/zero_shot/{name}", split_table, task, class_embeddings[name][width])
             if width:
-                found.add_prefixes(part, width)
+                evaluation.add_prefixes(target, width)
         if first:
-            found.tables[split] = table
+            evaluation.tables[split] = table
             if options.geometry:
-                measure(found, f"{split}/geometry", table)
-    for name, asked in options.probes.items():
+                add_geometry(evaluation, f"{split}/geometry", table)
+    for name, probe_task in options.probes.items():
         with autocast():
-            train = embed(training_split(name), datasets[training_split(name)])
+            training_table = embed(training_split(name), datasets[training_split(name)])
         if first:
-            probe(found, {s: f"{s}/probe/{name}" for s in asked.splits or options.splits}, asked, train)
-    return found if first else Evaluation()
+            prefixes = {split: f"{split}/probe/{name}" for split in probe_task.splits or options.splits}
+            probe(evaluation, prefixes, probe_task, training_table)
+    return evaluation if first else Evaluation()
 
 
 def embed_split(
@@ -99,7 +104,7 @@ def embed_split(
     split: str,
     dataset: ShardDataset,
 ) -> EmbeddingTable:
-    """By all ranks of the group; the first has the whole."""
+    """Embed a split with all ranks of the group; the first returns the complete table."""
     embed = partial(embed_together, group=group) if group else embed_dataset
     return embed(
         model,
@@ -113,77 +118,77 @@ def embed_split(
     )
 
 
-def entries_asked(options: EvaluationOptions) -> set[str]:
-    """Return the entries of samples' metadata that all ranks need to retrieve: labels, keys, as they say what is relevant."""
-    by = {task.by for task in options.retrieval.values() if task.by}
-    return by | ({"key"} if any(task.relevance for task in options.retrieval.values()) else set())
+def relevance_entries(options: EvaluationOptions) -> set[str]:
+    """Return the entries of samples' metadata that all ranks need for retrieval: the labels or keys that define relevance."""
+    label_names = {task.by for task in options.retrieval.values() if task.by}
+    return label_names | ({"key"} if any(task.relevance for task in options.retrieval.values()) else set())
 
 
-def shared(table: EmbeddingTable, group: dist.ProcessGroup | None, entries: Collection[str]) -> EmbeddingTable:
-    """Return the first rank's table, on all; of its metadata the others have these entries alone."""
+def broadcast_table(table: EmbeddingTable, group: dist.ProcessGroup | None, entries: Collection[str]) -> EmbeddingTable:
+    """Return the first rank's table on all ranks; of its metadata the other ranks get these entries only."""
     if not group:
         return table
     cuda = "nccl" in str(dist.get_backend(group))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
-    def told() -> dict[str, Any]:
-        asked = [{name: entry[name] for name in entries if name in entry} for entry in table.metadata] if entries else None
-        return {**vars(table), "metadata": asked}
+    def first_rank_table() -> dict[str, Any]:
+        metadata = [{name: entry[name] for name in entries if name in entry} for entry in table.metadata] if entries else None
+        return {**vars(table), "metadata": metadata}
 
-    found = from_first(told, group, device)
+    columns = from_first(first_rank_table, group, device)
     if dist.get_rank(group) == 0:
         return table
-    metadata = [{}] * len(found["sample_ids"]) if found["metadata"] is None else found["metadata"]
-    return EmbeddingTable(**found | {"metadata": metadata})
+    metadata = [{}] * len(columns["sample_ids"]) if columns["metadata"] is None else columns["metadata"]
+    return EmbeddingTable(**columns | {"metadata": metadata})
 
 
-def measure(found: Evaluation, place: str, table: EmbeddingTable) -> None:
-    """What the space looks like: of each field, of each pair of fields, of each field as it is found by another. Of a
-    hyperbolic one how far fields lie from the origin, in the place of what is of unit vectors."""
+def add_geometry(evaluation: Evaluation, prefix: str, table: EmbeddingTable) -> None:
+    """Add the geometry of each field, of each pair of fields, and the hubness of each field as another's candidates. Of a
+    hyperbolic model add the distance from the origin instead of what is defined for unit vectors."""
     for field, rows in table.fields.items():
-        here = table.present[field]
-        if not here.any():
+        present = table.present[field]
+        if not present.any():
             continue
-        own = {"effective_rank": effective_rank(rows[here])}
+        estimates = {"effective_rank": effective_rank(rows[present])}
         if table.curvature is None:
-            own["uniformity"] = uniformity(rows[here])
+            estimates["uniformity"] = uniformity(rows[present])
         else:
-            own["radius"] = Estimate.of_mean(rows[here].double().norm(dim=1))
-        found.add_estimates(f"{place}/{field}", own, table.group_ids[here])
+            estimates["radius"] = Estimate.of_mean(rows[present].double().norm(dim=1))
+        evaluation.add_estimates(f"{prefix}/{field}", estimates, table.group_ids[present])
     for first, second in combinations(table.fields, 2):
-        both = table.present[first] & table.present[second]
-        x, y = table.fields[first][both], table.fields[second][both]
+        in_both = table.present[first] & table.present[second]
+        x, y = table.fields[first][in_both], table.fields[second][in_both]
         if len(x) and table.curvature is None:
-            between = {"alignment": alignment(x, y), "modality_gap": modality_gap(x, y)}
-            found.add_estimates(f"{place}/{first}_{second}", between, table.group_ids[both])
+            estimates = {"alignment": alignment(x, y), "modality_gap": modality_gap(x, y)}
+            evaluation.add_estimates(f"{prefix}/{first}_{second}", estimates, table.group_ids[in_both])
     for query, candidate in permutations(table.fields, 2):
         queries, candidates = (table.fields[field][table.present[field]] for field in (query, candidate))
         if len(queries) and len(candidates) > HUB_NEIGHBOURS:
             skewness, antihubs = hubness(table.compared(queries), table.compared(candidates, columns=True))
-            found.add_estimates(f"{place}/{query}_to_{candidate}", {"hubness": skewness, "antihubs": antihubs})
+            evaluation.add_estimates(f"{prefix}/{query}_to_{candidate}", {"hubness": skewness, "antihubs": antihubs})
 
 
 def captions_of(options: EvaluationOptions, split: str) -> list[str]:
-    """The fields of a split of which every line is a caption."""
+    """Return the fields of a split of which every line is a caption."""
     return options.captions.get(split, []) if isinstance(options.captions, dict) else options.captions
 
 
 def training_split(probe: str) -> str:
-    """The name under which a probe's training data stand among the splits' data."""
+    """Return the name of a probe's training data among the data sets of the splits."""
     return f"probe {probe}"
 
 
 def open_splits(
     options: EvaluationOptions, model: ContrastiveModel, open_data: Callable[[ShardOptions], ShardDataset]
 ) -> tuple[EvaluationOptions, dict[str, ShardDataset]]:
-    """The options in full, with the fields that stand for a default and the tasks of splits in CLIP_benchmark's layout, and the
-    data of all splits and probes.
+    """Return the options with default fields filled in and the tasks of splits in CLIP_benchmark's layout added, and the data
+    sets of all splits and probes.
 
     Raises:
-        UserError: for a field, a split or data that are not there; for labels that are no classes.
+        UserError: for a missing field, split or data; for labels that are no classes.
     """
     image, text = first_field(model, ImageModality), first_field(model, TextModality)
-    as_rgb = {name for name, shards in options.splits.items() if is_layout(shards)}
+    rgb_splits = {name for name, shards in options.splits.items() if is_layout(shards)}
     options = with_layouts(options, image, text)
     zero_shot = {
         name: task.model_copy(update={"field": task.field or image, "prompt_field": task.prompt_field or text})
@@ -192,25 +197,25 @@ def open_splits(
     probes = {name: task.model_copy(update={"field": task.field or image}) for name, task in options.probes.items()}
     options = options.model_copy(update={"zero_shot": zero_shot, "probes": probes})
     check_tasks(options, model)
-    as_rgb |= {training_split(name) for name, task in probes.items() if as_rgb >= set(task.splits or options.splits)}
-    data = dict(options.splits) | {training_split(name): task.train for name, task in probes.items()}
+    rgb_splits |= {training_split(name) for name, task in probes.items() if rgb_splits >= set(task.splits or options.splits)}
+    shards_by_name = dict(options.splits) | {training_split(name): task.train for name, task in probes.items()}
     datasets = {}
-    for name, shards in data.items():
-        place = f"evaluation.splits.{name}" if name in options.splits else f"evaluation.probes.{name.partition(' ')[2]}.train"
+    for name, shards in shards_by_name.items():
+        option = f"evaluation.splits.{name}" if name in options.splits else f"evaluation.probes.{name.partition(' ')[2]}.train"
         datasets[name] = dataset = open_data(ShardOptions.of(shards))
         if not len(dataset):
-            raise UserError(f"{place}: {shown_name(shards)} has no samples")
+            raise UserError(f"{option}: {shown_name(shards)} has no samples")
         for field in set(captions_of(options, name)) & dataset.modalities.keys():
             modality = dataset.modalities[field]
             assert isinstance(modality, TextModality)
             if field in dataset.templates:
                 raise UserError(
-                    f"{place}: {field!r} holds names of classes, of which no line is a caption: leave it out of captions"
+                    f"{option}: {field!r} holds names of classes, of which no line is a caption: leave it out of captions"
                 )
             dataset.modalities[field] = modality.by_lines()
-        for field, pictures in dataset.modalities.items() if name in as_rgb else ():
-            if isinstance(pictures, ImageModality):
-                dataset.modalities[field] = pictures.as_rgb()
+        for field, modality in dataset.modalities.items() if name in rgb_splits else ():
+            if isinstance(modality, ImageModality):
+                dataset.modalities[field] = modality.as_rgb()
     check_labels(options, datasets)
     return options, datasets
 
@@ -222,56 +227,61 @@ def shown_name(shards: Shards) -> str:
 
 
 def check_labels(options: EvaluationOptions, datasets: Mapping[str, ShardDataset]) -> None:
-    """
+    """Check the labels of some thousand samples of each split against the classes of its tasks.
+
     Raises:
-        UserError: for labels that are no classes, as far as some thousand samples of each split show it.
+        UserError: for labels that are no classes.
     """
     if not options.zero_shot and not options.probes:
         return
-    ahead = {name: labels_ahead(dataset) for name, dataset in datasets.items()}
+    previews = {name: labels_ahead(dataset) for name, dataset in datasets.items()}
 
     def check(place: str, split: str, task: ZeroShotOptions | ProbeOptions, classes: ClassLabels) -> None:
-        metadata, whole = ahead[split]
-        if task.field not in datasets[split].modalities or (not any(task.label in entry for entry in metadata) and not whole):
+        metadata, complete = previews[split]
+        if task.field not in datasets[split].modalities or (
+            not any(task.label in entry for entry in metadata) and not complete
+        ):
             return
         matched = classes.match(entries_of(metadata, task.label, place), place)
-        if whole and not (matched.numbers >= 0).any():
-            raise UserError(f"{place}: {classes.unlike(matched.others, {})}")
+        if complete and not (matched.numbers >= 0).any():
+            raise UserError(f"{place}: {classes.mismatch_message(matched.unmatched, {})}")
 
     for name, task in options.zero_shot.items():
         for split in task.splits or options.splits:
             check(f"{split}/zero_shot/{name}", split, task, labels_of_classes(task))
     for name, probe_task in options.probes.items():
-        metadata, whole = ahead[training_split(name)]
-        if whole:  # else other samples may have other classes
+        metadata, complete = previews[training_split(name)]
+        if complete:  # else other samples may have other classes
             classes = trained_classes(metadata, probe_task, f"probe/{name}")
             for split in probe_task.splits or options.splits:
                 check(f"{split}/probe/{name}", split, probe_task, classes)
 
 
 def first_field(model: ContrastiveModel, kind: type[Modality]) -> str:
-    """The first of that modality; "" if there is none."""
+    """Return the first field of a modality; "" if there is none."""
     return next((field for field in model.modalities if isinstance(model.modality(field), kind)), "")
 
 
 def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
-    """
+    """Check the fields, splits and combinations of options of all tasks, before anything is embedded.
+
     Raises:
-        UserError: for what could only be refused after embedding otherwise: a field or a split of a task that is not there.
+        UserError: for a missing field or split, or options that exclude each other.
     """
     fields = list(model.modalities)
     captions = {field for split in options.splits for field in captions_of(options, split)}
-    named: list[tuple[str, str | None, list[str]]] = [("captions", field, []) for field in captions]
-    for name, of in options.zero_shot.items():
-        named += [(f"zero_shot.{name}", f, of.splits) for f in (of.field, of.prompt_field)]
+    named: list[tuple[str, str | None, list[str]]] = [("captions", field, []) for field in captions]  # (task, field, splits)
+    for name, task in options.zero_shot.items():
+        named += [(f"zero_shot.{name}", field, task.splits) for field in (task.field, task.prompt_field)]
     for name, retrieval in options.retrieval.items():
-        for given in (retrieval.query, retrieval.candidate):
-            named += [(f"retrieval.{name}", f, retrieval.splits) for f in ([given] if isinstance(given, str) else given)]
+        for side in (retrieval.query, retrieval.candidate):
+            side_fields = [side] if isinstance(side, str) else side
+            named += [(f"retrieval.{name}", field, retrieval.splits) for field in side_fields]
         if retrieval.once and (retrieval.query == retrieval.candidate or retrieval.by or retrieval.relevance):
             raise UserError(f"evaluation.retrieval.{name}: once is of groups, for another field's candidates: leave it out")
     for name, language in options.languages.items():
-        named += [(f"languages.{name}", f, []) for f in [*language.fields, language.candidate]]
-    named += [(f"probes.{name}", task.field, task.splits) for name, task in options.probes.items()]
+        named += [(f"languages.{name}", field, []) for field in [*language.fields, language.candidate]]
+    named += [(f"probes.{name}", probe_task.field, probe_task.splits) for name, probe_task in options.probes.items()]
     for place, field, splits in named:
         if field not in fields:
             missing = f"field {field!r}" if field else "field that it could ask or read"

@@ -1,4 +1,4 @@
-"""The check that every embedding passes right after it was made or read."""
+"""Check embeddings for NaN and infinity right after they are computed or read."""
 
 from collections.abc import Callable
 
@@ -15,13 +15,13 @@ def check_finite(rows: Tensor, name_of: Callable[[int], str]) -> None:
         name_of: names a row, for the message.
 
     Raises:
-        UserError: if any is not finite: metrics would rank it first, or nowhere, without a word.
+        UserError: if any is not finite: metrics would silently rank it first, or nowhere.
     """
     finite = torch.isfinite(rows).all(1)
     if not finite.all():
-        bad = finite.logical_not().nonzero().squeeze(1).tolist()
-        others = f", nor are {len(bad) - 1} others of {len(rows)}" if len(bad) > 1 else ""
+        bad_rows = finite.logical_not().nonzero().squeeze(1).tolist()
+        others = f", nor are {len(bad_rows) - 1} others of {len(rows)}" if len(bad_rows) > 1 else ""
         raise UserError(
-            f"{name_of(bad[0])}: the embedding is not finite (NaN or infinity){others}: the model's weights are not, or the"
-            " towers overflow in this precision; use a sound checkpoint, or fp32"
+            f"{name_of(bad_rows[0])}: the embedding is not finite (NaN or infinity){others}: the model's weights are not, or"
+            " the towers overflow in this precision; use a sound checkpoint, or fp32"
         )

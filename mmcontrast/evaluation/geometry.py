@@ -1,6 +1,6 @@
-"""The shape of a space of unit embeddings: alignment, uniformity, the modality gap, hubs, the effective rank.
+"""Measure the geometry of unit embeddings: alignment, uniformity, modality gap, hubness, effective rank.
 
-Each is an `Estimate`: a value, and what it is for resamples. Shapes: N rows (pairs: row i of x belongs to row i of y), D
+Each is an `Estimate`: a value, and its value for resamples. Shapes: N rows (pairs: row i of x belongs to row i of y), D
 dimensions. O(N·D) memory.
 """
 
@@ -17,33 +17,33 @@ HUB_NEIGHBOURS = 10
 
 
 def alignment(x: Tensor, y: Tensor) -> Estimate:
-    """The mean of ‖x_i − y_i‖² over pairs [N, D] (Wang and Isola, arXiv:2005.10242, with α = 2): 0 where pairs agree."""
+    """Return the mean of ‖x_i − y_i‖² over pairs [N, D] (Wang and Isola, arXiv:2005.10242, with α = 2): 0 where pairs agree."""
     return Estimate.of_mean((x - y).double().square().sum(1))
 
 
 def uniformity(rows: Tensor) -> Estimate:
-    """log of the mean of e^{−2 ‖x − y‖²} over all pairs of different rows of unit embeddings [N, D] (Wang and Isola,
-    arXiv:2005.10242): 0 where all are one point, about −4 where they fill the sphere. NaN for one row.
+    """Compute the log of the mean of e^{−2 ‖x − y‖²} over all pairs of different rows of unit embeddings [N, D] (Wang and
+    Isola, arXiv:2005.10242): 0 where all are one point, about −4 where they fill the sphere. NaN for one row.
 
     Resamples have it to first order: a row's influence is twice what its own mean over the others lies above that of all."""
     if len(rows) < 2:
         return Estimate.of_mean(rows.new_full((1,), torch.nan))
     direction, _ = score_statistics(rows, rows, [LogSumExp()], scale=4.0, columns=False)
-    of_rows = direction[LogSumExp()].double() - math.log(len(rows) - 1) - 4.0  # ‖x − y‖² = 2 − 2 x·y
-    value = of_rows.logsumexp(0) - math.log(len(rows))
-    return Estimate.of_mean(value + 2 * (of_rows - value).expm1())
+    log_sums = direction[LogSumExp()].double() - math.log(len(rows) - 1) - 4.0  # ‖x − y‖² = 2 − 2 x·y
+    value = log_sums.logsumexp(0) - math.log(len(rows))
+    return Estimate.of_mean(value + 2 * (log_sums - value).expm1())
 
 
 def modality_gap(x: Tensor, y: Tensor) -> Estimate:
-    """‖mean of x − mean of y‖ of pairs [N, D] (Liang et al., arXiv:2203.02053): 0 for a common centre, 2 at most."""
-    between = (x - y).double()
-    return Estimate.of(lambda weights: means(between, weights).norm(dim=1), len(x), x.device)
+    """Compute ‖mean of x − mean of y‖ of pairs [N, D] (Liang et al., arXiv:2203.02053): 0 for a common centre, 2 at most."""
+    differences = (x - y).double()
+    return Estimate.of(lambda weights: means(differences, weights).norm(dim=1), len(x), x.device)
 
 
 def hubness(
     queries: Tensor, candidates: Tensor, k: int = HUB_NEIGHBOURS, *, exclude: Tensor | None = None
 ) -> tuple[Estimate, Estimate]:
-    """(skewness, share of antihubs) of N_k, how many of the queries [Q, D] have a candidate [C, D] among their k nearest
+    """Return (skewness, share of antihubs) of N_k, how many of the queries [Q, D] have a candidate [C, D] among their nearest k
     (Radovanović et al., 2010, JMLR 11): 0 skewness without hubs; an antihub is nobody's neighbour.
 
     Resamples draw candidates, each with the N_k that it has. The skewness is NaN where all have the same.
@@ -54,8 +54,8 @@ def hubness(
     Raises:
         ValueError: if there are not k candidates.
     """
-    found = nearest(queries, candidates, k, exclude=exclude)[1]
-    occurrences = found.flatten().bincount(minlength=len(candidates)).double()
+    neighbours = nearest(queries, candidates, k, exclude=exclude)[1]
+    occurrences = neighbours.flatten().bincount(minlength=len(candidates)).double()
     centred = occurrences - occurrences.mean()  # the third moment is a difference of powers, small ones
     powers = torch.stack([centred, centred**2, centred**3], 1)
 
@@ -67,8 +67,8 @@ def hubness(
 
 
 def effective_rank(rows: Tensor, *, centred: bool = False) -> Estimate:
-    """exp of the entropy of the singular values of rows [N, D], as shares of their sum (Roy and Vetterli, 2007): from 1 to D.
-    Uncentred it is RankMe (arXiv:2210.02885), without its ε; `centred` subtracts the rows' mean first.
+    """Compute exp of the entropy of the singular values of rows [N, D], as shares of their sum (Roy and Vetterli, 2007): from 1
+    to D. Uncentred it is RankMe (arXiv:2210.02885), without its ε; `centred` subtracts the rows' mean first.
 
     Resamples have it to first order: the singular values are roots of the eigenvalues λ_d of Σ x xᵀ, which row i moves by
     (u_d·x_i)² − λ_d / N. Of few rows the value is too low, by about a constant over N, which the interval does not make good.

@@ -1,4 +1,4 @@
-"""Labels of samples against names of classes: which label is which class, and what to say of those that are none."""
+"""Match the labels of samples to classes, and describe labels that match none."""
 
 import copy
 import datetime
@@ -28,8 +28,8 @@ LOOKED_AT = 5000  # samples of a split whose labels are read before anything is 
 
 
 def label_text(value: Any) -> str | None:
-    """Return the text of a label as JSON, a table or a program holds it, without spaces around it; None where there is none:
-    null, NaN, nothing but spaces. A float that is an integer is that integer, as pandas makes floats of integers."""
+    """Return the stripped text of a label from JSON, a table or a program; None for null, NaN and blanks. An integral float
+    becomes an integer, as pandas turns integers into floats."""
     if isinstance(value, np.generic | Tensor):
         value = value.item()
     if value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value)):
@@ -41,15 +41,15 @@ def label_text(value: Any) -> str | None:
     return unicodedata.normalize("NFC", str(value)).strip() or None
 
 
-def _same(text: str) -> Any:
-    """Return what is equal for texts that say the same value: 1 and 1.0, true and True."""
+def _value_key(text: str) -> Any:
+    """Return a key that is equal for texts of the same value: 1 and 1.0, true and True."""
     if text.lower() in BOOLS:
         return text.lower()
     return Decimal(text) if NUMERAL.fullmatch(text) else text
 
 
-def _alike(text: str) -> str:
-    """Return what is equal for texts that a person may have meant to be equal: letters of any case, 01 and 1, - and _."""
+def _loose_key(text: str) -> str:
+    """Return a key that is equal for texts that a person may have meant to be equal: in any case, 01 and 1, - and _."""
     text = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", unicodedata.normalize("NFKC", text).casefold())
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 
@@ -66,77 +66,78 @@ class ClassLabels:
         self.names, self.numbered = list(names), numbered
         self.exact = {label_text(name) or "": number for number, name in enumerate(names)}
         self.by_value: dict[Any, int | None] = {}
-        self.alike: dict[str, str] = {}
+        self.by_loose_key: dict[str, str] = {}
         for text, number in self.exact.items():
-            value = _same(text)
-            self.by_value[value] = None if value in self.by_value else number  # what two classes could be is neither
-            self.alike[_alike(text)] = text
+            value = _value_key(text)
+            self.by_value[value] = None if value in self.by_value else number  # ambiguous values match neither class
+            self.by_loose_key[_loose_key(text)] = text
 
     def number(self, text: str) -> int | None:
-        """Return the class of a label's text, None if there is none or it could be several."""
-        if (found := self.exact.get(text)) is None and (found := self.by_value.get(_same(text))) is None:
+        """Return the class of a label's text; None if there is none or it is ambiguous."""
+        if (number := self.exact.get(text)) is None and (number := self.by_value.get(_value_key(text))) is None:
             if text.lower() in BOOLS:
                 return self.exact.get(BOOLS[text.lower()])
             if self.numbered and INTEGER.fullmatch(text):
                 return self.exact.get(str(int(text)))
-        return found
+        return number
 
     def match(self, labels: Iterable[Any], place: str) -> "MatchedLabels":
         """Find the classes of labels.
 
         Args:
-            place: of the task, for messages.
+            place: names the task, for messages.
 
         Raises:
             UserError: for a label that is none of a list's numbers, or differs from a class in case, zeros or hyphens alone.
         """
         texts = [label_text(value) for value in labels]
         numbers = {text: self.number(text) for text in set(texts) if text is not None}
-        others = Counter(text for text in texts if text is not None and numbers[text] is None)
+        unmatched = Counter(text for text in texts if text is not None and numbers[text] is None)
         matched = MatchedLabels(
             torch.tensor([-1 if text is None or numbers[text] is None else numbers[text] for text in texts], dtype=torch.int64),
             texts.count(None),
-            others,
+            unmatched,
         )
-        meant = {text: self.alike[_alike(text)] for text in others if _alike(text) in self.alike}
-        if meant or (self.numbered and others):
-            raise UserError(f"{place}: {self.unlike(others, meant)}")
+        meant = {text: self.by_loose_key[_loose_key(text)] for text in unmatched if _loose_key(text) in self.by_loose_key}
+        if meant or (self.numbered and unmatched):
+            raise UserError(f"{place}: {self.mismatch_message(unmatched, meant)}")
         return matched
 
-    def unlike(self, others: Counter[str], meant: dict[str, str]) -> str:
-        """Return a sentence of labels that match no class: what was seen, how often, what was wanted, what may be meant."""
-        seen = ", ".join(f"{text[:40]!r} ({number})" for text, number in others.most_common(SHOWN))
-        seen += f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+    def mismatch_message(self, unmatched: Counter[str], meant: dict[str, str]) -> str:
+        """Return a message about labels that match no class: examples with counts, the expected classes, a likely fix."""
+        examples = ", ".join(f"{text[:40]!r} ({number})" for text, number in unmatched.most_common(SHOWN))
+        examples += f" and {len(unmatched) - SHOWN} more" if len(unmatched) > SHOWN else ""
         if self.numbered:
-            wanted = f"the list names {len(self.names)} classes, which are the labels 0 to {len(self.names) - 1}"
+            expected = f"the list names {len(self.names)} classes, which are the labels 0 to {len(self.names) - 1}"
             remedy = "name every class, in the order of the labels, or give a mapping of labels to phrases"
         else:
-            wanted = ", ".join(repr(name[:40]) for name in self.names[:SHOWN])
-            wanted = f"the {len(self.names)} classes are {wanted}{', …' if len(self.names) > SHOWN else ''}"
+            expected = ", ".join(repr(name[:40]) for name in self.names[:SHOWN])
+            expected = f"the {len(self.names)} classes are {expected}{', …' if len(self.names) > SHOWN else ''}"
             remedy = "write classes as the labels are"
-        text = next(iter(others))
+        text = next(iter(unmatched))
         hint = ", ".join(f"{a[:40]!r} is not {b[:40]!r}" for a, b in list(meant.items())[:SHOWN])
         if not hint and not self.numbered and (close := difflib.get_close_matches(text, self.names, n=1)):
             hint = f"did you mean {close[0][:40]!r}?"
-        return f"labels that are no class: {seen}; {wanted}; {f'{hint}; ' if hint else ''}{remedy}"
+        return f"labels that are no class: {examples}; {expected}; {f'{hint}; ' if hint else ''}{remedy}"
 
 
 @dataclass(frozen=True)
 class MatchedLabels:
-    """
+    """The classes of samples' labels.
+
     Attributes:
         numbers: int64 [N], positions of classes, −1 where a sample has none.
         unlabelled: how many samples have no label.
-        others: labels that are no class, with their counts.
+        unmatched: labels that are no class, with their counts.
     """
 
     numbers: Tensor
     unlabelled: int
-    others: Counter[str]
+    unmatched: Counter[str]
 
 
 def entries_of(metadata: Sequence[dict[str, Any]], label: str, place: str) -> list[Any]:
-    """Return one entry of each sample's json.
+    """Return one entry of each sample's metadata.
 
     Raises:
         UserError: if no sample has it.
@@ -149,8 +150,8 @@ def entries_of(metadata: Sequence[dict[str, Any]], label: str, place: str) -> li
 
 
 def labels_ahead(dataset: ShardDataset, most: int = LOOKED_AT) -> tuple[list[dict[str, Any]], bool]:
-    """Read what samples say of themselves before they are embedded: (metadata of `most` samples, evenly spread,
-    or of all; whether these are all). Nothing of remote shards, which are slow to read twice."""
+    """Read metadata before anything is embedded: (metadata of `most` samples, evenly spread, or of all; whether these are all).
+    Read nothing of remote shards, which are slow to read twice."""
     if dataset.remote:
         return [], False
     bare = copy.copy(dataset)

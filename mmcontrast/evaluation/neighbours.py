@@ -1,4 +1,4 @@
-"""The exact nearest neighbours by inner product: tiles of scores, and a running top k that most of a tile never reaches.
+"""Find exact nearest neighbours by inner product: tiles of scores, and a running top k that most of a tile never reaches.
 
 Shapes: Q queries, C candidates, D dimensions, k neighbours; a tile is [R, T].
 """
@@ -11,7 +11,7 @@ ROWS, COLUMNS = 256, 8192  # of a tile; on a GPU sixteen times the rows
 
 @torch.no_grad()
 def nearest(queries: Tensor, candidates: Tensor, k: int, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k candidates with the greatest inner products, exactly, in descending order; of equal ones the lower index first.
+    """Find the k candidates with the greatest inner products, exactly, best first; of equal ones the lower index first.
 
     Args:
         queries, candidates: [Q, D] and [C, D] on one device. Scores are float32, or float64 if both are.
@@ -23,8 +23,8 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, *, exclude: Tensor | No
     Raises:
         ValueError: if there are not k candidates for every query; for a row that is not finite.
     """
-    for name, given in (("queries", queries), ("candidates", candidates)):
-        if not (finite := torch.isfinite(given).all(1)).all():
+    for name, rows_of_side in (("queries", queries), ("candidates", candidates)):
+        if not (finite := torch.isfinite(rows_of_side).all(1)).all():
             raise ValueError(f"{name}: row {int(finite.logical_not().nonzero()[0])} is not finite (NaN or infinity)")
     excluded = exclude is not None and bool((exclude >= 0).any())
     if not 1 <= k <= len(candidates) - excluded:
@@ -41,35 +41,35 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, *, exclude: Tensor | No
             tile = queries[rows].to(dtype) @ columns
             if exclude is not None:
                 column = exclude[rows] - start
-                here = ((column >= 0) & (column < tile.shape[1])).nonzero().squeeze(1)
-                tile[here, column[here]] = -torch.inf
+                rows_with_excluded = ((column >= 0) & (column < tile.shape[1])).nonzero().squeeze(1)
+                tile[rows_with_excluded, column[rows_with_excluded]] = -torch.inf
             _merge(scores[rows], indices[rows], tile, start)
     return scores, indices
 
 
 def _merge(scores: Tensor, indices: Tensor, tile: Tensor, start: int) -> None:
-    """Puts into the running top k [R, k] what of a tile [R, T] belongs there. Its columns come later than all before, so that
-    a tie is lost to what is there."""
+    """Merge a tile [R, T] into the running top k [R, k]. The tile's columns come after all earlier ones, so that ties are lost
+    to these."""
     k = scores.shape[1]
     better = (tile.amax(1) > scores[:, -1]).nonzero().squeeze(1)
     if not len(better):
         return
-    values, found = _best(tile if len(better) == len(tile) else tile[better], k)
+    values, columns = _best(tile if len(better) == len(tile) else tile[better], k)
     values, order = torch.cat([scores[better], values], 1).sort(dim=1, descending=True, stable=True)
-    found = torch.cat([indices[better], found + start], 1)
+    columns = torch.cat([indices[better], columns + start], 1)
     scores[better] = values[:, :k]
-    indices[better] = found.gather(1, order[:, :k])
+    indices[better] = columns.gather(1, order[:, :k])
 
 
 def _best(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The top k of each row, or all if they are fewer, by index. Which of equal scores `topk` takes is not said, so rows where
-    the next one equals the last that fits are sorted whole."""
-    values, found = tile.topk(min(k + 1, tile.shape[1]), dim=1)
+    """Return the top k of each row, or all if there are fewer, ordered by index. `topk` does not say which of equal scores it
+    takes, so rows where the (k + 1)-th score equals the k-th are sorted completely."""
+    values, columns = tile.topk(min(k + 1, tile.shape[1]), dim=1)
     if values.shape[1] > k:
         doubtful = values[:, k - 1] == values[:, k]
-        values, found = values[:, :k], found[:, :k]
+        values, columns = values[:, :k], columns[:, :k]
         if doubtful.any():
-            whole, indices = tile[doubtful].sort(dim=1, descending=True, stable=True)
-            values[doubtful], found[doubtful] = whole[:, :k], indices[:, :k]
-    found, order = found.sort(dim=1)
-    return values.gather(1, order), found
+            sorted_scores, indices = tile[doubtful].sort(dim=1, descending=True, stable=True)
+            values[doubtful], columns[doubtful] = sorted_scores[:, :k], indices[:, :k]
+    columns, order = columns.sort(dim=1)
+    return values.gather(1, order), columns

@@ -21,13 +21,13 @@ class ZeroShotOptions(Options):
 
     Attributes:
         label: the entry of a sample's json that holds its class, or "cls" for its member of that name.
-        field, prompt_field: what is classified, and the text field that reads the prompts; default: the first field of
-            pictures, and of texts.
-        templates: prompts, `{}` or `{c}` being a phrase; or the name of a list of open_clip's: openai_imagenet,
+        field, prompt_field: the field that is classified, and the text field that reads the prompts; default: the first
+            field of pictures, and of texts.
+        templates: prompts with `{}` or `{c}` for the phrase; or the name of a list of open_clip's: openai_imagenet,
             simple_imagenet.
-        classes: per label, the phrases it goes by, or the kinds it is made of: the nearest counts. Samples of other
-            labels are left out, and counted. A list: the phrase of label 0, 1, …, of all labels that there are; or the name
-            of a list of open_clip's: imagenet. Labels are compared as texts, but 1.0 is 1 and true is True.
+        classes: for each label its phrases, of which the nearest counts. Samples with other labels are left out, and
+            counted. A list: the phrases of the labels 0, 1, …, all that occur; or the name of a list of open_clip's:
+            imagenet. Labels are compared as texts, but 1.0 is 1 and true is True.
         splits: those that have the label; default: all.
     """
 
@@ -52,7 +52,7 @@ class ZeroShotOptions(Options):
     @field_validator("classes", mode="before")
     @classmethod
     def _text_labels(cls, classes: Any) -> Any:
-        """YAML reads the labels 1 and true as a number and a truth value."""
+        """Return classes with labels as texts: YAML reads the labels 1 and true as a number and a boolean."""
         if not isinstance(classes, dict):
             return classes
         texts = [label if isinstance(label, str) else label_text(label) for label in classes]
@@ -102,11 +102,11 @@ class RetrievalOptions(Options):
 
 
 class LanguageOptions(Options):
-    """How differently one thing is found by what says the same: recall in each language, and the variance of ranks over them.
+    """Consistency of retrieval over languages: recall in each language, and the variance of ranks over them.
 
     Attributes:
-        fields: a text field each.
-        candidate: what they find.
+        fields: a text field for each language.
+        candidate: the field that they retrieve.
     """
 
     fields: Annotated[list[str], Field(min_length=2)]
@@ -114,17 +114,17 @@ class LanguageOptions(Options):
 
 
 class ProbeOptions(Options):
-    """How much of a label a field's embeddings hold: classifiers on top of them, the towers as they are.
+    """Probes: classifiers trained on a field's embeddings, with the towers frozen.
 
     Attributes:
-        train: shards of samples to learn from, as a split's.
+        train: shards of training samples, as a split's.
         label: the entry of a sample's json that holds its class, or "cls".
         field: default: the first field of pictures.
-        kinds: linear: logistic regression, its strength chosen on a part of `train`; knn: the vote of the nearest, weighted
-            by exp(cosine / 0.07); few_shot: logistic regression on so many of a class.
+        kinds: linear: logistic regression, its L2 strength chosen on a part of `train`; knn: the vote of the nearest, weighted
+            by exp(cosine / 0.07); few_shot: logistic regression on a few samples of each class.
         neighbours: of knn.
-        shots, seeds: of few_shot: so many of a class, so many draws; shots that a class does not have are left out.
-        splits: those to be tested on; default: all.
+        shots, seeds: of few_shot: samples of a class, and random draws; shots that a class does not have are left out.
+        splits: those to evaluate on; default: all.
     """
 
     train: Shards
@@ -138,16 +138,16 @@ class ProbeOptions(Options):
 
 
 class BridgeOptions(Options):
-    """Compare two fields through a bank that both know: `mmcontrast.evaluation.bridge`. Pairs with the bank's own field keep
-    their cosines.
+    """Scores of two fields through a bank of entries that both know: `mmcontrast.evaluation.bridge`. Pairs with the bank's own
+    field keep their cosines.
 
     Attributes:
-        type: says that it is this.
-        bank: a text file, a line an entry; shards, each of whose different texts is an entry; or an embedding table of this
-            model (mmcontrast embed), a group an entry.
-        field: that reads the texts, or whose rows of the table are the entries; default: the first text field.
+        type: "bridge".
+        bank: a text file, one entry a line; shards, one entry a distinct text; or an embedding table of this model (mmcontrast
+            embed), one entry a group.
+        field: the field that reads the texts, or whose rows of the table are the entries; default: the first text field.
         scale: κ of p(entry|row) = softmax(κ row·entry); default: the model's logit scale.
-        rows: "exact": Σ √p √p; "expected": cosines of expected entries, as an index has them.
+        rows: "exact": Σ √p √p; "expected": cosines of expected entries, as in an index.
     """
 
     type: Literal["bridge"]
@@ -158,31 +158,31 @@ class BridgeOptions(Options):
 
 
 class EvaluationOptions(Options):
-    """What is evaluated: at the end of a run and every `train.evaluate_every` steps, or as a suite of any model.
+    """The evaluation at the end of a run and every `train.evaluate_every` steps, or as a suite for any model.
 
     Attributes:
         splits: by the split's name: shards; or a mapping of `shards`, `keys` and `files`, as a source of `data.train`; or a
-            folder in CLIP_benchmark's layout, which says itself what it is for; of a config also `held_out`, what
+            folder in CLIP_benchmark's layout, which defines its own task; in a config also `held_out`, the samples that
             `data.held_out` holds out.
         pairs: retrieve every field by every other.
         retrieval: further tasks by name.
         languages: tasks of consistency over languages by name.
-        zero_shot: tasks by name, written out or as the path of a YAML file. One of the name of a split in CLIP_benchmark's
-            layout takes the place of the split's own.
+        zero_shot: tasks by name, written out or as the path of a YAML file. One with the name of a split in CLIP_benchmark's
+            layout replaces the split's own.
         probes: tasks by name.
         captions: text fields of which every line is a caption of its own: of all splits, or by the split's name.
         retrieval_at: the k of recall and nDCG at k.
         whiten: retrieval: each field's embeddings of a split are centred and whitened first.
-        scoring: retrieval: what scores are made of cosines, against hubs: csls, inverted_softmax, margin; or through a bank:
+        scoring: retrieval: a correction of cosines for hubs: csls, inverted_softmax, margin; or scores through a bank:
             {type: bridge, bank: words.txt}.
-        widths: retrieval and zero-shot tasks also by so many first numbers of each embedding alone, "…/recall_at_1@64";
+        widths: run retrieval and zero-shot tasks also on the first so many numbers of each embedding, "…/recall_at_1@64";
             default: of a run with `train.matryoshka` its widths.
-        geometry: alignment, uniformity, modality gap, hubness, effective rank; of hyperbolic models these two and
+        geometry: alignment, uniformity, modality gap, hubness, effective rank; of hyperbolic models the last two and
             the mean distance from the origin, `radius`.
         resamples: of the bootstrap behind each interval; 0: no intervals.
         best: the result by which the best checkpoint is chosen, and `train.patience` counts; default: the mean recall at the
             first k of the first split.
-        report_split: whose samples the page shows; default: the first.
+        report_split: the split whose samples the page shows; default: the first.
         batch_size, num_workers: of embedding.
     """
 

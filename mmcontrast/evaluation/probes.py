@@ -1,4 +1,4 @@
-"""Probes: what labels of some rows tell about others, by logistic regression or by neighbours. Predictions out.
+"""Probes: predict labels from embeddings, by logistic regression or by nearest neighbours.
 
 Shapes: N training rows and M test rows of D dimensions; labels are int64 from 0. Rows are taken as they are: give unit rows.
 """
@@ -23,14 +23,14 @@ SMALL = 2**22  # numbers in the rows; below, threads wait for each other for mos
 
 
 def linear_probe(rows: Tensor, labels: Tensor, test_rows: Tensor, *, seed: int = 0) -> Tensor:
-    """Logistic regression whose L2 strength is swept on a held-out fifth of the training rows, then fitted to all of them
+    """Sweep the L2 strength of a logistic regression on a held-out fifth of the training rows, fit it to all, and predict
     (CLIP, arXiv:2103.00020, appendix A.3: from 10⁻⁶ to 10⁶, down to eighths of a decade around the best; of equally good ones
     the strongest). A class's only sample is never held out.
 
     Args:
         rows, labels: [N, D] and [N].
         test_rows: [M, D].
-        seed: of what is held out.
+        seed: of the draw of held-out rows.
 
     Returns:
         int64 [M] predictions, on the device of `test_rows`.
@@ -39,15 +39,15 @@ def linear_probe(rows: Tensor, labels: Tensor, test_rows: Tensor, *, seed: int =
         UserError: if scikit-learn is not installed, or labels are all the same.
     """
     rows, labels = rows.cpu(), labels.cpu()
-    held_out = _of_each_class(labels, lambda number: min(number - 1, ceil(HELD_OUT * number)), seed)
+    held_out = _draw_per_class(labels, lambda number: min(number - 1, ceil(HELD_OUT * number)), seed)
     fitted_to = torch.ones(len(labels), dtype=torch.bool)
     fitted_to[held_out] = False
     accuracies: dict[float, float] = {}
 
-    def try_out(exponent: float) -> None:
+    def evaluate_exponent(exponent: float) -> None:
         if exponent not in accuracies and abs(exponent) <= DECADES:
-            found = _fitted(rows[fitted_to], labels[fitted_to], 10**exponent).predict(_array(rows[held_out]))
-            accuracies[exponent] = float((found == _array(labels[held_out])).mean())
+            predicted = _fit(rows[fitted_to], labels[fitted_to], 10**exponent).predict(_array(rows[held_out]))
+            accuracies[exponent] = float((predicted == _array(labels[held_out])).mean())
 
     def best() -> float:
         return min(accuracies, key=lambda exponent: (-accuracies[exponent], exponent))
@@ -57,18 +57,18 @@ def linear_probe(rows: Tensor, labels: Tensor, test_rows: Tensor, *, seed: int =
     else:
         with warnings.catch_warnings(action="ignore"):  # far from the best C lbfgs does not converge
             for exponent in range(-DECADES, DECADES + 1, 2):
-                try_out(exponent)
+                evaluate_exponent(exponent)
             for step in (1, 1 / 2, 1 / 4, 1 / 8):
-                around = best()
-                try_out(around - step)
-                try_out(around + step)
-    return _predictions(_fitted(rows, labels, 10 ** best()), test_rows)
+                centre = best()
+                evaluate_exponent(centre - step)
+                evaluate_exponent(centre + step)
+    return _predictions(_fit(rows, labels, 10 ** best()), test_rows)
 
 
 def few_shot(
     rows: Tensor, labels: Tensor, test_rows: Tensor, shots: int, *, seeds: Sequence[int] = range(5), c: float = 1.0
 ) -> Tensor:
-    """Logistic regression from a few rows of each class, drawn anew for every seed; arguments as `linear_probe`'s.
+    """Fit and apply a logistic regression to a few rows of each class for every seed; arguments as `linear_probe`'s.
 
     Args:
         shots: rows of a class.
@@ -85,12 +85,12 @@ def few_shot(
         rarest = int(numbers[counts.argmin()])
         raise UserError(f"few-shot with {shots} a class: class {rarest} has {int(counts.min())} training samples")
     rows, labels = rows.cpu(), labels.cpu()
-    drawn = [_of_each_class(labels, lambda _: shots, seed) for seed in seeds]
-    return torch.stack([_predictions(_fitted(rows[some], labels[some], c), test_rows) for some in drawn])
+    drawn = [_draw_per_class(labels, lambda _: shots, seed) for seed in seeds]
+    return torch.stack([_predictions(_fit(rows[rows_of_seed], labels[rows_of_seed], c), test_rows) for rows_of_seed in drawn])
 
 
 def over_seeds(predictions: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(mean, standard deviation) over seeds of the share of predictions [S, M] that are right; NaN deviation for one seed."""
+    """Return (mean, standard deviation) over seeds of the accuracy of predictions [S, M]; NaN deviation for one seed."""
     right = (predictions == labels).double().mean(1)
     return right.mean().item(), right.std().item() if len(right) > 1 else float("nan")
 
@@ -104,7 +104,8 @@ def knn(
     temperature: float | None = 0.07,
     distances: Lorentz | None = None,
 ) -> Tensor:
-    """The class with most votes of the k nearest unit rows by cosine; of equal ones the first; arguments as `linear_probe`'s.
+    """Predict the class with most votes among the k nearest unit rows by cosine, the first of equal ones; arguments as
+    `linear_probe`'s.
 
     Args:
         k: neighbours; all rows where there are fewer.
@@ -120,26 +121,26 @@ def knn(
     """
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature {temperature}: it must be more than 0, or None")
-    cosines, found = nearest(test_rows, rows, min(k, len(rows)))
+    cosines, indices = nearest(test_rows, rows, min(k, len(rows)))
     cosines = cosines if distances is None else distances.value(cosines)
     votes = torch.ones_like(cosines) if temperature is None else ((cosines - cosines[:, :1]) / temperature).exp()
     predictions = labels.new_empty(len(test_rows))
     for start in range(0, len(test_rows), TILE):
         tile = slice(start, start + TILE)
         sums = votes.new_zeros(len(votes[tile]), int(labels.max()) + 1)
-        predictions[tile] = sums.scatter_add_(1, labels[found[tile]], votes[tile]).argmax(1)
+        predictions[tile] = sums.scatter_add_(1, labels[indices[tile]], votes[tile]).argmax(1)
     return predictions
 
 
-def _of_each_class(labels: Tensor, how_many: Callable[[int], int], seed: int) -> Tensor:
-    """Places of rows drawn from every class: of so many there are, how many."""
+def _draw_per_class(labels: Tensor, how_many: Callable[[int], int], seed: int) -> Tensor:
+    """Draw rows of every class and return their indices; `how_many`: maps the size of a class to the number of its rows."""
     generator = torch.Generator().manual_seed(seed)
     places = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
-    return torch.cat([of[torch.randperm(len(of), generator=generator)[: how_many(len(of))]] for of in places])
+    return torch.cat([rows[torch.randperm(len(rows), generator=generator)[: how_many(len(rows))]] for rows in places])
 
 
-def _fitted(rows: Tensor, labels: Tensor, c: float) -> Any:
-    """scikit-learn's, with C = c."""
+def _fit(rows: Tensor, labels: Tensor, c: float) -> Any:
+    """Fit scikit-learn's logistic regression with C = c."""
     try:
         from sklearn.linear_model import LogisticRegression
         from threadpoolctl import threadpool_limits

@@ -1,4 +1,4 @@
-"""Prompts' templates and class names that others have published, by name: those that come with open_clip."""
+"""Published prompt templates and class names by name: those that come with open_clip."""
 
 from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
@@ -8,7 +8,7 @@ CLASSES = {"imagenet": "IMAGENET_CLASSNAMES"}
 
 
 def named_templates(name: str) -> list[str]:
-    """Prompts with `{}` for a phrase: "openai_imagenet" are the 80 of CLIP's paper, "simple_imagenet" 7 of them.
+    """Return prompts with `{}` for a phrase: "openai_imagenet" are the 80 of CLIP's paper, "simple_imagenet" 7 of them.
 
     Raises:
         UserError: for another name.
@@ -17,7 +17,7 @@ def named_templates(name: str) -> list[str]:
 
 
 def named_classes(name: str) -> list[str]:
-    """The names of classes in their usual order: "imagenet" are the 1,000 of ImageNet, as CLIP's authors cleaned them.
+    """Return the names of classes in their usual order: "imagenet" are the 1,000 of ImageNet, as CLIP's authors cleaned them.
 
     Raises:
         UserError: for another name.
@@ -25,9 +25,9 @@ def named_classes(name: str) -> list[str]:
     return list(_metadata(name, CLASSES, "classes"))
 
 
-def _metadata(name: str, known: dict[str, str], kind: str) -> tuple:
-    if name not in known:
-        raise UserError(f"no {kind} of the name {name!r}; {suggestion(name, known)}")
+def _metadata(name: str, attributes: dict[str, str], kind: str) -> tuple:
+    if name not in attributes:
+        raise UserError(f"no {kind} of the name {name!r}; {suggestion(name, attributes)}")
     from open_clip import zero_shot_metadata
 
-    return getattr(zero_shot_metadata, known[name])
+    return getattr(zero_shot_metadata, attributes[name])

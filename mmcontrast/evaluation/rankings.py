@@ -1,4 +1,4 @@
-"""Exact ranks of relevant candidates over any number of embeddings: counted tile by tile, never stored, both ways at once.
+"""Compute exact ranks of relevant candidates: counted over tiles of scores, in both directions at once.
 
 Shapes: Q queries, C candidates, P relevant pairs; R, T rows and columns of a tile.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from mmcontrast.evaluation.bridge import Bridge
 
 TILE = {"cpu": (1024, 2048), "cuda": (8192, 16384)}
-PASSES = 48  # relevant candidates of a query up to which each is compared by itself; beyond, scores are sorted in among them
+PASSES = 48  # relevant candidates of a query up to which each is compared by itself; beyond, scores are binned by sorting
 ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # of products [R, T], rows of queries [R] and of candidates [T]
 
 
@@ -23,7 +23,7 @@ class Pairs:
     """Which candidates are relevant to which queries; a pair occurs once.
 
     Attributes:
-        queries, candidates: int64 [P], places.
+        queries, candidates: int64 [P], row indices.
         gains: float64 [P], more than 0.
     """
 
@@ -33,12 +33,12 @@ class Pairs:
 
     @classmethod
     def of_groups(cls, query_groups: Tensor, candidate_groups: Tensor) -> "Pairs":
-        """All pairs of equal groups, int64 [Q] and [C], each with a gain of 1."""
+        """Return all pairs of equal groups, int64 [Q] and [C], each with a gain of 1."""
         order = candidate_groups.argsort(stable=True)
         ordered = candidate_groups[order]
         first, last = torch.searchsorted(ordered, query_groups), torch.searchsorted(ordered, query_groups, right=True)
         queries = torch.arange(len(query_groups)).repeat_interleave(last - first)
-        return cls(queries, order[_runs(first, last - first)], torch.ones(len(queries), dtype=torch.float64))
+        return cls(queries, order[_concatenated_ranges(first, last - first)], torch.ones(len(queries), dtype=torch.float64))
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -47,14 +47,14 @@ class Pairs:
         return Pairs(self.candidates, self.queries, self.gains)
 
     def without(self, excluded: Tensor) -> "Pairs":
-        """Without those of a query and the candidate excluded [Q] for it."""
+        """Return the pairs without those of a query and the candidate excluded [Q] for it."""
         kept = self.candidates != excluded[self.queries]
         return Pairs(self.queries[kept], self.candidates[kept], self.gains[kept])
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where each query's relevant candidates stand, sorted by query and rank.
+    """The ranks of each query's relevant candidates, sorted by query and rank.
 
     Attributes:
         queries: int64 [P], ascending. ranks: int64 [P], from 1. gains: float64 [P].
@@ -80,7 +80,7 @@ def rank(
     group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
 ) -> list[Ranking]:
-    """The ranks of the relevant candidates of each query, and with `both` those of the relevant queries of each candidate.
+    """Compute the ranks of each query's relevant candidates, and with `both` also those of each candidate's relevant queries.
 
     A score is the inner product in fp32 (float64 of float64 rows). A relevant candidate stands behind every other that scores
     at least as much and is not relevant: **ties count against it**, and scores are tied that differ by no more than rounding
@@ -89,9 +89,9 @@ def rank(
 
     Args:
         queries, candidates: [Q, D] and [C, D], on any device.
-        excluded: int64 [Q], a candidate that is none for that query (itself), −1: all are.
-        scoring: makes another score of the products, in place or not; it must grow with them.
-        bridge: through which rows are compared, in the place of their products.
+        excluded: int64 [Q], a row that is no candidate for that query (itself); −1: none.
+        scoring: maps products to scores, in place or not; it must be increasing.
+        bridge: compares rows instead of their products.
         device: where tiles are computed; default: that of the queries.
         group: its ranks share the work; all give the same arguments and get the same result.
 
@@ -102,19 +102,22 @@ def rank(
         ValueError: if a row is not finite.
     """
     for name, rows in (("queries", queries), ("candidates", candidates)):
-        if not (finite := torch.isfinite(rows).all(1)).all():
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
             raise ValueError(f"{name}: the embedding at place {int(finite.logical_not().nonzero()[0])} is not finite")
     pairs = pairs if excluded is None else pairs.without(excluded)
     if bridge is not None:
         queries, candidates = bridge.lift(queries), bridge.lift(candidates, candidates=True)
-    counted = _Count(queries, candidates, pairs, both, excluded, scoring, bridge, torch.device(device or queries.device))
-    counted.run(group, progress)
-    found = [_ranking(pairs, counted.scores, counted.rows.ahead, len(candidates))]
-    return found + ([_ranking(pairs.transposed(), counted.scores, counted.columns.ahead, len(queries))] if both else [])
+    counter = _TileCounter(queries, candidates, pairs, both, excluded, scoring, bridge, torch.device(device or queries.device))
+    counter.run(group, progress)
+    rankings = [_make_ranking(pairs, counter.scores, counter.rows.ahead, len(candidates))]
+    if both:
+        rankings.append(_make_ranking(pairs.transposed(), counter.scores, counter.columns.ahead, len(queries)))
+    return rankings
 
 
-def _ranking(pairs: Pairs, scores: Tensor, ahead: Tensor, num_candidates: int) -> Ranking:
-    """Ranks of the irrelevant candidates ahead of each, and of the relevant ones before it."""
+def _make_ranking(pairs: Pairs, scores: Tensor, ahead: Tensor, num_candidates: int) -> Ranking:
+    """Return the ranks of the pairs: 1 + the irrelevant candidates ahead of each + the relevant ones before it."""
     order = pairs.gains.argsort(stable=True)
     for key in (-scores, pairs.queries):
         order = order[key[order].argsort(stable=True)]
@@ -123,14 +126,14 @@ def _ranking(pairs: Pairs, scores: Tensor, ahead: Tensor, num_candidates: int) -
     return Ranking(queries, ahead[order] + before + 1, pairs.gains[order], num_candidates)
 
 
-class _Side:
-    """One direction: its anchors, those with the most pairs first, and the pairs of each tile of them.
+class _Direction:
+    """One direction of retrieval: its anchors, those with the most pairs first, and the pairs of each tile of them.
 
     Attributes:
-        order: int64 [A], places of the anchors.
-        pairs: int64 [P], numbers of the pairs, those of an anchor together, in the anchors' order.
+        order: int64 [A], row indices of the anchors. place: its inverse, each anchor's position in the order.
+        pairs: int64 [P], indices of the pairs, those of an anchor together, in the anchors' order.
         counts, starts: int64 [A], of an anchor's pairs in `pairs`.
-        ahead: int64 [P], what is counted, in the pairs' own order.
+        ahead: int64 [P], irrelevant candidates ahead of each pair's, in the pairs' own order.
     """
 
     def __init__(self, anchors: Tensor, number: int, tile: int) -> None:
@@ -147,14 +150,14 @@ class _Side:
         return [slice(start, min(start + self.tile, len(self.order))) for start in range(0, len(self.order), self.tile)]
 
     def passes(self, tile: slice) -> Iterator[Tensor]:
-        """Numbers of the pairs of a tile's anchors: the first of each, the second of those that have one, and so on."""
+        """Yield indices of the pairs of a tile's anchors: the first of each, the second of those that have one, and so on."""
         counts, starts = self.counts[tile], self.starts[tile]
         for k in range(int(counts[0])):
             yield self.pairs[starts[: int((counts > k).sum())] + k]
 
 
-class _Count:
-    """How many candidates are ahead of each pair's, by tiles of scores [R, T] in which no relevant pair is left."""
+class _TileCounter:
+    """Counts the irrelevant candidates ahead of each pair's, by tiles of scores [R, T] in which relevant pairs are masked."""
 
     def __init__(
         self,
@@ -171,12 +174,13 @@ class _Count:
         self.scoring, self.bridge, self.device = scoring, bridge, device
         self.dtype = torch.promote_types(queries.dtype, torch.float32)
         heights, widths = TILE.get(device.type, TILE["cpu"])
-        self.rows, self.columns = _Side(pairs.queries, len(queries), heights), _Side(pairs.candidates, len(candidates), widths)
+        self.rows = _Direction(pairs.queries, len(queries), heights)
+        self.columns = _Direction(pairs.candidates, len(candidates), widths)
         masked_rows, masked_columns = self.rows.place[pairs.queries], self.columns.place[pairs.candidates]
         if excluded is not None:
-            there = excluded >= 0
-            masked_rows = torch.cat([masked_rows, self.rows.place[there.nonzero().squeeze(1)]])
-            masked_columns = torch.cat([masked_columns, self.columns.place[excluded[there]]])
+            has_excluded = excluded >= 0
+            masked_rows = torch.cat([masked_rows, self.rows.place[has_excluded.nonzero().squeeze(1)]])
+            masked_columns = torch.cat([masked_columns, self.columns.place[excluded[has_excluded]]])
         self.wide = -(-len(candidates) // widths)
         tile_of = masked_rows // heights * self.wide + masked_columns // widths
         order = tile_of.argsort()
@@ -186,109 +190,108 @@ class _Count:
         self.scores, self.least = (torch.zeros(len(pairs), dtype=self.dtype) for _ in range(2))
 
     def run(self, group: dist.ProcessGroup | None, progress: Progress | None) -> None:
-        me, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+        group_rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
         tiles = self.rows.tiles()
         for number, tile in enumerate(tiles):
-            if number % world == me:
+            if number % world == group_rank:
                 self._score_pairs(tile)
         if group:
-            _add_up([self.scores, self.least], self.device, group)  # a column's pairs are those of all rows
-        task = progress.add_task("ranks", total=len(tiles[me::world]), note="") if progress else None
-        for number in range(me, len(tiles), world):
+            _all_reduce([self.scores, self.least], self.device, group)  # a column's pairs are those of all rows
+        task = progress.add_task("ranks", total=len(tiles[group_rank::world]), note="") if progress else None
+        for number in range(group_rank, len(tiles), world):
             self._count_row_of_tiles(number, tiles[number])
             if progress and task is not None:
                 progress.advance(task)
         if progress and task is not None:
             progress.remove_task(task)
         if group:
-            _add_up([self.rows.ahead, self.columns.ahead], self.device, group)
+            _all_reduce([self.rows.ahead, self.columns.ahead], self.device, group)
 
-    def _gathered(self, rows: Tensor, places: Tensor) -> Tensor:
-        return rows[places.to(rows.device)].to(self.device, self.dtype)
+    def _gather(self, rows: Tensor, indices: Tensor) -> Tensor:
+        return rows[indices.to(rows.device)].to(self.device, self.dtype)
 
     def _products(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(x, y.T, out=out) if self.bridge is None else self.bridge.products(x, y, out)
 
-    def _scored(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _apply_scoring(self, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return products if self.scoring is None else self.scoring(products, rows, columns)
 
     def _score_pairs(self, tile: slice) -> None:
-        """The scores of a tile's pairs, and the least that another candidate has to score to stand before them."""
-        places = self.rows.order[tile]
-        first, number = int(self.rows.starts[tile.start]), int(self.rows.counts[tile].sum())
-        pairs = self.rows.pairs[first : first + number]
-        wanted, which = self.pairs.candidates[pairs].unique(return_inverse=True)
-        x = self._gathered(self.queries, places)
-        local = (self.rows.place[self.pairs.queries[pairs]] - tile.start).to(self.device)
-        for start in range(0, len(wanted), self.columns.tile):
-            here = (which >= start) & (which < start + self.columns.tile)
-            columns, at = (
-                wanted[start : start + self.columns.tile],
-                (local[here.to(self.device)], (which[here] - start).to(self.device)),
-            )
-            y = self._gathered(self.candidates, columns)
+        """Compute the scores of a tile's pairs, and the least score with which another candidate is ahead of them."""
+        row_indices = self.rows.order[tile]
+        first, num_pairs = int(self.rows.starts[tile.start]), int(self.rows.counts[tile].sum())
+        pairs = self.rows.pairs[first : first + num_pairs]
+        candidate_indices, candidate_of_pair = self.pairs.candidates[pairs].unique(return_inverse=True)
+        x = self._gather(self.queries, row_indices)
+        row_of_pair = (self.rows.place[self.pairs.queries[pairs]] - tile.start).to(self.device)
+        for start in range(0, len(candidate_indices), self.columns.tile):
+            in_tile = (candidate_of_pair >= start) & (candidate_of_pair < start + self.columns.tile)
+            column_indices = candidate_indices[start : start + self.columns.tile]
+            cells = row_of_pair[in_tile.to(self.device)], (candidate_of_pair[in_tile] - start).to(self.device)
+            y = self._gather(self.candidates, column_indices)
             products = self._products(x, y)
             if self.bridge is None:
                 rounding = 2 * torch.finfo(self.dtype).eps * x.norm(dim=1, keepdim=True) * y.norm(dim=1)
             else:
                 rounding = self.bridge.rounding(x, y, products)
-            self.least[pairs[here]] = self._scored(products - rounding, places, columns)[at].cpu()
-            self.scores[pairs[here]] = self._scored(products, places, columns)[at].cpu()
+            self.least[pairs[in_tile]] = self._apply_scoring(products - rounding, row_indices, column_indices)[cells].cpu()
+            self.scores[pairs[in_tile]] = self._apply_scoring(products, row_indices, column_indices)[cells].cpu()
 
     def _count_row_of_tiles(self, number: int, tile: slice) -> None:
-        places = self.rows.order[tile]
-        x = self._gathered(self.queries, places)
-        height, width = len(places), min(self.columns.tile, len(self.candidates))
-        scores, over = (torch.empty(height, width, dtype=self.dtype, device=self.device) for _ in range(2))
+        """Count for the pairs of one tile of rows, over all tiles of columns; with `both`, for the columns' pairs as well."""
+        row_indices = self.rows.order[tile]
+        x = self._gather(self.queries, row_indices)
+        height, width = len(row_indices), min(self.columns.tile, len(self.candidates))
+        scores, buffer = (torch.empty(height, width, dtype=self.dtype, device=self.device) for _ in range(2))
         ones = torch.ones(max(height, width), dtype=self.dtype, device=self.device)
         for k, columns in enumerate(self.columns.tiles()):
-            wanted = self.columns.order[columns]
-            products = self._products(x, self._gathered(self.candidates, wanted), out=scores[:, : len(wanted)])
-            found = self._scored(products, places, wanted)
-            inside = slice(*self.masks[number * self.wide + k : number * self.wide + k + 2])
-            if inside.start < inside.stop:
-                found[self.masked[0][inside], self.masked[1][inside]] = -torch.inf
-            self._add(self.rows, tile, found, over[:, : len(wanted)], ones)
+            column_indices = self.columns.order[columns]
+            products = self._products(x, self._gather(self.candidates, column_indices), out=scores[:, : len(column_indices)])
+            tile_scores = self._apply_scoring(products, row_indices, column_indices)
+            masked = slice(*self.masks[number * self.wide + k : number * self.wide + k + 2])
+            if masked.start < masked.stop:
+                tile_scores[self.masked[0][masked], self.masked[1][masked]] = -torch.inf
+            self._add(self.rows, tile, tile_scores, buffer[:, : len(column_indices)], ones)
             if self.both:
-                self._add(self.columns, columns, found.T, over[:, : len(wanted)].T, ones)
+                self._add(self.columns, columns, tile_scores.T, buffer[:, : len(column_indices)].T, ones)
 
-    def _add(self, side: _Side, tile: slice, scores: Tensor, over: Tensor, ones: Tensor) -> None:
-        """Counts in a tile of scores [anchors, others] those that are at least an anchor's pair's, for each of its pairs."""
-        most = int(side.counts[tile.start])
+    def _add(self, direction: _Direction, tile: slice, scores: Tensor, buffer: Tensor, ones: Tensor) -> None:
+        """Count in a tile of scores [anchors, others], for each pair of an anchor, the scores that are at least the pair's."""
+        most = int(direction.counts[tile.start])
         if most > PASSES:
-            self._add_sorted(side, tile, scores)
+            self._add_sorted(direction, tile, scores)
             return
-        for pairs in side.passes(tile):
+        for pairs in direction.passes(tile):
             least, n = self.least[pairs].to(self.device), len(pairs)
             # comparing into floats and multiplying by ones is three times as fast as counting booleans on a CPU
-            torch.ge(scores[:n], least[:, None], out=over[:n])
-            side.ahead[pairs] += (over[:n] @ ones[: scores.shape[1]]).to("cpu", torch.int64)
+            torch.ge(scores[:n], least[:, None], out=buffer[:n])
+            direction.ahead[pairs] += (buffer[:n] @ ones[: scores.shape[1]]).to("cpu", torch.int64)
 
-    def _add_sorted(self, side: _Side, tile: slice, scores: Tensor) -> None:
-        """The same for anchors with many pairs: each score is looked up among the sorted scores of the anchor's pairs."""
-        counts, most = side.counts[tile], int(side.counts[tile.start])
+    def _add_sorted(self, direction: _Direction, tile: slice, scores: Tensor) -> None:
+        """Count the same for anchors with many pairs: look up each score among the sorted scores of the anchor's pairs."""
+        counts, most = direction.counts[tile], int(direction.counts[tile.start])
         anchors = torch.arange(len(counts)).repeat_interleave(counts)
-        within = _runs(torch.zeros_like(counts), counts)
-        pairs = side.pairs[_runs(side.starts[tile], counts)]
+        within = _concatenated_ranges(torch.zeros_like(counts), counts)
+        pairs = direction.pairs[_concatenated_ranges(direction.starts[tile], counts)]
         least = torch.full((len(counts), most), torch.inf, dtype=self.dtype)
         least[anchors, within] = self.least[pairs]
         least, order = least.to(self.device).sort(1)
         below = torch.searchsorted(least, scores.contiguous(), right=True)  # how many pairs a score is at least
         histogram = torch.zeros(len(counts), most + 1, dtype=torch.int64, device=self.device)
         histogram.scatter_add_(1, below, torch.ones_like(below))
-        over = histogram.flip(1).cumsum(1).flip(1)[:, 1:]
-        unsorted = torch.empty_like(over).scatter_(1, order, over).cpu()
-        side.ahead[pairs] += unsorted[anchors, within]
+        num_above = histogram.flip(1).cumsum(1).flip(1)[:, 1:]
+        unsorted = torch.empty_like(num_above).scatter_(1, order, num_above).cpu()
+        direction.ahead[pairs] += unsorted[anchors, within]
 
 
-def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
-    """starts[0], starts[0] + 1, …, `lengths[0]` of them, then those of the next."""
+def _concatenated_ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Return starts[0], starts[0] + 1, …, `lengths[0]` of them, then those of the next."""
     before = lengths.cumsum(0) - lengths
     return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
 
 
-def _add_up(tensors: list[Tensor], device: torch.device, group: dist.ProcessGroup) -> None:
-    """In place, over the ranks of a group."""
+def _all_reduce(tensors: list[Tensor], device: torch.device, group: dist.ProcessGroup) -> None:
+    """Sum tensors in place over the ranks of a group."""
     for tensor in tensors:
         total = tensor.to(device)
         dist.all_reduce(total, group=group)

@@ -1,4 +1,4 @@
-"""What retrieves and what is retrieved: rows of a table, captions, several fields together; and which belong to which."""
+"""Queries and candidates of retrieval: rows of a table, captions, or several fields together; and their relevant pairs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ from mmcontrast.text_files import read_text
 
 
 @dataclass(frozen=True)
-class Side:
+class RetrievalInput:
     """R embeddings of samples of a table.
 
     Attributes:
         rows: [R, D], as in the table.
-        samples: int64 [R], their places in the table.
-        groups: int64 [R], what they are about.
+        samples: int64 [R], their row indices in the table.
+        groups: int64 [R]: equal groups are relevant to each other.
     """
 
     rows: Tensor
@@ -39,64 +39,67 @@ class Side:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def prefix(self, width: int) -> "Side":
+    def prefix(self, width: int) -> "RetrievalInput":
         return replace(self, rows=F.normalize(self.rows[:, :width], dim=1))
 
-    def take(self, places: Tensor) -> "Side":
-        return Side(self.rows[places], self.samples[places], self.groups[places])
+    def take(self, row_indices: Tensor) -> "RetrievalInput":
+        return RetrievalInput(self.rows[row_indices], self.samples[row_indices], self.groups[row_indices])
 
-    def once_a_group(self) -> "Side":
+    def one_per_group(self) -> "RetrievalInput":
         first = first_of_each_group(self.groups)
         return self if len(first) == len(self) else self.take(first)
 
 
-def side_of(table: EmbeddingTable, fields: str | Sequence[str], captions: Mapping[str, Side]) -> Side:
-    """Of the samples that have all the fields: its embeddings, or of several the direction of their sum (of tangent vectors
-    their mean). A field of captions alone: all of them."""
+def retrieval_input(
+    table: EmbeddingTable, fields: str | Sequence[str], captions: Mapping[str, RetrievalInput]
+) -> RetrievalInput:
+    """Return the embeddings of the samples that have all the fields: of one field as they are, of several the direction of
+    their sum (of tangent vectors their mean); of a single field of captions, all captions."""
     fields = [fields] if isinstance(fields, str) else list(fields)
     if len(fields) == 1 and fields[0] in captions:
         return captions[fields[0]]
     samples = torch.stack([table.present[field] for field in fields]).all(0).nonzero().squeeze(1)
     rows = [table.fields[field][samples] for field in fields]
     if len(rows) == 1:
-        together = rows[0]
+        combined = rows[0]
     elif table.curvature is None:
-        together = F.normalize(torch.stack(rows).sum(0), dim=1)
+        combined = F.normalize(torch.stack(rows).sum(0), dim=1)
     else:
-        together = torch.stack(rows).mean(0)
-    return Side(together, samples, table.group_ids[samples])
+        combined = torch.stack(rows).mean(0)
+    return RetrievalInput(combined, samples, table.group_ids[samples])
 
 
-def whitened(table: EmbeddingTable, captions: Mapping[str, Side]) -> tuple[EmbeddingTable, dict[str, Side]]:
-    """Embeddings less their field's mean, then all by the one matrix that whitens them together: fields keep their relation."""
+def whitened(table: EmbeddingTable, captions: Mapping[str, RetrievalInput]) -> tuple[EmbeddingTable, dict[str, RetrievalInput]]:
+    """Centre embeddings by their field's mean and whiten all fields with one common matrix, so that they stay comparable."""
     means = {field: rows[table.present[field]].mean(0) for field, rows in table.fields.items()}
     centred = [(rows - means[field])[table.present[field]] for field, rows in table.fields.items()]
-    both = whiten(torch.cat(centred), kind="zca")
+    whitening = whiten(torch.cat(centred), kind="zca")
 
     def apply(field: str, rows: Tensor) -> Tensor:
-        return replace(both, mean=both.mean + means[field])(rows)
+        return replace(whitening, mean=whitening.mean + means[field])(rows)
 
     fields = {field: apply(field, rows) * table.present[field][:, None] for field, rows in table.fields.items()}
-    return replace(table, fields=fields), {f: replace(side, rows=apply(f, side.rows)) for f, side in captions.items()}
+    whitened_captions = {field: replace(lines, rows=apply(field, lines.rows)) for field, lines in captions.items()}
+    return replace(table, fields=fields), whitened_captions
 
 
-def labelled(side: Side, labels: Sequence[Any]) -> Side:
-    """Return the rows whose samples have a label, grouped by it. `labels` are the table's, None where there is none."""
+def group_by_label(inputs: RetrievalInput, labels: Sequence[Any]) -> RetrievalInput:
+    """Return the rows whose samples have a label, with the label as their group. `labels`: the table's, None where missing."""
     texts = [label_text(label) for label in labels]
     numbers = {text: number for number, text in enumerate(sorted({text for text in texts if text is not None}))}
-    of_rows = [texts[sample] for sample in side.samples.tolist()]
-    places = torch.tensor([place for place, text in enumerate(of_rows) if text is not None], dtype=torch.int64)
-    groups = torch.tensor([numbers[text] for text in of_rows if text is not None], dtype=torch.int64)
-    return Side(side.rows[places], side.samples[places], groups)
+    row_texts = [texts[sample] for sample in inputs.samples.tolist()]
+    row_indices = torch.tensor([row for row, text in enumerate(row_texts) if text is not None], dtype=torch.int64)
+    groups = torch.tensor([numbers[text] for text in row_texts if text is not None], dtype=torch.int64)
+    return RetrievalInput(inputs.rows[row_indices], inputs.samples[row_indices], groups)
 
 
-def graded(file: str, queries: Side, candidates: Side, table: EmbeddingTable) -> Pairs:
-    """The pairs of a file of relevance (trec_eval's qrels), by the samples' keys.
+def read_relevance(file: str, queries: RetrievalInput, candidates: RetrievalInput, table: EmbeddingTable) -> Pairs:
+    """Read the relevant pairs from a file of relevance (trec_eval's qrels), which names samples by their keys.
 
     Raises:
-        UserError: for a line that is none, or a key of no sample.
+        UserError: for a malformed line, or a key of no sample.
     """
-    known = {entry["key"] for entry in table.metadata}
+    known_keys = {entry["key"] for entry in table.metadata}
     gains: dict[tuple[str, str], float] = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
@@ -107,21 +110,25 @@ def graded(file: str, queries: Side, candidates: Side, table: EmbeddingTable) ->
         except ValueError as error:
             raise UserError(f"{file}, line {number}: {line[:60]!r} is not 'query-key 0 candidate-key gain'") from error
         for key in (query, candidate):
-            if key not in known:
+            if key not in known_keys:
                 raise UserError(f"{file}, line {number}: no sample has the key {key!r}")
-    places: list[dict[str, list[int]]] = [{}, {}]
-    for where, side in zip(places, (queries, candidates), strict=True):
-        for place, sample in enumerate(side.samples.tolist()):
-            where.setdefault(table.metadata[sample]["key"], []).append(place)
-    found = [
-        (q, c, gain)
+    query_rows, candidate_rows = _rows_by_key(queries, table), _rows_by_key(candidates, table)
+    triples = [
+        (query_row, candidate_row, gain)
         for (query, candidate), gain in gains.items()
         if gain > 0
-        for q in places[0].get(query, [])
-        for c in places[1].get(candidate, [])
+        for query_row in query_rows.get(query, [])
+        for candidate_row in candidate_rows.get(candidate, [])
     ]
-    columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
+    columns = torch.tensor(triples, dtype=torch.float64).reshape(-1, 3)
     return Pairs(columns[:, 0].long(), columns[:, 1].long(), columns[:, 2])
+
+
+def _rows_by_key(inputs: RetrievalInput, table: EmbeddingTable) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, sample in enumerate(inputs.samples.tolist()):
+        rows.setdefault(table.metadata[sample]["key"], []).append(row)
+    return rows
 
 
 def embed_captions(
@@ -132,8 +139,8 @@ def embed_captions(
     device: torch.device | str,
     batch_size: int,
     group: dist.ProcessGroup | None = None,
-) -> Side:
-    """Every line of a text field's members. Ranks of a group share the work, and all get the result.
+) -> RetrievalInput:
+    """Embed every line of a text field's members. Ranks of a group share the work, and all get the result.
 
     Raises:
         UserError: for a text that cannot be read.
@@ -141,31 +148,33 @@ def embed_captions(
     modality = model.modality(field)
     assert isinstance(modality, TextModality)
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    read: list[Any] = [_captions(modality, field, dataset, _share(len(dataset), rank, world))]
+    shares: list[Any] = [_read_captions(modality, field, dataset, _rank_share(len(dataset), rank, world))]
     if group:
-        mine, read = read[0], [None] * world
-        dist.all_gather_object(read, mine, group=group)
-    if problem := next((one for one in read if isinstance(one, str)), None):
-        raise UserError(problem)
-    lines = [line for texts, _ in read for line in texts]
-    places = torch.tensor([sample for _, samples in read for sample in samples], dtype=torch.int64)
-    own = _share(len(lines), rank, world)
-    share = lines[own.start : own.start + math.ceil(len(lines) / world)]  # as many on each rank: it may overlap the next
-    rows = [embed_texts(model, field, share[k : k + batch_size], device) for k in range(0, len(share), batch_size)]
-    whole = torch.cat(rows)[: len(own)] if rows else torch.empty(0, model.embed_dim)
+        own_share, shares = shares[0], [None] * world
+        dist.all_gather_object(shares, own_share, group=group)
+    if error := next((share for share in shares if isinstance(share, str)), None):
+        raise UserError(error)
+    lines = [line for texts, _ in shares for line in texts]
+    sample_indices = torch.tensor([sample for _, samples in shares for sample in samples], dtype=torch.int64)
+    own_range = _rank_share(len(lines), rank, world)
+    count = math.ceil(len(lines) / world)  # the same on each rank, so a share may overlap the next
+    own_lines = lines[own_range.start : own_range.start + count]
+    starts = range(0, len(own_lines), batch_size)
+    batches = [embed_texts(model, field, own_lines[start : start + batch_size], device) for start in starts]
+    rows = torch.cat(batches)[: len(own_range)] if batches else torch.empty(0, model.embed_dim)
     if group:
         parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, whole, group=group)
-        whole = torch.cat(parts)
-    return Side(whole, places, table.group_ids[places])
+        dist.all_gather_object(parts, rows, group=group)
+        rows = torch.cat(parts)
+    return RetrievalInput(rows, sample_indices, table.group_ids[sample_indices])
 
 
-def _share(number: int, rank: int, world: int) -> range:
+def _rank_share(number: int, rank: int, world: int) -> range:
     return range(number * rank // world, number * (rank + 1) // world)
 
 
-def _captions(modality: TextModality, field: str, dataset: ShardDataset, rows: range) -> tuple[list[str], list[int]] | str:
-    """Return the lines of a text field of some samples, and whose they are; or what is wrong with one."""
+def _read_captions(modality: TextModality, field: str, dataset: ShardDataset, rows: range) -> tuple[list[str], list[int]] | str:
+    """Return the lines of a text field of some samples and the sample of each line; or an error message for one of them."""
     lines: list[str] = []
     samples: list[int] = []
     for sample in rows:

@@ -1,4 +1,4 @@
-"""Scores that make up for hubs: a function of the cosine, one number a query and one number a candidate.
+"""Correct cosines for hubs (CSLS, inverted softmax, margin) by one number a query and one number a candidate.
 
 Shapes: Q queries, C candidates, D dimensions; a tile of scores is [R, T]. s is a cosine, r the mean cosine with the k nearest
 of the other side.
@@ -21,7 +21,7 @@ SMALLEST = 1e-3  # of a margin's denominator
 
 @dataclass(frozen=True)
 class ScoreCorrection:
-    """Turns tiles of cosines into scores. Where all of the queries are known beforehand, that is.
+    """A correction of tiles of cosines, fitted to all queries and candidates beforehand.
 
     Attributes:
         of_queries, of_candidates: [Q] and [C].
@@ -43,7 +43,7 @@ class ScoreCorrection:
     def of(
         cls, kind: Kind, queries: Tensor, candidates: Tensor, *, k: int = 10, beta: float = 30.0, alike: bool = False
     ) -> "ScoreCorrection":
-        """For unit rows [Q, D] and [C, D]. O((Q + C)·D) memory.
+        """Fit the correction to unit rows [Q, D] and [C, D]. O((Q + C)·D) memory.
 
         Args:
             alike: both are the same rows, and none is a candidate for itself.
@@ -51,7 +51,7 @@ class ScoreCorrection:
             beta: β of "inverted_softmax".
 
         Raises:
-            UserError: for another kind, or options that cannot be.
+            UserError: for an unknown kind or invalid options.
         """
         if kind not in get_args(Kind):
             raise UserError(f"scoring {kind!r} is unknown; {suggestion(kind, get_args(Kind))}")
@@ -64,7 +64,7 @@ class ScoreCorrection:
         return cls(_nearness(queries, candidates, k, alike), _nearness(candidates, queries, k, alike), kind)
 
     def __call__(self, cosines: Tensor, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
-        """The scores [R, T] of those rows of queries and columns of candidates; they take the cosines' place in memory."""
+        """Return the scores [R, T] of these rows of queries and columns of candidates; the cosines are overwritten."""
         of_queries, of_candidates = self.of_queries[rows, None], self.of_candidates[columns]
         if self.kind == "csls":
             return cosines.mul_(2).sub_(of_queries).sub_(of_candidates)
@@ -74,5 +74,6 @@ class ScoreCorrection:
 
 
 def _nearness(rows: Tensor, others: Tensor, k: int, alike: bool) -> Tensor:
-    itself = torch.arange(len(rows), device=rows.device) if alike else None
-    return nearest(rows, others, min(k, len(others) - alike), exclude=itself)[0].mean(1)
+    """Return the mean cosine of each row with its k nearest of the others."""
+    exclude = torch.arange(len(rows), device=rows.device) if alike else None
+    return nearest(rows, others, min(k, len(others) - alike), exclude=exclude)[0].mean(1)

@@ -1,4 +1,4 @@
-"""Sends what the first rank has to all others: tensors one at a time, in the bytes that they are."""
+"""Broadcast nested objects from the first rank to all others: tensors one at a time, as raw bytes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ def bytes_of(tensor: Tensor) -> Tensor:
 def sent(
     tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device
 ) -> Tensor:
-    """Return the first rank's tensor, on all, in the memory of the host."""
-    sent = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
-    if sent.numel():
-        dist.broadcast(bytes_of(sent), group=group, group_src=0)
-    return sent.cpu()
+    """Return the first rank's tensor on all ranks, in host memory."""
+    buffer = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
+    if buffer.numel():
+        dist.broadcast(bytes_of(buffer), group=group, group_src=0)
+    return buffer.cpu()
 
 
 @dataclass
-class _Expected:
-    """A tensor that is on its way."""
+class _TensorHeader:
+    """The shape and dtype of a tensor that follows."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
 def from_first(make: Callable[[], Any], group: dist.ProcessGroup | None, device: torch.device) -> Any:
-    """Return what the first rank makes, on all ranks: mappings, lists and tuples of tensors and plain values. Tensors are sent
-    one at a time, and lie in the memory of the host.
+    """Return on all ranks what `make` returns on the first: mappings, lists and tuples of tensors and plain values. Tensors are
+    sent one at a time, and are received in host memory.
 
     Raises:
         EveryRankError: if making it is a UserError.
@@ -44,31 +44,35 @@ def from_first(make: Callable[[], Any], group: dist.ProcessGroup | None, device:
         return make()
     first = dist.get_rank(group) == 0
     tree: Any = None
-    told: list[Any] = [None, None]
+    message: list[Any] = [None, None]  # (error, tree of headers)
     tensors: list[Tensor] = []
 
-    def expected(tensor: Tensor) -> _Expected:
+    def header_of(tensor: Tensor) -> _TensorHeader:
         tensors.append(tensor)
-        return _Expected(tensor.shape, tensor.dtype)
+        return _TensorHeader(tensor.shape, tensor.dtype)
 
     if first:
         try:
             tree = make()
-            told[1] = _mapped(expected, Tensor, tree)
+            message[1] = _map_tree(header_of, Tensor, tree)
         except UserError as error:
-            told[0] = str(error)
-    dist.broadcast_object_list(told, group=group, group_src=0, device=device)
-    if told[0] is not None:
-        raise EveryRankError(told[0])
-    waiting = iter(tensors)
-    received = _mapped(lambda of: sent(next(waiting, None), of.shape, of.dtype, group, device), _Expected, told[1])
+            message[0] = str(error)
+    dist.broadcast_object_list(message, group=group, group_src=0, device=device)
+    if message[0] is not None:
+        raise EveryRankError(message[0])
+    remaining = iter(tensors)
+
+    def receive(header: _TensorHeader) -> Tensor:
+        return sent(next(remaining, None), header.shape, header.dtype, group, device)
+
+    received = _map_tree(receive, _TensorHeader, message[1])
     return tree if first else received
 
 
-def _mapped(change: Callable[[Any], Any], kind: type, tree: Any) -> Any:
-    """Return a tree with what `change` makes of each value of a kind, in an order that is the same everywhere."""
+def _map_tree(change: Callable[[Any], Any], kind: type, tree: Any) -> Any:
+    """Return a tree with `change` applied to each value of a type, in an order that is the same on every rank."""
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, Mapping):
-        return {key: _mapped(change, kind, value) for key, value in tree.items()}
-    return type(tree)(_mapped(change, kind, value) for value in tree) if isinstance(tree, list | tuple) else tree
+        return {key: _map_tree(change, kind, value) for key, value in tree.items()}
+    return type(tree)(_map_tree(change, kind, value) for value in tree) if isinstance(tree, list | tuple) else tree

@@ -1,4 +1,4 @@
-"""An embedding table by slices of its rows, of one process or many, in any order; the last one completes it."""
+"""Write an embedding table in slices of its rows, by one process or many, in any order; the last one completes it."""
 
 import json
 import os
@@ -18,10 +18,11 @@ from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable, write_json
 
 @dataclass(frozen=True)
 class TableSlice:
-    """One of several slices of a table's rows. When its parts are in the folder, so is its record, a manifest of it alone.
+    """One of several slices of a table's rows. Its record, a manifest of the slice alone, is written after its parts.
 
     Attributes:
         number: of the slice, from 1 to `of`.
+        of: the number of slices.
     """
 
     folder: Path
@@ -30,23 +31,24 @@ class TableSlice:
 
     @classmethod
     def parse(cls, folder: Path, text: str) -> "TableSlice":
-        """
+        """Parse a slice as "3/8".
+
         Raises:
-            UserError: if the text is not like "3/8".
+            UserError: for another form.
         """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        number, of = map(int, found.groups()) if found else (0, 0)
-        if not 1 <= number <= of:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        number, count = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= number <= count:
             raise UserError(f"--part {text!r} is not of the form I/N with I from 1 to N, like 3/8")
-        return cls(folder, number, of)
+        return cls(folder, number, count)
 
     @classmethod
-    def all(cls, folder: Path, of: int) -> list["TableSlice"]:
-        return [cls(folder, number, of) for number in range(1, of + 1)]
+    def all(cls, folder: Path, count: int) -> list["TableSlice"]:
+        return [cls(folder, number, count) for number in range(1, count + 1)]
 
     @staticmethod
     def number_in(folder: Path) -> int | None:
-        """Into how many slices the table in a folder is cut; None if there is none yet."""
+        """Return the number of slices of the table in a folder; None if there is none yet."""
         record = next(folder.glob(".slice-*-of-*.json"), None)
         return None if record is None else int(record.stem.rpartition("-")[2])
 
@@ -55,7 +57,8 @@ class TableSlice:
         return self.folder / f".slice-{self.number:05d}-of-{self.of:05d}.json"
 
     def rows(self, total: int) -> range:
-        """
+        """Return the slice's rows of a table of `total` rows.
+
         Raises:
             UserError: if there are fewer rows than slices.
         """
@@ -64,20 +67,22 @@ class TableSlice:
         return range(total * (self.number - 1) // self.of, total * self.number // self.of)
 
     def pieces(self, total: int) -> Iterator[range]:
-        """Its rows, a part's at a time: what is in memory does not grow with a slice."""
+        """Yield the slice's rows one part at a time, so that memory does not grow with the slice."""
         rows = self.rows(total)
         return (rows[start : start + embed.PART_ROWS] for start in range(0, len(rows), embed.PART_ROWS))
 
-    def done(self, about: dict[str, Any]) -> bool:
-        """
+    def done(self, description: dict[str, Any]) -> bool:
+        """Return whether the slice is written.
+
         Raises:
             UserError: as `check`.
         """
-        self.check(about)
+        self.check(description)
         return self.record.exists()
 
-    def check(self, about: dict[str, Any]) -> None:
-        """
+    def check(self, description: dict[str, Any]) -> None:
+        """Check that the slice belongs to the table in the folder.
+
         Raises:
             UserError: if the folder holds another table, or slices of one.
         """
@@ -85,40 +90,43 @@ class TableSlice:
             EmbeddingTable.refuse_to_overwrite(self.folder)
         for record in self.folder.glob(".slice-*.json"):
             found = json.loads(record.read_text())
-            here = {**about, "slices": self.of}
-            for name in here:
-                if name in found and found[name] != here[name]:
+            expected = {**description, "slices": self.of}
+            for name in expected:
+                if name in found and found[name] != expected[name]:
                     raise UserError(
-                        f"{self.folder} holds slices of another table ({name}: {found[name]!r} there, {here[name]!r} here):"
+                        f"{self.folder} holds slices of another table ({name}: {found[name]!r} there, {expected[name]!r} here):"
                         " remove it, or choose another folder"
                     )
 
-    def write(self, tables: Iterable[EmbeddingTable], total: int, about: dict[str, Any]) -> None:
-        """Its rows as parts of the table of `total` rows, which appear when they are whole.
+    def write(self, tables: Iterable[EmbeddingTable], total: int, description: dict[str, Any]) -> None:
+        """Write the slice's rows as parts of the table of `total` rows; they appear when all are complete.
 
         Args:
-            tables: its rows, one table after the other, all but the last a whole number of parts.
+            tables: the rows, in order; each but the last is a whole number of parts.
         """
-        before = self.all(self.folder, self.of)[: self.number - 1]
-        first = sum(ceil(len(other.rows(total)) / embed.PART_ROWS) for other in before)
+        previous_slices = self.all(self.folder, self.of)[: self.number - 1]
+        first = sum(ceil(len(earlier.rows(total)) / embed.PART_ROWS) for earlier in previous_slices)
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest: dict[str, Any] = {"rows": 0, "parts": []}
         with tempfile.TemporaryDirectory(prefix=".slice-", dir=self.folder) as partial:
             for table in tables:
-                more = table.write_parts(Path(partial), first + len(manifest["parts"]))
-                manifest = more | {"rows": manifest["rows"] + more["rows"], "parts": manifest["parts"] + more["parts"]}
+                added = table.write_parts(Path(partial), first + len(manifest["parts"]))
+                manifest["rows"] += added["rows"]
+                manifest = added | {"rows": manifest["rows"], "parts": manifest["parts"] + added["parts"]}
             for file in Path(partial).iterdir():
                 os.replace(file, self.folder / file.name)
-        write_json(self.record, manifest | about | {"slices": self.of})
+        write_json(self.record, manifest | description | {"slices": self.of})
 
     def complete(self) -> bool:
-        """Writes the table's manifest if all slices are there; whoever ends last does so, or several the same one."""
-        slices = self.all(self.folder, self.of)
-        if not all(one.record.exists() for one in slices):
+        """Write the table's manifest if all slices are there, and return whether they are. The last process does so; several
+        may write the same one."""
+        records = [part.record for part in self.all(self.folder, self.of)]
+        if not all(record.exists() for record in records):
             return False
-        manifests = [json.loads(one.record.read_text()) for one in slices]
-        rows, parts = sum(one["rows"] for one in manifests), [part for one in manifests for part in one["parts"]]
+        manifests = [json.loads(record.read_text()) for record in records]
+        rows = sum(manifest["rows"] for manifest in manifests)
+        parts = [part for manifest in manifests for part in manifest["parts"]]
         write_json(self.folder / MANIFEST, manifests[0] | {"rows": rows, "parts": parts})
-        for killed in [path for path in self.folder.glob(".slice-*") if path.is_dir()]:  # what they had begun
-            shutil.rmtree(killed, ignore_errors=True)
+        for leftover in [path for path in self.folder.glob(".slice-*") if path.is_dir()]:  # of processes that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
         return True

@@ -12,7 +12,7 @@ from mmcontrast.errors import UserError
 
 @dataclass(frozen=True)
 class Whitening:
-    """Applied to rows [N, D]: unit rows [N, K] of (row − mean) · matrix.
+    """A map of rows [N, D] to unit rows [N, K]: (row − mean) · matrix, normalized.
 
     Attributes:
         mean: [D].
@@ -30,16 +30,16 @@ class Whitening:
 def whiten(
     rows: Tensor, *, kind: Literal["pca", "zca"] = "pca", components: int | None = None, epsilon: float = 1e-3
 ) -> Whitening:
-    """Fits the mean and the matrix to rows [N, D]: U (Λ + ε λ̄)^{−1/2}, of the covariance U Λ Uᵀ with mean eigenvalue λ̄.
+    """Fit the mean and the matrix to rows [N, D]: U (Λ + ε λ̄)^{−1/2}, of the covariance U Λ Uᵀ with mean eigenvalue λ̄.
     Rows that are to be compared take the same matrix: for retrieval between two fields, fit it to the rows of both.
 
     Args:
-        kind: "pca" gives the components themselves; "zca" turns them back, so that rows stay near to what they were.
+        kind: "pca" gives the components themselves; "zca" rotates them back, so that rows stay close to the originals.
         components: K, those with the most variance; default: all. With "zca" the others are left out, and K stays D.
         epsilon: ε, shrinks the weight of dimensions with next to no variance.
 
     Raises:
-        UserError: for options that cannot be, and for rows without any variance.
+        UserError: for invalid options, and for rows without any variance.
     """
     dim = rows.shape[1]
     number = dim if components is None else components

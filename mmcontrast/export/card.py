@@ -1,4 +1,4 @@
-"""The model card of an export, README.md: what was measured, how to use it, and what its author has yet to say."""
+"""Write the model card of an export, README.md: usage, parity, results, and blanks for its author."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,33 +32,35 @@ def write_card(
     notes: Sequence[str],
     run: Path | None,
 ) -> None:
-    """Write README.md. Licence and training data are its author's to fill in.
+    """Write README.md, with licence and training data for the author to fill in.
 
     Args:
-        run: whose results.json is of this checkpoint, if it was evaluated.
+        run: the run whose results.json belongs to this checkpoint, if it was evaluated.
     """
     kinds = {field: kind_of(embedder.model, field) for field in fields}
-    head: dict[str, Any] = {
+    front_matter: dict[str, Any] = {
         "library_name": LIBRARIES[kind],
         "tags": ["contrastive", "mmcontrast", *sorted(set(kinds.values()))],
     }
     if sorted(kinds.values()) == ["image", "text"]:
-        head["pipeline_tag"] = "zero-shot-image-classification"
-    front = yaml.safe_dump(head, sort_keys=False) + "license:  # to be filled in by the author, as in: apache-2.0\n"
-    front += "datasets:  # to be filled in by the author\n"
+        front_matter["pipeline_tag"] = "zero-shot-image-classification"
+    yaml_header = yaml.safe_dump(front_matter, sort_keys=False)
+    yaml_header += "license:  # to be filled in by the author, as in: apache-2.0\n"
+    yaml_header += "datasets:  # to be filled in by the author\n"
     lines = [
-        f"---\n{front}---\n\n# {name}\n",
+        f"---\n{yaml_header}---\n\n# {name}\n",
         f"A contrastive model of {', '.join(fields)}: embeddings of {embedder.model.embed_dim} numbers, exported by mmcontrast"
         f" {_version()} from `{embedder.name}`.\n",
         f"## Use\n\n```python\n{usage.replace('FOLDER', name)}```\n",
         "## Parity\n",
-        f"The folder was opened in its own library, and embedded the same samples ({_shown(parity['samples'])}) as the model"
-        " that it was made of, from the files on. Largest difference between two numbers of their unit embeddings:\n",
+        f"The folder was opened in its own library, and embedded the same samples ({_describe_samples(parity['samples'])})"
+        " as the model that it was made of, from the files on. Largest difference between two numbers of their unit"
+        " embeddings:\n",
         "| field | samples | largest difference |\n|---|---|---|",
-        *(f"| {field} | {one['samples']} | {one['largest_difference']:.1e} |" for field, one in parity["fields"].items()),
+        *(f"| {field} | {entry['samples']} | {entry['largest_difference']:.1e} |" for field, entry in parity["fields"].items()),
         *(f"| {score} | | {parity[score]:.1e} |" for score in ("logit_scale", "logit_bias") if score in parity),
         "",
-        *(_from_files(field, one) for field, one in parity["fields"].items() if "from_files" in one),
+        *(_describe_pixels(field, entry) for field, entry in parity["fields"].items() if "from_files" in entry),
         *(f"* {note}\n" for note in [*notes, *parity.get("notes", ())]),
         "## Results\n",
         _results(run),
@@ -76,26 +78,26 @@ def _version() -> str:
     return __version__
 
 
-def _shown(samples: Any) -> str:
+def _describe_samples(samples: Any) -> str:
     return "made for this: noise and a few sentences" if samples == "generated" else f"of `{samples}`"
 
 
-def _from_files(field: str, one: Mapping[str, Any]) -> str:
-    shifted = f", and {one['shifted_crops']} were cropped one pixel beside" if one["shifted_crops"] else ""
+def _describe_pixels(field: str, entry: Mapping[str, Any]) -> str:
+    shifted = f", and {entry['shifted_crops']} were cropped one pixel beside" if entry["shifted_crops"] else ""
     return (
         f"* {field}: compared on the same pixels. The model's own pictures are scaled and rounded in another way, and differ by"
-        f" up to {one['pixel_levels']:.0f} of 255 levels in {one['pixels_apart']:.1%} of the pixels{shifted};"
-        f" from the files on, embeddings differ by up to {one['from_files']:.1e}.\n"
+        f" up to {entry['pixel_levels']:.0f} of 255 levels in {entry['pixels_apart']:.1%} of the pixels{shifted};"
+        f" from the files on, embeddings differ by up to {entry['from_files']:.1e}.\n"
     )
 
 
 def _results(run: Path | None) -> str:
     """Return a table of a run's results, with their intervals."""
     try:
-        found = json.loads((run / "results.json").read_text(encoding="utf-8"))["results"] if run else {}
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))["results"] if run else {}
     except (OSError, ValueError, KeyError):
-        found = {}
-    rows = [(name, entry) for name, entry in found.items() if not DETAILS.search(name) and "/geometry/" not in name]
+        results = {}
+    rows = [(name, entry) for name, entry in results.items() if not DETAILS.search(name) and "/geometry/" not in name]
     if not rows:
         return "None were measured with `mmcontrast evaluate`.\n"
     table = ["| | value | 95 % interval |", "|---|---|---|"]

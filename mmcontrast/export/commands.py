@@ -1,4 +1,4 @@
-"""The command `export`: a model in the form of another library."""
+"""Command `export`: write a model in the format of another library."""
 
 from pathlib import Path
 from typing import Annotated
@@ -42,16 +42,16 @@ def export(
     from mmcontrast.export.folder import export_model
 
     parity = export_model(
-        model, out, kind, fields=[one.strip() for one in fields.split(",")] if fields else None, data=data, samples=samples,
+        model, out, kind, fields=[name.strip() for name in fields.split(",")] if fields else None, data=data, samples=samples,
         checkpoint=checkpoint, pretrained=pretrained, pooling=pooling, fp16=fp16, overwrite=overwrite, trust_code=trust_code,
     )  # fmt: skip
-    shown = Table("", "samples", "largest difference", box=None)
+    table = Table("", "samples", "largest difference", box=None)
     for field, entry in parity["fields"].items():
-        shown.add_row(field, str(entry["samples"]), f"{entry['largest_difference']:.1e}")
+        table.add_row(field, str(entry["samples"]), f"{entry['largest_difference']:.1e}")
     for score in ("logit_scale", "logit_bias"):
         if score in parity:
-            shown.add_row(score, "", f"{parity[score]:.1e}")
-    console.print(shown, highlight=False)
+            table.add_row(score, "", f"{parity[score]:.1e}")
+    console.print(table, highlight=False)
     if parity["samples"] == "generated":
         console.print("compared on samples that were made for it: give your own with --data", highlight=False)
     console.print(f"{kind}: {out}", highlight=False)

@@ -1,4 +1,4 @@
-"""One export: written beside its place, reopened in its library, compared, given a card, and moved into its place."""
+"""Export a model: write a folder, reopen it in its library, compare, add a card, and move it to its target."""
 
 import importlib
 import os
@@ -46,19 +46,19 @@ def export_model(
     overwrite: bool = False,
     trust_code: bool = False,
 ) -> dict[str, Any]:
-    """Export a model and return what parity.json says. A failed export leaves nothing behind.
+    """Export a model and return the contents of parity.json. A failed export leaves nothing behind.
 
     Args:
         name, checkpoint, pretrained, pooling, trust_code: as `load`.
         out: a new folder.
         kind: one of `FORMATS`.
         fields: those to be exported; default: all.
-        data, samples: shards to compare on, and so many of their samples; default: a few that are made.
+        data, samples: shards to compare on, and the number of their samples; default: a few generated ones.
         fp16: of onnx: weights of half precision.
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: for what the format cannot hold; for embeddings that are not those of the model.
+        UserError: for a model that the format cannot hold; for embeddings that differ from the model's.
     """
     writer = format_module(kind)
     if fp16 and kind != "onnx":
@@ -68,13 +68,13 @@ def export_model(
     embedder.model = plain_model(embedder.model)
     for modality in embedder.model.modalities.values():
         if isinstance(modality, LibraryImages):
-            modality.fast_in_evaluation = False  # the library, whose preprocessing goes with the model, will read them
+            modality.fast_in_evaluation = False  # the export is read with the library's own preprocessing
     embedder.name = Path(name).absolute().name if Path(name).exists() else str(name)  # the card may go anywhere
     chosen = chosen_fields(embedder.model, embedder.fields, fields)
-    tried = given_samples(embedder, data, samples, chosen) if data else made_samples(embedder.model, chosen)
+    test_samples = given_samples(embedder, data, samples, chosen) if data else made_samples(embedder.model, chosen)
     options = {"fp16": True} if fp16 else {}
-    run, which = run_of(name, checkpoint)
-    return write_export(embedder, out, kind, writer, chosen, tried, options, run=run if which == "last" else None)
+    run, step = run_of(name, checkpoint)
+    return write_export(embedder, out, kind, writer, chosen, test_samples, options, run=run if step == "last" else None)
 
 
 def write_export(
@@ -83,20 +83,20 @@ def write_export(
     kind: str,
     writer: ModuleType,
     chosen: list[str],
-    tried: Samples,
+    test_samples: Samples,
     options: dict[str, Any] | None = None,
     *,
     run: Path | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write an open model as one of the formats, and return what parity.json says.
+    """Write an open model in one of the formats, and return the contents of parity.json.
 
     Args:
         writer: the format's module.
         chosen: fields.
-        tried: samples to compare on.
+        test_samples: samples to compare on.
         options: of the format.
-        run: whose results are those of this model.
+        run: the run whose results are those of this model.
         notes: lines of the card.
 
     Raises:
@@ -112,10 +112,10 @@ def write_export(
         tolerance = HALF_TOLERANCE if options.get("fp16") else TOLERANCE
         parity = {"format": kind, "model": embedder.name}
         with library_errors(f"{embedder.name} as {kind}"):
-            said = writer.write(embedder.model, chosen, partial, **options)
-            parity |= measure(embedder, chosen, tried, writer.reopen(partial, chosen, embedder.model), tolerance)
+            writer_notes = writer.write(embedder.model, chosen, partial, **options)
+            parity |= measure(embedder, chosen, test_samples, writer.reopen(partial, chosen, embedder.model), tolerance)
         (partial / PARITY).write_text(dumps(parity, indent=1), encoding="utf-8")
-        write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, [*notes, *said], run)
+        write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, [*notes, *writer_notes], run)
         replace_folder(partial, out)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error}") from error
@@ -143,9 +143,10 @@ def refuse_hyperbolic(model: ContrastiveModel, chosen: Sequence[str], kind: str)
 
 
 def format_module(kind: str) -> ModuleType:
-    """
+    """Import the module of a format.
+
     Raises:
-        UserError: for no format; if what it needs is not installed.
+        UserError: for an unknown format; if a package that it needs is not installed.
     """
     if kind not in FORMATS:
         raise UserError(f"--format {kind}: no such format; {suggestion(kind, FORMATS)}")
@@ -156,9 +157,10 @@ def format_module(kind: str) -> ModuleType:
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """
+    """Check that an export can be written to a folder.
+
     Raises:
-        UserError: if something is there, unless it is an export and to be replaced.
+        UserError: if it exists, unless it is an export and to be replaced.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -168,11 +170,11 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is no export (it has no {PARITY}), so it is not replaced: name a new folder")
 
 
-def replace_folder(new: Path, place: Path) -> None:
-    """Move a folder into its place, in which an earlier one may be."""
-    old = new.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.rename(place, old)
-    os.rename(new, place)
-    shutil.rmtree(old, ignore_errors=True)
+def replace_folder(new: Path, target: Path) -> None:
+    """Move a folder to its target, and replace an earlier one."""
+    previous = new.with_suffix(".old")
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        os.rename(target, previous)
+    os.rename(new, target)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The folder that transformers opens: a model of its own as it was opened, or a CLIP of open_clip's as a CLIPModel."""
+"""Export to transformers: a model of transformers as it was opened, or a CLIP of open_clip's as a CLIPModel."""
 
 import json
 import tempfile
@@ -55,11 +55,11 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     """Write a model into an empty folder, and return notes.
 
     Raises:
-        UserError: for what transformers has no model of.
+        UserError: for towers that no model of transformers has.
     """
     origin = origin_of(model, names)
     if origin and origin.library == "transformers":
-        return _write_its_own(model, names, folder, origin)
+        return _write_transformers_model(model, names, folder, origin)
     towers = [type(model.towers[model.tower_of[name]]) for name in names]
     if all(issubclass(tower, OpenClipTower | OpenClipTextTower) for tower in towers):
         return _write_clip(model, names, folder)
@@ -72,28 +72,28 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     raise UserError(f"transformers has no model of a {shown}: export open_clip, onnx or safetensors")
 
 
-def _write_its_own(model: ContrastiveModel, names: list[str], folder: Path, origin: Origin) -> list[str]:
+def _write_transformers_model(model: ContrastiveModel, names: list[str], folder: Path, origin: Origin) -> list[str]:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     networks: list[Any] = [model.towers[model.tower_of[name]].network for name in names]
     network, tensors = networks[0], dict(origin.rest)
-    for one in networks:
-        tensors |= one.state_dict()
+    for other in networks:
+        tensors |= other.state_dict()
     for name in names:
         if not isinstance(model.projections[model.tower_of[name]], nn.Identity):
             raise UserError(
                 f"field {name!r}: a {type(network).__name__} has no place for the projection that follows its tower"
             )
-    its_own = {kind for kind in ("image", "audio", "text") if hasattr(network, f"get_{kind}_features")}
-    dual = len(its_own) > 1
-    if dual and (sorted(its_own) != sorted(kind_of(model, name) for name in names)):
-        fields = ",".join(name for name in model.modalities if kind_of(model, name) in its_own)
+    own_kinds = {kind for kind in ("image", "audio", "text") if hasattr(network, f"get_{kind}_features")}
+    dual = len(own_kinds) > 1
+    if dual and (sorted(own_kinds) != sorted(kind_of(model, name) for name in names)):
+        fields = ",".join(name for name in model.modalities if kind_of(model, name) in own_kinds)
         raise UserError(f"a {type(network).__name__} is exported whole, and alone: --fields {fields}")
-    if any(type(one) is not type(network) for one in networks):
+    if any(type(other) is not type(network) for other in networks):
         raise UserError(f"{', '.join(names)}: towers of different models of transformers are no one model: export onnx")
     if dual:
         network = type(network)(network.config)
-        tensors |= _scores(model, names, origin.rest, network.state_dict())
+        tensors |= _score_tensors(model, names, origin.rest, network.state_dict())
         network.load_state_dict(tensors)
         tensors = network.state_dict()
     network.eval().save_pretrained(folder, state_dict=tensors)
@@ -104,36 +104,36 @@ def _write_its_own(model: ContrastiveModel, names: list[str], folder: Path, orig
     return []
 
 
-def _scores(
-    model: ContrastiveModel, names: list[str], before: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+def _score_tensors(
+    model: ContrastiveModel, names: list[str], original: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the logit scale, or CLAP's two, and the bias. A second scale stays what it was where nothing was learnt: ours is
-    one for both directions."""
+    """Return the logit scale, or CLAP's two, and the bias. We learn one scale for both directions; if it has not changed, the
+    second scale keeps its original value."""
     log_scale, bias = scale_and_bias(model, names)
-    found = {"logit_scale": log_scale, "logit_scale_a": log_scale, "logit_scale_t": log_scale}
-    first = before.get("logit_scale_a")
+    tensors = {"logit_scale": log_scale, "logit_scale_a": log_scale, "logit_scale_t": log_scale}
+    first = original.get("logit_scale_a")
     if first is not None and torch.allclose(first.exp(), log_scale.exp(), rtol=1e-6, atol=0):
-        found["logit_scale_t"] = before["logit_scale_t"]
-    if (bias is None) != ("logit_bias" not in wanted):
+        tensors["logit_scale_t"] = original["logit_scale_t"]
+    if (bias is None) != ("logit_bias" not in expected):
         raise UserError(
             "the model has learnt a logit bias, for which there is no place" if bias is not None else "no logit bias"
         )
-    found |= {} if bias is None else {"logit_bias": bias}
-    return {name: value.reshape(wanted[name].shape) for name, value in found.items() if name in wanted}
+    tensors |= {} if bias is None else {"logit_bias": bias}
+    return {name: value.reshape(expected[name].shape) for name, value in tensors.items() if name in expected}
 
 
 def _preprocessors(model: ContrastiveModel, names: list[str]) -> dict[str, Any]:
-    """Return what transformers prepares the fields' values with, by the names of a processor's arguments."""
-    found: dict[str, Any] = {}
+    """Return the fields' preprocessors of transformers, by the names of a processor's arguments."""
+    processors: dict[str, Any] = {}
     for name in names:
         modality: Any = model.modality(name)
         if kind_of(model, name) == "image":
-            found["image_processor"] = modality.prepare.args[0]
+            processors["image_processor"] = modality.prepare.args[0]
         elif kind_of(model, name) == "audio":
-            found["feature_extractor"] = modality.extract.args[0]
+            processors["feature_extractor"] = modality.extract.args[0]
         else:
-            found["tokenizer"] = unused(modality.tokenize.tokenizer)
-    return found
+            processors["tokenizer"] = unused(modality.tokenize.tokenizer)
+    return processors
 
 
 def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
@@ -149,7 +149,7 @@ def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list
     vision_network: Any = model.towers[model.tower_of[image]].network
     text_network: Any = model.towers[model.tower_of[text]].network
     for reason in (
-        *_unlike_clip(visual, textual, vision_network, text_network),
+        *_clip_mismatches(visual, textual, vision_network, text_network),
         *(["it has a logit bias"] if bias is not None else []),
     ):
         raise UserError(f"a CLIPModel of transformers does not fit: {reason}. Export open_clip, onnx or safetensors")
@@ -158,12 +158,12 @@ def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list
     size = size if isinstance(size, int) else size[0]
     activation = "quick_gelu" if visual.quick_gelu else "gelu"
     shared = {"hidden_act": activation, "projection_dim": model.embed_dim}
-    made = CLIPConfig(
-        vision_config=shared | _sizes(visual.tensors, vision_network) | {
+    clip_config = CLIPConfig(
+        vision_config=shared | _size_options(visual.tensors, vision_network) | {
             "image_size": size, "patch_size": visual.tensors["conv1.weight"].shape[-1],
             "layer_norm_eps": vision_network.ln_post.eps,
         },
-        text_config=shared | _sizes(textual.tensors, text_network) | {
+        text_config=shared | _size_options(textual.tensors, text_network) | {
             "vocab_size": len(textual.tensors["token_embedding.weight"]),
             "max_position_embeddings": len(textual.tensors["positional_embedding"]),
             "layer_norm_eps": text_network.ln_final.eps,
@@ -172,43 +172,47 @@ def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list
         },
         projection_dim=model.embed_dim,
     )  # fmt: skip
-    network = CLIPModel(made).eval()
-    tensors = {f"vision_model.{key}": value for key, value in _renamed(visual.tensors, CLIP_NAMES["visual"]).items()}
-    tensors |= {f"text_model.{key}": value for key, value in _renamed(textual.tensors, CLIP_NAMES["text"]).items()}
+    network = CLIPModel(clip_config).eval()
+    tensors = {f"vision_model.{key}": value for key, value in _rename_tensors(visual.tensors, CLIP_NAMES["visual"]).items()}
+    tensors |= {f"text_model.{key}": value for key, value in _rename_tensors(textual.tensors, CLIP_NAMES["text"]).items()}
     tensors["visual_projection.weight"] = visual.tensors["proj"].T
     tensors["text_projection.weight"] = textual.tensors["text_projection"].T
     network.load_state_dict(tensors | {"logit_scale": log_scale})
     network.save_pretrained(folder)
-    prepare = preprocess_config(origin, model.modality(image))
-    whole = {"height": size, "width": size}
-    shortest = prepare["resize_mode"] == "shortest"
-    pictures = CLIPImageProcessor(
-        size={"shortest_edge": size} if shortest else whole, crop_size=whole, do_center_crop=shortest,
-        resample={"bicubic": 3, "bilinear": 2}[prepare["interpolation"]], image_mean=prepare["mean"], image_std=prepare["std"],
+    preprocess = preprocess_config(origin, model.modality(image))
+    size_option = {"height": size, "width": size}
+    shortest = preprocess["resize_mode"] == "shortest"
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": size} if shortest else size_option, crop_size=size_option, do_center_crop=shortest,
+        resample={"bicubic": 3, "bilinear": 2}[preprocess["interpolation"]],
+        image_mean=preprocess["mean"], image_std=preprocess["std"],
     )  # fmt: skip
-    CLIPProcessor(pictures, clip_tokenizer(len(textual.tensors["positional_embedding"]))).save_pretrained(folder)
+    CLIPProcessor(image_processor, clip_tokenizer(len(textual.tensors["positional_embedding"]))).save_pretrained(folder)
     return ["texts go through CLIP's tokenizer of transformers, which leaves HTML entities and broken UTF-8 as they are"]
 
 
-def _unlike_clip(visual: Half, textual: Half, vision: Any, text: Any) -> list[str]:
-    """Return why a CLIPModel does not fit, if it does not."""
+def _clip_mismatches(visual: Half, textual: Half, vision: Any, text: Any) -> list[str]:
+    """Return why a CLIPModel does not fit; [] if it fits."""
     if type(vision).__name__ != "VisionTransformer":
         return [f"its image tower is a {type(vision).__name__}, not open_clip's VisionTransformer"]
     if type(text).__name__ != "TextTransformer":
         return [f"its text tower is a {type(text).__name__}, not open_clip's TextTransformer"]
-    known = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout", "timm_model_pretrained"}
-    words = {"context_length", "vocab_size", "width", "layers", "heads", "mlp_ratio", "pool_type", "eos_id", "pad_id"}
-    usual: dict[str, tuple[Any, ...]] = {
+    image_options = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
+    image_options |= {"timm_model_pretrained"}
+    text_options = {"context_length", "vocab_size", "width", "layers", "heads", "mlp_ratio", "pool_type", "eos_id", "pad_id"}
+    default_values: dict[str, tuple[Any, ...]] = {
         "pool_type": ("tok", "argmax", "eos"),
         "norm_kwargs": (None, {}),
         "act_kwargs": (None, {}),
         "proj_type": ("linear",),
     }
-    for half, names in ((visual, known), (textual, words)):
+    for half, names in ((visual, image_options), (textual, text_options)):
         for option, value in half.config.items():
-            if option in usual and value not in usual[option]:
-                return [f"open_clip's {option}: {value}"]
-            if option not in names and option not in usual and not option.startswith(("hf_tokenizer", "tokenizer_")) and value:
+            if option in default_values:
+                unsupported = value not in default_values[option]
+            else:
+                unsupported = option not in names and not option.startswith(("hf_tokenizer", "tokenizer_")) and bool(value)
+            if unsupported:
                 return [f"open_clip's {option}: {value}"]
     if visual.quick_gelu != textual.quick_gelu:
         return ["one of its towers computes with QuickGELU, the other with GELU"]
@@ -217,7 +221,7 @@ def _unlike_clip(visual: Half, textual: Half, vision: Any, text: Any) -> list[st
     return []
 
 
-def _sizes(tensors: Mapping[str, Tensor], network: Any) -> dict[str, Any]:
+def _size_options(tensors: Mapping[str, Tensor], network: Any) -> dict[str, Any]:
     block = network.transformer.resblocks[0]
     return {
         "hidden_size": network.ln_post.weight.shape[0] if hasattr(network, "ln_post") else network.width,
@@ -227,38 +231,39 @@ def _sizes(tensors: Mapping[str, Tensor], network: Any) -> dict[str, Any]:
     }
 
 
-def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return a tower's tensors as transformers names them; one of query, key and value becomes three."""
-    found = {}
+def _rename_tensors(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return a tower's tensors with the names of transformers; a joint projection of query, key and value becomes three."""
+    renamed = {}
     for key, value in tensors.items():
         if key in ("proj", "text_projection"):
             continue
         if not key.startswith("transformer.resblocks."):
-            layer, _, last = key.rpartition(".")
-            found[names[key] if key in names else f"{names[layer]}.{last}"] = value
+            layer, _, suffix = key.rpartition(".")
+            renamed[names[key] if key in names else f"{names[layer]}.{suffix}"] = value
             continue
         number, inner = key.removeprefix("transformer.resblocks.").split(".", 1)
-        place = f"encoder.layers.{number}"
+        block = f"encoder.layers.{number}"
         if inner.startswith("attn.in_proj_"):
             for name, part in zip("qkv", value.chunk(3), strict=True):
-                found[f"{place}.self_attn.{name}_proj.{inner.removeprefix('attn.in_proj_')}"] = part
+                renamed[f"{block}.self_attn.{name}_proj.{inner.removeprefix('attn.in_proj_')}"] = part
         else:
-            layer, _, last = inner.rpartition(".")
-            found[f"{place}.{CLIP_BLOCK[layer]}.{last}"] = value
-    return found
+            layer, _, suffix = inner.rpartition(".")
+            renamed[f"{block}.{CLIP_BLOCK[layer]}.{suffix}"] = value
+    return renamed
 
 
 def _check_tokenizer(model: ContrastiveModel, text: str) -> None:
-    """
+    """Check that texts are tokenized by CLIP's byte-pair encoding.
+
     Raises:
-        UserError: for texts that are not tokenized by CLIP's byte-pair encoding.
+        UserError: if they are not.
     """
     modality = model.modality(text)
     if isinstance(modality, LibraryTexts):
         tokenizer = modality.tokenize.tokenizer
-        its_own = type(tokenizer).__name__ == "SimpleTokenizer" and tokenizer.reduction_fn is None
+        is_simple_tokenizer = type(tokenizer).__name__ == "SimpleTokenizer" and tokenizer.reduction_fn is None
         if (
-            its_own
+            is_simple_tokenizer
             and tokenizer.clean_fn.__name__ == "_clean_lower"
             and tokenizer.vocab_size == open_clip_tokenizer().vocab_size
         ):
@@ -290,9 +295,10 @@ def clip_tokenizer(length: int) -> Any:
 
 
 def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
-    """
+    """Reopen an export with transformers.
+
     Raises:
-        UserError: if transformers refuses it.
+        UserError: if transformers cannot open it.
     """
     import transformers as hf
 
@@ -309,29 +315,31 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
             hf.AutoTokenizer.from_pretrained(folder) if "text" in kinds.values() else None
         )
 
-    def prepared(name: str, values: list[Any]) -> list[Any]:
-        """Inputs of batches; of sounds, each alone, as the model takes them."""
+    def prepare_inputs(name: str, values: list[Any]) -> list[Any]:
+        """Return the model's inputs in batches; each sound is a batch of its own."""
         if kinds[name] == "image":
             pictures = opened_pictures(values)
-            pictures = pictures if getattr(images, "do_convert_rgb", False) else [one.convert("RGB") for one in pictures]
+            if not getattr(images, "do_convert_rgb", False):
+                pictures = [picture.convert("RGB") for picture in pictures]
             return [images(images=pictures, return_tensors="pt")]
         if kinds[name] == "text":
-            part = getattr(config, "text_config", config)
-            length = min(tokenizer.model_max_length, positions_of(network, part) or UNBOUNDED)
-            padding = "max_length" if part.model_type.startswith(FULL_LENGTH) else True
+            text_config = getattr(config, "text_config", config)
+            length = min(tokenizer.model_max_length, positions_of(network, text_config) or UNBOUNDED)
+            padding = "max_length" if text_config.model_type.startswith(FULL_LENGTH) else True
             return [tokenizer(values, padding=padding, truncation=True, max_length=length, return_tensors="pt")]
         modality = model.modality(name)
         assert isinstance(modality, AudioModality) and extractor is not None
-        found = []
+        inputs = []
         for value in values:
             np.random.seed(0)  # noqa: NPY002 - CLAP cuts long sounds at random places
             sound = modality.decode(value).numpy()
-            found.append(extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
-        return found
+            inputs.append(extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
+        return inputs
 
     @torch.no_grad()
     def embed(name: str, values: list[Any]) -> Tensor:
-        return unit(torch.cat([_features(network, kinds[name], model, name, inputs) for inputs in prepared(name, values)]))
+        batches = prepare_inputs(name, values)
+        return unit(torch.cat([_field_features(network, kinds[name], model, name, inputs) for inputs in batches]))
 
     state = network.state_dict()
     log_scale = state.get("logit_scale", state.get("logit_scale_a")) if len(names) > 1 else None
@@ -341,19 +349,19 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
     if origin and origin.library == "transformers":
         return Reopened(embed, *scores)
     image = image_and_text(model, names, "a CLIPModel")[0]
-    return Reopened(embed, *scores, lambda values: prepared(image, values)[0]["pixel_values"], images.image_std)
+    return Reopened(embed, *scores, lambda values: prepare_inputs(image, values)[0]["pixel_values"], images.image_std)
 
 
-def _features(network: Any, kind: str, model: ContrastiveModel, name: str, inputs: Any) -> Tensor:
-    """Return what transformers calls the features of a field; of a plain encoder, its last hidden states pooled."""
+def _field_features(network: Any, kind: str, model: ContrastiveModel, name: str, inputs: Any) -> Tensor:
+    """Return the features of a field by transformers; of a plain encoder, its pooled last hidden states."""
     method = getattr(network, f"get_{kind}_features", None)
     if method is not None:
-        found = method(**inputs)
-        return found if isinstance(found, Tensor) else found["pooler_output"]
-    found, tower = network(**inputs), model.towers[model.tower_of[name]]
+        output = method(**inputs)
+        return output if isinstance(output, Tensor) else output["pooler_output"]
+    output, tower = network(**inputs), model.towers[model.tower_of[name]]
     if not isinstance(tower, TransformersTower):
-        return found[f"{kind}_embeds"] if f"{kind}_embeds" in found else found["pooler_output"]
-    hidden = found.last_hidden_state
+        return output[f"{kind}_embeds"] if f"{kind}_embeds" in output else output["pooler_output"]
+    hidden = output.last_hidden_state
     hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
     mask = inputs["attention_mask"] if kind == "text" else torch.ones(hidden.shape[:2], dtype=torch.long)
     if tower.pooling == "first":

@@ -29,7 +29,7 @@ class Embedder:
         self.folder = Path(folder or Path(__file__).parent)
         self.about = json.loads((self.folder / "preprocess.json").read_text(encoding="utf-8"))
         self.scale, self.bias = self.about["logit_scale"], self.about["logit_bias"]
-        files = {name: str(self.folder / one["file"]) for name, one in self.about["fields"].items()}
+        files = {name: str(self.folder / entry["file"]) for name, entry in self.about["fields"].items()}
         options = onnxruntime.SessionOptions()
         if self.about["precision"] == "fp16":  # with all of its optimizations onnxruntime 1.32 crashes on a CPU
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -46,70 +46,70 @@ class Embedder:
 
     def prepare(self, field: str, values: list[Any]) -> dict[str, np.ndarray]:
         """Return the inputs of a field's ONNX file."""
-        about = self.about["fields"][field]
-        if about["kind"] == "image":
-            return {"pixel_values": np.stack([picture(value, about) for value in values])}
-        if about["kind"] == "text":
-            return self._tokens(about, values)
-        if about["kind"] == "vector":
+        config = self.about["fields"][field]
+        if config["kind"] == "image":
+            return {"pixel_values": np.stack([picture(value, config) for value in values])}
+        if config["kind"] == "text":
+            return self._tokens(config, values)
+        if config["kind"] == "vector":
             return {"vector": np.stack([array(value) for value in values])}
-        sounds = [sound(value, about["sample_rate"]) for value in values]
-        if "extractor" in about:
-            return {"input_features": np.concatenate([self._features(about, one) for one in sounds])}
-        return {"waveform": np.stack([fitted(one, about["samples"]) for one in sounds])}
+        sounds = [sound(value, config["sample_rate"]) for value in values]
+        if "extractor" in config:
+            return {"input_features": np.concatenate([self._features(config, samples) for samples in sounds])}
+        return {"waveform": np.stack([fitted(samples, config["samples"]) for samples in sounds])}
 
-    def _tokens(self, about: dict[str, Any], values: list[str]) -> dict[str, np.ndarray]:
+    def _tokens(self, config: dict[str, Any], values: list[str]) -> dict[str, np.ndarray]:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(self.folder / about["tokenizer"] / "tokenizer.json"))
-        tokenizer.enable_truncation(about["length"])
+        tokenizer = Tokenizer.from_file(str(self.folder / config["tokenizer"] / "tokenizer.json"))
+        tokenizer.enable_truncation(config["length"])
         tokenizer.no_padding()
-        rows = [tokenizer.encode(cleaned(text, about["clean"])).ids for text in values]
-        width = about["pad_to"] or max(map(len, rows))
-        ids = np.full((len(rows), width), about["pad_id"], dtype=np.int64)
+        rows = [tokenizer.encode(cleaned(text, config["clean"])).ids for text in values]
+        width = config["pad_to"] or max(map(len, rows))
+        ids = np.full((len(rows), width), config["pad_id"], dtype=np.int64)
         mask = np.zeros_like(ids)
         for number, row in enumerate(rows):
-            place = slice(width - len(row), None) if about["pad_left"] else slice(len(row))
-            ids[number, place], mask[number, place] = row, 1
-        return {"input_ids": ids} | ({"attention_mask": mask} if about["mask"] else {})
+            columns = slice(width - len(row), None) if config["pad_left"] else slice(len(row))
+            ids[number, columns], mask[number, columns] = row, 1
+        return {"input_ids": ids} | ({"attention_mask": mask} if config["mask"] else {})
 
-    def _features(self, about: dict[str, Any], samples: np.ndarray) -> np.ndarray:
-        """Return what a feature extractor of transformers makes of one sound; it cuts long ones at random: always alike."""
+    def _features(self, config: dict[str, Any], samples: np.ndarray) -> np.ndarray:
+        """Return the features of one sound by transformers' extractor, seeded, as it cuts long ones at random."""
         from transformers import AutoFeatureExtractor
 
-        extractor = AutoFeatureExtractor.from_pretrained(self.folder / about["extractor"])
+        extractor = AutoFeatureExtractor.from_pretrained(self.folder / config["extractor"])
         np.random.seed(0)  # noqa: NPY002
-        return extractor(samples, sampling_rate=about["sample_rate"], return_tensors="np")["input_features"].astype(np.float32)
+        return extractor(samples, sampling_rate=config["sample_rate"], return_tensors="np")["input_features"].astype(np.float32)
 
 
-def picture(value: Any, about: dict[str, Any]) -> np.ndarray:
+def picture(value: Any, config: dict[str, Any]) -> np.ndarray:
     """Return normalised pixels float32 [channels, height, width]."""
     from PIL import Image
 
-    opened = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-    if about["background"] and opened.has_transparency_data:
-        solid = opened.convert("RGBA")
-        opened = Image.new("RGB", solid.size, tuple(about["background"]))
-        opened.paste(solid, mask=solid)
-    opened = opened.convert("L" if about["channels"] == 1 else "RGB")
-    resize, (width, height) = about["resize"], opened.size
+    image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+    if config["background"] and image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        image = Image.new("RGB", opaque.size, tuple(config["background"]))
+        image.paste(opaque, mask=opaque)
+    image = image.convert("L" if config["channels"] == 1 else "RGB")
+    resize, (width, height) = config["resize"], image.size
     if isinstance(resize, int):  # the shorter side
         size = (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)
     else:
         size = (resize[1], resize[0])
-    if size != opened.size:
-        opened = opened.resize(size, FILTERS[about["interpolation"]])
-    if about["crop"]:
-        high, wide = about["crop"]
-        left, top = round((opened.width - wide) / 2), round((opened.height - high) / 2)
-        opened = opened.crop((left, top, left + wide, top + high))
-    pixels = np.asarray(opened, dtype=np.float32).reshape(opened.height, opened.width, -1) / 255
-    normal = (pixels - np.array(about["mean"], dtype=np.float32)) / np.array(about["std"], dtype=np.float32)
-    return normal.transpose(2, 0, 1)
+    if size != image.size:
+        image = image.resize(size, FILTERS[config["interpolation"]])
+    if config["crop"]:
+        crop_height, crop_width = config["crop"]
+        left, top = round((image.width - crop_width) / 2), round((image.height - crop_height) / 2)
+        image = image.crop((left, top, left + crop_width, top + crop_height))
+    pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1) / 255
+    normalised = (pixels - np.array(config["mean"], dtype=np.float32)) / np.array(config["std"], dtype=np.float32)
+    return normalised.transpose(2, 0, 1)
 
 
 def cleaned(text: str, how: str) -> str:
-    """Return a text as the tokenizer takes it."""
+    """Return a text cleaned for the tokenizer."""
     if how == "canonicalize":
         text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation)).lower()
     return " ".join(text.split()) if how else text
@@ -121,30 +121,30 @@ def sound(value: Any, rate: int) -> np.ndarray:
         return value.astype(np.float32)
     import soundfile
 
-    samples, its_rate = soundfile.read(
+    samples, file_rate = soundfile.read(
         io.BytesIO(value) if isinstance(value, bytes) else value, dtype="float32", always_2d=True
     )
     mono = samples.mean(1) if samples.shape[1] > 1 else samples[:, 0]
-    if its_rate != rate:
+    if file_rate != rate:
         import soxr
 
-        mono = soxr.resample(mono, its_rate, rate)
+        mono = soxr.resample(mono, file_rate, rate)
     return mono
 
 
 def fitted(samples: np.ndarray, length: int) -> np.ndarray:
-    """Return the middle of a sound, or the sound and silence."""
+    """Crop a sound to its middle, or pad it with silence."""
     start = max(0, len(samples) - length) // 2
     part = samples[start : start + length]
     return np.pad(part, (0, length - len(part)))
 
 
 def array(value: Any) -> np.ndarray:
-    """Return a vector, of an .npy file or of numbers."""
-    given = (
+    """Return a vector from an .npy file or from numbers."""
+    values = (
         np.load(io.BytesIO(value) if isinstance(value, bytes) else value) if isinstance(value, bytes | str | Path) else value
     )
-    return np.asarray(given, dtype=np.float32)
+    return np.asarray(values, dtype=np.float32)
 
 
 if __name__ == "__main__":

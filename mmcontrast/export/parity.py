@@ -1,4 +1,4 @@
-"""How near an export is to the model that it was made of: both embed the same samples, each from the files on."""
+"""Measure the parity of an export with its model: both embed the same samples, each from the encoded files."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -19,17 +19,17 @@ from mmcontrast.modalities import ImageModality
 TOLERANCE = 1e-4  # of fp32
 HALF_TOLERANCE = 1e-2  # of fp16
 COMMON = ("RGB", "L")  # modes of pictures that every library treats alike: not transparency, palettes, 16 bits
-LEVELS, SHARE = 2.5, 0.05  # of 255, and of all pixels: two ways to round a scaled picture are not further apart
+LEVELS, SHARE = 2.5, 0.05  # of 255, and of all pixels: bounds on the effect of rounding a scaled picture in another way
 
 
 @dataclass(frozen=True)
 class Reopened:
-    """An export as its own library opens it.
+    """An export, opened by its own library.
 
     Attributes:
         embed: (field, values as in `Samples`) → unit rows [N, D].
-        scale, bias: of the logits, where the format holds them.
-        pixels: encoded pictures → what the library's own preprocessing makes of them, normalised, [N, 3, height, width].
+        scale, bias: of the logits, if the format holds them.
+        pixels: encoded pictures → normalised pixels [N, 3, height, width] by the library's own preprocessing.
         std: by which it normalised them.
     """
 
@@ -43,35 +43,35 @@ class Reopened:
 def measure(
     embedder: Embedder, fields: Sequence[str], samples: Samples, reopened: Reopened, tolerance: float
 ) -> dict[str, Any]:
-    """Return what parity.json says: per field the largest difference between two numbers of the embeddings, those of scale and
-    bias, and the samples.
+    """Compute the contents of parity.json: per field the largest difference between two numbers of the embeddings, the
+    differences of scale and bias, and the samples.
 
     Another library than the model's own scales pictures in another way, up to two of 255 levels apart in a few pixels. The
-    difference that counts is then that of the same pixels; the one from the files on is told too.
+    difference that counts is then that of the same pixels; the one from the files is reported, too.
 
     Raises:
         UserError: for a difference beyond the tolerance.
     """
-    about: dict[str, Any] = {"fields": {}, "tolerance": tolerance, "samples": samples.source}
+    parity: dict[str, Any] = {"fields": {}, "tolerance": tolerance, "samples": samples.source}
     notes = list(samples.notes)
     for field in fields:
         values, kind = samples.values[field], kind_of(embedder.model, field)
         modality = embedder.model.modality(field)
-        pictures = modality if isinstance(modality, ImageModality) and reopened.pixels else None
-        if pictures:
+        image_modality = modality if isinstance(modality, ImageModality) and reopened.pixels else None
+        if image_modality:
             common = [value for value in values if Image.open(io.BytesIO(value)).mode in COMMON]
             if len(common) < len(values):
                 notes.append(f"{len(values) - len(common)} pictures with transparency, a palette or 16 bits were left out")
             values = common
         if not values:
             raise UserError(f"field {field!r}: no picture that is RGB or grey to compare by: give some with --data")
-        ours, theirs = _ours(embedder, field, kind, values), reopened.embed(field, values)
-        entry: dict[str, Any] = {"samples": len(values), "largest_difference": _largest(ours, theirs, field)}
-        if pictures and reopened.pixels:
+        ours, theirs = _model_embeddings(embedder, field, kind, values), reopened.embed(field, values)
+        entry: dict[str, Any] = {"samples": len(values), "largest_difference": _largest_difference(ours, theirs, field)}
+        if image_modality and reopened.pixels:
             entry["from_files"] = entry["largest_difference"]
             pixels = reopened.pixels(values)
-            entry["largest_difference"] = _largest(embed_prepared(embedder.model, field, pixels), theirs, field)
-            entry |= _pixel_levels(pictures, values, pixels, reopened.std)
+            entry["largest_difference"] = _largest_difference(embed_prepared(embedder.model, field, pixels), theirs, field)
+            entry |= _pixel_levels(image_modality, values, pixels, reopened.std)
             if entry["pixel_levels"] > LEVELS or entry["pixels_apart"] > SHARE:
                 raise UserError(
                     f"field {field!r}: the library prepares pictures otherwise: {entry['pixels_apart']:.1%} of the pixels"
@@ -82,51 +82,51 @@ def measure(
                 f"field {field!r}: the export's embeddings differ from the model's by up to"
                 f" {entry['largest_difference']:.2g}, more than {tolerance:g}: it was not written"
             )
-        about["fields"][field] = entry
-    about |= _scores(embedder, fields, reopened, tolerance)
-    return about | ({"notes": notes} if notes else {})
+        parity["fields"][field] = entry
+    parity |= _score_differences(embedder, fields, reopened, tolerance)
+    return parity | ({"notes": notes} if notes else {})
 
 
-def _ours(embedder: Embedder, field: str, kind: str, values: list[Any]) -> Tensor:
+def _model_embeddings(embedder: Embedder, field: str, kind: str, values: list[Any]) -> Tensor:
     name = {"image": "images", "text": "texts", "audio": "audio", "vector": "vectors"}[kind]
-    given: dict[str, Any] = {name: values}
-    return embedder.embed(**given, field=field, progress=False)
+    query: dict[str, Any] = {name: values}
+    return embedder.embed(**query, field=field, progress=False)
 
 
-def _largest(ours: Tensor, theirs: Tensor, field: str) -> float:
+def _largest_difference(ours: Tensor, theirs: Tensor, field: str) -> float:
     if ours.shape != theirs.shape:
         raise UserError(f"field {field!r}: the export's embeddings are {list(theirs.shape)}, the model's {list(ours.shape)}")
     return (ours.double() - theirs.double()).abs().max().item()
 
 
 def _pixel_levels(modality: ImageModality, values: list[bytes], pixels: Tensor, std: Sequence[float]) -> dict[str, float]:
-    """Return by how many of 255 levels pixels differ at most, and the share of those that do; where a library rounds the middle
-    of a picture to another pixel, the crop that is nearest, and how many pictures that is."""
-    deviation, most, apart, shifted = torch.tensor(std).view(-1, 1, 1), 0.0, 0.0, 0
+    """Return by how many of 255 levels pixels differ at most, and the share of those that do. If a library rounds the centre of
+    a picture to another pixel, compare the nearest crop, and count these pictures."""
+    std_levels, largest, apart, shifted = torch.tensor(std).view(-1, 1, 1), 0.0, 0.0, 0
     for value, theirs in zip(values, pixels, strict=True):
-        mine = modality(modality.collate([modality.transform(modality.decode(value), False)]))[0]
-        if mine.shape != theirs.shape:
-            raise UserError(f"the library makes {list(theirs.shape)} of a picture, the model {list(mine.shape)}")
-        best = _levels(mine, theirs, deviation)
-        if best.max() > LEVELS:
-            inside = theirs[:, 1:-1, 1:-1]
-            height, width = inside.shape[1:]
-            others = {
-                (down, right): _levels(mine[:, down : down + height, right : right + width], inside, deviation)
+        ours = modality(modality.collate([modality.transform(modality.decode(value), False)]))[0]
+        if ours.shape != theirs.shape:
+            raise UserError(f"the library makes {list(theirs.shape)} of a picture, the model {list(ours.shape)}")
+        levels = _level_differences(ours, theirs, std_levels)
+        if levels.max() > LEVELS:
+            interior = theirs[:, 1:-1, 1:-1]
+            height, width = interior.shape[1:]
+            levels_by_offset = {
+                (down, right): _level_differences(ours[:, down : down + height, right : right + width], interior, std_levels)
                 for down in range(3)
                 for right in range(3)
             }
-            crop = min(others, key=lambda place: others[place].mean().item())
-            best, shifted = others[crop], shifted + (crop != (1, 1))
-        most, apart = max(most, best.max().item()), apart + (best > 0.5).double().mean().item() / len(values)
-    return {"pixel_levels": most, "pixels_apart": apart, "shifted_crops": shifted}
+            nearest_offset = min(levels_by_offset, key=lambda offset: levels_by_offset[offset].mean().item())
+            levels, shifted = levels_by_offset[nearest_offset], shifted + (nearest_offset != (1, 1))
+        largest, apart = max(largest, levels.max().item()), apart + (levels > 0.5).double().mean().item() / len(values)
+    return {"pixel_levels": largest, "pixels_apart": apart, "shifted_crops": shifted}
 
 
-def _levels(mine: Tensor, theirs: Tensor, deviation: Tensor) -> Tensor:
-    return (mine - theirs).abs() * 255 * deviation
+def _level_differences(ours: Tensor, theirs: Tensor, deviation: Tensor) -> Tensor:
+    return (ours - theirs).abs() * 255 * deviation
 
 
-def _scores(embedder: Embedder, fields: Sequence[str], reopened: Reopened, tolerance: float) -> dict[str, float]:
+def _score_differences(embedder: Embedder, fields: Sequence[str], reopened: Reopened, tolerance: float) -> dict[str, float]:
     """Return the differences of the logit scale and bias.
 
     Raises:
@@ -149,6 +149,6 @@ def opened_pictures(values: list[bytes]) -> list[Image.Image]:
 
 
 def unit(rows: Tensor | np.ndarray) -> Tensor:
-    """Return rows of length 1, float32."""
+    """Normalize rows to length 1, float32."""
     rows = torch.as_tensor(rows).detach().float()
     return torch.nn.functional.normalize(rows, dim=1)

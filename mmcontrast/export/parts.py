@@ -1,4 +1,4 @@
-"""What every format asks of a model: its plain weights, its fields by kind, the scale and bias of two of them."""
+"""Parts of a model that every export format needs: plain weights, fields by kind, scale and bias of two of them."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ KINDS: dict[type[Modality], str] = {
 
 
 def plain_model(model: ContrastiveModel) -> ContrastiveModel:
-    """Make every weight of a model one tensor, in place: what is parametrized, as by low-rank updates, is merged.
+    """Merge every parametrized weight of a model, as of low-rank updates, into one tensor, in place.
 
     Not in a copy: a parametrized module shares its class with its copies, of which the last one would lose the weight's name.
     """
@@ -39,31 +39,32 @@ def kind_of(model: ContrastiveModel, field: str) -> str:
     return next((name for kind, name in KINDS.items() if isinstance(model.modality(field), kind)), "")
 
 
-def chosen_fields(model: ContrastiveModel, there: Sequence[str], asked: Sequence[str] | None) -> list[str]:
-    """Return the fields to be exported: those that are asked for, or all.
+def chosen_fields(model: ContrastiveModel, available: Sequence[str], requested: Sequence[str] | None) -> list[str]:
+    """Return the fields to be exported: the requested ones, or all.
 
     Raises:
-        UserError: for one that the model has not.
+        UserError: for one that the model does not have.
     """
-    for field in asked or ():
-        if field not in there:
-            raise UserError(f"--fields: the model has no field {field!r} that is embedded; {suggestion(field, there)}")
-    return list(asked or there)
+    for field in requested or ():
+        if field not in available:
+            raise UserError(f"--fields: the model has no field {field!r} that is embedded; {suggestion(field, available)}")
+    return list(requested or available)
 
 
 def image_and_text(model: ContrastiveModel, fields: Sequence[str], library: str) -> tuple[str, str]:
     """Return the names of the one field of pictures and the one field of texts.
 
     Raises:
-        UserError: if the fields are others.
+        UserError: for any other fields.
     """
     kinds = {field: kind_of(model, field) for field in fields}
+    image = next((field for field, kind in kinds.items() if kind == "image"), "")
+    text = next((field for field, kind in kinds.items() if kind == "text"), "")
     if sorted(kinds.values()) != ["image", "text"]:
-        has = ", ".join(f"{field} ({kind or 'another kind'})" for field, kind in kinds.items())
-        pair = [next((f for f, k in kinds.items() if k == kind), "") for kind in ("image", "text")]
-        remedy = f": leave the others out with --fields {','.join(pair)}" if all(pair) else ""
-        raise UserError(f"{library} holds one field of pictures and one of texts, this model has {has}{remedy}")
-    return next(f for f, k in kinds.items() if k == "image"), next(f for f, k in kinds.items() if k == "text")
+        description = ", ".join(f"{field} ({kind or 'another kind'})" for field, kind in kinds.items())
+        remedy = f": leave the others out with --fields {image},{text}" if image and text else ""
+        raise UserError(f"{library} holds one field of pictures and one of texts, this model has {description}{remedy}")
+    return image, text
 
 
 def scale_and_bias(model: ContrastiveModel, fields: Sequence[str]) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +84,7 @@ def scale_and_bias(model: ContrastiveModel, fields: Sequence[str]) -> tuple[Tens
 
 @torch.no_grad()
 def embed_prepared(model: ContrastiveModel, field: str, prepared: Tensor) -> Tensor:
-    """Return unit embeddings of what a field's tower takes: the modality has done its part, or another library has."""
+    """Return unit embeddings of a field's prepared values, as its tower takes them."""
     tower = model.tower_of[field]
     return F.normalize(model.projections[tower](model.towers[tower](prepared)).float(), dim=1)
 
@@ -93,10 +94,10 @@ def projection_of(model: ContrastiveModel, field: str) -> nn.Module:
 
 
 def origin_of(model: ContrastiveModel, names: Sequence[str]) -> Origin | None:
-    """Return where some fields came from: where the model did, or the one model that it began with, if all of them are its."""
+    """Return the origin of some fields: the one model that training started from, if all of them are its; else the model's."""
     origin = model.origin
     starts = [origin.starts.get(model.tower_of[name]) for name in names] if origin else []
-    return starts[0] if starts and starts[0] and all(one is starts[0] for one in starts) else origin
+    return starts[0] if starts and starts[0] and all(start is starts[0] for start in starts) else origin
 
 
 def tower_options(model: ContrastiveModel, field: str) -> dict[str, Any]:
@@ -107,15 +108,15 @@ def tower_options(model: ContrastiveModel, field: str) -> dict[str, Any]:
 
 
 def unused(tokenizer: Any) -> Any:
-    """Return a copy of a tokenizer of transformers as it was before it was called: it keeps the truncation and padding of its
-    last call, which would be saved with it, and a processor would then cut sounds to as many samples."""
-    found = copy.deepcopy(tokenizer)
-    if (backend := getattr(found, "backend_tokenizer", None)) is not None:
+    """Return a copy of a tokenizer of transformers without the truncation and padding of its last call, which would be saved
+    with it, so that a processor would cut sounds to as many samples."""
+    fresh = copy.deepcopy(tokenizer)
+    if (backend := getattr(fresh, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
-    return found
+    return fresh
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as safetensors takes them: on the CPU, none of them sharing memory with another."""
+    """Copy tensors for safetensors: on the CPU, none of them sharing memory with another."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Our own folder: what the model is composed of, and its weights. `mmcontrast.load` opens it, training starts from it."""
+"""Export to our own format: a model's composition and weights, which `mmcontrast.load` opens and training can start from."""
 
 import json
 from collections.abc import Mapping
@@ -35,34 +35,38 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     """Write a model into an empty folder, and return notes.
 
     Raises:
-        UserError: for a model of which nothing says how it was made.
+        UserError: for a model of unknown origin.
     """
     if model.origin is None:
         raise UserError("nothing says how this model was made: open it by mmcontrast.load, or compose it of a config")
-    about: dict[str, Any] = {"format": FORMAT}
+    description: dict[str, Any] = {"format": FORMAT}
     origin = origin_of(model, names)
     assert origin
     if any(model.origin.starts.get(model.tower_of[name]) for name in names) and origin is model.origin:
-        whole = [name for name in names if model.tower_of[name] in model.origin.starts]
-        one = f", or --fields {','.join(whole)}" if len(whole) < len(names) else ""
-        raise UserError(f"this format holds a model that is composed, or one that it began with, not both: export onnx{one}")
+        start_fields = [name for name in names if model.tower_of[name] in model.origin.starts]
+        remedy = f", or --fields {','.join(start_fields)}" if len(start_fields) < len(names) else ""
+        raise UserError(f"this format holds a model that is composed, or one that it began with, not both: export onnx{remedy}")
     if origin.library == "mmcontrast":
         parts, notes = _composed(model, names, folder)
-        about |= parts
+        description |= parts
         used = {model.tower_of[name] for name in names}
         unused_towers = [tower for tower in model.towers if tower not in used]
-        left = tuple(f"{kind}.{tower}." for kind in ("towers", "projections") for tower in unused_towers)
-        lengths = {f"hyperbolic.log_scales.{tower}" for tower in unused_towers}
-        tensors = {k: value for k, value in model.state_dict().items() if not k.startswith(left) and k not in lengths}
+        unused_prefixes = tuple(f"{kind}.{tower}." for kind in ("towers", "projections") for tower in unused_towers)
+        unused_scales = {f"hyperbolic.log_scales.{tower}" for tower in unused_towers}
+        tensors = {
+            key: value
+            for key, value in model.state_dict().items()
+            if not key.startswith(unused_prefixes) and key not in unused_scales
+        }
         if model.pairs:
             log_scale, _ = scale_and_bias(model, names) if len(names) == 2 else (model.log_logit_scale.detach(), None)
             tensors["log_logit_scale"] = log_scale.reshape(-1)
         save_file(copied(tensors), folder / BARE_WEIGHTS, {"format": "pt"})
     else:
-        about["library"] = {"folder": LIBRARY, "pooling": origin.pooling}
+        description["library"] = {"folder": LIBRARY, "pooling": origin.pooling}
         (folder / LIBRARY).mkdir()
         notes = write_library(model, names, folder / LIBRARY, origin)
-    (folder / BARE_CONFIG).write_text(dumps(about, indent=1), encoding="utf-8")
+    (folder / BARE_CONFIG).write_text(dumps(description, indent=1), encoding="utf-8")
     return notes
 
 
@@ -80,7 +84,7 @@ def write_library(model: ContrastiveModel, names: list[str], folder: Path, origi
 
 
 def _composed(model: ContrastiveModel, names: list[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return fields, towers and model as a config has them, needing nothing that lies elsewhere, and notes."""
+    """Return fields, towers and model as in a config, without references to other files, and notes."""
     assert model.origin
     config, fields, notes = model.origin.config, {}, []
     for name in names:
@@ -97,9 +101,9 @@ def _composed(model: ContrastiveModel, names: list[str], folder: Path) -> tuple[
         tower = model.towers[name]
         assert isinstance(tower, Tower)
         towers[name] = _without_weights(tower, _mapping(config["towers"][name]))
-        place = towers[name].get("model")
-        if isinstance(place, str) and (":" in place or Path(place).exists()):
-            notes.append(f"its tower {name} is made of what lies at {place}, which must be there where the folder is opened")
+        source = towers[name].get("model")
+        if isinstance(source, str) and (":" in source or Path(source).exists()):
+            notes.append(f"its tower {name} is made of what lies at {source}, which must be there where the folder is opened")
         if ":" in str(towers[name]["type"]):
             notes.append(f"its tower {name} is code of your own, {towers[name]['type']}: it opens with trust_code=True")
     options = dict(config["model"])
@@ -107,8 +111,8 @@ def _composed(model: ContrastiveModel, names: list[str], folder: Path) -> tuple[
         options["projection"] = {tower: kind for tower, kind in options["projection"].items() if tower in towers}
     if len(names) < 3 and model.pairs:
         options["scale_per_pair"] = False
-    about = {"fields": fields, "towers": towers, "model": options}
-    return about | ({"score": model.score.model_dump(mode="json")} if model.score else {}), notes
+    description = {"fields": fields, "towers": towers, "model": options}
+    return description | ({"score": model.score.model_dump(mode="json")} if model.score else {}), notes
 
 
 def _mapping(spec: Component) -> dict[str, Any]:
@@ -116,22 +120,22 @@ def _mapping(spec: Component) -> dict[str, Any]:
 
 
 def _without_weights(tower: Tower, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tower's options that make it without weights of anyone else's: ours follow."""
-    kind, found = spec["type"], {option: value for option, value in spec.items() if option not in WEIGHTS_FROM}
+    """Return a tower's options that build it without pretrained weights: ours are loaded afterwards."""
+    kind, options = spec["type"], {option: value for option, value in spec.items() if option not in WEIGHTS_FROM}
     if kind == "open_clip" and isinstance(spec["model"], str):
         if quick_gelu(spec["model"], spec.get("pretrained")):  # the tag said so
-            found.setdefault("force_quick_gelu", True)
+            options.setdefault("force_quick_gelu", True)
         if "hf_model_name" in model_config(spec["model"]).get("text_cfg", {}):
-            found["pretrained_text"] = False
+            options["pretrained_text"] = False
     if kind == "transformers" and isinstance(tower, TransformersTower):
         from transformers import CONFIG_MAPPING
 
         network_config = tower.network.config
         if network_config.model_type in CONFIG_MAPPING:
-            whole = json.loads(network_config.to_json_string(use_diff=True))
-            found["config"] = {key: value for key, value in whole.items() if key not in NOT_OF_A_CONFIG}
-            found["model"] = network_config.model_type
-    return found
+            config_values = json.loads(network_config.to_json_string(use_diff=True))
+            options["config"] = {key: value for key, value in config_values.items() if key not in NOT_OF_A_CONFIG}
+            options["model"] = network_config.model_type
+    return options
 
 
 def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
@@ -139,10 +143,10 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
     embedder = Embedder(opened, folder.name, "cpu")
 
     def embed(name: str, values: list[Any]) -> Any:
-        given: dict[str, Any] = {
+        query: dict[str, Any] = {
             {"image": "images", "text": "texts", "vector": "vectors"}.get(kind_of(model, name), "audio"): values
         }
-        return embedder.embed(**given, field=name, progress=False)
+        return embedder.embed(**query, field=name, progress=False)
 
     if len(names) > 2 and model.pairs:
         return Reopened(embed)

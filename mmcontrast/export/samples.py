@@ -1,4 +1,4 @@
-"""The samples on which an export is compared: the user's, or a few that are made."""
+"""Samples to compare an export on: the user's, or a few generated ones."""
 
 import io
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from mmcontrast.modalities import AudioModality, TextModality, VectorModality
 from mmcontrast.modalities.library import LibraryAudio
 from mmcontrast.models import ContrastiveModel
 
-SIZES = ((67, 45), (31, 50), (40, 41), (96, 96), (640, 427), (120, 200))  # of pictures that are made
+SIZES = ((67, 45), (31, 50), (40, 41), (96, 96), (640, 427), (120, 200))  # of generated pictures
 TEXTS = (
     "a photo of a cat",
     "two dogs, one of them asleep, on a red sofa in front of a window through which the sea can be seen",
@@ -35,7 +35,8 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Samples:
-    """
+    """Values of fields to embed.
+
     Attributes:
         values: by field: encoded bytes of pictures, sounds and vectors; texts.
         source: "generated", or the patterns of the user's data.
@@ -48,7 +49,7 @@ class Samples:
 
 
 def given_samples(embedder: Embedder, shards: Shards, number: int, fields: Sequence[str]) -> Samples:
-    """Return samples of the user's, spread over all of them.
+    """Return samples of the user's data, evenly spread.
 
     Raises:
         UserError: for shards that lack one of the fields, or have no sample of it that can be decoded.
@@ -74,17 +75,17 @@ def given_samples(embedder: Embedder, shards: Shards, number: int, fields: Seque
             if isinstance(modality, TextModality) and modality.captions != "whole":
                 raw = modality.lines(raw)[0 if isinstance(modality.captions, str) else modality.captions]
             values[field].append(raw if isinstance(modality, TextModality) else members[key])
-    for field, there in values.items():
-        if not there:
+    for field, field_values in values.items():
+        if not field_values:
             raise UserError(f"--data {shards}: none of {number} samples has a {field} that can be decoded")
     return Samples(values, str(shards), (f"{unreadable} values could not be decoded",) if unreadable else ())
 
 
 def made_samples(model: ContrastiveModel, fields: Sequence[str]) -> Samples:
-    """Return a few samples of each field, always the same.
+    """Generate a few samples of each field, always the same.
 
     Raises:
-        UserError: for a field of a kind that cannot be made.
+        UserError: for a field of a kind that cannot be generated.
     """
     values: dict[str, list[Any]] = {}
     for field in fields:

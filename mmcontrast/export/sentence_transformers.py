@@ -1,4 +1,4 @@
-"""The folder that sentence-transformers opens: a model of transformers, with its Normalize module, which it would leave out."""
+"""Export to sentence-transformers: a model of transformers with a Normalize module, which it would leave out."""
 
 import json
 import tempfile
@@ -35,25 +35,25 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
     """Write a model into an empty folder, and return notes.
 
     Raises:
-        UserError: for what sentence-transformers does not compute.
+        UserError: for a model that sentence-transformers cannot compute.
     """
-    only = model.towers[model.tower_of[names[0]]]
+    tower = model.towers[model.tower_of[names[0]]]
     with tempfile.TemporaryDirectory() as inner:
-        if len(names) == 1 and kind_of(model, names[0]) == "text" and isinstance(only, TransformersTower):
-            modules, notes = _text_encoder(model, names[0], only, Path(inner)), []
+        if len(names) == 1 and kind_of(model, names[0]) == "text" and isinstance(tower, TransformersTower):
+            modules, notes = _text_encoder(model, names[0], tower, Path(inner)), []
         elif len(names) == 1:
             raise UserError(f"field {names[0]!r}: sentence-transformers takes text encoders of transformers, or whole models")
         else:
             notes = huggingface.write(model, names, Path(inner))
-            modules = [_whole(Path(inner)), Normalize()]
+            modules = [_dual_encoder(Path(inner)), Normalize()]
         SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder), create_model_card=False)
     card = folder / "README.md"
     card.unlink(missing_ok=True)
     return notes
 
 
-def _whole(folder: Path) -> Transformer:
-    """Return the module of a dual encoder. SigLIP's texts have one length, which its tokenizer does not say."""
+def _dual_encoder(folder: Path) -> Transformer:
+    """Return the module of a dual encoder. SigLIP's texts have one length, which its tokenizer does not name."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with opening(folder):
         module = Transformer(str(folder))
@@ -99,17 +99,17 @@ def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
 
     @torch.no_grad()
     def embed(name: str, values: list[Any]) -> Tensor:
-        given: list[list[Any]] = [values]
+        batches: list[list[Any]] = [values]
         if kind_of(model, name) == "image":
-            given = [opened_pictures(values)]
+            batches = [opened_pictures(values)]
         elif kind_of(model, name) == "audio":
             modality: Any = model.modality(name)
-            given = [[{"array": modality.decode(v).numpy(), "sampling_rate": modality.sample_rate}] for v in values]
-        found = []
-        for batch in given:
+            batches = [[{"array": modality.decode(value).numpy(), "sampling_rate": modality.sample_rate}] for value in values]
+        outputs = []
+        for batch in batches:
             np.random.seed(0)  # noqa: NPY002 - CLAP cuts long sounds at random places
-            found.append(opened.encode(batch, batch_size=4, convert_to_tensor=True, show_progress_bar=False))
-        rows = torch.cat(found)
+            outputs.append(opened.encode(batch, batch_size=4, convert_to_tensor=True, show_progress_bar=False))
+        rows = torch.cat(outputs)
         if not torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5):
             raise UserError(f"field {name!r}: sentence-transformers does not normalise its embeddings")
         return unit(rows)

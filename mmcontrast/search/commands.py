@@ -1,4 +1,4 @@
-"""The commands of search: index a table, ask it, and serve a page to ask it with."""
+"""Commands of search: index a table, search it, and serve a page to search with."""
 
 import socket
 from pathlib import Path
@@ -50,17 +50,17 @@ def index(
     """
     from mmcontrast.search.index import build_index
 
-    through_bank: dict[str, Any] = {"bridge": bridge, "through": through, "scale": scale, "trust_code": trust_code}
-    about = build_index(table, out, field, kind, round(memory * 2**30) if memory else None, device, **through_bank)
-    shown = Table("field", "kind", "rows", "MiB", "seconds", "recall", box=None)
-    for name, entry in about["fields"].items():
+    bridge_options: dict[str, Any] = {"bridge": bridge, "through": through, "scale": scale, "trust_code": trust_code}
+    description = build_index(table, out, field, kind, round(memory * 2**30) if memory else None, device, **bridge_options)
+    results = Table("field", "kind", "rows", "MiB", "seconds", "recall", box=None)
+    for name, entry in description["fields"].items():
         recall = entry["recall"]
-        found = f"{recall['value']:.3f} at {recall['at']} ({recall['number']:,} of {recall['queries']})"
+        measured = f"{recall['value']:.3f} at {recall['at']} ({recall['number']:,} of {recall['queries']})"
         size, seconds = f"{entry['bytes'] / 2**20:.1f}", f"{entry['seconds']:.1f}"
-        shown.add_row(name, entry["factory"], f"{entry['rows']:,}", size, seconds, found)
-    console.print(shown, highlight=False)
-    for why in dict.fromkeys((entry["kind"], entry["reason"]) for entry in about["fields"].values()):
-        console.print(": ".join(why), highlight=False)
+        results.add_row(name, entry["factory"], f"{entry['rows']:,}", size, seconds, measured)
+    console.print(results, highlight=False)
+    for reason in dict.fromkeys((entry["kind"], entry["reason"]) for entry in description["fields"].values()):
+        console.print(": ".join(reason), highlight=False)
     folder = out or table / "index"
     console.print(f"search it: mmcontrast search {folder} --text '…'      mmcontrast serve {folder}", highlight=False)
 
@@ -94,14 +94,15 @@ def search(
     hits = searcher.search(field, k, text=text, image=image, audio=audio, words=words)
     captions = _captions(searcher, hits, field)
     if as_json:
-        found = [vars(hit) | {"caption": caption} for hit, caption in zip(hits, captions, strict=True)]
-        print(dumps(found, ensure_ascii=False, indent=1))
+        rows = [vars(hit) | {"caption": caption} for hit, caption in zip(hits, captions, strict=True)]
+        print(dumps(rows, ensure_ascii=False, indent=1))
         return
-    shown = Table("", "score", "key", "caption", title=f"in {field or searcher.default_field}", title_justify="left", box=None)
+    title = f"in {field or searcher.default_field}"
+    results = Table("", "score", "key", "caption", title=title, title_justify="left", box=None)
     for rank, (hit, caption) in enumerate(zip(hits, captions, strict=True), 1):
         cells = (str(rank), f"{hit.score:.3f}", hit.key, " ".join(caption.split()))
-        shown.add_row(*(_plain(cell) for cell in cells))
-    Console(soft_wrap=True).print(shown, highlight=False)
+        results.add_row(*(_plain(cell) for cell in cells))
+    Console(soft_wrap=True).print(results, highlight=False)
 
 
 def _captions(searcher: Any, hits: list[Any], field: str | None) -> list[str]:
@@ -113,7 +114,7 @@ def _captions(searcher: Any, hits: list[Any], field: str | None) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without markup, and without what a terminal would obey."""
+    """Return a text without markup and control characters."""
     from rich.markup import escape
 
     return escape("".join(letter if letter.isprintable() else "�" for letter in text))
@@ -136,11 +137,11 @@ def serve(
         raise UserError(f"the page's server is not installed ({error}): pip install 'mmcontrast[serve]'") from error
     from mmcontrast.search.searcher import Searcher
 
-    with listen(host, port) as sock:  # before the model is read: a port in use is told at once
+    with listen(host, port) as sock:  # before the model is read: a port in use fails at once
         searcher = Searcher.open(index, device, trust_code)
         if host not in (LOOPBACK, "localhost", "::1"):
             console.print(f"[bold red]anybody who reaches {host} can search here[/], and see and hear all samples: no password")
-        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        console.print(f"open http://{shown}:{port}   ({len(searcher.index):,} samples; Ctrl-C ends)", highlight=False)
+        shown_host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        console.print(f"open http://{shown_host}:{port}   ({len(searcher.index):,} samples; Ctrl-C ends)", highlight=False)
         run_server(searcher, sock, host)
     console.print("stopped", highlight=False)

@@ -1,4 +1,4 @@
-"""What keeps the page's server safe: whom it answers, what a browser may do with the answers, and limits on what it decodes."""
+"""Guard the page's server: refuse foreign hosts and sites, restrict what browsers do with answers, and limit decoding."""
 
 import base64
 import hashlib
@@ -27,15 +27,15 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",
 }
-NOTHING = "default-src 'none'; sandbox; frame-ancestors 'none'"  # the policy of all that is not the page
+NOTHING = "default-src 'none'; sandbox; frame-ancestors 'none'"  # the policy of every response but the page
 
 
 class Guard:
-    """Answers only requests that name this server as their host (others: DNS rebinding), and that its own page sent, if a
-    browser says who did; gives every response headers that keep a browser from taking it for anything else.
+    """ASGI middleware that answers only requests which name this server as their host (others: DNS rebinding) and come from its
+    own page, if the browser says so, and adds headers that keep a browser from interpreting responses as anything else.
 
     Args:
-        host: where the server listens. At 0.0.0.0 or :: also any address, and this machine's name, is its own.
+        host: where the server listens. At 0.0.0.0 or :: any address and this machine's name are its own, too.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -49,18 +49,18 @@ class Guard:
         if scope["type"] != "http":
             return
 
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in {**HEADERS, "content-security-policy": NOTHING}.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        why = self.refused(Headers(scope=scope), scope["path"])
-        await (JSONResponse({"error": why}, 403) if why else self.app)(scope, receive, guarded)
+        reason = self.refused(Headers(scope=scope), scope["path"])
+        await (JSONResponse({"error": reason}, 403) if reason else self.app)(scope, receive, send_with_headers)
 
     def refused(self, headers: Headers, path: str) -> str:
-        """Why a request is not answered; empty if it is."""
+        """Return why a request is refused; empty if it is not."""
         host, origin = headers.get("host", ""), headers.get("origin")
         name = re.sub(r":\d*$", "", host).strip("[]").lower()
         if name not in self.hosts and not (self.anywhere and _is_address(name)):
@@ -81,19 +81,20 @@ def _is_address(name: str) -> bool:
 
 
 def page_and_policy() -> tuple[str, str]:
-    """The page, and a policy under which nothing but its own script and style runs, and nothing comes from elsewhere."""
+    """Return the page, and a policy under which only its own script and style run, and nothing is loaded from elsewhere."""
     page = PAGE.read_text(encoding="utf-8")
 
-    def hashed(tag: str) -> str:
+    def hash_source(tag: str) -> str:
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
-    own = f"script-src {hashed('script')}; style-src {hashed('style')}; img-src 'self' blob: data:; media-src 'self' blob:"
-    return page, f"default-src 'none'; {own}; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    sources = f"script-src {hash_source('script')}; style-src {hash_source('style')}; img-src 'self' blob: data:"
+    sources += "; media-src 'self' blob:; connect-src 'self'"
+    return page, f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def narrow_limits(embedder: Embedder) -> None:
-    """What strangers send is decoded under tighter limits than one's own data."""
+    """Tighten the limits of decoding, for files from strangers."""
     for modality in embedder.model.modalities.values():
         if isinstance(modality, ImageModality):
             modality.max_pixels = min(modality.max_pixels, MAX_PIXELS)
@@ -103,9 +104,10 @@ def narrow_limits(embedder: Embedder) -> None:
 
 
 def refuse_long_sound(data: bytes) -> None:
-    """
+    """Check the decoded size of a sound.
+
     Raises:
-        UserError: for a sound that is small as a file and large when it is decoded.
+        UserError: for a sound that would be too large when it is decoded, or cannot be.
     """
     try:
         with open_sound(data) as file:
@@ -114,5 +116,5 @@ def refuse_long_sound(data: bytes) -> None:
         raise UserError(f"the sound: {error}") from error
     except (soundfile.SoundFileError, ValueError) as error:
         raise UserError(f"the sound: not a sound that can be decoded ({error})") from error
-    if MAX_VALUES < values < UNKNOWN:  # those of unknown length are counted as they are decoded
+    if MAX_VALUES < values < UNKNOWN:  # sounds of unknown length are counted while they are decoded
         raise UserError(f"the sound: {values} values, more than {MAX_VALUES}: give a shorter one")

@@ -1,4 +1,4 @@
-"""Builds the indexes of an embedding table: a faiss index a field, with its measured recall, in a folder that appears whole."""
+"""Build the indexes of an embedding table: one faiss index a field, with its measured recall, written atomically."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ from mmcontrast.search.table import StoredTable
 from mmcontrast.training.log import make_progress
 
 QUERIES, AT = 1000, 10  # of the measured recall
-ENOUGH = 0.95  # of it, for which a search in a graph or in codes is made more thorough
+ENOUGH = 0.95  # of the recall: below, a search in a graph or in codes is made more thorough
 SAME = 1e-6  # scores that differ by less are equal: a duplicate of the right row is right
 MODEL_AND_DATA = ("model", "checkpoint", "pretrained", "precision", "width", "shards", "data")  # of the table's manifest
 
@@ -43,17 +43,17 @@ def build_index(
     scale: float | None = None,
     trust_code: bool = False,
 ) -> dict[str, Any]:
-    """Indexes an embedding table, `out/<field>.faiss` and `out/index.json`, and returns what the latter says.
+    """Index an embedding table: write `out/<field>.faiss` and `out/index.json`, and return the contents of the latter.
 
     Args:
         table: a folder that `mmcontrast embed` wrote. Its parts are read one at a time.
         out: a new folder; default: `table/index`.
-        fields: default: all that a row has.
+        fields: default: all that some row has.
         kind: "auto", "flat", "hnsw" or "ivf_pq"; see `plan_index`.
         memory: bytes that each index may take; default: half of the machine's.
-        device: "cpu": leave GPUs alone, which otherwise learn the lists of ivf_pq, if this faiss can use them.
-        bridge: compare rows through a bank, a text file, shards or an embedding table of the same model: the index has
-            expected entries, see `mmcontrast.evaluation.bridge`. The table's model, which is opened, reads the texts.
+        device: "cpu": do not use GPUs, which otherwise learn the lists of ivf_pq, if this faiss can use them.
+        bridge: compare rows through a bank, a text file, shards or an embedding table of the same model: the index holds
+            expected entries, see `mmcontrast.evaluation.bridge`. The table's model is opened to read the texts.
         through: the bank's field. scale: its κ; default: the model's logit scale.
         trust_code: of the model, as `mmcontrast.load`.
 
@@ -67,34 +67,38 @@ def build_index(
     for field in fields or ():
         if field not in stored.fields:
             raise UserError(f"--field {field}: {table} has none of this name; {suggestion(field, stored.fields)}")
-    wanted = list(dict.fromkeys(fields)) if fields else [field for field in stored.fields if len(stored.present(field))]
-    empty = next((field for field in wanted if not len(stored.present(field))), None)
-    if empty or not wanted:
+    selected = list(dict.fromkeys(fields)) if fields else [field for field in stored.fields if len(stored.present(field))]
+    empty = next((field for field in selected if not len(stored.present(field))), None)
+    if empty or not selected:
         raise UserError(f"{table}: no row has {f'the field {empty!r}' if empty else 'any field'}: there is nothing to index")
-    bank = None if bridge is None else _bank(stored, bridge, through, scale, device, trust_code)
+    bank = None if bridge is None else _read_table_bank(stored, bridge, through, scale, device, trust_code)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     try:
         partial.mkdir(parents=True)
-        bridged = {} if bank is None or bridge is None else {"bridge": _write_bridge(stored, bank, bridge, partial)}
+        bridge_entry = {} if bank is None or bridge is None else {"bridge": _write_bridge(stored, bank, bridge, partial)}
         with make_progress(progress) as bar:
             exact = stored.distances is not None
-            plans = {field: plan_index(len(stored.present(field)), stored.product_dim, kind, memory, exact) for field in wanted}
-            entries = {field: _build(stored, field, wanted, partial, plan, device, bar) for field, plan in plans.items()}
+            plans = {  # all before the first is built: an impossible one is refused at once
+                field: plan_index(len(stored.present(field)), stored.product_dim, kind, memory, exact) for field in selected
+            }
+            entries = {
+                field: _build_field_index(stored, field, selected, partial, plan, device, bar) for field, plan in plans.items()
+            }
         inside = table.resolve() in folder.resolve().parents
-        about: dict[str, Any] = {"format": FORMAT, "table": os.path.relpath(table, folder) if inside else str(table.resolve())}
-        about |= {"table_digest": stored.digest, "rows": len(stored), "dim": stored.dim}
-        about |= {name: stored.manifest[name] for name in MODEL_AND_DATA if name in stored.manifest}
-        written = about | bridged | {"fields": entries}
-        write_json(partial / INDEX, written)
+        header: dict[str, Any] = {"format": FORMAT, "table": os.path.relpath(table, folder) if inside else str(table.resolve())}
+        header |= {"table_digest": stored.digest, "rows": len(stored), "dim": stored.dim}
+        header |= {name: stored.manifest[name] for name in MODEL_AND_DATA if name in stored.manifest}
+        description = header | bridge_entry | {"fields": entries}
+        write_json(partial / INDEX, description)
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return written
+    return description
 
 
-def _bank(
+def _read_table_bank(
     table: StoredTable, source: Path, through: str | None, scale: float | None, device: str | None, trust_code: bool
 ) -> Bank:
     if table.distances is not None:
@@ -108,21 +112,21 @@ def _bank(
 
 
 def _write_bridge(table: StoredTable, bank: Bank, source: Path, folder: Path) -> dict[str, Any]:
-    """Compare the table's rows through the bank from now on; return the bridge's entry in `index.json`."""
+    """Set and write the bridge through which the table's rows are compared; return its entry in `index.json`."""
     assert bank.scale is not None
     table.bridge = Bridge(bank.rows, bank.rows, bank.scale, bank.scale)
     save_file({"bank": bank.rows.contiguous()}, folder / BRIDGE)
     if bank.texts:  # for other models to read
         (folder / TEXTS).write_text("\n".join(bank.texts) + "\n", encoding="utf-8")
-    about = {"bank": str(source), "field": bank.field, "scale": bank.scale, "entries": len(bank.rows)}
-    return about | {"sha256": sha256_of(folder / BRIDGE)}
+    entry = {"bank": str(source), "field": bank.field, "scale": bank.scale, "entries": len(bank.rows)}
+    return entry | {"sha256": sha256_of(folder / BRIDGE)}
 
 
-def _build(
+def _build_field_index(
     table: StoredTable, field: str, fields: Sequence[str], folder: Path, plan: IndexPlan, device: str | None, bar: Progress
 ) -> dict[str, Any]:
-    """Its entry in `index.json`."""
-    faiss, began = faiss_module(), time.perf_counter()
+    """Build, measure and write a field's index; return its entry in `index.json`."""
+    faiss, start = faiss_module(), time.perf_counter()
     rows = table.present(field)
     index = faiss.index_factory(table.product_dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     if plan.train_rows:
@@ -130,7 +134,7 @@ def _build(
             trainer = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(table.dim))  # faiss keeps no reference to it
             faiss.extract_index_ivf(index).clustering_index = trainer
         task = bar.add_task(f"{field}: learning {plan.factory}", total=None, note="")
-        sample = table.vectors(field, _sample(rows, plan.train_rows))
+        sample = table.vectors(field, _spread_sample(rows, plan.train_rows))
         index.train(sample if table.bridge is None else table.compared(sample, columns=True))
         faiss.extract_index_ivf(index).clustering_index = None
         bar.remove_task(task)
@@ -138,12 +142,12 @@ def _build(
     for numbers, vectors in table.blocks(field):
         index.add_with_ids(table.compared(vectors, columns=True).astype(np.float32), numbers)
         bar.advance(task, len(numbers))
-    other = next((f for f in [*fields, *table.fields] if f != field and len(table.present(f))), field)
+    query_field = next((name for name in [*fields, *table.fields] if name != field and len(table.present(name))), field)
     task = bar.add_task(f"{field}: measuring the recall", total=None, note="")
-    recall = Recall(table, field, other)
+    recall = Recall(table, field, query_field)
     for search in plan.search:
         faiss.ParameterSpace().set_index_parameters(index, search)
-        value = recall.of(index, plan.kind)
+        value = recall.measure(index, plan.kind)
         if value >= ENOUGH:
             break
     bar.remove_task(task)
@@ -157,49 +161,50 @@ def _build(
         "rows": len(rows),
         "bytes": path.stat().st_size,
         "sha256": sha256_of(path),
-        "seconds": round(time.perf_counter() - began, 3),
-        "recall": {"value": round(value, 4), **recall.about},
+        "seconds": round(time.perf_counter() - start, 3),
+        "recall": {"value": round(value, 4), **recall.description},
     }
 
 
 class Recall:
-    """Of the k best rows by an exact search, the share that a search in an index finds; k = 10, or all if there are fewer.
+    """The recall of an index: the share of the k best rows of an exact search that it finds; k = 10, or all if there are fewer.
 
-    Up to 1,000 stored vectors of the field `queries`, evenly spread, are the queries: of another field where there is one, as
-    in use; else of the field itself, and then a row does not count as its own neighbour. A found row is right if its exact
-    score is no less than that of the k-th best, so that equal rows stand for each other.
+    Up to 1,000 stored vectors of the field `query_field`, evenly spread, are the queries: of another field if there is one, as
+    in use; else of the field itself, and then a row does not count as its own neighbour. A row is right if its exact score is
+    no less than that of the k-th best, so that equal rows stand for each other.
 
     Attributes:
-        about: `at`: k; `queries`: the field; `number` of them; `self_excluded`.
+        description: `at`: k; `queries`: the field; `number` of them; `self_excluded`.
     """
 
-    def __init__(self, table: StoredTable, field: str, queries: str) -> None:
-        self.table, self.field, self.own = table, field, queries == field
-        self.rows = _sample(table.present(queries), QUERIES)
-        self.vectors, self.k = table.vectors(queries, self.rows), min(AT, len(table.present(field)) - self.own)
-        self.asked = table.compared(self.vectors)
-        self.about = {"at": self.k, "queries": queries, "number": len(self.rows), "self_excluded": self.own}
+    def __init__(self, table: StoredTable, field: str, query_field: str) -> None:
+        self.table, self.field, self.same_field = table, field, query_field == field
+        self.rows = _spread_sample(table.present(query_field), QUERIES)
+        self.vectors, self.k = table.vectors(query_field, self.rows), min(AT, len(table.present(field)) - self.same_field)
+        self.queries = table.compared(self.vectors)
+        self.description = {"at": self.k, "queries": query_field, "number": len(self.rows), "self_excluded": self.same_field}
         best = np.full((len(self.rows), 0), 0, dtype=np.float32)
         for numbers, block in table.blocks(field) if self.k else ():
-            scores = self.asked @ table.compared(block, columns=True).T
-            if self.own:
+            scores = self.queries @ table.compared(block, columns=True).T
+            if self.same_field:
                 scores[numbers == self.rows[:, None]] = -np.inf
             merged = np.concatenate([best, scores], 1)
             best = np.partition(merged, -self.k, 1)[:, -self.k :] if merged.shape[1] > self.k else merged
         self.kth = best.min(1) if self.k else np.empty(0)
 
-    def of(self, index: Any, kind: str) -> float:
+    def measure(self, index: Any, kind: str) -> float:
+        """Return the recall of an index."""
         if not self.k:
             return 1.0
-        right = np.zeros(len(self.rows))
-        found = nearest_rows(index, self.table, self.field, kind, self.vectors, self.k + self.own)[1]
-        for number, rows in enumerate(found):
-            rows = rows[(rows >= 0) & ~(self.own & (rows == self.rows[number]))][: self.k]
+        shares = np.zeros(len(self.rows))
+        neighbours = nearest_rows(index, self.table, self.field, kind, self.vectors, self.k + self.same_field)[1]
+        for number, rows in enumerate(neighbours):
+            rows = rows[(rows >= 0) & ~(self.same_field & (rows == self.rows[number]))][: self.k]
             candidates = self.table.compared(self.table.vectors(self.field, rows), columns=True)
-            right[number] = (candidates @ self.asked[number] >= self.kth[number] - SAME).sum() / self.k
-        return float(right.mean())
+            shares[number] = (candidates @ self.queries[number] >= self.kth[number] - SAME).sum() / self.k
+        return float(shares.mean())
 
 
-def _sample(rows: np.ndarray, number: int) -> np.ndarray:
-    """So many of them, or all, evenly spread."""
+def _spread_sample(rows: np.ndarray, number: int) -> np.ndarray:
+    """Return `number` of the rows, or all, evenly spread."""
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(np.int64))]

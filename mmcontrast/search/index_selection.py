@@ -1,4 +1,4 @@
-"""Which kind of index a field gets, and why: exact while that is fast, a graph while it fits, codes beyond."""
+"""Choose the kind of a field's index: exact while that is fast, a graph while it fits, codes beyond."""
 
 import math
 import os
@@ -15,13 +15,14 @@ KINDS = ("flat", "ivf_pq", "hnsw")
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """
+    """The chosen kind of an index.
+
     Attributes:
         kind: "flat" (exact), "hnsw" (arXiv:1603.09320) or "ivf_pq" (Jégou et al., doi:10.1109/TPAMI.2010.57).
         factory: the string for `faiss.index_factory` (np: codes are not permuted for Hamming distances, which takes long).
-        search: its parameters of search, for `faiss.ParameterSpace`, from fast to thorough: the first that finds enough stays.
-        train_rows: a sample of so many rows trains it; 0: nothing to train.
-        bytes: in memory, about.
+        search: parameters of search for `faiss.ParameterSpace`, from fast to thorough: the first with enough recall is kept.
+        train_rows: rows of the sample that trains it; 0: nothing to train.
+        bytes: in memory, approximately.
         reason: a sentence.
     """
 
@@ -34,34 +35,35 @@ class IndexPlan:
 
 
 def plan_index(rows: int, dim: int, kind: str = "auto", memory: int | None = None, exact: bool = False) -> IndexPlan:
-    """
+    """Choose the kind of an index.
+
     Args:
         rows, dim: N and D of the field's vectors.
         kind: one of `KINDS`, or "auto".
         memory: bytes that an index may take; default: half of the machine's.
-        exact: scores are hyperbolic: neither a graph nor codes know that a query's time has another sign than a row's.
+        exact: scores are hyperbolic: graphs and codes do not support that a query's time has another sign than a row's.
 
     Raises:
         UserError: for an unknown kind; for a graph or codes of hyperbolic scores; for codes of too few rows to learn them from.
     """
     if kind not in ("auto", *KINDS):
         raise UserError(f"--kind {kind!r}: auto, or one of {', '.join(KINDS)}")
-    limit, whose = memory or machine_memory() // 2, "--memory" if memory else "half of this machine's memory"
+    limit, limit_name = memory or machine_memory() // 2, "--memory" if memory else "half of this machine's memory"
     chosen, reason = kind, "asked for by --kind"
     if exact and kind not in ("auto", "flat"):
         raise UserError(f"--kind {kind}: the table's scores are hyperbolic, which are searched exactly alone: --kind flat")
     if exact:
         chosen, reason = "flat", "hyperbolic scores are searched exactly"
     elif kind == "auto":
-        flat, graph = _flat_bytes(rows, dim), _graph_bytes(rows, dim)
-        if rows <= FLAT_ROWS and (flat <= limit or rows < LEAST_PQ_ROWS):
+        flat_bytes, graph_bytes = _flat_bytes(rows, dim), _graph_bytes(rows, dim)
+        if rows <= FLAT_ROWS and (flat_bytes <= limit or rows < LEAST_PQ_ROWS):
             chosen, reason = "flat", f"{rows:,} rows, up to {FLAT_ROWS:,}, are searched exactly in milliseconds"
-        elif graph <= limit:
-            why = f"{rows:,} rows are many for an exact search"
-            chosen, reason = "hnsw", f"{why}, and a graph of {_size(graph)} fits in {_size(limit)}, {whose}"
+        elif graph_bytes <= limit:
+            problem = f"{rows:,} rows are many for an exact search"
+            chosen, reason = "hnsw", f"{problem}, and a graph of {_size(graph_bytes)} fits in {_size(limit)}, {limit_name}"
         else:
-            why = f"a graph of {rows:,} rows takes {_size(graph)}, more than {_size(limit)}, {whose}"
-            chosen, reason = "ivf_pq", f"{why}: codes, whose best are scored again from the table"
+            problem = f"a graph of {rows:,} rows takes {_size(graph_bytes)}, more than {_size(limit)}, {limit_name}"
+            chosen, reason = "ivf_pq", f"{problem}: codes, whose best are scored again from the table"
     if chosen == "flat":
         return IndexPlan("flat", "IDMap,Flat", ("",), 0, _flat_bytes(rows, dim), reason)
     if chosen == "hnsw":
@@ -91,5 +93,5 @@ def _size(number: int) -> str:
 
 
 def machine_memory() -> int:
-    """Bytes."""
+    """Return the machine's memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""An index that was built: opened, and asked for the rows nearest to a vector."""
+"""Open an index and search it for the rows nearest to a vector."""
 
 import hashlib
 import json
@@ -23,12 +23,13 @@ from mmcontrast.search.table import ChangedError, StoredTable, refuse_paths, sta
 
 FORMAT = "mmcontrast index 1"
 INDEX, BRIDGE, TEXTS = "index.json", "bridge.safetensors", "bridge.txt"
-CODES_CANDIDATES = 10  # times k, and 100 at least: found by codes, and scored again from the table
+CODES_CANDIDATES = 10  # times k, and 100 at least: candidates from codes, which are scored again from the table
 SCORED_TOGETHER = 64  # queries
 
 
 def faiss_module() -> ModuleType:
-    """
+    """Import faiss.
+
     Raises:
         UserError: if it is not installed.
     """
@@ -40,13 +41,13 @@ def faiss_module() -> ModuleType:
 
 
 def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found. `score`: the cosine, or −distance of hyperbolic ones; `metadata`: what the sample's json says."""
+    """A row of a search's result. `score`: the cosine, or −distance of hyperbolic embeddings; `metadata`: the sample's json."""
 
     row: int
     score: float
@@ -57,32 +58,32 @@ class Hit:
 def nearest_rows(
     index: Any, table: StoredTable, field: str, kind: str, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores [Q, k], best first; rows int64 [Q, k], −1 where there are fewer). The candidates that codes find, and
-    those of hyperbolic scores, are scored again from the stored vectors."""
-    asked = table.compared(queries).astype(np.float32, copy=False)
+    """Return (scores [Q, k], best first; rows int64 [Q, k], −1 where there are fewer). Candidates from codes, and those of
+    hyperbolic scores, are scored again from the stored vectors."""
+    prepared = table.compared(queries).astype(np.float32, copy=False)
     if kind != "ivf_pq" and table.distances is None:
-        return index.search(asked, min(k, index.ntotal))
-    candidates = index.search(asked, min(max(CODES_CANDIDATES * k, 100), index.ntotal))[1]
+        return index.search(prepared, min(k, index.ntotal))
+    candidates = index.search(prepared, min(max(CODES_CANDIDATES * k, 100), index.ntotal))[1]
     scores = np.full(candidates.shape, -np.inf, dtype=np.float32 if table.distances is None else np.float64)
     for first in range(0, len(queries), SCORED_TOGETHER):
-        some = candidates[first : first + SCORED_TOGETHER]
-        vectors = table.vectors(field, some.clip(0).ravel()).reshape(*some.shape, -1)
-        scores[first : first + len(some)] = table.scores(queries[first : first + len(some)], vectors)
+        block = candidates[first : first + SCORED_TOGETHER]
+        vectors = table.vectors(field, block.clip(0).ravel()).reshape(*block.shape, -1)
+        scores[first : first + len(block)] = table.scores(queries[first : first + len(block)], vectors)
     scores[candidates < 0] = -np.inf
     order = np.argsort(-scores, 1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
 
 
 class SearchIndex:
-    """The indexes of a table's fields, and the table. An index is read when it is first asked, and compared with its SHA-256.
+    """The indexes of a table's fields, and the table. An index is read at its first search, and checked by its SHA-256.
 
     Attributes:
         about: `index.json`: model, checkpoint, shards, bridge, and per field kind, reason, rows, recall.
-        table: its rows.
+        table: the indexed table.
         fields: those that have an index.
 
     Raises:
-        UserError: for a folder without a whole index, or whose table is not there or has changed since.
+        UserError: for a folder without a complete index, or whose table is missing or has changed since.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -108,8 +109,8 @@ class SearchIndex:
         self.table = StoredTable(table)
         if self.table.digest != digest:
             raise UserError(f"{folder} is of another table than {table} holds now: index it again")
-        if (bridged := self.about.get("bridge")) is not None:
-            self.table.bridge = self._read_bridge(bridged)
+        if (bridge_entry := self.about.get("bridge")) is not None:
+            self.table.bridge = self._read_bridge(bridge_entry)
         self._index = lru_cache(maxsize=None)(self._read)
 
     @classmethod
@@ -120,21 +121,22 @@ class SearchIndex:
         return len(self.table)
 
     def check_unchanged(self) -> None:
-        """
+        """Check that the index and its table are those that were opened.
+
         Raises:
-            ChangedError: if the index or its table was made anew since it was opened.
+            ChangedError: if one was rebuilt since.
         """
         if stamp(self.folder / INDEX) != self._stamp:
             raise ChangedError(f"{self.folder} was made anew since it was opened: start again")
         self.table.check_unchanged()
 
-    def _read_bridge(self, about: dict[str, Any]) -> Bridge:
+    def _read_bridge(self, entry: dict[str, Any]) -> Bridge:
         path = self.folder / BRIDGE
         try:
-            if sha256_of(path) != about["sha256"]:
+            if sha256_of(path) != entry["sha256"]:
                 raise UserError(f"{path} is damaged (its SHA-256 is not the one that {INDEX} has): index again")
             bank = load_file(path)["bank"]
-            return Bridge(bank, bank, about["scale"], about["scale"])
+            return Bridge(bank, bank, entry["scale"], entry["scale"])
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): index again") from error
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -142,9 +144,9 @@ class SearchIndex:
 
     def _read(self, field: str) -> Any:
         path, rows = self.folder / f"{field}.faiss", self.about["fields"][field]["rows"]
-        written = self.about["fields"][field].get("sha256")  # older indexes have none
+        digest = self.about["fields"][field].get("sha256")  # older indexes have none
         try:
-            if written and sha256_of(path) != written:
+            if digest and sha256_of(path) != digest:
                 raise UserError(f"{path} is damaged (its SHA-256 is not the one that {INDEX} has): index again")
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): index again") from error
@@ -159,27 +161,29 @@ class SearchIndex:
         return index
 
     def check_field(self, field: str) -> None:
-        """
+        """Check that a field has an index.
+
         Raises:
-            UserError: if it has no index.
+            UserError: if it has none.
         """
         if field not in self.fields:
             raise UserError(f"no index of a field {field!r}; {suggestion(field, self.fields)}")
 
     def check_row(self, row: int) -> None:
-        """
+        """Check that a row exists.
+
         Raises:
-            UserError: if there is none of this number.
+            UserError: if it does not.
         """
         if not 0 <= row < len(self):
             raise UserError(f"no row {row}: rows are 0 to {len(self) - 1}")
 
     def search(self, vectors: Tensor | np.ndarray, field: str, k: int = 10, without: Sequence[int] = ()) -> list[Any]:
-        """The rows nearest to an embedding [D], best first, as `Hit`s; for [Q, D], a list of them for each.
+        """Return the rows nearest to an embedding [D], best first, as `Hit`s; for [Q, D], a list of them for each.
 
         Args:
-            field: in whose index.
-            k: how many, or all that there are.
+            field: whose index is searched.
+            k: number of hits; all where there are fewer.
             without: rows that are left out.
 
         Raises:
@@ -196,13 +200,14 @@ class SearchIndex:
         kind = self.about["fields"][field]["kind"]
         with self._reading:
             index = self._index(field)
-        found = nearest_rows(index, self.table, field, kind, np.atleast_2d(queries), k + len(without))
+        results = nearest_rows(index, self.table, field, kind, np.atleast_2d(queries), k + len(without))
         hits = []
-        for scores, rows in zip(*found, strict=True):
+        for scores, rows in zip(*results, strict=True):
             pairs = [(row, score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True) if row >= 0]
             if any(row >= len(self) for row, _ in pairs):
                 raise UserError(f"{self.folder / f'{field}.faiss'} has rows that the table has not: index again")
-            hits.append([self.hit(*pair) for pair in [pair for pair in pairs if pair[0] not in without][:k]])
+            kept = [(row, score) for row, score in pairs if row not in without][:k]
+            hits.append([self.hit(row, score) for row, score in kept])
         self.check_unchanged()  # after all is read
         return hits if queries.ndim == 2 else hits[0]
 
@@ -212,10 +217,10 @@ class SearchIndex:
         return hit
 
     def vector(self, row: int, field: str) -> Tensor:
-        """The stored embedding [D] of a row.
+        """Return the stored embedding [D] of a row.
 
         Raises:
-            UserError: if the row or its field is not there.
+            UserError: if the row or its field is missing.
         """
         self.check_row(row)
         if field not in self.table.fields:
@@ -225,13 +230,13 @@ class SearchIndex:
         return torch.from_numpy(self.table.vectors(field, np.array([row]))[0])
 
     def neighbours(self, row: int, field: str, k: int = 10, of: str | None = None) -> list[Hit]:
-        """The rows nearest to a row, itself left out.
+        """Return the rows nearest to a row, without itself.
 
         Args:
-            field: in whose index.
-            of: the field of the row whose embedding asks; default: the same.
+            field: whose index is searched.
+            of: the field of the row whose embedding is the query; default: the same.
 
         Raises:
-            UserError: if the row, its field or the index is not there.
+            UserError: if the row, its field or the index is missing.
         """
         return self.search(self.vector(row, of or field), field, k, without=[row])

@@ -1,4 +1,4 @@
-"""Search as a person does it: a text, a picture, a sound, a row that was found, or several at once, become one vector."""
+"""Search an index by a text, a picture, a sound, a row, or several at once, embedded as one query vector."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -22,51 +22,51 @@ from mmcontrast.search.query import TEXTS, Hit, SearchIndex
 
 SHOWN_CHARACTERS = 300  # of a caption
 NAMES = {"images": "the picture", "texts": "the text", "audio": "the sound"}
-Row = tuple[int, str]  # and which of its fields asks
+Row = tuple[int, str]  # (row, its field that is the query)
 
 
-def model_of(about: Mapping[str, Any], folder: Path, device: str | None, trust_code: bool = False) -> Embedder:
-    """Open the model that an index, or an embedding table, says it was made by.
+def model_of(description: Mapping[str, Any], folder: Path, device: str | None, trust_code: bool = False) -> Embedder:
+    """Open the model that made an index or an embedding table, by its description.
 
     Raises:
-        UserError: if it does not say so; as `mmcontrast.load`.
+        UserError: if it does not name the model; as `mmcontrast.load`.
     """
     for name in ("model", "checkpoint", "pretrained", "precision"):
-        if not isinstance(value := about.get(name), str | None):
+        if not isinstance(value := description.get(name), str | None):
             raise UserError(f"{folder}: its {name} is {str(value)[:60]!r}: index again")
-    if not isinstance(width := about.get("width"), int | None):
+    if not isinstance(width := description.get("width"), int | None):
         raise UserError(f"{folder}: its width is {str(width)[:60]!r}: index again")
-    if not about.get("model"):
+    if not description.get("model"):
         raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
-    named: dict[str, Any] = {name: about.get(name) for name in ("checkpoint", "pretrained")}
-    options: dict[str, Any] = {"precision": about.get("precision", "fp32"), "trust_code": trust_code, "width": width}
-    return load(about["model"], device=device, **options, **named)
+    checkpoint_options: dict[str, Any] = {name: description.get(name) for name in ("checkpoint", "pretrained")}
+    options: dict[str, Any] = {"precision": description.get("precision", "fp32"), "trust_code": trust_code, "width": width}
+    return load(description["model"], device=device, **options, **checkpoint_options)
 
 
-def bridge_from(asking: Embedder, index: SearchIndex) -> Bridge:
-    """Return the bridge of an index with its entries as another model reads them.
+def bridge_from(query_embedder: Embedder, index: SearchIndex) -> Bridge:
+    """Return the bridge of an index with its entries embedded by another model for queries.
 
     Raises:
         UserError: if the index has none, or not of texts; as `Embedder.embed`.
     """
-    own, texts = index.table.bridge, index.folder / TEXTS
-    if own is None or not texts.is_file():
+    bridge, texts = index.table.bridge, index.folder / TEXTS
+    if bridge is None or not texts.is_file():
         raise UserError(
-            f"{index.folder} has no bridge of texts, through which {asking.name} could ask: make one with"
+            f"{index.folder} has no bridge of texts, through which {query_embedder.name} could ask: make one with"
             " mmcontrast index TABLE OUT --bridge words.txt"
         )
-    return replace(own, queries=asking.embed(texts=read_texts(texts)), query_scale=asking.scale_of_texts())
+    return replace(bridge, queries=query_embedder.embed(texts=read_texts(texts)), query_scale=query_embedder.scale_of_texts())
 
 
 class Searcher:
-    """An index with the model that its table was made by, and the shards that it was made of.
+    """An index with the model that made its table, and the shards of its samples.
 
     Args:
-        asking: another model, which embeds what is asked for; of an index with a bridge of texts, which both models read.
+        asking: another model that embeds the queries, for an index with a bridge of texts, which both models read.
 
     Attributes:
         kinds: per field of the table, "images", "texts", "audio" or "vectors".
-        default_field: in which to search: the first with pictures, else the first.
+        default_field: the field to search: the first with pictures, else the first.
 
     Raises:
         UserError: if the model's embeddings are of another width; for another model without a bridge.
@@ -84,7 +84,7 @@ class Searcher:
         }
         if asking is not None:
             index.table.bridge = bridge_from(asking, index)
-        self.default_field = next((f for f in index.fields if self.kinds.get(f) == "images"), index.fields[0])
+        self.default_field = next((field for field in index.fields if self.kinds.get(field) == "images"), index.fields[0])
 
     @classmethod
     def open(
@@ -112,34 +112,34 @@ class Searcher:
         like: Row | None = None,
         words: float = 0.5,
     ) -> Tensor:
-        """An embedding [D]: the weighted sum of the embeddings of what is given, normalised where they are unit vectors
+        """Embed a query as a vector [D]: the weighted sum of the embeddings of its parts, normalised if they are unit vectors
         (embedding-space arithmetic, ImageBind, arXiv:2305.05665).
 
         Args:
             image, audio: a file that is opened, or its bytes.
             like: a row of the table.
-            words: the text's weight in [0, 1]; the others share the rest.
+            words: the text's weight in [0, 1]; the other parts share the rest.
 
         Raises:
-            UserError: if nothing is given, or something cannot be read; if the model has no field for it.
+            UserError: if no part is given, or one cannot be read; if the model has no field for it.
         """
         if like and self.asking is not self.embedder:
             raise UserError(f"a row asks in the space of {self.embedder.name}, not of {self.asking.name}: give it as a file")
-        parts = [self._embedded(kind, value) for kind, value in (("images", image), ("audio", audio)) if value is not None]
+        parts = [self._embed(kind, value) for kind, value in (("images", image), ("audio", audio)) if value is not None]
         parts += [self.index.vector(*like)] if like else []
-        asked = None if text is None or not text.strip() else self._embedded("texts", text.strip())
+        text_embedding = None if text is None or not text.strip() else self._embed("texts", text.strip())
         if not 0 <= words <= 1:
             raise UserError(f"the weight of the words is {words}: it is from 0 to 1")
-        if asked is None and not parts:
+        if text_embedding is None and not parts:
             raise UserError("nothing to search for: give a text, a picture or a sound")
         if not parts:
-            assert asked is not None
-            return asked
-        rest = torch.stack(parts).mean(0)
-        together = rest if asked is None else words * asked + (1 - words) * rest
-        return F.normalize(together, dim=0) if self.index.table.distances is None else together
+            assert text_embedding is not None
+            return text_embedding
+        other = torch.stack(parts).mean(0)
+        combined = other if text_embedding is None else words * text_embedding + (1 - words) * other
+        return F.normalize(combined, dim=0) if self.index.table.distances is None else combined
 
-    def _embedded(self, kind: str, value: Any) -> Tensor:
+    def _embed(self, kind: str, value: Any) -> Tensor:
         query: dict[str, Any] = {kind: [value]}
         try:
             with self._turn.get(kind, nullcontext()):
@@ -148,7 +148,7 @@ class Searcher:
             raise UserError(str(error).replace(f"{kind}[0]", NAMES[kind], 1)) from error
 
     def search(self, field: str | None = None, k: int = 10, like: Row | None = None, **query: Any) -> list[Hit]:
-        """The best rows for what is given, as to `vector`; a row that is given is left out.
+        """Return the best rows for a query, with the arguments of `vector`; the row `like` is left out.
 
         Raises:
             UserError: as `vector` and `SearchIndex.search`.
@@ -159,21 +159,21 @@ class Searcher:
 
     @cached_property
     def dataset(self) -> ShardDataset:
-        """The samples, by row.
+        """Return the samples, by row.
 
         Raises:
-            UserError: if the shards are not there, or are others than when they were embedded.
+            UserError: if the shards are missing, or have changed since they were embedded.
         """
-        about = self.index.about
-        if "shards" not in about:
+        description = self.index.about
+        if "shards" not in description:
             raise UserError("the index's table does not say of which shards it is: embed again with mmcontrast embed")
-        dataset = self.embedder.dataset(about["shards"])
-        if len(dataset) != len(self.index) or about.get("data", dataset.digest) != dataset.digest:
-            raise UserError(f"{about['shards']}: these samples are not those of the index: embed and index them again")
+        dataset = self.embedder.dataset(description["shards"])
+        if len(dataset) != len(self.index) or description.get("data", dataset.digest) != dataset.digest:
+            raise UserError(f"{description['shards']}: these samples are not those of the index: embed and index them again")
         return dataset
 
     def media(self, row: int, field: str) -> bytes | None:
-        """The member that a row's field was read from; None if it has none.
+        """Return the member that a row's field was read from; None if it has none.
 
         Raises:
             UserError: if there is no such row or field, or it cannot be read.
@@ -190,24 +190,24 @@ class Searcher:
         return next((members[extension] for extension in extensions if extension in members), None)
 
     def caption(self, hit: Hit, field: str | None = None) -> str:
-        """Return what there is to read of a row: its text, of `field` if that holds texts; else a text of its json or its key.
+        """Return a row's caption: its text, of `field` if that holds texts; else a text of its json, or its key.
 
         Raises:
             UserError: as `dataset`.
         """
-        for name in sorted(self.kinds, key=lambda name: name != field):  # the one that was searched first
+        for name in sorted(self.kinds, key=lambda name: name != field):  # the searched field first
             if self.kinds[name] == "texts" and self.index.table.has(hit.row, name) and (data := self.media(hit.row, name)):
                 return data.decode("utf-8", "replace").strip()[:SHOWN_CHARACTERS]
         texts = (hit.metadata[name] for name in ("caption", "text", "title", "name") if hit.metadata.get(name))
         return str(next(texts, hit.key))[:SHOWN_CHARACTERS]
 
     def examples(self, number: int = 6) -> list[str]:
-        """Captions of rows spread over the table: what one might ask for."""
-        step, found = max(1, len(self.index) // (4 * number)), []
+        """Return captions of rows spread over the table, as examples of queries."""
+        step, examples = max(1, len(self.index) // (4 * number)), []
         for row in range(0, len(self.index), step):
             caption = self.caption(self.index.hit(row, 0.0)).splitlines()[0]
-            if 3 <= len(caption) <= 40 and caption not in found:
-                found.append(caption)
-            if len(found) == number:
+            if 3 <= len(caption) <= 40 and caption not in examples:
+                examples.append(caption)
+            if len(examples) == number:
                 break
-        return found
+        return examples

@@ -1,4 +1,4 @@
-"""A page to search with, and the few addresses behind it: starlette on uvicorn, on the loopback unless told otherwise."""
+"""Serve a page to search with and its API: starlette on uvicorn, on the loopback by default."""
 
 import re
 import socket
@@ -28,14 +28,14 @@ from mmcontrast.search.table import ChangedError
 
 MAX_UPLOAD = 16 * 2**20  # bytes of a request's body
 MAX_TEXT, MAX_HITS = 2_000, 96
-MAX_HEAD = 2 * 2**20  # bytes of a request's address and headers: what is over MAX_TEXT is refused in words
+MAX_HEAD = 2 * 2**20  # bytes of a request's address and headers: a text over MAX_TEXT gets an error message
 CONNECTIONS = 64
-SEARCHES = 4  # with a file, and as many without one, at a time
+SEARCHES = 4  # at a time with a file, and as many without one
 UPLOADS = ("image", "audio")
 
 
 class Ask(BaseModel):
-    """What a search's address may say: words, in which field, how many, a row to start from, the weight of the words."""
+    """The query string of a search: text, field, number of hits, a row to start from and its field, the text's weight."""
 
     model_config = ConfigDict(extra="forbid")
     q: str = Field("", max_length=MAX_TEXT)
@@ -47,9 +47,10 @@ class Ask(BaseModel):
 
     @classmethod
     def parse(cls, query: bytes) -> "Ask":
-        """
+        """Parse a query string.
+
         Raises:
-            UserError: for what is not UTF-8, unknown, too long or out of range.
+            UserError: for bytes that are not UTF-8, and options that are unknown, too long or out of range.
         """
         try:
             return cls.model_validate(dict(parse_qsl(query.decode("ascii"), errors="strict", max_num_fields=20)))
@@ -63,18 +64,20 @@ class Ask(BaseModel):
 
 
 def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
-    """The application. A search that takes long holds no other: those with a file, whose decoding may take long, have threads
-    of their own, as have those without, and members of shards; the page and `/api/about` need none. Threads, not processes:
-    the model and the index are there once, and what takes long (decoding, products, faiss, reading) lets the others run.
+    """Return the application. A slow search blocks no other: searches with a file, whose decoding may be slow, have threads of
+    their own, and so have those without, and members of shards; the page and `/api/about` need none. Threads, not processes:
+    the model and the index are in memory once, and the slow parts (decoding, products, faiss, reading) release the GIL.
 
     Raises:
-        UserError: if the shards of the index are not there.
+        UserError: if the shards of the index are missing.
     """
     narrow_limits(searcher.embedder)
     page, policy = page_and_policy()
     version = searcher.index.table.digest
-    about = {
-        "model": Path(searcher.embedder.name).name,  # not its folder, which is not for visitors
+    embedder = searcher.embedder
+    query_kinds = {kind_of(embedder.model.modality(field)) for field in embedder.fields}
+    description = {
+        "model": Path(embedder.name).name,  # not its folder, which is not for visitors
         "rows": len(searcher.dataset),
         "version": version,
         "fields": sorted(
@@ -83,9 +86,7 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         ),
         "shown": searcher.kinds,
         "default": searcher.default_field,
-        "takes": sorted(
-            {kind_of(m) for f in searcher.embedder.fields if (m := searcher.embedder.model.modality(f))} - {"vectors"}
-        ),
+        "takes": sorted(query_kinds - {"vectors"}),
         "examples": searcher.examples() if "texts" in searcher.kinds.values() else [],
         "max_upload": MAX_UPLOAD,
         "max_hits": MAX_HITS,
@@ -96,13 +97,13 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         return Response(page, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
     async def describe(request: Request) -> Response:
-        return JSONResponse(about)
+        return JSONResponse(description)
 
     async def search(request: Request) -> Response:
-        ask = Ask.parse(request.scope["query_string"])
+        request_options = Ask.parse(request.scope["query_string"])
         files = await uploads(request) if request.method == "POST" else {}
         threads = with_files if files else without_files
-        return JSONResponse(await to_thread.run_sync(answer, searcher, ask, files, limiter=threads))
+        return JSONResponse(await to_thread.run_sync(answer, searcher, request_options, files, limiter=threads))
 
     async def member(request: Request) -> Response:
         number, field = request.path_params["row"], request.path_params["field"]
@@ -117,8 +118,8 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
             raise HTTPException(404, str(error)) from error
         if data is None:
             raise HTTPException(404, f"row {row} has no {field!r}")
-        keep = "private, max-age=86400" if request.query_params.get("v") == version else "no-cache"
-        return part_of(data, request.headers.get("range"), {"cache-control": keep, "accept-ranges": "bytes"})
+        cache_control = "private, max-age=86400" if request.query_params.get("v") == version else "no-cache"
+        return member_response(data, request.headers.get("range"), {"cache-control": cache_control, "accept-ranges": "bytes"})
 
     routes = [
         Route("/", home),
@@ -126,42 +127,46 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         Route("/api/search", search, methods=["GET", "POST"]),
         Route("/media/{row}/{field:path}", member),
     ]
+
+    def unforeseen(_: Request, error: Exception) -> Response:
+        return error_response(500, f"an unforeseen error ({type(error).__name__}): the server's log has it")
+
     handlers: dict[Any, Any] = {
-        ChangedError: lambda _, error: refusal(503, str(error)),
-        UserError: lambda _, error: refusal(400, str(error)),
-        ClientDisconnect: lambda _, error: refusal(400, "the connection was closed"),
-        MultiPartException: lambda _, error: refusal(400, error.message),
-        FormParserError: lambda _, error: refusal(400, f"Invalid multipart data: {error}"),  # starlette's 1.0 lets it pass
-        HTTPException: lambda _, error: refusal(error.status_code, error.detail),
-        Exception: lambda _, error: refusal(500, f"an unforeseen error ({type(error).__name__}): the server's log has it"),
+        ChangedError: lambda _, error: error_response(503, str(error)),
+        UserError: lambda _, error: error_response(400, str(error)),
+        ClientDisconnect: lambda _, error: error_response(400, "the connection was closed"),
+        MultiPartException: lambda _, error: error_response(400, error.message),
+        FormParserError: lambda _, error: error_response(400, f"Invalid multipart data: {error}"),  # starlette 1.0 lets it by
+        HTTPException: lambda _, error: error_response(error.status_code, error.detail),
+        Exception: unforeseen,
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), host)  # outermost: errors are guarded too
 
 
-def part_of(data: bytes, wanted: str | None, headers: dict[str, str]) -> Response:
-    """A member, or the one range of its bytes that is asked for, without which some browsers play no sound."""
+def member_response(data: bytes, byte_range: str | None, headers: dict[str, str]) -> Response:
+    """Return a response with a member, or with one range of its bytes, without which some browsers play no sound."""
     kind = media_type(data) or "text/plain"
-    found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", wanted or "")
-    if not found or not any(found.groups()):
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", byte_range or "")
+    if not match or not any(match.groups()):
         return Response(data, media_type=kind, headers=headers)
-    first, last = found.groups()
+    first, last = match.groups()
     start = int(first) if first else max(0, len(data) - int(last))
     stop = min(int(last) + 1, len(data)) if first and last else len(data)
     if start >= stop:
         raise HTTPException(416, f"bytes {start} to {stop - 1} of {len(data)}")
-    span = {"content-range": f"bytes {start}-{stop - 1}/{len(data)}"}
-    return Response(data[start:stop], 206, headers | span, media_type=kind)
+    range_header = {"content-range": f"bytes {start}-{stop - 1}/{len(data)}"}
+    return Response(data[start:stop], 206, headers | range_header, media_type=kind)
 
 
-def refusal(status: int, why: str) -> Response:
-    return JSONResponse({"error": " ".join(why.split())}, status)
+def error_response(status: int, reason: str) -> Response:
+    return JSONResponse({"error": " ".join(reason.split())}, status)
 
 
 def answer(searcher: Searcher, ask: Ask, files: dict[str, Any]) -> dict[str, Any]:
-    """Search, in a thread.
+    """Search, in a thread, and return the response as JSON.
 
     Raises:
-        UserError: for what cannot be searched for.
+        UserError: for a query that cannot be read or embedded.
     """
     field = ask.field or searcher.default_field
     searcher.index.check_field(field)
@@ -171,26 +176,25 @@ def answer(searcher: Searcher, ask: Ask, files: dict[str, Any]) -> dict[str, Any
     like = None
     if ask.row is not None:
         searcher.index.check_row(ask.row)
-        like = (
-            ask.row,
-            ask.of or next((f for f in (field, *searcher.index.table.fields) if searcher.index.table.has(ask.row, f)), field),
-        )
+        table = searcher.index.table
+        present = next((name for name in (field, *table.fields) if table.has(ask.row, name)), field)
+        like = ask.row, ask.of or present
     hits = searcher.search(field, ask.k, like=like, text=ask.q, words=ask.words, **query)
-    start = shown(searcher, searcher.index.hit(ask.row, 1.0), field) if ask.row is not None else None
-    return {"in": field, "hits": [shown(searcher, hit, field) for hit in hits], "like": start}
+    start = hit_to_json(searcher, searcher.index.hit(ask.row, 1.0), field) if ask.row is not None else None
+    return {"in": field, "hits": [hit_to_json(searcher, hit, field) for hit in hits], "like": start}
 
 
-def shown(searcher: Searcher, hit: Hit, searched: str) -> dict[str, Any]:
+def hit_to_json(searcher: Searcher, hit: Hit, searched: str) -> dict[str, Any]:
     has = [field for field in searcher.kinds if searcher.index.table.has(hit.row, field)]
     return {"row": hit.row, "score": hit.score, "key": hit.key, "caption": searcher.caption(hit, searched), "has": has}
 
 
 async def uploads(request: Request) -> dict[str, Any]:
-    """The files of a form, `image` and `audio`, by those names alone: their own names are not looked at.
+    """Return the files of a form, `image` and `audio`, by those names; the files' own names are ignored.
 
     Raises:
-        HTTPException: 413 for a body over `MAX_UPLOAD`, before more than that is kept, by its length or as it comes; 415 for
-            what is no form.
+        HTTPException: 413 for a body over `MAX_UPLOAD`, before more than that is kept, by its length or while it is received;
+            415 for a body that is no form.
         UserError: for any other part.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
@@ -216,7 +220,7 @@ async def uploads(request: Request) -> dict[str, Any]:
 
 @contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens, until the block ends.
+    """Yield a listening socket, and close it at the end of the block.
 
     Raises:
         UserError: if the port is in use, or the address is not this machine's.
@@ -234,7 +238,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def run_server(searcher: Searcher, sock: socket.socket, host: str) -> None:
-    """Answers until Ctrl-C or SIGTERM.
+    """Serve until Ctrl-C or SIGTERM.
 
     Raises:
         UserError: as `make_app`.

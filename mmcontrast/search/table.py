@@ -1,4 +1,4 @@
-"""An embedding table as it lies on a disk: rows by number, no more of it in memory than what is asked for."""
+"""Read an embedding table from disk by row, without loading it into memory."""
 
 import hashlib
 import json
@@ -27,11 +27,12 @@ KEPT_GROUPS = 8  # row groups of metadata that stay in memory
 
 
 class ChangedError(UserError):
-    """A table or an index was made anew under a program that has it open."""
+    """A table or an index was rebuilt while a program has it open."""
 
 
 def refuse_paths(names: Iterable[Any], file: Path) -> None:
-    """
+    """Check names that become file names.
+
     Raises:
         UserError: for a name that is not that of a file in the same folder.
     """
@@ -41,16 +42,16 @@ def refuse_paths(names: Iterable[Any], file: Path) -> None:
 
 
 def stamp(file: Path) -> tuple[int, int, int] | None:
-    """Inode, size and time of a file, which change where it is written anew; None if it is not there."""
+    """Return inode, size and time of a file, which change when it is rewritten; None if it is missing."""
     try:
-        about = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return about.st_ino, about.st_size, about.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class StoredTable:
-    """N rows, D numbers each. Parts are memory-mapped: a row that nobody asks for is not read.
+    """A table of N rows of D numbers on disk. Parts are memory-mapped: only the rows that are used are read.
 
     Attributes:
         manifest: as `mmcontrast embed` wrote it.
@@ -69,8 +70,8 @@ class StoredTable:
             self.manifest: dict[str, Any] = json.loads(text)
             if self.manifest["format"] not in FORMATS:
                 raise UserError(f"{folder / MANIFEST} is of the format {self.manifest['format']!r}, not {FORMATS[0]!r}")
-            given = self.manifest.get("curvature")
-            self.distances = None if given is None else Lorentz(float(given))
+            curvature = self.manifest.get("curvature")
+            self.distances = None if curvature is None else Lorentz(float(curvature))
             self.digest = hashlib.blake2b(text, digest_size=8).hexdigest()
             self.fields: list[str] = list(self.manifest["fields"])
             self.dim, self._names = int(self.manifest["dim"]), [part["name"] for part in self.manifest["parts"]]
@@ -104,18 +105,17 @@ class StoredTable:
 
     @property
     def query_dim(self) -> int:
-        """The numbers of a query."""
+        """Return the width of a query."""
         return self.dim if self.bridge is None else self.bridge.queries.shape[1]
 
     @property
     def product_dim(self) -> int:
-        """The numbers of a row that is `compared`."""
+        """Return the width of a `compared` row."""
         return self.dim + (self.distances is not None)
 
     def compared(self, vectors: np.ndarray, columns: bool = False) -> np.ndarray:
-        """Return vectors [..., D] as they are to be multiplied: the greater the product of a query and a row (`columns`), the
-        better it fits. Of a hyperbolic model float64 points of the hyperboloid, [..., D + 1]; through a bridge expected
-        entries."""
+        """Return vectors [..., D] for products: the greater the product of a query and a row (`columns`), the better the match.
+        Of a hyperbolic model float64 points of the hyperboloid, [..., D + 1]; through a bridge expected entries."""
         if self.bridge is not None:
             rows = torch.from_numpy(vectors.reshape(-1, vectors.shape[-1]))
             return self.bridge.expected(rows, candidates=columns).numpy().reshape(*vectors.shape[:-1], self.dim)
@@ -129,9 +129,10 @@ class StoredTable:
         return products if self.distances is None else self.distances.value(torch.from_numpy(products)).numpy()
 
     def check_unchanged(self) -> None:
-        """
+        """Check that the table is the one that was opened.
+
         Raises:
-            ChangedError: if the table was made anew since it was opened.
+            ChangedError: if it was rebuilt since.
         """
         if stamp(self.folder / MANIFEST) != self._stamp:
             raise ChangedError(f"{self.folder} was made anew since it was opened: index it again, and start again")
@@ -145,41 +146,41 @@ class StoredTable:
         return part, row - int(self._starts[part])
 
     def present(self, field: str) -> np.ndarray:
-        """The rows that have the field, int64, ascending."""
-        here = [part[f"present.{field}"].numpy() for part in self._parts]
-        return np.flatnonzero(np.concatenate(here)) if here else np.empty(0, dtype=np.int64)
+        """Return the rows that have the field, int64, ascending."""
+        masks = [part[f"present.{field}"].numpy() for part in self._parts]
+        return np.flatnonzero(np.concatenate(masks)) if masks else np.empty(0, dtype=np.int64)
 
     def has(self, row: int, field: str) -> bool:
         part, inner = self._locate(row)
         return bool(self._parts[part][f"present.{field}"][inner])
 
     def vectors(self, field: str, rows: np.ndarray, check: bool = True) -> np.ndarray:
-        """Return float32 [R, D] of rows in any order.
+        """Return the vectors float32 [R, D] of rows in any order.
 
         Args:
-            check: False: of rows that `blocks` has given before.
+            check: False for rows that `blocks` has already checked.
 
         Raises:
             UserError: for a vector that is not finite.
         """
-        found = np.empty((len(rows), self.dim), dtype=np.float32)
+        vectors = np.empty((len(rows), self.dim), dtype=np.float32)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(parts):
-            here = np.flatnonzero(parts == part)
-            inner = torch.from_numpy(rows[here] - self._starts[part])
-            found[here] = self._parts[part][field][inner].float().numpy()
+            positions = np.flatnonzero(parts == part)
+            inner = torch.from_numpy(rows[positions] - self._starts[part])
+            vectors[positions] = self._parts[part][field][inner].float().numpy()
         if check:
-            self._check_finite(field, found, rows)
-        return found
+            self._check_finite(field, vectors, rows)
+        return vectors
 
     def _check_finite(self, field: str, vectors: np.ndarray, rows: np.ndarray) -> None:
-        def name_of(place: int) -> str:
-            return f"{self.folder}, field {field!r}, row {rows[place]}, sample {self.about(int(rows[place]))[0]!r}"
+        def name_of(position: int) -> str:
+            return f"{self.folder}, field {field!r}, row {rows[position]}, sample {self.about(int(rows[position]))[0]!r}"
 
         check_finite(torch.from_numpy(vectors), name_of)
 
     def blocks(self, field: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows int64 [R], vectors float32 [R, D]) of those that have the field, in order.
+        """Yield (rows int64 [R], vectors float32 [R, D]) of all rows that have the field, in order.
 
         Raises:
             UserError: for a vector that is not finite.
@@ -189,7 +190,7 @@ class StoredTable:
                 inner = part[f"present.{field}"][first : first + BLOCK_ROWS].nonzero().squeeze(1)
                 if not len(inner):
                     continue
-                with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:  # pages are let go with it
+                with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:  # its pages are freed at the end
                     vectors = file.get_slice(field)[first : first + BLOCK_ROWS][inner].float().numpy()
                 rows = inner.numpy() + first + start
                 self._check_finite(field, vectors, rows)
@@ -204,12 +205,12 @@ class StoredTable:
         for name, rows in zip(self._names, np.diff(self._starts), strict=True):
             path = self.folder / f"{name}.parquet"
             try:
-                found = pq.read_table(path, columns=list(names)).select(names)
+                table = pq.read_table(path, columns=list(names)).select(names)
             except (OSError, KeyError, pa.ArrowException) as error:
                 raise UserError(f"{path}: missing or damaged ({error}): embed again") from error
-            if len(found) != rows:
+            if len(table) != rows:
                 raise UserError(f"{path} is not of {rows} rows, as {MANIFEST} says: embed again")
-            yield found
+            yield table
 
     def ids(self, column: str) -> np.ndarray:
         """Return `sample_id` or `group_id` of all rows, int64 [N].
@@ -225,11 +226,11 @@ class StoredTable:
         return np.concatenate(parts)
 
     def release(self) -> None:
-        """Let the pages go that were read: they count as this process's memory while they are mapped."""
+        """Free the pages that were read, which count as this process's memory while they are mapped."""
         self._parts = [self._opened(name, int(rows)) for name, rows in zip(self._names, np.diff(self._starts), strict=True)]
 
     def about(self, row: int) -> tuple[str, dict[str, Any]]:
-        """(key, metadata) of a row.
+        """Return (key, metadata) of a row.
 
         Raises:
             UserError: if they cannot be read.
@@ -239,14 +240,14 @@ class StoredTable:
         try:
             starts = self._group_starts(part)
             group = int(np.searchsorted(starts, inner, side="right")) - 1
-            columns, place = self._group(part, group), inner - int(starts[group])
-            return str(columns["key"][place].as_py()), json.loads(columns["metadata"][place].as_py())
+            columns, row_in_group = self._group(part, group), inner - int(starts[group])
+            return str(columns["key"][row_in_group].as_py()), json.loads(columns["metadata"][row_in_group].as_py())
         except (OSError, IndexError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{path}: missing or damaged ({error}): embed again") from error
 
     def _read_group_starts(self, part: int) -> np.ndarray:
-        about = pq.read_metadata(self.folder / f"{self._names[part]}.parquet")
-        return np.cumsum([0, *(about.row_group(group).num_rows for group in range(about.num_row_groups))])
+        parquet_metadata = pq.read_metadata(self.folder / f"{self._names[part]}.parquet")
+        return np.cumsum([0, *(parquet_metadata.row_group(group).num_rows for group in range(parquet_metadata.num_row_groups))])
 
     def _read_group(self, part: int, group: int) -> pa.Table:
         return pq.ParquetFile(self.folder / f"{self._names[part]}.parquet").read_row_group(group, columns=["key", "metadata"])

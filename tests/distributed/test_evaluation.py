@@ -10,8 +10,8 @@ import torch.distributed as dist
 from mmcontrast.data import ShardDataset, write_shard
 from mmcontrast.evaluation import EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.evaluation.embed import embed_together
-from mmcontrast.evaluation.evaluate import shared
-from mmcontrast.evaluation.retrieval_inputs import _share
+from mmcontrast.evaluation.evaluate import broadcast_table
+from mmcontrast.evaluation.retrieval_inputs import _rank_share
 from mmcontrast.modalities import TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
 from tests.command import call_on_ranks
@@ -42,7 +42,7 @@ def check_shared(table, rank):
     """All have the first rank's tensors, and of the metadata what is asked for."""
     whole = joined([None] * RANKS, table)
     for entries in ((), ("kind", "nothing")):
-        found = shared(whole if rank == 0 else table, dist.group.WORLD, entries)
+        found = broadcast_table(whole if rank == 0 else table, dist.group.WORLD, entries)
         expected = [{name: entry[name] for name in entries if name in entry} for entry in whole.metadata]
         assert found.metadata == (whole.metadata if rank == 0 else expected)
         assert found.sample_ids.equal(whole.sample_ids) and found.group_ids.equal(whole.group_ids)
@@ -76,7 +76,7 @@ def work(rank, folder):
             read.clear()
             opened, datasets = open_splits(options, model, lambda _, whole=dataset: whole)
             results = evaluate(model, datasets, opened, group=dist.group.WORLD).values
-            assert [sample for sample in read if sample < len(dataset)] == [*_share(len(dataset), rank, RANKS)], "its own"
+            assert [sample for sample in read if sample < len(dataset)] == [*_rank_share(len(dataset), rank, RANKS)], "its own"
             answers.append((rank, shard.name, table, results))
         (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(answers))
     finally:

@@ -57,7 +57,7 @@ def test_real_steps_change_what_is_meant_by_a_low_rank(kind, tmp_path):
     unmerged.load_state_dict(adapter, strict=False)
     kind_of = {"audio": files} if kind == "hf clap" else {"images": files}
     field = next(iter(kind_of)).removesuffix("s")
-    inputs = after.model.modality(field).collate([after._prepared(after.model.modality(field), "", file) for file in files])
+    inputs = after.model.modality(field).collate([after._prepare(after.model.modality(field), "", file) for file in files])
     with torch.no_grad():
         torch.testing.assert_close(unmerged.eval().encode(field, inputs), after.embed(**kind_of), rtol=0, atol=1e-5)
 

@@ -121,7 +121,7 @@ def test_a_poor_index_has_a_poor_recall(table, tmp_path):
     recall, values = Recall(stored, "a", "a"), []
     for probes in (1, 8, 64):
         faiss.ParameterSpace().set_index_parameters(index, f"nprobe={probes}")
-        values.append(recall.of(index, "hnsw"))
+        values.append(recall.measure(index, "hnsw"))
     assert values[0] < 0.7 < values[1] < values[2] == 1
 
 
