@@ -63,7 +63,7 @@ def ours(folder: Path, headers: bool, cache: str) -> tuple[float, list[str]]:
     os.environ["MMCONTRAST_CACHE"] = cache
     from mmcontrast.curation.filter import Filter
     from mmcontrast.curation.rules import parse_rules
-    from mmcontrast.curation.stage import run_stage
+    from mmcontrast.curation.run_stage import run_stage
 
     named = {} if headers else {"width": "json:width", "height": "json:height"}
     rules = [{**rule, **(named if rule.get("type") in ("pixels", "aspect") else {})} for rule in RULES]

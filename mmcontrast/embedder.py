@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset, ShardOptions, Shards, open_dataset
-from mmcontrast.data.dataset import UNREADABLE, FieldKeys, names_of
+from mmcontrast.data.decoding import UNREADABLE
+from mmcontrast.data.keys import FieldKeys, names_of
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import scale_between
 from mmcontrast.evaluation.bridge import Bridge

@@ -19,10 +19,12 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "components.py": ("test_trust.py", "mmcontrast.components"),
     **{
         f"curation/{name}.py": ("curation/test_mine.py", "mmcontrast.curation.mine")  # all of it goes through them
-        for name in ("blocks", "outputs", "table_commands", "windows")
+        for name in ("blocks", "outputs", "table_commands", "whole_files", "windows")
     },
     "curation/kmeans.py": ("curation/test_cluster.py", "--clusters"),
     "data/build.py": ("test_glyphs.py", "mmcontrast.data.build"),
+    "data/arrow_copies.py": ("data/test_foreign_tables.py", "arrow_copies"),
+    "data/column_types.py": ("data/test_foreign_tables.py", "string_view"),
     "data/dataset.py": ("data/test_keys.py", "ShardDataset"),
     "data/engines.py": ("curation/test_engines.py", "run_jobs"),
     "data/files.py": ("data/test_stream.py", "StreamOrder, files"),
@@ -30,6 +32,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "curation/looking.py": ("curation/test_filter.py", "aspect"),
     "curation/report.py": ("curation/test_filter.py", "report.html"),
     "curation/rules.py": ("curation/test_filter.py", "parse_rules"),
+    "curation/run_stage.py": ("curation/test_stage.py", "run_stage"),
     "data/parts.py": ("data/test_selection.py", "narrowed"),
     "data/folder.py": ("data/test_keys.py", "folders"),
     "data/ids.py": ("data/test_keys.py", "id_of"),
@@ -38,8 +41,12 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "data/opening.py": ("evaluation/test_splits.py", "ShardOptions"),
     "data/page.py": ("evaluation/test_compare.py", "html"),
     "data/range_cache.py": ("data/test_remote.py", "RangeCache"),
+    "data/decoding.py": ("data/test_views.py", "collate"),
+    "data/samples.py": ("data/test_negatives.py", "ShardDataset"),
     "data/shard.py": ("data/test_names.py", "mmcontrast.data.shard"),
     "data/tar.py": ("data/test_names.py", "tars_of_gnu_tar"),
+    "data/shard_values.py": ("data/test_selection.py", "sample_id"),
+    "data/verify_worker.py": ("data/test_verify.py", "verify_worker"),
     "data/writer.py": ("data/test_shards.py", "write_corpus"),
     "data_commands.py": ("data/test_verify.py", "mmcontrast.data_commands"),
     "doctor/check.py": ("test_doctor.py", "Check"),

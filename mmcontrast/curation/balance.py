@@ -1,4 +1,4 @@
-"""Balancing of texts over a list of entries (MetaCLIP, arXiv:2309.16671): the frequent are thinned out, the rare kept whole.
+"""Balances texts over a list of entries (MetaCLIP, arXiv:2309.16671): frequent entries are thinned out, rare ones kept whole.
 
 A text matches an entry that stands in it between spaces, once each of `,.;:?!` and the grave accent has been set apart. An
 entry that N texts match keeps each of them with probability min(1, t / N); a text is kept if any of its entries keeps it.
@@ -27,7 +27,7 @@ _SPACED = str.maketrans({**{mark: f" {mark} " for mark in SET_APART}, **dict.fro
 
 
 class Entries:
-    """A list of entries, in which a text's are found in one walk over its words.
+    """A list of entries; those that stand in a text are found in one walk over its words.
 
     Args:
         entries: words or phrases; the place in the list is an entry's number.
@@ -54,14 +54,14 @@ class Entries:
 
         The same as `" entry " in " text "` for every entry, in time that grows with the text alone.
         """
-        words, found = f" {text.translate(_SPACED)} ".split(" "), set()
-        words = words[1:-1]  # what stands before the first space, and behind the last
+        numbers = set()
+        words = f" {text.translate(_SPACED)} ".split(" ")[1:-1]  # without the empty ends
         for length in self._lengths:
             for start in range(len(words) - length + 1):
                 number = self._number.get(" ".join(words[start : start + length]))
                 if number is not None:
-                    found.add(number)
-        return sorted(found)
+                    numbers.add(number)
+        return sorted(numbers)
 
     def count(self, texts: Iterable[str]) -> np.ndarray:
         """Return [E] int64: how many texts match each entry."""
@@ -77,12 +77,12 @@ def shares(counts: np.ndarray, limit: float) -> np.ndarray:
 
 
 def limit_of_tail(counts: np.ndarray, tail: float) -> int:
-    """Return the limit by which a share of all matches is of entries that are kept whole (MetaCLIP 2, arXiv:2507.22062): a
-    share that is chosen once gives each language a limit of its own.
+    """Return the limit with which entries that are kept whole have a given share of all matches (MetaCLIP 2, arXiv:2507.22062):
+    a share that is chosen once gives each language a limit of its own.
 
     Args:
         counts: of each entry.
-        tail: of all matches the share that entries with fewer than the limit have.
+        tail: the share of all matches that entries with fewer than the limit have.
 
     Raises:
         ValueError: if nothing matches.
@@ -143,9 +143,9 @@ class Balance(Stage):
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
         """Return the entries that each text matches, and for each a number in [0, 1): a function of seed, shard and row."""
         entries = read_entries(self.entries)
-        found: list[list[int]] = []
-        drawn: list[list[float]] = []
-        why: list[str | None] = []
+        matches: list[list[int]] = []
+        draws: list[list[float]] = []
+        problems: list[str | None] = []
         for look in looks(shard, rows, members_of_keys(self.keys), {}):
             try:
                 matched, problem = entries.found_in(look.text(self.keys)), None
@@ -153,11 +153,14 @@ class Balance(Stage):
                 matched, problem = [], str(error) if isinstance(error, Missing) else f"text unreadable ({error})"
             digest = hashlib.blake2b(f"balance {self.seed} {shard.digest} {look.row}".encode(), digest_size=8).digest()
             random = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
-            found.append(matched)
-            drawn.append(random.random(len(matched)).tolist())
-            why.append(problem)
-        columns = {"entries": pa.array(found, pa.list_(pa.int32())), f"{PRIVATE}drawn": pa.array(drawn, pa.list_(pa.float64()))}
-        return pa.table({**columns, f"{PRIVATE}why": pa.array(why, pa.string())})
+            matches.append(matched)
+            draws.append(random.random(len(matched)).tolist())
+            problems.append(problem)
+        columns = {
+            "entries": pa.array(matches, pa.list_(pa.int32())),
+            f"{PRIVATE}drawn": pa.array(draws, pa.list_(pa.float64())),
+        }
+        return pa.table({**columns, f"{PRIVATE}why": pa.array(problems, pa.string())})
 
     def decide(self, tables: Iterator[pa.Table]) -> Decisions:
         """Return (how many texts match each entry, the share of them that each keeps)."""
@@ -172,19 +175,19 @@ class Balance(Stage):
         return counts, shares(counts, limit)
 
     def judge(self, measured: pa.Table, decisions: Decisions, number: int) -> Judgement:
-        counts, share_of = decisions
+        counts, keep_share = decisions
         names = read_entries(self.entries).names
         reasons: list[str | None] = []
         kinds: list[str | None] = []
         columns = (measured[name].to_pylist() for name in ("entries", f"{PRIVATE}drawn", f"{PRIVATE}why"))
-        for found, drawn, why in zip(*columns, strict=True):
-            if any(draw < share_of[entry] for entry, draw in zip(found, drawn, strict=True)):
+        for matched, draws, problem in zip(*columns, strict=True):
+            if any(draw < keep_share[entry] for entry, draw in zip(matched, draws, strict=True)):
                 reasons.append(None)
-            elif found:
-                rarest = min(found, key=lambda entry: (counts[entry], entry))
+            elif matched:
+                rarest = min(matched, key=lambda entry: (counts[entry], entry))
                 reasons.append(f"of frequent entries alone ({names[rarest]}, in {counts[rarest]} texts)")
             else:
-                reasons.append(why or "matches no entry")
+                reasons.append(problem or "matches no entry")
             kinds.append(reasons[-1].partition(" (")[0] if reasons[-1] else None)
         return Judgement(reasons, {"texts that match an entry": sum(map(bool, measured["entries"].to_pylist()))}, kinds)
 

@@ -1,4 +1,4 @@
-"""Keep what a stage of an embedding table has done: a file a block beside its output, so that a run that was killed goes on.
+"""Keeps the blocks that a stage of an embedding table has finished, in files beside its output, so that a killed run goes on.
 
 The blocks are gone once the output is there.
 """
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmcontrast.curation.outputs import METADATA, about_table
-from mmcontrast.curation.stage import write_json, write_table
+from mmcontrast.curation.whole_files import write_json, write_table
 from mmcontrast.errors import UserError
 from mmcontrast.search.table import BLOCK_ROWS, StoredTable
 from mmcontrast.strict_json import dumps
@@ -25,7 +25,7 @@ class Blocks:
 
     Args:
         out: the output.
-        table: that it is made of.
+        table: from which it is made.
         options: on which blocks depend.
 
     Raises:
@@ -35,21 +35,21 @@ class Blocks:
     def __init__(self, out: Path, table: StoredTable, options: dict[str, Any]) -> None:
         self.folder = out.with_name(f".{out.name}.blocks")
         state = {"table": about_table(table), "state of the table": _stamps(table), "size of a block": BLOCK_ROWS}
-        path, begun = self.folder / BEGUN, json.loads(dumps({"options": options} | state))
+        path, description = self.folder / BEGUN, json.loads(dumps({"options": options} | state))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                write_json(begun, path)
-            there = json.loads(path.read_text())
+                write_json(description, path)
+            existing = json.loads(path.read_text())
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}): remove {self.folder}") from error
-        other = [name for name in begun if there.get(name) != begun[name]]
-        if other:
+        differing = [name for name in description if existing.get(name) != description[name]]
+        if differing:
             raise UserError(
-                f"{self.folder} has what an unfinished run wrote, of another {' and '.join(other)}: give the same as then to go"
-                " on, remove that folder to begin again, or choose another output"
+                f"{self.folder} has what an unfinished run wrote, of another {' and '.join(differing)}: give the same as then"
+                " to go on, remove that folder to begin again, or choose another output"
             )
 
     def _path(self, kind: str, number: int) -> Path:
@@ -59,11 +59,11 @@ class Blocks:
         return self._path(kind, number).exists()
 
     def write(self, kind: str, number: int, table: pa.Table, counts: dict[str, Any] | None = None) -> None:
-        """Write a block, and what was counted in it."""
+        """Write a block, and its counts."""
         write_table(table.replace_schema_metadata({METADATA: dumps(counts or {})}), self._path(kind, number))
 
     def read(self, kind: str, number: int) -> tuple[pa.Table, dict[str, Any]]:
-        """Return a block, and what was counted in it."""
+        """Return a block, and its counts."""
         table = pq.read_table(self._path(kind, number))
         return table.replace_schema_metadata(None), json.loads(table.schema.metadata[METADATA])
 
@@ -72,7 +72,7 @@ class Blocks:
 
 
 def _stamps(table: StoredTable) -> list[list[Any]]:
-    """Return name, size and time of a table's files: one that was made anew may have the same manifest."""
+    """Return name, size and time of a table's files: a table that was made anew may have the same manifest."""
     names = [part["name"] for part in table.manifest["parts"]]
     files = [table.folder / f"{name}.{kind}" for name in names for kind in ("safetensors", "parquet")]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

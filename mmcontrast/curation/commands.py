@@ -1,4 +1,4 @@
-"""The commands that make selections: filter; exact duplicates; shards of what is kept."""
+"""Defines the commands that make selections: filter, dedup, balance, and write, which copies what a selection keeps."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +10,7 @@ from rich.table import Table
 from mmcontrast.errors import UserError
 
 if TYPE_CHECKING:
-    from mmcontrast.curation.stage import Outcome
+    from mmcontrast.curation.run_stage import Outcome
 
 console = Console(stderr=True, soft_wrap=True)
 Shards = Annotated[list[str], typer.Argument(help="tars (by URL too), folders, tables: globs, brace ranges", metavar="SHARDS")]
@@ -40,14 +40,14 @@ def filter_shards(
     """
     from mmcontrast.curation.filter import Filter
     from mmcontrast.curation.rules import parse_rules, read_rules
-    from mmcontrast.curation.stage import run_stage
+    from mmcontrast.curation.run_stage import run_stage
     from mmcontrast.data import read_keys
 
-    given = read_rules(rules)
+    parsed = read_rules(rules)
     if keys:
-        tree = given.model_dump(by_alias=True, exclude_unset=True)
-        given = parse_rules({**tree, "keys": {**tree.get("keys", {}), **read_keys(keys)}}, "--keys")
-    stage = Filter(given, files)
+        tree = parsed.model_dump(by_alias=True, exclude_unset=True)
+        parsed = parse_rules({**tree, "keys": {**tree.get("keys", {}), **read_keys(keys)}}, "--keys")
+    stage = Filter(parsed, files)
     _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers, engine=engine))
 
 
@@ -77,15 +77,15 @@ def dedup(
     """
     from mmcontrast.curation.exact_duplicates import ExactDuplicates
     from mmcontrast.curation.looking import FIELDS
-    from mmcontrast.curation.stage import run_stage
+    from mmcontrast.curation.run_stage import run_stage
     from mmcontrast.data import read_keys
 
-    given = read_keys(keys or ())
-    for field in given:
+    field_keys = read_keys(keys or ())
+    for field in field_keys:
         if field not in FIELDS or field not in by:
             raise UserError(f"--keys {field}=…: keys are of the fields image, text and audio that --by names")
     stage = ExactDuplicates(
-        tuple(by), decoded, best, tuple((field, tuple(map(str, of))) for field, of in sorted(given.items())), files
+        tuple(by), decoded, best, tuple((field, tuple(map(str, names))) for field, names in sorted(field_keys.items())), files
     )
     _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers, engine=engine))
 
@@ -135,13 +135,13 @@ def balance(
     """
     from mmcontrast.curation.balance import balance_of
     from mmcontrast.curation.looking import FIELDS
-    from mmcontrast.curation.stage import run_stage
+    from mmcontrast.curation.run_stage import run_stage
     from mmcontrast.data import read_keys
 
-    given = read_keys(keys or ())
-    if given.keys() - {"text"}:
-        raise UserError(f"--keys {min(given.keys() - {'text'})}=…: what is balanced is the field text")
-    stage = balance_of(entries, limit, tail, seed, [str(key) for key in given.get("text", FIELDS["text"])], files)
+    field_keys = read_keys(keys or ())
+    if field_keys.keys() - {"text"}:
+        raise UserError(f"--keys {min(field_keys.keys() - {'text'})}=…: what is balanced is the field text")
+    stage = balance_of(entries, limit, tail, seed, [str(key) for key in field_keys.get("text", FIELDS["text"])], files)
     _show(run_stage(stage, shards, out, select=str(select) if select else None, workers=workers, engine=engine))
 
 

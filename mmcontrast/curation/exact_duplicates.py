@@ -1,7 +1,7 @@
-"""`mmcontrast data dedup`: of samples whose members are the same, byte for byte or once decoded, one is kept.
+"""`mmcontrast data dedup`: keeps one of several samples whose members are the same, byte for byte or once decoded.
 
-Every shard's members are hashed to 128 bits; then one process sorts all hashes, in about 80 bytes of memory a sample. Which
-sample is kept depends on the order of the shards and of the samples in them alone.
+Every shard's members are hashed to 128 bits; then one process sorts all hashes, in about 80 bytes of memory a sample. The kept
+sample depends on the order of the shards and of the samples in them alone.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ class ExactDuplicates(Stage):
     """A stage that keeps one of several samples which are the same.
 
     Attributes:
-        by: what is compared, all of it: the fields image, text or audio, or members, or entries of the json (json:sha256).
-        decoded: compare what members decode to, pixels or samples, instead of their bytes.
+        by: compared together: the fields image, text or audio, or members, or entries of the json (json:sha256).
+        decoded: compare decoded members, pixels or samples of sounds, instead of their bytes.
         best: keep the one with the largest number in this column, as the rule `column` reads it; default: the first.
         keys: of fields, the members that they are read from, tried in turn.
     """
@@ -60,69 +60,71 @@ class ExactDuplicates(Stage):
         return dict(self.keys).get(name) or FIELDS.get(name) or (name,)
 
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
-        members = {name for of in self.by for name in members_of_keys(self.keys_of(of))} | ({"json"} if self.best else set())
-        scored = previous is not None and self.best in previous.column_names
-        before = {self.best: previous[self.best].to_pylist()} if previous is not None and self.best and scored else {}
+        members = {name for field in self.by for name in members_of_keys(self.keys_of(field))}
+        members |= {"json"} if self.best else set()
+        previous_scores = {}
+        if previous is not None and self.best and self.best in previous.column_names:
+            previous_scores = {self.best: previous[self.best].to_pylist()}
         hashes: list[tuple[int, int] | tuple[None, None]] = []
-        why: list[str | None] = []
-        measured: list[float | None] = []
-        for look in looks(shard, rows, members, before):
-            found, reason = self._hash(look)
-            hashes.append(found)
-            why.append(reason)
-            measured.append(_score(look, self.best) if self.best else None)
+        reasons: list[str | None] = []
+        scores: list[float | None] = []
+        for look in looks(shard, rows, members, previous_scores):
+            pair, reason = self._hash(look)
+            hashes.append(pair)
+            reasons.append(reason)
+            scores.append(_score(look, self.best) if self.best else None)
         columns = {name: pa.array([pair[k] for pair in hashes], pa.uint64()) for k, name in enumerate(HASH)}
-        columns |= {ROW: pa.array(rows), WHY: pa.array(why, pa.string())}
-        return pa.table(columns | ({SCORE: pa.array(measured, pa.float64())} if self.best else {}))
+        columns |= {ROW: pa.array(rows), WHY: pa.array(reasons, pa.string())}
+        return pa.table(columns | ({SCORE: pa.array(scores, pa.float64())} if self.best else {}))
 
     def _hash(self, look: Look) -> tuple[tuple[int, int] | tuple[None, None], str | None]:
-        """Return (the hash of what is compared, why the sample is dropped). One that lacks any of it is like no other."""
-        whole = hashlib.blake2b(digest_size=16)
+        """Return (the hash of the compared members, why the sample is dropped). A sample that lacks one has no duplicate."""
+        hasher = hashlib.blake2b(digest_size=16)
         for name in self.by:
             try:
                 data = look.member(self.keys_of(name), name)
                 if self.decoded and name in FIELDS:
-                    data = _decoded(name, data)
+                    data = _decode(name, data)
             except Missing:
                 return (None, None), None
             except DecodeError as error:
                 return (None, None), f"{name} unreadable ({error})"
-            whole.update(f"{len(data)} ".encode())
-            whole.update(data)
-        digest = whole.digest()
+            hasher.update(f"{len(data)} ".encode())
+            hasher.update(data)
+        digest = hasher.digest()
         return (int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")), None
 
     def decide(self, tables: Iterator[pa.Table]) -> Decisions:
-        """Return (the place of the sample that is kept in the place of each, −1 of those that are like no other; where each
-        shard's places begin; the rows of all places)."""
+        """Return (the position of the sample that is kept instead of each, −1 of those that are not compared; where each
+        shard's positions begin; the rows of all positions)."""
         halves: list[list[np.ndarray]] = [[], []]
-        known: list[np.ndarray] = []
+        has_hash: list[np.ndarray] = []
         scores: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         for table in tables:
-            known.append(table[HASH[0]].is_valid().to_numpy(zero_copy_only=False))
+            has_hash.append(table[HASH[0]].is_valid().to_numpy(zero_copy_only=False))
             for half, name in zip(halves, HASH, strict=True):
                 half.append(table[name].fill_null(0).to_numpy())
             rows.append(table[ROW].to_numpy())
             if self.best:
                 scores.append(-table[SCORE].fill_null(-np.inf).to_numpy())
         starts = np.cumsum([0, *map(len, rows)])
-        places = np.flatnonzero(np.concatenate(known))
-        first, second = (np.concatenate(half)[places] for half in halves)
-        order = np.lexsort((*([np.concatenate(scores)[places]] if self.best else []), second, first))  # stable
-        new = np.ones(len(order), dtype=bool)
-        new[1:] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
+        positions = np.flatnonzero(np.concatenate(has_hash))
+        first, second = (np.concatenate(half)[positions] for half in halves)
+        order = np.lexsort((*([np.concatenate(scores)[positions]] if self.best else []), second, first))  # stable
+        is_new = np.ones(len(order), dtype=bool)
+        is_new[1:] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
         kept = np.full(int(starts[-1]), -1, dtype=np.int64)
-        kept[places[order]] = places[order[np.flatnonzero(new)[np.cumsum(new) - 1]]] if len(order) else 0
+        kept[positions[order]] = positions[order[np.flatnonzero(is_new)[np.cumsum(is_new) - 1]]] if len(order) else 0
         return kept, starts, np.concatenate(rows)
 
     def judge(self, measured: pa.Table, decisions: Decisions, number: int) -> Judgement:
         kept, starts, rows = decisions
         reasons = measured[WHY].to_pylist()
         kinds = [None if reason is None else reason.partition(" (")[0] for reason in reasons]
-        here = np.arange(starts[number], starts[number + 1])
-        keepers = kept[here]
-        for k in np.flatnonzero((keepers >= 0) & (keepers != here)).tolist():
+        positions = np.arange(starts[number], starts[number + 1])
+        keepers = kept[positions]
+        for k in np.flatnonzero((keepers >= 0) & (keepers != positions)).tolist():
             shard = int(np.searchsorted(starts, keepers[k], side="right")) - 1
             reasons[k], kinds[k] = f"{DUPLICATE} (row {rows[keepers[k]]} of shard {shard})", DUPLICATE
         return Judgement(reasons, {"without": int((keepers < 0).sum())}, kinds)
@@ -138,8 +140,8 @@ def _score(look: Look, column: str) -> float | None:
         return None
 
 
-def _decoded(field: str, data: bytes) -> bytes:
-    """Return what a member decodes to, as bytes: pixels of 8 bits on white with their sides, samples at 16 kHz, a text.
+def _decode(field: str, data: bytes) -> bytes:
+    """Return a decoded member as bytes: pixels of 8 bits on white with their sides, samples at 16 kHz, a text.
 
     Raises:
         DecodeError: if it cannot be decoded.

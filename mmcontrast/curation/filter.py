@@ -1,4 +1,4 @@
-"""`mmcontrast data filter`: keeps the samples that pass all rules, and counts what each rule removes, first and alone."""
+"""`mmcontrast data filter`: keeps the samples that pass all rules, and counts those that each rule removes, first and alone."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ WHY = f"{PRIVATE}why."  # and the rule's number: why a rule drops a sample, null
 
 @dataclass(frozen=True)
 class Filter(Stage):
-    """A stage of rules, of which the first that drops a sample is its reason.
+    """A stage of rules; the first that drops a sample is its reason.
 
     Attributes:
-        given: the rules, and where those that do not say it read.
+        given: the rules, and the keys of those that have none.
         files: the folder of files that tables name.
     """
 
@@ -50,25 +50,24 @@ class Filter(Stage):
 
     @property
     def file_columns(self) -> frozenset[str]:
-        named = {key for rule in self.rules if rule.field != "text" for key in rule.keys(self.fields)}
-        return FILE_COLUMNS | {key for key in named if ":" not in key}
+        keys = {key for rule in self.rules if rule.field != "text" for key in rule.keys(self.fields)}
+        return FILE_COLUMNS | {key for key in keys if ":" not in key}
 
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:
         members = {name for rule in self.rules for name in rule.members(self.fields)}
         keys = [rule.keys(self.fields) for rule in self.rules]
-        known = {rule.name for rule in self.rules if isinstance(rule, Column)}
-        before = {name: previous[name].to_pylist() for name in known & set(previous.column_names)} if previous else {}
+        names = {rule.name for rule in self.rules if isinstance(rule, Column)}
+        measures = {name: previous[name].to_pylist() for name in names & set(previous.column_names)} if previous else {}
         values: list[list[Any]] = [[] for _ in keys]
-        why: list[list[str | None]] = [[] for _ in keys]
-        judges = list(zip(self.rules, keys, [of.append for of in values], [of.append for of in why], strict=True))
-        for look in looks(shard, rows, members, before):
-            for rule, named, add_value, add_reason in judges:
-                value, reason = _judged(rule, look, named)
-                add_value(value)
-                add_reason(reason)
-        columns = {rule.column: pa.array(values[k], rule.column_type) for k, rule in enumerate(self.rules)}
-        reasons = {f"{WHY}{k}": pa.array(why[k], pa.string()) for k in range(len(self.rules))}
-        return pa.table(columns | reasons)
+        reasons: list[list[str | None]] = [[] for _ in keys]
+        columns = list(zip(self.rules, keys, values, reasons, strict=True))
+        for look in looks(shard, rows, members, measures):
+            for rule, rule_keys, rule_values, rule_reasons in columns:
+                value, reason = _apply(rule, look, rule_keys)
+                rule_values.append(value)
+                rule_reasons.append(reason)
+        table = {rule.column: pa.array(values[k], rule.column_type) for k, rule in enumerate(self.rules)}
+        return pa.table(table | {f"{WHY}{k}": pa.array(reasons[k], pa.string()) for k in range(len(self.rules))})
 
     def decide(self, tables: Iterator[pa.Table]) -> Decisions:
         """Return, by the number of each rule of a share, the least value that is kept; None: no sample has one."""
@@ -82,23 +81,26 @@ class Filter(Stage):
         return {k: least_of_top(np.concatenate(values[k]), samples, rule.top or 0) for k, rule in shares.items() if values[k]}
 
     def judge(self, measured: pa.Table, decisions: Decisions, number: int) -> Judgement:
-        why = [measured[f"{WHY}{k}"].to_pylist() for k in range(len(self.rules))]
-        for k, least in (decisions or {}).items():
+        reasons_of = [measured[f"{WHY}{k}"].to_pylist() for k in range(len(self.rules))]
+        for k, least_kept in (decisions or {}).items():
             rule = self.rules[k]
             assert isinstance(rule, Column)
-            said = f"{rule.column} < {least:.6g}, the top {rule.top:g}" if least is not None else ""
+            below = f"{rule.column} < {least_kept:.6g}, the top {rule.top:g}" if least_kept is not None else ""
             values = measured[rule.column].to_pylist()
-            why[k] = [reason if value is None or value >= least else said for reason, value in zip(why[k], values, strict=True)]
+            reasons_of[k] = [
+                reason if value is None or value >= least_kept else below
+                for reason, value in zip(reasons_of[k], values, strict=True)
+            ]
         reasons: list[str | None] = []
         kinds: list[str | None] = []
-        counts: dict[str, int] = {f"{k} {of}": 0 for k in range(len(why)) for of in ("removed", "alone")}
-        for given in zip(*why, strict=True):
-            dropped = [k for k, reason in enumerate(given) if reason is not None]
+        counts: dict[str, int] = {f"{k} {count}": 0 for k in range(len(reasons_of)) for count in ("removed", "alone")}
+        for sample_reasons in zip(*reasons_of, strict=True):
+            dropped = [k for k, reason in enumerate(sample_reasons) if reason is not None]
             for k in dropped:
                 counts[f"{k} alone"] += 1
             if dropped:
                 counts[f"{dropped[0]} removed"] += 1
-            reason = given[dropped[0]] if dropped else None
+            reason = sample_reasons[dropped[0]] if dropped else None
             reasons.append(reason)
             kinds.append(None if reason is None else reason.partition(" (")[0])
         return Judgement(reasons, counts, kinds)
@@ -111,15 +113,15 @@ class Filter(Stage):
         return {"rules": rules}
 
 
-def _judged(rule: Rule, look: Look, keys: list[str]) -> tuple[Any, str | None]:
-    """Return (what a rule measures of a sample, why it is dropped)."""
+def _apply(rule: Rule, look: Look, keys: list[str]) -> tuple[Any, str | None]:
+    """Return (what a rule measures of a sample, why it drops it)."""
     try:
         value = rule.measure(look, keys)
     except Missing as missing:
         return None, None if rule.missing == "keep" else str(missing)
     except DecodeError as error:
-        what = {"text": "text", "image": "picture", "audio": "sound"}[getattr(rule, "of", rule.field)]
-        return None, f"{rule.column if isinstance(rule, Column) else what} unreadable ({error})"
+        kind = {"text": "text", "image": "picture", "audio": "sound"}[getattr(rule, "of", rule.field)]
+        return None, f"{rule.column if isinstance(rule, Column) else kind} unreadable ({error})"
     return value, rule.reason(value)
 
 

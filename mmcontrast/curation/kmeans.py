@@ -1,4 +1,4 @@
-"""Spherical k-means of a field of an embedding table, by faiss: learnt from a sample, and then every row assigned."""
+"""Runs spherical k-means on a field of an embedding table, by faiss: learnt from a sample, then every row is assigned."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 
 from mmcontrast.curation.blocks import Blocks
-from mmcontrast.curation.stage import write_whole
+from mmcontrast.curation.whole_files import write_whole
 from mmcontrast.errors import UserError
 from mmcontrast.search.query import faiss_module
 from mmcontrast.search.table import StoredTable
 
-POINTS, LEAST = 64, 100_000  # rows from which a centroid is learnt, and all of them are, if they are not fewer
-MEMORY = 2**30  # bytes of them, unless that were fewer than faiss asks for
-ASKED = 39  # by faiss, of a centroid
+POINTS, LEAST = 64, 100_000  # rows from which a centroid is learnt, and from which all are learnt at least
+MEMORY = 2**30  # bytes of these rows at most, unless that is fewer than faiss wants
+WANTED = 39  # rows of a centroid that faiss wants
 LEARNT, ASSIGNED = "centroids.faiss", "assigned"
 
 
@@ -35,7 +35,8 @@ class Clustering:
 
 
 def check_clusters(table: StoredTable, field: str, clusters: int) -> None:
-    """
+    """Check the number of clusters.
+
     Raises:
         UserError: for more clusters than rows.
     """
@@ -52,32 +53,32 @@ def kmeans(table: StoredTable, field: str, clusters: int, seed: int, iterations:
     """
     rows, path = table.present(field), blocks.folder / LEARNT
     if not path.exists():
-        index = _learnt(table, field, clusters, seed, iterations)
+        index = _learn(table, field, clusters, seed, iterations)
         write_whole(path, lambda partial: faiss_module().write_index(index, str(partial)))
     index = faiss_module().read_index(str(path))
-    found, scores = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.float32)
+    assigned, similarities = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.float32)
     start = 0
-    for number, (numbers, vectors) in enumerate(table.blocks(field)):
+    for number, (block_rows, vectors) in enumerate(table.blocks(field)):
         if not blocks.has(ASSIGNED, number):
             best, nearest = index.search(vectors, 1)
             blocks.write(ASSIGNED, number, pa.table({"cluster": nearest[:, 0], "similarity": best[:, 0]}))
         part, _ = blocks.read(ASSIGNED, number)
-        block = slice(start, start := start + len(numbers))
-        found[block], scores[block] = part["cluster"].to_numpy(), part["similarity"].to_numpy()
-    return Clustering(rows, found, scores)
+        block = slice(start, start := start + len(block_rows))
+        assigned[block], similarities[block] = part["cluster"].to_numpy(), part["similarity"].to_numpy()
+    return Clustering(rows, assigned, similarities)
 
 
-def _learnt(table: StoredTable, field: str, clusters: int, seed: int, iterations: int) -> Any:
+def _learn(table: StoredTable, field: str, clusters: int, seed: int, iterations: int) -> Any:
     """Return faiss's index of the centroids."""
     faiss, rows = faiss_module(), table.present(field)
-    most = max(ASKED * clusters, MEMORY // (4 * table.dim))
-    number = min(len(rows), max(POINTS * clusters, LEAST), most)
+    limit = max(WANTED * clusters, MEMORY // (4 * table.dim))
+    number = min(len(rows), max(POINTS * clusters, LEAST), limit)
     random = np.random.Generator(np.random.PCG64(seed))
     sample = rows if number == len(rows) else np.sort(random.choice(rows, number, replace=False))
-    learning = faiss.Kmeans(
+    trainer = faiss.Kmeans(
         table.dim, clusters, niter=iterations, spherical=True, seed=seed % 2**31,
         min_points_per_centroid=1, max_points_per_centroid=math.ceil(number / clusters),
     )  # fmt: skip
-    learning.train(table.vectors(field, sample))
+    trainer.train(table.vectors(field, sample))
     table.release()
-    return learning.index
+    return trainer.index

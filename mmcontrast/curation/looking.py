@@ -1,4 +1,4 @@
-"""Looks at one sample for rules: its text, the sides of its picture, the length of its sound, entries of its json.
+"""Reads from one sample what rules measure: its text, the sides of its picture, the length of its sound, entries of its json.
 
 Nothing is decoded but texts and headers.
 """
@@ -13,8 +13,9 @@ import numpy as np
 import soundfile
 from PIL import Image, UnidentifiedImageError
 
-from mmcontrast.data.dataset import MAX_MEMBER_BYTES, entry_of, member_name
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES
 from mmcontrast.data.ids import read_json
+from mmcontrast.data.keys import entry_of, member_name
 from mmcontrast.data.shard import ShardIndex, member_of
 from mmcontrast.data.tar import TarIndex
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
@@ -29,15 +30,15 @@ T = TypeVar("T")
 
 
 class Missing(Exception):
-    """A sample has nothing of what a rule looks at; the message names it."""
+    """A sample lacks what a rule measures; the message names it."""
 
 
 class Look:
-    """One sample, each part of it looked at once.
+    """One sample, each part of which is read once.
 
     Args:
         members: of the shard's extensions those that any rule reads, of which some may be too large.
-        previous: what an earlier stage measured of it.
+        previous: the measures of an earlier stage.
         read: those members, if they have been read.
     """
 
@@ -66,11 +67,11 @@ class Look:
         except DecodeError as error:  # of a table: a file that is not there
             self.error = error
 
-    def once(self, name: Any, look: Callable[[], T]) -> T:
-        """Return what `look` returns, or raise what it raises, which is asked once."""
+    def once(self, name: Any, compute: Callable[[], T]) -> T:
+        """Return what `compute` returns, or raise what it raises; it is called once."""
         if name not in self.parts:
             try:
-                self.parts[name] = look()
+                self.parts[name] = compute()
             except (DecodeError, Missing) as error:
                 self.parts[name] = error
         value = self.parts[name]
@@ -98,14 +99,15 @@ class Look:
             raise DecodeError("empty")
         raise Missing(f"no {what}")
 
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
+        """Return the sample's json, empty if it has none."""
         if self._json is None:
             self._json = self.once("json", lambda: read_json(self.bytes["json"]) if "json" in self.bytes else {})
         return self._json
 
     def entry(self, key: str) -> Any:
-        """Return what "json:a.b" names, None if there is nothing."""
-        return entry_of(self.about(), key)
+        """Return the entry of the json that "json:a.b" names, None if there is none."""
+        return entry_of(self.metadata(), key)
 
     def text(self, keys: Sequence[str]) -> str:
         """Return the text without the white space around it."""
@@ -121,13 +123,13 @@ class Look:
 
         return self.once(("text", *keys), read)
 
-    def sides(self, keys: Sequence[str], named: Sequence[str] = ()) -> tuple[int, int]:
-        """Return (width, height) of the picture, by its header alone; or what two entries of the json say, where they do."""
+    def sides(self, keys: Sequence[str], entries: Sequence[str] = ()) -> tuple[int, int]:
+        """Return (width, height) of the picture, by its header alone, or by two entries of the json, where both exist."""
 
         def read() -> tuple[int, int]:
-            given = [_number(self.entry(name)) or 0.0 for name in named]
-            if len(given) == 2 and min(given) >= 1:
-                return int(given[0]), int(given[1])
+            numbers = [_number(self.entry(name)) or 0.0 for name in entries]
+            if len(numbers) == 2 and min(numbers) >= 1:
+                return int(numbers[0]), int(numbers[1])
             data = self.member(keys, "picture")
             try:
                 check_parts(data)
@@ -138,7 +140,7 @@ class Look:
             except DAMAGED as error:
                 raise DecodeError(str(error) or type(error).__name__) from error
 
-        return self.once(("sides", *keys, *named), read)
+        return self.once(("sides", *keys, *entries), read)
 
     def seconds(self, keys: Sequence[str]) -> float:
         """Return how long the sound is, by its header; one whose header does not say is read to its end."""
@@ -170,7 +172,7 @@ class Look:
 
         Raises:
             Missing: if there is none.
-            DecodeError: for what is no number.
+            DecodeError: for a value that is no number.
         """
         if column.startswith(ENTRY):
             value = self.entry(column)
@@ -197,24 +199,25 @@ def _number(value: Any) -> float | None:
 
 @cache
 def decoder(field: str) -> Modality:
-    """Return what decodes a field's members as training does."""
+    """Return the modality that decodes a field's members as training does."""
     return KINDS[field](**({"size": 224} if field == "image" else {}))
 
 
 def looks(shard: ShardIndex, rows: np.ndarray, members: Iterable[str], previous: Mapping[str, Sequence[Any]]) -> Iterator[Look]:
-    """Look at rows of a shard, one after the other.
+    """Yield a `Look` at each of some rows of a shard.
 
     Args:
-        previous: columns [n] of what an earlier stage measured of these rows.
+        previous: columns [n] of an earlier stage's measures of these rows.
     """
     names = sorted(set(members) & set(shard.extensions))
-    given: Iterable[dict[str, bytes] | None] = [None] * len(rows)
+    members_of_rows: Iterable[dict[str, bytes] | None] = [None] * len(rows)
     if names and isinstance(shard, TarIndex) and all(shard.sizes_of(name).max(initial=0) <= MAX_MEMBER_BYTES for name in names):
-        given = shard.read_many(rows, names)
-    for number, (row, read) in enumerate(zip(rows.tolist(), given, strict=True)):
-        before = {name: column[number] for name, column in previous.items()} if previous else {}
-        yield Look(shard, row, names, before, read)
+        members_of_rows = shard.read_many(rows, names)
+    for number, (row, read) in enumerate(zip(rows.tolist(), members_of_rows, strict=True)):
+        previous_measures = {name: column[number] for name, column in previous.items()} if previous else {}
+        yield Look(shard, row, names, previous_measures, read)
 
 
 def members_of_keys(keys: Sequence[str]) -> set[str]:
+    """Return the members that keys are read from."""
     return {member_name(key) for key in keys}

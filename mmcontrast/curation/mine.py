@@ -1,7 +1,7 @@
-"""Hard negatives of an embedding table: for each sample the best candidates of another field, or of the same, without those
-that may be right.
+"""Mines hard negatives in an embedding table: for each sample the best candidates of another field, or of the same, without
+those that may be right.
 
-What each rule removes is counted, and so are queries with fewer negatives than asked for: none are made up.
+The candidates that each rule removes are counted, and so are queries with fewer negatives than wanted: none are made up.
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
         ("positive_score", pa.float32()),
     ]
 )
-RULES = ("no_positive", "absolute_margin", "relative_margin", "max_score", "min_score")  # in the order of their turns
+RULES = ("no_positive", "absolute_margin", "relative_margin", "max_score", "min_score")  # in the order of their application
 WIDER = 10  # times the count: the window where a rule may remove candidates, or some of it are drawn
 SHOWN = 24  # queries on the page
 MINED = "mined"
@@ -47,21 +47,20 @@ MINED = "mined"
 
 @dataclass(frozen=True)
 class MiningOptions:
-    """Which candidates become negatives. The names and their meaning are those of sentence-transformers' mine_hard_negatives.
+    """Options that choose negatives among candidates, named as those of sentence-transformers' mine_hard_negatives.
 
     Attributes:
         query, candidate: fields; they may be the same.
         count: negatives of each query, at most.
-        range_max: the window: so many of the best candidates that are not of the query's group are looked at. Default:
+        range_max: the window: so many of the best candidates that are not of the query's group are considered. Default:
             range_min + count; ten times the count where a rule may remove some of them, or `random` draws.
-        range_min: so many of the best of those that the rules leave are skipped.
+        range_min: so many of the best that pass the rules are skipped.
         max_score, min_score: of a negative.
         absolute_margin: a negative's score is at most p − this, p being the positive's: of several the smallest.
         relative_margin: at most p − |p| · this: 0.05 is NV-Retriever's "95 % of the positive" (arXiv:2407.15831), for p < 0
             too.
-        sampling: "top": the best; "random": some of those that are left, by (seed, sample id, candidate's sample id).
-        search: "exact": all pairs are scored; "ivf": by faiss's IVF, of whose windows `recall` is found at least, as
-            measured.
+        sampling: "top": the best; "random": some of those that remain, by (seed, sample id, candidate's sample id).
+        search: "exact": all pairs are scored; "ivf": by faiss's IVF, whose measured recall of the windows is at least `recall`.
     """
 
     query: str
@@ -82,12 +81,13 @@ class MiningOptions:
     def window(self) -> int:
         if self.range_max is not None:
             return self.range_max
-        removing = (self.max_score, self.absolute_margin, self.relative_margin)
-        wider = self.sampling == "random" or any(option is not None for option in removing)
-        return self.range_min + self.count * (WIDER if wider else 1)
+        removal_options = (self.max_score, self.absolute_margin, self.relative_margin)
+        is_wide = self.sampling == "random" or any(option is not None for option in removal_options)
+        return self.range_min + self.count * (WIDER if is_wide else 1)
 
     def check(self) -> None:
-        """
+        """Check the options.
+
         Raises:
             UserError: for options that contradict each other.
         """
@@ -113,9 +113,9 @@ class MiningOptions:
 
 
 def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", progress: bool = True) -> dict[str, Any]:
-    """Mine hard negatives, and return what was counted, which is also in the file's metadata and beside it.
+    """Mine hard negatives, and return the counts, which are also in the file's metadata and beside it.
 
-    What a run that was killed has mined is kept beside `out`, a block of queries each, and not mined again.
+    The blocks that a killed run has mined are kept beside `out`, and not mined again.
 
     Args:
         table: a folder that `mmcontrast embed` wrote. It is read a block at a time, as often as there are blocks of queries.
@@ -125,7 +125,7 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
 
     Raises:
         UserError: for a table that is damaged or lacks a field, a file that exists, options that contradict each other,
-            what a run with other options has left.
+            blocks that a run with other options has left.
     """
     options.check()
     check_out(out)
@@ -133,61 +133,61 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
     ids, groups = ids_of_table(stored), stored.ids("group_id")
     search = WindowSearch(stored, options.query, options.candidate, groups, options.window, device)
     blocks = Blocks(out, stored, asdict(options) | {"range_max": options.window})
-    measured: dict[str, Any] | None = None
+    recall_measures: dict[str, Any] | None = None
     number = len(stored.present(options.query))
     shown, examples = set(stored.present(options.query)[spread(SHOWN, number)].tolist()), []
-    counted, sums = Counter[str](dict.fromkeys(RULES, 0)), Counter[str]()
+    removed, sums = Counter[str](dict.fromkeys(RULES, 0)), Counter[str]()
     sizes = np.zeros(options.count + 1, dtype=np.int64)
     with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
         index: Any = None
         if options.search == "ivf":
             task = bar.add_task("learning and measuring the IVF", total=None, note="")
-            index, measured = search.make_ivf(options.recall, blocks.folder)
+            index, recall_measures = search.make_ivf(options.recall, blocks.folder)
             bar.remove_task(task)
         task = bar.add_task(f"mining {options.candidate} for {options.query}", total=number, note="")
-        for block, rows in _mined(stored, search, index, blocks, ids, options, shown):
+        for block, rows in _mine_blocks(stored, search, index, blocks, ids, options, shown):
             table_of_block, counts = blocks.read(MINED, block)
             writer.write_table(table_of_block)
-            counted.update(counts["counted"])
+            removed.update(counts["counted"])
             sums.update(counts["sums"])
             sizes += np.array(counts["sizes"])
             examples += counts["examples"]
             bar.advance(task, rows)
         stored.check_unchanged()
-        if not counted["candidates"]:
+        if not removed["candidates"]:
             blocks.remove()
             raise UserError(
                 f"{table}: every sample with the field {options.candidate!r} is of the query's own group: there are no"
                 " negatives"
             )
-        summary = _summary(stored, options, counted, sums, sizes, measured)
+        summary = _summary(stored, options, removed, sums, sizes, recall_measures)
         finish(out, writer, summary, _sections(summary, examples))
     blocks.remove()
     return summary
 
 
 def training_miner(options: Mapping[str, Any]) -> Callable[[Path, Path, int, str], dict[str, Any]]:
-    """Return what a run with `train.mine_every` mines with: a function of an embedding table, a new Parquet file, a seed and a
-    device.
+    """Return the function with which a run with `train.mine_every` mines: of an embedding table, a new Parquet file, a seed and
+    a device.
 
     Raises:
         UserError: for options that contradict each other, or faiss if it is needed and not installed.
     """
-    given = MiningOptions(**options)
+    mining_options = MiningOptions(**options)
     try:
-        given.check()
-        if given.search == "ivf":
+        mining_options.check()
+        if mining_options.search == "ivf":
             faiss_module()
     except UserError as error:
         raise UserError(f"train.mine: {error}") from error
 
-    def mined(table: Path, out: Path, seed: int, device: str) -> dict[str, Any]:
-        return mine(table, out, replace(given, seed=seed), device, progress=False)
+    def mine_table(table: Path, out: Path, seed: int, device: str) -> dict[str, Any]:
+        return mine(table, out, replace(mining_options, seed=seed), device, progress=False)
 
-    return mined
+    return mine_table
 
 
-def _mined(
+def _mine_blocks(
     stored: StoredTable,
     search: WindowSearch,
     index: Any,
@@ -196,7 +196,7 @@ def _mined(
     options: MiningOptions,
     shown: set[int],
 ) -> Iterator[tuple[int, int]]:
-    """Mine the blocks that are not there; yield the number and the queries of each, in order.
+    """Mine the blocks that do not exist; yield the number and the queries of each, in order.
 
     Args:
         index: of the approximate search; None: the exact one.
@@ -205,14 +205,14 @@ def _mined(
     for number, block in enumerate(stored.blocks(options.query)):
         if not blocks.has(MINED, number):
             (windows,) = search.exact([block]) if index is None else search.approximate(index, [block])
-            blocks.write(MINED, number, *_block(stored, windows, ids, options, shown))
+            blocks.write(MINED, number, *_mine_block(stored, windows, ids, options, shown))
         yield number, len(block[0])
 
 
-def _block(
+def _mine_block(
     stored: StoredTable, windows: Windows, ids: np.ndarray, options: MiningOptions, shown: set[int]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Return the rows of the output of a block of queries, and what was counted in it."""
+    """Return the rows of the output of a block of queries, and the counts of the block."""
     chosen, removed = choose(windows, ids, options)
     per_query = chosen.sum(1)
     offsets = np.concatenate([[0], np.cumsum(per_query)])
@@ -249,46 +249,47 @@ def choose(windows: Windows, ids: np.ndarray, options: MiningOptions) -> tuple[n
         ids: sample ids of all rows of the table.
     """
     scores, positives = windows.scores, windows.positives[:, None]
-    left = windows.candidates >= 0
-    removed = {"candidates": int(left.sum()), "same_group": windows.same_group}
+    remaining = windows.candidates >= 0
+    removed = {"candidates": int(remaining.sum()), "same_group": windows.same_group}
     removed["without_positive"] = int(np.isnan(positives).sum())
-    removed["window_short"] = int((left.sum(1) < options.window).sum())
-    falls: dict[str, Any] = {}
+    removed["window_short"] = int((remaining.sum(1) < options.window).sum())
+    removes: dict[str, Any] = {}
     if options.absolute_margin is not None or options.relative_margin is not None:
-        falls["no_positive"] = np.isnan(positives)
+        removes["no_positive"] = np.isnan(positives)
     if options.absolute_margin is not None:
-        falls["absolute_margin"] = scores + options.absolute_margin > positives
+        removes["absolute_margin"] = scores + options.absolute_margin > positives
     if options.relative_margin is not None:
-        falls["relative_margin"] = scores > positives - np.abs(positives) * options.relative_margin
+        removes["relative_margin"] = scores > positives - np.abs(positives) * options.relative_margin
     if options.max_score is not None:
-        falls["max_score"] = scores > options.max_score
+        removes["max_score"] = scores > options.max_score
     if options.min_score is not None:
-        falls["min_score"] = scores < options.min_score
-    for rule, those in falls.items():
-        removed[rule] = int((left & those).sum())
-        left = left & ~those
-    rank = left.cumsum(1) - 1  # among those that are left
-    skipped = left & (rank < options.range_min)
+        removes["min_score"] = scores < options.min_score
+    for rule, matches in removes.items():
+        removed[rule] = int((remaining & matches).sum())
+        remaining = remaining & ~matches
+    rank = remaining.cumsum(1) - 1  # among those that remain
+    skipped = remaining & (rank < options.range_min)
     removed["range_min"] = int(skipped.sum())
-    left = left & ~skipped
+    remaining = remaining & ~skipped
     if options.sampling == "random":
         keys = _random_keys(options.seed, ids[windows.rows], ids[windows.candidates])
-        order = np.lexsort((keys, ~left))  # those that are left first, in a random order
+        order = np.lexsort((keys, ~remaining))  # those that remain first, in a random order
         rank = np.empty_like(order)
         np.put_along_axis(rank, order, np.arange(order.shape[1])[None, :], 1)
     else:
         rank = rank - options.range_min
-    return left & (rank < options.count), removed
+    return remaining & (rank < options.count), removed
 
 
 def _random_keys(seed: int, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Return uint64 [Q, K] of sample ids [Q] and [Q, K]: a function of them and the seed alone (splitmix64)."""
     with np.errstate(over="ignore"):
-        keys = _mixed(np.uint64(seed) + _mixed(queries.astype(np.uint64)))[:, None]
-        return _mixed(keys + candidates.astype(np.uint64))
+        keys = _mix(np.uint64(seed) + _mix(queries.astype(np.uint64)))[:, None]
+        return _mix(keys + candidates.astype(np.uint64))
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Return the splitmix64 hash of each value."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -298,10 +299,10 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def _summary(
     table: StoredTable,
     options: MiningOptions,
-    counted: Counter[str],
+    removed: Counter[str],
     sums: Counter[str],
     sizes: np.ndarray,
-    measured: dict[str, Any] | None,
+    recall_measures: dict[str, Any] | None,
 ) -> dict[str, Any]:
     queries, negatives = int(sizes.sum()), int((sizes * np.arange(len(sizes))).sum())
 
@@ -317,31 +318,31 @@ def _summary(
         "short_queries": queries - int(sizes[-1]),
         "empty_queries": int(sizes[0]),
         "queries_by_negatives": {str(number): int(size) for number, size in enumerate(sizes)},
-        "without_positive": counted["without_positive"],
-        "window_short": counted["window_short"],
-        "same_group_pairs": counted["same_group"],
-        "candidates": counted["candidates"],
-        "removed": {rule: counted[rule] for rule in (*RULES, "range_min")},
+        "without_positive": removed["without_positive"],
+        "window_short": removed["window_short"],
+        "same_group_pairs": removed["same_group"],
+        "candidates": removed["candidates"],
+        "removed": {rule: removed[rule] for rule in (*RULES, "range_min")},
         "mean_positive_score": mean("positives", sums["with_positive"]),
         "mean_negative_score": mean("negatives", negatives),
         "mean_gap": mean("gap", sums["gaps"]),
-        "search": measured or {"recall": 1.0},
+        "search": recall_measures or {"recall": 1.0},
     }
 
 
 def _example(table: StoredTable, windows: Windows, chosen: np.ndarray, k: int) -> str:
     positive = windows.positives[k]
     note = "no positive" if np.isnan(positive) else f"positive {positive:.3f}"
-    found = zip(windows.candidates[k][chosen[k]].tolist(), windows.scores[k][chosen[k]].tolist(), strict=True)
-    cells = [sample_cell(table, row, f"{score:.3f}") for row, score in found] or ['<div class="item">none</div>']
+    negatives = zip(windows.candidates[k][chosen[k]].tolist(), windows.scores[k][chosen[k]].tolist(), strict=True)
+    cells = [sample_cell(table, row, f"{score:.3f}") for row, score in negatives] or ['<div class="item">none</div>']
     return f'<div class="row">{sample_cell(table, int(windows.rows[k]), note, "query")}{"".join(cells)}</div>'
 
 
 def _sections(summary: dict[str, Any], examples: list[str]) -> list[str]:
-    asked = {name: value for name, value in summary["options"].items() if value is not None}
+    options = {name: value for name, value in summary["options"].items() if value is not None}
     names = ("queries", "negatives", "short_queries", "empty_queries", "without_positive", "window_short", "same_group_pairs")
     counts = {name.replace("_", " "): summary[name] for name in (*names, "candidates")}
     counts |= {f"removed by {rule}": number for rule, number in summary["removed"].items()}
     means = {name.replace("_", " "): summary[name] for name in ("mean_positive_score", "mean_negative_score", "mean_gap")}
-    tables = [counts_table("Options", asked), counts_table("Counts", counts | means | summary["search"])]
+    tables = [counts_table("Options", options), counts_table("Counts", counts | means | summary["search"])]
     return [*tables, "<h2>Queries, evenly spread, and their negatives</h2>", *examples]

@@ -1,4 +1,4 @@
-"""Near duplicates by their embeddings: SemDeDup (arXiv:2303.09540).
+"""Drops near duplicates by their embeddings: SemDeDup (arXiv:2303.09540).
 
 Spherical k-means; each cluster's samples in an order; a sample is dropped if its largest similarity with an earlier one of its
 cluster is more than 1 − ε. The running maximum is taken over tiles, so memory does not grow with a cluster.
@@ -44,8 +44,8 @@ SCHEMA = pa.schema(
 REASON = "near duplicate"
 TILE = 4096  # rows that are multiplied with as many others
 CLUSTER = 1000  # rows of a cluster, about, where no number is given
-MAPPED = 2**30  # bytes that are read at random before their pages are let go
-EPSILONS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)  # for which the share that stays is told
+MAPPED = 2**30  # bytes that are read at random before their pages are released
+EPSILONS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)  # for which the number that is dropped is reported
 KEPT = 2**18  # rows whose comparison is kept together
 SHOWN = 24  # pairs on the page
 COMPARED = "compared"
@@ -62,8 +62,8 @@ def drop_near_duplicates(
     iterations: int = 20,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a selection without near duplicates, and return what was counted, which is also in the file's metadata and beside
-    it. What a run that was killed has learnt and compared is kept beside `out`, and not done again.
+    """Write a selection without near duplicates, and return the counts, which are also in the file's metadata and beside it.
+    The blocks that a killed run has finished are kept beside `out`, and not done again.
 
     Args:
         out: a Parquet file with a row a sample, in the table's order: `sample_id`, `key`, `keep`, `reason`, `duplicate_of` (the
@@ -76,8 +76,8 @@ def drop_near_duplicates(
             last; default: the farthest from the centroid first, as in the paper.
 
     Raises:
-        UserError: for a table that is damaged or lacks the field, a file that exists, an ε that is none, what a run with
-            other options has left.
+        UserError: for a table that is damaged or lacks the field, a file that exists, an ε that is none, blocks that a run
+            with other options has left.
     """
     if not 0 < epsilon < 2:
         raise UserError(
@@ -90,47 +90,51 @@ def drop_near_duplicates(
     values = None if best is None else _numbers(stored, best)
     check_clusters(stored, field, clusters)
     options = {"field": field, "clusters": clusters, "best": best, "seed": seed, "iterations": iterations}
-    blocks = Blocks(out, stored, options)  # not ε: what is compared does not depend on it
+    blocks = Blocks(out, stored, options)  # without ε: the comparison does not depend on it
     duplicates, similarities = np.full(len(ids), -1, dtype=np.int64), np.full(len(ids), np.nan)
-    numbers = np.full(len(ids), -1, dtype=np.int64)
+    cluster_of = np.full(len(ids), -1, dtype=np.int64)
     with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
         task = bar.add_task(f"{clusters} clusters of {field}", total=None, note="")
-        found = kmeans(stored, field, clusters, seed, iterations, blocks)
+        clustering = kmeans(stored, field, clusters, seed, iterations, blocks)
         bar.remove_task(task)
-        numbers[found.rows] = found.clusters
+        cluster_of[clustering.rows] = clustering.clusters
         task = bar.add_task("comparing within clusters", total=len(present), note="")
-        for number, of_clusters in enumerate(_batches(_ordered(found, ids, values))):
+        for number, batch in enumerate(_batches(_order_clusters(clustering, ids, values))):
             if not blocks.has(COMPARED, number):
-                blocks.write(COMPARED, number, _compared(stored, field, of_clusters))
+                blocks.write(COMPARED, number, _compare_block(stored, field, batch))
             part, _ = blocks.read(COMPARED, number)
-            rows = np.concatenate(of_clusters)
+            rows = np.concatenate(batch)
             duplicates[rows], similarities[rows] = part["earlier"].to_numpy(), part["similarity"].to_numpy()
             bar.advance(task, len(rows))
         dropped = similarities > 1 - epsilon  # of NaN: stays
         start = 0
         for part in stored.columns("key"):
-            here = slice(start, start := start + len(part))
-            gone, numbered, similar = dropped[here], numbers[here], similarities[here]
+            span = slice(start, start := start + len(part))
+            is_dropped, part_clusters, part_similarities = (
+                dropped[span],
+                cluster_of[span],
+                similarities[span],
+            )
             columns = [
-                pa.array(ids[here]),
+                pa.array(ids[span]),
                 part["key"],
-                pa.array(~gone),
-                pa.array(np.where(gone, REASON, ""), pa.string(), mask=~gone),
-                pa.array(ids[duplicates[here]], mask=~gone),
-                pa.array(similar.astype(np.float32), mask=np.isnan(similar)),
-                pa.array(numbered, mask=numbered < 0),
+                pa.array(~is_dropped),
+                pa.array(np.where(is_dropped, REASON, ""), pa.string(), mask=~is_dropped),
+                pa.array(ids[duplicates[span]], mask=~is_dropped),
+                pa.array(part_similarities.astype(np.float32), mask=np.isnan(part_similarities)),
+                pa.array(part_clusters, mask=part_clusters < 0),
             ]
             writer.write_table(pa.table(columns, schema=SCHEMA))
         stored.check_unchanged()
         options = {"field": field, "epsilon": epsilon} | options
-        summary = _summary(stored, options, dropped, similarities, len(present), found)
+        summary = _summary(stored, options, dropped, similarities, len(present), clustering)
         finish(out, writer, summary, _sections(stored, summary, dropped, duplicates, similarities))
     blocks.remove()
     return summary
 
 
 def _batches(clusters: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Yield clusters, so many at a time that they have about as many rows as what is kept together."""
+    """Yield clusters, so many at a time that they have about `KEPT` rows."""
     batch: list[np.ndarray] = []
     number = 0
     for rows in clusters:
@@ -143,17 +147,17 @@ def _batches(clusters: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield batch
 
 
-def _compared(stored: StoredTable, field: str, clusters: list[np.ndarray]) -> pa.Table:
+def _compare_block(stored: StoredTable, field: str, clusters: list[np.ndarray]) -> pa.Table:
     """Return `earlier` and `similarity`, as `nearest_before`, of the rows of some clusters."""
-    made, read = [], 0
+    results, read_bytes = [], 0
     for rows in clusters:
-        made.append(nearest_before(lambda some: stored.vectors(field, some, check=False), rows))
-        read += 4 * stored.dim * len(rows)
-        if read > MAPPED:
+        results.append(nearest_before(lambda batch: stored.vectors(field, batch, check=False), rows))
+        read_bytes += 4 * stored.dim * len(rows)
+        if read_bytes > MAPPED:
             stored.release()
-            read = 0
+            read_bytes = 0
     stored.release()
-    earlier, similarity = zip(*made, strict=True)
+    earlier, similarity = zip(*results, strict=True)
     return pa.table({"earlier": np.concatenate(earlier), "similarity": np.concatenate(similarity)})
 
 
@@ -167,32 +171,32 @@ def nearest_before(read: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -
     earlier, similarity = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), np.nan)
     for start in range(0, len(rows), TILE):
         later = read(rows[start : start + TILE])
-        best, place = torch.full((len(later),), -torch.inf), torch.full((len(later),), -1)
+        best, best_place = torch.full((len(later),), -torch.inf), torch.full((len(later),), -1)
         for first in range(0, start + len(later), TILE):
-            here = first == start
-            scores = torch.from_numpy(later if here else read(rows[first : first + TILE])) @ torch.from_numpy(later).T
-            if here:
+            is_own_tile = first == start
+            scores = torch.from_numpy(later if is_own_tile else read(rows[first : first + TILE])) @ torch.from_numpy(later).T
+            if is_own_tile:
                 scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).tril_(), -torch.inf)
-            value, number = scores.max(0)
+            value, tile_place = scores.max(0)
             better = value > best
-            best, place = torch.where(better, value, best), torch.where(better, number + first, place)
-        chosen = np.flatnonzero(place.numpy() >= 0)
-        others = rows[place.numpy()[chosen]]
-        earlier[start + chosen] = others
-        exact = np.einsum("nd,nd->n", later[chosen].astype(np.float64), read(others).astype(np.float64))
-        similarity[start + chosen] = exact
+            best, best_place = torch.where(better, value, best), torch.where(better, tile_place + first, best_place)
+        has_earlier = np.flatnonzero(best_place.numpy() >= 0)
+        earlier_rows = rows[best_place.numpy()[has_earlier]]
+        earlier[start + has_earlier] = earlier_rows
+        exact = np.einsum("nd,nd->n", later[has_earlier].astype(np.float64), read(earlier_rows).astype(np.float64))
+        similarity[start + has_earlier] = exact
     return earlier, similarity
 
 
-def _ordered(found: Clustering, ids: np.ndarray, values: np.ndarray | None) -> list[np.ndarray]:
+def _order_clusters(clustering: Clustering, ids: np.ndarray, values: np.ndarray | None) -> list[np.ndarray]:
     """Return the rows of each cluster, in the order in which they may stay."""
-    keys = [ids[found.rows], found.similarities]  # the last one counts first
+    keys = [ids[clustering.rows], clustering.similarities]  # the last one counts first
     if values is not None:
-        given = values[found.rows]
-        keys += [np.where(np.isnan(given), 0.0, -given), np.isnan(given)]
-    order = np.lexsort((*keys, found.clusters))
-    ends = np.cumsum(np.bincount(found.clusters))
-    return [part for part in np.split(found.rows[order], ends[:-1]) if len(part)]
+        numbers = values[clustering.rows]
+        keys += [np.where(np.isnan(numbers), 0.0, -numbers), np.isnan(numbers)]
+    order = np.lexsort((*keys, clustering.clusters))
+    ends = np.cumsum(np.bincount(clustering.clusters))
+    return [part for part in np.split(clustering.rows[order], ends[:-1]) if len(part)]
 
 
 def _numbers(table: StoredTable, name: str) -> np.ndarray:
@@ -201,12 +205,12 @@ def _numbers(table: StoredTable, name: str) -> np.ndarray:
     Raises:
         UserError: if no row has it.
     """
-    found: list[float] = []
+    numbers: list[float] = []
     for part in table.columns("metadata"):
         for text in part["metadata"].to_pylist():
             value = json.loads(text).get(name)
-            found.append(float(value) if isinstance(value, int | float) else np.nan)
-    values = np.array(found)
+            numbers.append(float(value) if isinstance(value, int | float) else np.nan)
+    values = np.array(numbers)
     if np.isnan(values).all():
         raise UserError(f"--best {name}: no sample of {table.folder} has a number of this name in its metadata")
     return values
@@ -218,7 +222,7 @@ def _summary(
     dropped: np.ndarray,
     similarities: np.ndarray,
     present: int,
-    found: Clustering,
+    clustering: Clustering,
 ) -> dict[str, Any]:
     return {
         "stage": "dedup-near",
@@ -228,7 +232,7 @@ def _summary(
         "kept": int((~dropped).sum()),
         "dropped": int(dropped.sum()),
         "without_field": len(dropped) - present,
-        "largest_cluster": int(np.bincount(found.clusters).max()),
+        "largest_cluster": int(np.bincount(clustering.clusters).max()),
         "dropped_at_epsilon": {str(epsilon): int((similarities > 1 - epsilon).sum()) for epsilon in EPSILONS},
     }
 
@@ -239,12 +243,12 @@ def _sections(
     counts = {name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int)}
     counts |= {f"dropped at ε = {epsilon}": number for epsilon, number in summary["dropped_at_epsilon"].items()}
     options = {name: value for name, value in summary["options"].items() if value is not None}
-    gone = np.flatnonzero(dropped)
-    gone = gone[np.argsort(similarities[gone], kind="stable")]  # the least similar first: those to look at
+    rows = np.flatnonzero(dropped)
+    rows = rows[np.argsort(similarities[rows], kind="stable")]  # the least similar first: those to look at
     shown = [
         f'<div class="row">{sample_cell(table, int(row), f"dropped, {similarities[row]:.4f}", "query")}'
         f"{sample_cell(table, int(duplicates[row]), 'before it')}</div>"
-        for row in gone[spread(SHOWN, len(gone))]
+        for row in rows[spread(SHOWN, len(rows))]
     ]
     heading = "<h2>Dropped samples, the least similar first, and the most similar before each</h2>"
     return [counts_table("Options", options), counts_table("Counts", counts), heading, *shown]

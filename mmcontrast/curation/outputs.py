@@ -1,4 +1,4 @@
-"""Writes the outputs of stages of embedding tables: one Parquet file that appears whole, what was counted, and a page."""
+"""Writes the outputs of stages of embedding tables: one Parquet file that appears whole, a summary, and a page."""
 
 import hashlib
 import html
@@ -34,9 +34,10 @@ def report_file(out: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """
+    """Check the name of an output.
+
     Raises:
-        UserError: for a name that is no Parquet file's, or a file that is there already.
+        UserError: for a name that is no Parquet file's, or a file that exists.
     """
     if out.suffix != SUFFIX:
         raise UserError(f"{out}: the output is one Parquet file: name it {out.with_suffix(SUFFIX).name}")
@@ -72,9 +73,9 @@ def ids_of_table(table: StoredTable) -> np.ndarray:
     """
     ids = table.ids("sample_id")
     ordered = np.argsort(ids, kind="stable")
-    again = np.flatnonzero(np.diff(ids[ordered]) == 0)
-    if len(again):
-        first, second = ordered[again[0]], ordered[again[0] + 1]
+    repeats = np.flatnonzero(np.diff(ids[ordered]) == 0)
+    if len(repeats):
+        first, second = ordered[repeats[0]], ordered[repeats[0] + 1]
         raise UserError(
             f"{table.folder}: rows {first} ({table.about(int(first))[0]!r}) and {second} ({table.about(int(second))[0]!r}) have"
             f" one sample_id, {ids[first]}: a sample_id is one sample's; what several are about is a group_id"
@@ -83,17 +84,17 @@ def ids_of_table(table: StoredTable) -> np.ndarray:
 
 
 def about_table(table: StoredTable) -> dict[str, Any]:
-    """Return which table it is: its folder's name, digest, rows, and of which model and data."""
-    about = {name: table.manifest[name] for name in ("model", "checkpoint", "precision", "data") if name in table.manifest}
+    """Return what identifies a table: its folder's name, digest and rows, its model and data."""
+    origin = {name: table.manifest[name] for name in ("model", "checkpoint", "precision", "data") if name in table.manifest}
     digest = hashlib.blake2b(table.digest.encode(), digest_size=8)
     for column in ("sample_id", "group_id"):
         digest.update(np.ascontiguousarray(table.ids(column)).data)
-    return {"name": table.folder.resolve().name, "digest": digest.hexdigest(), "rows": len(table)} | about
+    return {"name": table.folder.resolve().name, "digest": digest.hexdigest(), "rows": len(table)} | origin
 
 
 @contextmanager
 def parquet_file(out: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A Parquet file under a temporary name, which becomes `out` at the end.
+    """Open a Parquet file under a temporary name, which becomes `out` at the end.
 
     Raises:
         UserError: if it cannot be written.
@@ -111,7 +112,7 @@ def parquet_file(out: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 
 def finish(out: Path, writer: pq.ParquetWriter, summary: dict[str, Any], sections: Iterable[str]) -> None:
-    """Put the summary into the file's metadata and beside it, and the page too."""
+    """Write the summary into the file's metadata and beside it, and the page beside it."""
     writer.add_key_value_metadata({METADATA: dumps(summary).encode()})
     write_json(summary_file(out), summary)
     partial = report_file(out).with_name(f".{report_file(out).name}.{uuid4().hex}.partial")
@@ -121,11 +122,11 @@ def finish(out: Path, writer: pq.ParquetWriter, summary: dict[str, Any], section
 
 def counts_table(title: str, rows: Mapping[str, Any]) -> str:
     """Return a section of a page with numbers and their names."""
-    cells = (f"<tr><td>{html.escape(str(name))}</td><td>{_shown(value)}</td></tr>" for name, value in rows.items())
+    cells = (f"<tr><td>{html.escape(str(name))}</td><td>{_format(value)}</td></tr>" for name, value in rows.items())
     return f"<h2>{html.escape(title)}</h2><table>{''.join(cells)}</table>"
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -1,4 +1,4 @@
-"""The page of a stage: what went and why, with samples to look at and listen to."""
+"""Makes the page of a stage: which samples were dropped and why, with some to look at and listen to."""
 
 import html
 import io
@@ -19,7 +19,7 @@ from mmcontrast.modalities.image import DAMAGED, FORMATS
 
 SHOWN = 6  # samples of each reason
 REASONS = 20  # that are shown, the most frequent
-LOOKED_INTO = 64  # parts, evenly spread, whose numbers are drawn
+DRAWN = 64  # parts, evenly spread, whose numbers are drawn
 LARGEST, LARGEST_SOUND = 8 * 2**20, 200_000  # bytes of a member that is shown
 SIDE = 160  # pixels of a picture's larger side on the page
 KEPT = "kept"
@@ -31,17 +31,18 @@ def report_page(
     summary: Mapping[str, Any],
     open_shard: Callable[[int], ShardIndex],
     parts: Sequence[Path],
-    abouts: Sequence[Mapping[str, Any]],
+    infos: Sequence[Mapping[str, Any]],
 ) -> str:
     """Return the page as HTML: the same from the same samples.
 
     Args:
-        open_shard: the shard of a number, of which few are looked at.
+        open_shard: opens the shard of a number; few are opened.
+        infos: the metadata of the parts.
     """
     sections = [_reasons(summary), _histograms(parts)]
     for reason in [KEPT, *list(summary["reasons"])[:REASONS]]:
-        places = [(k, row) for k, about in enumerate(abouts) for row in about["examples"].get(reason, ())]
-        chosen = [places[k] for k in np.unique(np.linspace(0, len(places) - 1, SHOWN).astype(int))] if places else []
+        examples = [(k, row) for k, info in enumerate(infos) for row in info["examples"].get(reason, ())]
+        chosen = [examples[k] for k in np.unique(np.linspace(0, len(examples) - 1, SHOWN).astype(int))] if examples else []
         cards = "".join(_card(open_shard(k), row, parts[k]) for k, row in chosen)
         if cards:
             sections.append(f'<h2>{html.escape(reason)}</h2><div class="cards">{cards}</div>')
@@ -69,11 +70,11 @@ def _reasons(summary: Mapping[str, Any]) -> str:
 
 
 def _histograms(parts: Sequence[Path]) -> str:
-    """Draw what was measured, of some of the parts."""
+    """Draw the measures of some of the parts."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    chosen = [parts[k] for k in np.unique(np.linspace(0, len(parts) - 1, LOOKED_INTO).astype(int))]
+    chosen = [parts[k] for k in np.unique(np.linspace(0, len(parts) - 1, DRAWN).astype(int))]
     schema = pq.read_schema(chosen[0])
     names = [field.name for field in schema if _is_number(field.type) and field.name != "row"]
     tables = [pq.read_table(path, columns=[name for name in names if name in pq.read_schema(path).names]) for path in chosen]
@@ -107,7 +108,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _card(shard: ShardIndex, row: int, part: Path) -> str:
-    """Show a sample: what of it can be seen and heard, and why it went."""
+    """Show a sample: its members that can be seen and heard, and why it was dropped."""
     shown = []
     for extension in sorted(shard.extensions, key=lambda name: (name.rpartition(".")[2] not in ImageModality.extensions, name)):
         if extension.rpartition(".")[2] not in SEEN or not 0 <= shard.size(row, extension) <= LARGEST:
@@ -120,8 +121,8 @@ def _card(shard: ShardIndex, row: int, part: Path) -> str:
         if len(shown) == 4:
             break
     reason = pq.read_table(part, columns=["reason"])["reason"][row].as_py()
-    about = "" if reason is None else f"<p><small>{html.escape(reason)}</small></p>"
-    return f'<div class="card"><small>{html.escape(shard.keys[row])}</small>{"".join(shown)}{about}</div>'
+    reason_text = "" if reason is None else f"<p><small>{html.escape(reason)}</small></p>"
+    return f'<div class="card"><small>{html.escape(shard.keys[row])}</small>{"".join(shown)}{reason_text}</div>'
 
 
 def _thumbnail(data: bytes) -> str:

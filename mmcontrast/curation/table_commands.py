@@ -1,4 +1,4 @@
-"""The commands that work on embedding tables: mine hard negatives, drop near duplicates, cluster."""
+"""Defines the commands that work on embedding tables: mine hard negatives, drop near duplicates, cluster."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,10 +48,10 @@ def mine(
         sampling, seed, search, recall,  # type: ignore[arg-type]
     )  # fmt: skip
     summary = mine_table(table, out, options, device)
-    _tell_mined(summary)
+    _print_mined(summary)
 
 
-def _tell_mined(summary: dict[str, Any]) -> None:
+def _print_mined(summary: dict[str, Any]) -> None:
     queries, short = summary["queries"], summary["short_queries"]
     console.print(f"{summary['negatives']:,} negatives of {queries:,} queries", highlight=False)
     removed = {rule: number for rule, number in summary["removed"].items() if number}
@@ -71,10 +71,10 @@ def _tell_mined(summary: dict[str, Any]) -> None:
             highlight=False,
         )
     if "nprobe" in summary["search"]:
-        found = summary["search"]
+        search = summary["search"]
         console.print(
-            f"recall of the approximate search: {found['recall']:.3f} at {found['at']} ({found['queries']:,} queries;"
-            f" {found['nprobe']} of {found['lists']} lists)",
+            f"recall of the approximate search: {search['recall']:.3f} at {search['at']} ({search['queries']:,} queries;"
+            f" {search['nprobe']} of {search['lists']} lists)",
             highlight=False,
         )
 
@@ -101,13 +101,13 @@ def dedup_near(
     """
     from mmcontrast.curation.near import drop_near_duplicates
 
-    found = drop_near_duplicates(table, out, field, epsilon, clusters, best, seed)
-    share = found["dropped"] / found["samples"]
-    console.print(f"{found['kept']:,} of {found['samples']:,} samples are kept, {share:.1%} dropped", highlight=False)
-    at = ", ".join(f"{number:,} at {epsilon}" for epsilon, number in found["dropped_at_epsilon"].items())
+    summary = drop_near_duplicates(table, out, field, epsilon, clusters, best, seed)
+    share = summary["dropped"] / summary["samples"]
+    console.print(f"{summary['kept']:,} of {summary['samples']:,} samples are kept, {share:.1%} dropped", highlight=False)
+    at = ", ".join(f"{number:,} at {epsilon}" for epsilon, number in summary["dropped_at_epsilon"].items())
     console.print(f"dropped by ε: {at}", highlight=False)
-    if found["without_field"]:
-        console.print(f"warning: {found['without_field']:,} samples lack the field {field!r} and are kept", highlight=False)
+    if summary["without_field"]:
+        console.print(f"warning: {summary['without_field']:,} samples lack the field {field!r} and are kept", highlight=False)
 
 
 def cluster(
@@ -126,11 +126,11 @@ def cluster(
     """
     from mmcontrast.curation.cluster import cluster as cluster_table
 
-    found = cluster_table(table, out, field, clusters, seed, iterations)
-    sizes = f"{found['smallest']:,} to {found['largest']:,} samples each, {found['median']:,.0f} in the median"
+    summary = cluster_table(table, out, field, clusters, seed, iterations)
+    sizes = f"{summary['smallest']:,} to {summary['largest']:,} samples each, {summary['median']:,.0f} in the median"
     console.print(f"{clusters:,} clusters of {sizes}", highlight=False)
-    if found["without_field"]:
-        console.print(f"warning: {found['without_field']:,} samples lack the field {field!r}: cluster −1", highlight=False)
+    if summary["without_field"]:
+        console.print(f"warning: {summary['without_field']:,} samples lack the field {field!r}: cluster −1", highlight=False)
 
 
 def score(

@@ -1,4 +1,4 @@
-"""Texts of class-labelled data: prompts that are made of a class's name by templates, as FLYP trains on (arXiv:2212.00638)."""
+"""Makes texts of class-labelled data: prompts of a class's name by templates, as FLYP trains on (arXiv:2212.00638)."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -15,25 +15,26 @@ PLACEHOLDERS = ("", "0", "c")
 
 
 def check_template(template: str) -> None:
-    """
+    """Check a prompt template.
+
     Raises:
         ValueError: for a template in which a class's phrase has no place, or that has another placeholder.
     """
-    wanted = "write {} or {c} where the class's phrase goes, like 'a photo of a {}.'"
+    remedy = "write {} or {c} where the class's phrase goes, like 'a photo of a {}.'"
     try:
         parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ValueError(f"the template {template!r} cannot be filled in ({error}): {wanted}") from error
+        raise ValueError(f"the template {template!r} cannot be filled in ({error}): {remedy}") from error
     if not parts:
-        raise ValueError(f"the template {template!r} has no placeholder, so every class has the same prompt: {wanted}")
-    for _, name, form, conversion in parts:
-        if name not in PLACEHOLDERS or form or conversion:  # a form may cut a phrase short
-            shown = f"{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}"
-            raise ValueError(f"the template {template!r} has the placeholder {{{shown}}}: {wanted}")
+        raise ValueError(f"the template {template!r} has no placeholder, so every class has the same prompt: {remedy}")
+    for _, name, format_spec, conversion in parts:
+        if name not in PLACEHOLDERS or format_spec or conversion:  # a form may cut a phrase short
+            shown = f"{name}{'!' + conversion if conversion else ''}{':' + format_spec if format_spec else ''}"
+            raise ValueError(f"the template {template!r} has the placeholder {{{shown}}}: {remedy}")
     try:
         filled(template, "")
     except (IndexError, ValueError) as error:  # {} and {}; {0} and {}
-        raise ValueError(f"the template {template!r} cannot be filled in ({error}): {wanted}") from error
+        raise ValueError(f"the template {template!r} cannot be filled in ({error}): {remedy}") from error
 
 
 def filled(template: str, phrase: str) -> str:

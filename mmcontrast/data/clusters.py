@@ -1,4 +1,4 @@
-"""Batches drawn within clusters: samples that are alike make each other's negatives hard."""
+"""Orders samples into batches within clusters: similar samples are each other's hard negatives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -53,10 +53,10 @@ class ClusterOrder:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with this one."""
-        return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
+        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.compare}
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """(epoch, position) of each sample of one rank at a global step."""
+        """Return (epoch, position) of each sample of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
         steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
         share = share_of(self.batch_size, self.lanes, rank, world_size)
@@ -64,39 +64,39 @@ class ClusterOrder:
 
 
 def _epoch(order: ClusterOrder, epoch: int) -> np.ndarray:
-    """[steps, batch] positions."""
+    """Return the positions of an epoch's batches, [steps, batch]."""
     random = np.random.Generator(np.random.PCG64([order.seed, epoch]))
     size, clusters = order.batch_size, order.clusters
-    rank_of = random.permutation(int(clusters.max()) + 1)[clusters]  # clusters in a random order
+    cluster_order = random.permutation(int(clusters.max()) + 1)[clusters]  # clusters in a random order
     shuffled = random.permutation(len(clusters))
-    stream = shuffled[np.argsort(rank_of[shuffled], kind="stable")]
-    _, first, count = np.unique(rank_of[stream], return_index=True, return_counts=True)
+    stream = shuffled[np.argsort(cluster_order[shuffled], kind="stable")]
+    _, first, count = np.unique(cluster_order[stream], return_index=True, return_counts=True)
     within = np.arange(len(stream)) - np.repeat(first, count)
-    whole = within < np.repeat(count // size * size, count)
-    steps = np.concatenate([stream[whole], stream[~whole]])[: order.steps_per_epoch * size].reshape(-1, size)
+    in_whole_batch = within < np.repeat(count // size * size, count)
+    steps = np.concatenate([stream[in_whole_batch], stream[~in_whole_batch]])[: order.steps_per_epoch * size].reshape(-1, size)
     return steps[random.permutation(len(steps))]
 
 
 def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.ndarray, str]:
-    """([N] the cluster of every sample, digest of the table), from a Parquet or CSV file with the columns `cluster` and
+    """Return (the cluster of every sample [N], digest of the table), from a Parquet or CSV file with the columns `cluster` and
     `key` or `sample_id`.
 
     Raises:
-        UserError: if a sample is not in it.
+        UserError: if a sample is not in the table.
     """
     if not Path(table).is_file():
         raise UserError(f"data.clusters: no file {table}")
-    opened = open_table(table)
-    if "cluster" not in opened.extensions or not {"key", "sample_id"} & set(opened.extensions):
-        have = ", ".join(opened.extensions)
-        raise UserError(f"data.clusters: {table} needs the columns 'cluster' and 'key' or 'sample_id'; it has {have}")
-    by = "sample_id" if "sample_id" in opened.extensions else "key"
-    column = opened.table["cluster"]
+    index = open_table(table)
+    if "cluster" not in index.extensions or not {"key", "sample_id"} & set(index.extensions):
+        columns = ", ".join(index.extensions)
+        raise UserError(f"data.clusters: {table} needs the columns 'cluster' and 'key' or 'sample_id'; it has {columns}")
+    by = "sample_id" if "sample_id" in index.extensions else "key"
+    column = index.table["cluster"]
     if column.null_count:
         raise UserError(f"data.clusters: {table} has {column.null_count} rows without a cluster")
     _, numbers = np.unique(np.asarray(column.to_pylist()), return_inverse=True)
     cluster_of: dict[Any, int] = {}
-    for row, (name, cluster) in enumerate(zip(opened.table[by].to_pylist(), numbers.tolist(), strict=True)):
+    for row, (name, cluster) in enumerate(zip(index.table[by].to_pylist(), numbers.tolist(), strict=True)):
         try:
             name = str(name) if by == "key" else id_of(by, name, -1)
         except DecodeError as error:
@@ -105,7 +105,7 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
             raise UserError(f"data.clusters: {table}, row {row}: the {by} {name!r} is in another cluster already")
     name_of: Callable[[int], Any] = dataset.key if by == "key" else dataset.sample_id
     console = Console(stderr=True)
-    found, seen = np.empty(len(dataset), dtype=np.int64), set()
+    clusters, seen = np.empty(len(dataset), dtype=np.int64), set()
     for position in track(range(len(dataset)), "looking up clusters", console=console, transient=True):
         name = name_of(position)
         if (cluster := cluster_of.get(name)) is None:
@@ -113,5 +113,5 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
         if name in seen and by == "key":
             raise UserError(f"data.clusters: several samples have the key {name!r}: name them by sample_id in {table}")
         seen.add(name)
-        found[position] = cluster
-    return found, opened.digest
+        clusters[position] = cluster
+    return clusters, index.digest

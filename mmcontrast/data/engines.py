@@ -28,9 +28,10 @@ R = TypeVar("R")
 
 
 def check_engine(engine: str) -> None:
-    """
+    """Check the name of an engine.
+
     Raises:
-        UserError: for an engine that there is not, or whose library is not installed.
+        UserError: for one that does not exist, or whose library is not installed.
     """
     if engine not in ENGINES:
         raise UserError(f"--engine {engine!r}: pool, or ray")
@@ -46,10 +47,10 @@ def check_engine(engine: str) -> None:
 def run_jobs(
     function: Callable[[J], R], jobs: Sequence[J], label: str, *, engine: str = "pool", workers: int | None = None
 ) -> Iterator[R]:
-    """Yield what a function makes of each job, in their order, with a progress bar.
+    """Yield what a function returns for each job, in their order, with a progress bar.
 
     Args:
-        jobs: of which `str` says what each is about.
+        jobs: whose `str` names them in errors.
         engine: "pool": processes of this machine; "ray": the Ray cluster that this process is in, else the one that RAY_ADDRESS
             names or `ray start` has started here, else one of this machine alone that ends with the jobs. Machines of a cluster
             must share the files' folders.
@@ -93,15 +94,15 @@ def _by_ray(function: Callable[[J], R], jobs: Sequence[J], workers: int | None, 
     with _cluster(cores):
         at_once = workers or max(AHEAD, 2 * int(ray.cluster_resources().get("CPU", 1)))
         task: Any = ray.remote(max_retries=TRIES - 1)(_on_worker)
-        left, running, ended, next_job = iter(enumerate(jobs)), dict[Any, int](), dict[int, Any](), 0
+        waiting, running, finished, next_job = iter(enumerate(jobs)), dict[Any, int](), dict[int, Any](), 0
         try:
             while next_job < len(jobs):
-                for number, job in islice(left, at_once - len(running)):
+                for number, job in islice(waiting, at_once - len(running)):
                     running[task.remote(function, job, os.getcwd(), settings)] = number
                 for reference in ray.wait(list(running))[0]:
-                    ended[running.pop(reference)] = reference
-                while next_job in ended:
-                    yield _result(ended.pop(next_job), jobs[next_job])
+                    finished[running.pop(reference)] = reference
+                while next_job in finished:
+                    yield _result(finished.pop(next_job), jobs[next_job])
                     next_job += 1
         finally:
             for reference in running:
@@ -136,8 +137,8 @@ def _result(reference: Any, job: object) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, BaseException) else error) from error
     except ray.exceptions.RayError as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"--engine ray: {job}: {said} (tried {TRIES} times). Started again, it goes on") from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--engine ray: {job}: {reason} (tried {TRIES} times). Started again, it goes on") from error
 
 
 @contextmanager
@@ -164,9 +165,10 @@ def _cluster(cores: int) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """
+    """Check that a Ray cluster listens at an address; without one Ray would end the whole process, after a minute.
+
     Raises:
-        UserError: if nobody listens where a cluster is said to be: Ray would end the whole process, after a minute.
+        UserError: if none does.
     """
     host, colon, port = address.rpartition(":")
     if address in ("", "auto", "local"):

@@ -30,12 +30,13 @@ T = TypeVar("T")
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Files named by paths, globs (`train-*.tar`), brace ranges (`train-{00000..00025}.tar`) and URLs of them, in order.
+    """Return the files named by paths, globs (`train-*.tar`), brace ranges (`train-{00000..00025}.tar`) and URLs of
+    them, in order.
 
     Raises:
         UserError: if a pattern matches no file, or a URL's scheme is none of `SCHEMES`.
     """
-    found: list[str] = []
+    files: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             names = list(braceexpand.braceexpand(pattern))
@@ -46,31 +47,31 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
                 matches = sorted(glob.glob(expanded))
             elif "*" in expanded:
                 filesystem = _filesystem(expanded)
-                paths = _patiently(partial(filesystem.glob, expanded), expanded)
+                paths = _retry(partial(filesystem.glob, expanded), expanded)
                 matches = [str(filesystem.unstrip_protocol(path)) for path in sorted(paths)]
             else:
                 _filesystem(expanded)
                 matches = [expanded]
             if not matches:
                 raise UserError(f"no shard at {expanded!r} (from {Path.cwd()}): correct the path, or build the data first")
-            found.extend(matches)
-    return found
+            files.extend(matches)
+    return files
 
 
 def identities(names: Sequence[str]) -> list[str]:
-    """Per shard the shortest end of its path that tells it from the others: what the ids of samples without a `sample_id` are
-    made of, with the samples' keys. It does not depend on the folder, the mount or the server that all of them are in, nor on
-    a URL's signature. A shard that is named twice is one."""
-    whole = [name if is_remote(name) else os.path.abspath(name) for name in names]
-    bare = [name.partition("?")[0] if is_remote(name) else name for name in whole]
-    if len(set(bare)) == len(set(whole)):
-        whole = bare
-    parts = {name: name.rstrip("/").split("/") for name in whole}
-    for length in range(1, max((len(of) for of in parts.values()), default=0) + 1):
-        ends = {name: "/".join(of[-length:]) for name, of in parts.items()}
+    """Return per shard the shortest end of its path that tells it from the others. With their keys, it makes the ids of samples
+    without a `sample_id`. It does not depend on the folder, the mount or the server that all of them are in, nor on a URL's
+    signature. A shard that is named twice is one."""
+    paths = [name if is_remote(name) else os.path.abspath(name) for name in names]
+    unsigned = [name.partition("?")[0] if is_remote(name) else name for name in paths]
+    if len(set(unsigned)) == len(set(paths)):
+        paths = unsigned
+    parts = {name: name.rstrip("/").split("/") for name in paths}
+    for length in range(1, max((len(path_parts) for path_parts in parts.values()), default=0) + 1):
+        ends = {name: "/".join(path_parts[-length:]) for name, path_parts in parts.items()}
         if len(set(ends.values())) == len(ends):
-            return [ends[name] for name in whole]
-    return whole
+            return [ends[name] for name in paths]
+    return paths
 
 
 def is_remote(name: str) -> bool:
@@ -78,7 +79,8 @@ def is_remote(name: str) -> bool:
 
 
 def open_file(name: str) -> "LocalFile | RemoteFile":
-    """
+    """Return a file with its size and fingerprint.
+
     Raises:
         UserError: if it is not there or cannot be read.
     """
@@ -86,13 +88,13 @@ def open_file(name: str) -> "LocalFile | RemoteFile":
         return _open_remote(name)
     try:
         with Path(name).open("rb") as file:
-            about = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             ends = file.read(ENDS)
-            file.seek(max(0, about.st_size - ENDS))
+            file.seek(max(0, status.st_size - ENDS))
             ends += file.read()
     except OSError as error:
         raise UserError(f"shard {name} cannot be read: {error.strerror}") from error
-    return LocalFile(name, about.st_size, f"{about.st_size} {about.st_mtime_ns} {zlib.crc32(ends):08x}")
+    return LocalFile(name, status.st_size, f"{status.st_size} {status.st_mtime_ns} {zlib.crc32(ends):08x}")
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,17 @@ class LocalFile:
     fingerprint: str
 
     def read(self, start: int, stop: int) -> bytes:
-        """
+        """Return the bytes from `start` to `stop`.
+
         Raises:
             UserError: if the bytes are not there.
         """
         try:
             try:
-                data = os.pread(_opened(self).number, stop - start, start)
+                data = os.pread(_open_descriptor(self).number, stop - start, start)
             except OSError:  # a server may have forgotten what was open
-                _opened.cache_clear()
-                data = os.pread(_opened(self).number, stop - start, start)
+                _open_descriptor.cache_clear()
+                data = os.pread(_open_descriptor(self).number, stop - start, start)
         except OSError as error:
             raise UserError(f"shard {self.name} cannot be read: {error.strerror}") from error
         if len(data) != stop - start:
@@ -138,15 +141,15 @@ class _Descriptor:
 
 
 @lru_cache(OPEN)
-def _opened(file: LocalFile) -> _Descriptor:
-    """Return a file, open; the last few that were asked for stay so.
+def _open_descriptor(file: LocalFile) -> _Descriptor:
+    """Return an open file; the last few stay open.
 
     Raises:
         UserError: if it is not the one that was indexed.
     """
     descriptor = _Descriptor(file.name)
-    about = os.fstat(descriptor.number)
-    if not file.fingerprint.startswith(f"{about.st_size} {about.st_mtime_ns} "):
+    status = os.fstat(descriptor.number)
+    if not file.fingerprint.startswith(f"{status.st_size} {status.st_mtime_ns} "):
         raise _has_changed(file.name)
     return descriptor
 
@@ -168,16 +171,17 @@ class RemoteFile:
     fingerprint: str
 
     def read(self, start: int, stop: int) -> bytes:
-        """
+        """Return the bytes from `start` to `stop`, from the range cache or the server.
+
         Raises:
             UserError: if the bytes still do not come after all attempts.
         """
         return range_cache().read(f"{self.name} {self.fingerprint}", self.size, start, stop, self.fetch)
 
     def fetch(self, start: int, stop: int) -> bytes:
-        """`read`, past the cache."""
+        """Return the bytes from `start` to `stop`, past the cache."""
 
-        def once() -> bytes:
+        def request() -> bytes:
             data = _filesystem(self.name).cat_file(self.name, start, stop)
             if len(data) > stop - start:
                 raise _no_ranges(self.name)
@@ -185,15 +189,16 @@ class RemoteFile:
                 raise EOFError(f"{len(data)} bytes came of {stop - start}")
             return data
 
-        return _patiently(once, self.name) if stop > start else b""
+        return _retry(request, self.name) if stop > start else b""
 
     def check_ranges(self) -> None:
-        """
+        """Check that the server sends ranges of files, by the head of its answer.
+
         Raises:
-            UserError: if the server sends whole files only. Known from its answer's head, before they come.
+            UserError: if it sends whole files only.
         """
 
-        def once() -> None:
+        def request() -> None:
             with _filesystem(self.name).open(self.name, "rb", size=self.size, cache_type="none") as file:
                 file.seek(self.size - 1)
                 try:
@@ -202,18 +207,18 @@ class RemoteFile:
                     raise _no_ranges(self.name) from error
 
         if self.name.startswith("http") and self.size > 1:
-            _patiently(once, self.name)
+            _retry(request, self.name)
 
 
 def open_stream(name: str) -> BinaryIO:
-    """The file from its beginning, to be read once. Opening it is tried again; what breaks later is not.
+    """Open a file to be read once from its beginning. Opening it is tried again; what breaks later is not.
 
     Raises:
         UserError: if it cannot be opened.
     """
     if is_remote(name):
-        whole = {"block_size": 0} if name.startswith("http") else {"cache_type": "readahead"}
-        return _patiently(lambda: _filesystem(name).open(name, "rb", **whole), name)
+        options = {"block_size": 0} if name.startswith("http") else {"cache_type": "readahead"}
+        return _retry(lambda: _filesystem(name).open(name, "rb", **options), name)
     try:
         return Path(name).open("rb")
     except OSError as error:
@@ -225,11 +230,11 @@ def _no_ranges(name: str) -> UserError:
 
 
 def _open_remote(name: str) -> RemoteFile:
-    about: dict[str, Any] = _patiently(lambda: _filesystem(name).info(name), name)
-    if about.get("size") is None:
+    info: dict[str, Any] = _retry(lambda: _filesystem(name).info(name), name)
+    if info.get("size") is None:
         raise UserError(f"shard {name}: its server does not tell its size; read it with data.sequential=true")
-    size = int(about["size"])
-    stamps = [f"{key}={about[key]}" for key in sorted(about) if key.lower() in STAMPS and about[key]]
+    size = int(info["size"])
+    stamps = [f"{key}={info[key]}" for key in sorted(info) if key.lower() in STAMPS and info[key]]
     if not stamps:
         file = RemoteFile(name, size, "")
         stamps = [f"{zlib.crc32(file.fetch(0, min(ENDS, size)) + file.fetch(max(0, size - ENDS), size)):08x}"]
@@ -247,7 +252,7 @@ os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _filesystem(name: str) -> Any:
-    """fsspec's, which keeps one for each process and set of options.
+    """Return fsspec's file system for a URL; fsspec keeps one for each process and set of options.
 
     Raises:
         UserError: for a scheme that is not allowed, or whose package is not installed.
@@ -267,13 +272,13 @@ def _filesystem(name: str) -> Any:
         raise UserError(f"shard {name}: install what reads it: pip install 'fsspec[{scheme}]' ({error})") from error
 
 
-def _patiently(read: Callable[[], T], name: str) -> T:
-    """Return what `read` returns, tried again with growing pauses, as long as its errors may pass.
+def _retry(read: Callable[[], T], name: str) -> T:
+    """Return what `read` returns. It is tried again with growing pauses, as long as its errors may be temporary.
 
     Raises:
-        UserError: for an error that will not pass, or after the last attempt.
+        UserError: for an error that is permanent, or after the last attempt.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return read()
@@ -283,12 +288,12 @@ def _patiently(read: Callable[[], T], name: str) -> T:
             cause = error.__cause__ or error  # fsspec says "not found" of whatever happened
             reason = f"{type(cause).__name__}: {cause}".rstrip(": ")
             status = getattr(cause, "status", None)
-            lasting = cause is error and isinstance(error, FileNotFoundError | PermissionError)
-            if lasting or (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)):
+            permanent = cause is error and isinstance(error, FileNotFoundError | PermissionError)
+            if permanent or (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)):
                 raise UserError(f"shard {name} cannot be read ({reason})") from error
             if attempt == ATTEMPTS:
-                took = time.monotonic() - began
-                raise UserError(f"shard {name} could not be read in {attempt} attempts over {took:.0f} s ({reason})") from error
+                tried = f"{attempt} attempts over {time.monotonic() - start:.0f} s"
+                raise UserError(f"shard {name} could not be read in {tried} ({reason})") from error
             pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.25)
             logger.warning("shard %s: attempt %d of %d failed (%s), again in %.1f s", name, attempt, ATTEMPTS, reason, pause)
             time.sleep(pause)

@@ -10,14 +10,14 @@ from mmcontrast.errors import UserError
 
 @dataclass(frozen=True)
 class FolderIndex(MemberIndex):
-    """`places` are those in `names`, which are relative to the folder. Indexed each time it is opened."""
+    """A folder, indexed each time it is opened. `places` are indices into `names`, which are relative to the folder."""
 
     names: tuple[str, ...]
 
     def describe(self, sample: int, extension: str = "") -> str:
-        words = super().describe(sample, extension)
-        named = self.wanted(sample, [extension])
-        return f"{words} ({self.names[named[0][0]]})" if named else words
+        description = super().describe(sample, extension)
+        file = self.wanted(sample, [extension])
+        return f"{description} ({self.names[file[0][0]]})" if file else description
 
     def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
         try:
@@ -30,10 +30,10 @@ class FolderIndex(MemberIndex):
 
 
 def index_folder(name: str) -> FolderIndex:
-    """Files that are one sample lie in one folder; their order is that of their names."""
+    """Index a folder. The files of a sample lie in one folder; samples are in the order of their names."""
     path = Path(name)
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     names.sort(key=lambda member: sample_of(member)[0])  # `a.b/x` between `a.png` and `a.txt` would part them
-    found = Members.collect(name, ((member, k, (path / member).stat().st_size) for k, member in enumerate(names)))
-    parts = (found.keys, found.extensions, found.digest, found.places, found.sizes, tuple(names))
-    return FolderIndex(name, *parts, notes=found.notes)
+    members = Members.collect(name, ((member, k, (path / member).stat().st_size) for k, member in enumerate(names)))
+    arrays = (members.keys, members.extensions, members.digest, members.places, members.sizes, tuple(names))
+    return FolderIndex(name, *arrays, notes=members.notes)

@@ -1,11 +1,11 @@
-"""A part of any shards that is held out from training: chosen by what samples are about, so that it stays the same whatever the
-order of the files, the number of ranks, or the shards that are added later.
+"""Holds out a part of any shards from training, by the samples' contents, so that it stays the same whatever the order of the
+files, the number of ranks, or the shards that are added later.
 
-A sample's side is decided by a hash of its group id. One that says none goes by its key; rows of a table go by the picture (or
-else the sound) that they show too, the same path or the same bytes, so that two captions of a picture are never on both sides.
+A sample's side is decided by a hash of its group id, or of its key if it has none; rows of a table go by the picture (or else
+the sound) that they show too, the same path or the same bytes, so that two captions of a picture are never on both sides.
 The held-out part of a smaller share is a part of that of a larger one.
 
-It costs reading every `json` of tars and folders once; of tars what was found is kept beside their index.
+It costs reading every `json` of tars and folders once; the hashes of a tar are kept beside its index.
 """
 
 import math
@@ -40,8 +40,8 @@ CONNECTIONS = 16  # remote shards that are read at a time
 PROBE = 64  # bytes of the middle and of the end by which pictures in a table are compared, with their length
 VERSION = 1  # of what the cache holds
 Types = pa.types
-KEPT = 2**24  # samples: hashes of more are not held in memory, but looked up again
-_recent: dict[Any, np.ndarray] = {}  # the hashes that were asked for last
+KEPT = 2**24  # samples: hashes of more are not held in memory, but read again
+_recent: dict[Any, np.ndarray] = {}  # the last hashes
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ def _part_of(shard: ShardIndex, rows: np.ndarray, part: Part) -> ShardPart:
 
 
 def check_sides(shards: Sequence[ShardIndex], hashes: np.ndarray, held_out: np.ndarray, share: float) -> None:
-    """
+    """Check that both sides have two samples at least.
+
     Raises:
-        UserError: if fewer than two samples are held out, or are left; it names the nearest share that does.
+        UserError: if one has not; it names the nearest share by which both have.
     """
     total, number = len(hashes), int(held_out.sum())
     if LEAST <= number <= total - LEAST:
@@ -107,22 +108,22 @@ def check_sides(shards: Sequence[ShardIndex], hashes: np.ndarray, held_out: np.n
 
 def hashes_of(shards: Sequence[ShardIndex], columns: Sequence[str]) -> np.ndarray:
     """Return [N] int64 in [0, 2⁶³): equal for samples that must be on one side. Both sides of a division ask for the same."""
-    asked = tuple((shard.name, shard.digest) for shard in shards), tuple(columns)
-    if asked in _recent:
-        return _recent[asked]
+    request = tuple((shard.name, shard.digest) for shard in shards), tuple(columns)
+    if request in _recent:
+        return _recent[request]
     _recent.clear()
-    found = _hashes_of(shards, columns)
-    if len(found) <= KEPT:
-        _recent[asked] = found
-    return found
+    hashes = _hashes_of(shards, columns)
+    if len(hashes) <= KEPT:
+        _recent[request] = hashes
+    return hashes
 
 
 def _hashes_of(shards: Sequence[ShardIndex], columns: Sequence[str]) -> np.ndarray:
     remote = any(is_remote(shard.name) for shard in shards)
     console = Console(stderr=True)
     with ThreadPoolExecutor(CONNECTIONS if remote else 1) as threads:
-        found = threads.map(partial(_links, columns=columns), shards)
-        links = list(track(found, "looking for what to hold out", len(shards), console=console, transient=True))
+        results = threads.map(partial(_links, columns=columns), shards)
+        links = list(track(results, "looking for what to hold out", len(shards), console=console, transient=True))
     first, second = (np.concatenate(arrays) for arrays in zip(*links, strict=True))
     return first if first is second or np.array_equal(first, second) else joined(first, second)
 
@@ -136,9 +137,9 @@ def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     while True:
         before = least
         for groups in (by_second, by_first):
-            of_group = np.full(int(groups.max()) + 1, np.iinfo(np.int64).max)
-            np.minimum.at(of_group, groups, least)
-            least = of_group[groups]
+            group_least = np.full(int(groups.max()) + 1, np.iinfo(np.int64).max)
+            np.minimum.at(group_least, groups, least)
+            least = group_least[groups]
         if np.array_equal(before, least):
             return least
 
@@ -148,32 +149,34 @@ def _links(shard: ShardIndex, columns: Sequence[str]) -> tuple[np.ndarray, np.nd
     table, rows = (shard.shard, shard.rows) if isinstance(shard, ShardPart) else (shard, None)
     if isinstance(table, TableIndex):
         return _links_of_table(table, columns, np.arange(len(table)) if rows is None else rows)
-    found = _kept(shard) if isinstance(shard, TarIndex) else None
-    if found is None:
+    hashes = _load(shard) if isinstance(shard, TarIndex) else None
+    if hashes is None:
         groups = _groups_in_json(shard)
-        found = np.array([_hash(groups.get(row), f"key {shard.keys[row]}") for row in range(len(shard))], dtype=np.int64)
+        hashes = np.array([_hash(groups.get(row), f"key {shard.keys[row]}") for row in range(len(shard))], dtype=np.int64)
         if isinstance(shard, TarIndex) and shard.rows is None:
-            _keep(shard, found)
-    return found, found
+            _save(shard, hashes)
+    return hashes, hashes
 
 
-def _hash(group: int | None, otherwise: str) -> int:
-    return stable_hash(f"held out: {otherwise if group is None else f'group {group}'}")
+def _hash(group: int | None, default: str) -> int:
+    """Return the hash of a group id, or of `default` where there is none."""
+    return stable_hash(f"held out: {default if group is None else f'group {group}'}")
 
 
 def _groups_in_json(shard: ShardIndex, rows: np.ndarray | None = None) -> dict[int, int]:
-    """Return the group ids that samples say in their json, by row; not of json that is damaged.
+    """Return the group ids in the json of samples, by row; without those whose json is damaged.
 
     Args:
-        rows: those that are looked into; default: all.
+        rows: whose json is read; default: all.
     """
     groups = {}
-    there = np.flatnonzero(shard.has("json")) if "json" in shard.extensions and rows is None else rows
-    for row in there.tolist() if there is not None else ():
+    if rows is None and "json" in shard.extensions:
+        rows = np.flatnonzero(shard.has("json"))
+    for row in rows.tolist() if rows is not None else ():
         try:
-            given = read_json(shard.read(row, ["json"])["json"]).get("group_id")
-            if given is not None and given != "":
-                groups[row] = id_of("group_id", given, 0)
+            value = read_json(shard.read(row, ["json"])["json"]).get("group_id")
+            if value is not None and value != "":
+                groups[row] = id_of("group_id", value, 0)
         except (DecodeError, ValueError, RecursionError):
             continue  # such a sample is not trained on, and is found by its key
     return groups
@@ -184,20 +187,21 @@ def _links_of_table(shard: TableIndex, columns: Sequence[str], rows: np.ndarray)
     if "json" in shard.table.column_names:
         groups = _groups_in_json(shard, rows)
     elif "group_id" in shard.table.column_names:
-        for row, given in zip(rows.tolist(), _values(shard.table["group_id"], rows), strict=True):
-            given = given.as_py()
+        for row, scalar in zip(rows.tolist(), _values(shard.table["group_id"], rows), strict=True):
+            value = scalar.as_py()
             try:
-                if given is not None and given != "" and given == given:
-                    groups[row] = id_of("group_id", given, 0)
+                if value is not None and value != "" and value == value:  # not NaN
+                    groups[row] = id_of("group_id", value, 0)
             except DecodeError:
                 continue
-    named = not isinstance(shard.keys, RowKeys)
-    pictures = next((found for column in columns if (found := _pictures(shard, column, rows))), [None] * len(rows))
+    has_keys = not isinstance(shard.keys, RowKeys)
+    of_columns = (_pictures(shard, column, rows) for column in columns)
+    pictures = next(filter(None, of_columns), [None] * len(rows))
     first = np.empty(len(rows), dtype=np.int64)
     second = np.empty(len(rows), dtype=np.int64)
     for number, (row, picture) in enumerate(zip(rows.tolist(), pictures, strict=True)):
         by_key = f"key {shard.keys[row]}"
-        first[number] = _hash(groups.get(row), by_key if named or picture is None else picture)
+        first[number] = _hash(groups.get(row), by_key if has_keys or picture is None else picture)
         second[number] = first[number] if row in groups or picture is None else stable_hash(f"held out: {picture}")
     return first, second
 
@@ -210,9 +214,9 @@ def _values(column: pa.ChunkedArray, rows: np.ndarray) -> Iterable[pa.Scalar]:
 
 
 def _pictures(shard: TableIndex, column: str, rows: np.ndarray) -> list[str | None]:
-    """Return of some rows what tells its picture from others, None where it has none; nothing if the column holds no pictures.
-    Pictures in the table are told apart by their length and some of their bytes: two that are taken for one are on one side,
-    which does no harm."""
+    """Return for some rows a text that identifies the picture, None where there is none; nothing if the column holds no
+    pictures. Pictures in the table are identified by their length and some of their bytes: two that are taken for one are on
+    one side, which does no harm."""
     if column not in shard.table.column_names:
         return []
     values = shard._column(column)
@@ -221,6 +225,7 @@ def _pictures(shard: TableIndex, column: str, rows: np.ndarray) -> list[str | No
 
 
 def _reader_of(kind: pa.DataType) -> Callable[[Any], str | None] | None:
+    """Return the function that identifies the picture of a value of a type, None if such a value holds none."""
     if Types.is_string(kind) or Types.is_large_string(kind):
         return lambda value: f"file {posixpath.normpath(value.as_py())}"
     if Types.is_binary(kind) or Types.is_large_binary(kind):
@@ -243,12 +248,12 @@ def _probe(value: Any) -> str:
     return f"bytes {data.size} {data[middle : middle + PROBE].to_pybytes().hex()} {data[-PROBE:].to_pybytes().hex()}"
 
 
-def _file_of(shard: TarIndex) -> tuple[Path, str]:
+def _cache_file(shard: TarIndex) -> tuple[Path, str]:
     return index_file(shard.name).with_suffix(".held-out.npz"), f"{VERSION} {shard.file.fingerprint}"
 
 
-def _kept(shard: TarIndex) -> np.ndarray | None:
-    file, fingerprint = _file_of(shard)
+def _load(shard: TarIndex) -> np.ndarray | None:
+    file, fingerprint = _cache_file(shard)
     try:
         with np.load(file, allow_pickle=False) as entry:
             hashes = entry["hashes"] if str(entry["fingerprint"]) == fingerprint else None
@@ -259,8 +264,8 @@ def _kept(shard: TarIndex) -> np.ndarray | None:
     return hashes[shard.rows] if not len(shard) or shard.rows.max() < len(hashes) else None
 
 
-def _keep(shard: TarIndex, hashes: np.ndarray) -> None:
-    file, fingerprint = _file_of(shard)
+def _save(shard: TarIndex, hashes: np.ndarray) -> None:
+    file, fingerprint = _cache_file(shard)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.stem}-", suffix=".partial", delete=False) as written:

@@ -1,4 +1,4 @@
-"""Reads what a sample's json says of it: its ids, which are numbers or texts, and its weight."""
+"""Reads a sample's json: its ids, which are numbers or texts, and its weight."""
 
 import hashlib
 import json
@@ -16,36 +16,37 @@ _DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" el
 
 
 def read_json(data: bytes) -> dict[str, Any]:
-    """
+    """Parse a sample's json. NaN, which JSON does not have and some write for missing values, is read as null.
+
     Raises:
-        DecodeError: if it is not an object. Its NaN, which JSON does not have and others write for what is missing, is null.
+        DecodeError: if it is not an object.
     """
     try:
         encoding = "utf-8" if data[:1] == b"{" and data[1:2] != b"\0" else json.detect_encoding(data)
-        about = _DECODER.decode(data.decode(encoding, "surrogatepass"))
+        metadata = _DECODER.decode(data.decode(encoding, "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error
-    if not isinstance(about, dict):
-        raise DecodeError(f"a JSON {type(about).__name__}, not an object")
-    return about
+    if not isinstance(metadata, dict):
+        raise DecodeError(f"a JSON {type(metadata).__name__}, not an object")
+    return metadata
 
 
-def ids_of(about: Mapping[str, Any], default: int) -> tuple[int, int]:
-    """(sample id, group id) of what a json member says.
+def ids_of(metadata: Mapping[str, Any], default: int) -> tuple[int, int]:
+    """Return (sample id, group id) from a sample's json.
 
     Raises:
-        DecodeError: if it cannot be so.
+        DecodeError: for an id that is neither a whole number nor a text, or a negative group id.
     """
-    sample_id = id_of("sample_id", about.get("sample_id"), default)
-    group_id = id_of("group_id", about.get("group_id"), sample_id)
+    sample_id = id_of("sample_id", metadata.get("sample_id"), default)
+    group_id = id_of("group_id", metadata.get("group_id"), sample_id)
     if group_id < 0:
         raise DecodeError(f"group_id {group_id} is negative")
     return sample_id, group_id
 
 
 def id_of(name: str, value: Any, default: int) -> int:
-    """An id that is given: a whole number; or a text, of which one that is a number just as it is printed, as "12", is that
-    number, and any other, as "007" or a UUID, is hashed. Nothing, or an empty text: the default.
+    """Return the id that a value means: a whole number is itself; a text that is a number just as it is printed, as "12", is
+    that number, and any other text, as "007" or a UUID, is hashed; None or an empty text is the default.
 
     Raises:
         DecodeError: if it is neither, or no number of 64 bits.
@@ -64,13 +65,13 @@ def id_of(name: str, value: Any, default: int) -> int:
     return int(value)
 
 
-def weight_of(about: Mapping[str, Any]) -> float:
-    """Return the `sample_weight` that a json member says: how much the sample counts in the loss; 1 if it says none.
+def weight_of(metadata: Mapping[str, Any]) -> float:
+    """Return the `sample_weight` in a sample's json, how much it counts in the loss; 1 if there is none.
 
     Raises:
         DecodeError: if it is no finite number of at least 0, as float32 holds it.
     """
-    value = about.get("sample_weight")
+    value = metadata.get("sample_weight")
     if value is None or value == "":
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_WEIGHT:
@@ -79,10 +80,10 @@ def weight_of(about: Mapping[str, Any]) -> float:
 
 
 def default_id(shard: str, name: str) -> int:
-    """The id of a sample that says none, in [0, 2^63). `shard`: of `identities`; `name`: the sample's within it."""
+    """Return the id of a sample that has none, in [0, 2^63). `shard`: of `identities`; `name`: the sample's within it."""
     return stable_hash(f"{shard}\0{name}")
 
 
 def stable_hash(text: str) -> int:
-    """A stable id in [0, 2^63)."""
+    """Return a hash in [0, 2^63) that is the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1

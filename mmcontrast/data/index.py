@@ -1,4 +1,4 @@
-"""Opening shards of every kind: tars on a disk or at a URL, folders, tables."""
+"""Opens shards of every kind: tars on a disk or at a URL, folders, tables."""
 
 import signal
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -28,12 +28,12 @@ def open_shards(
     files: str | None = None,
     then: Callable[[ShardIndex], ShardIndex] = lambda shard: shard,
 ) -> list[ShardIndex]:
-    """All shards, in order. Tars are scanned, at once where that is worth it, by one process of a machine, unless the cache has
-    their indexes; many and large ones are mapped from one file.
+    """Open all shards, in order. Tars that the cache has no index of are scanned by one process of a machine, several at once
+    where that is worth it; many and large indexes are mapped from one file.
 
     Args:
         file_columns, files: of tables: columns whose texts are paths, and the folder in which those files are.
-        then: what is made of each when it is open, one after the other, so that not all of all of them is in memory.
+        then: applied to each shard when it is open, so that what it drops is in memory of one shard at a time.
 
     Raises:
         UserError: for the first shard that is missing or damaged.
@@ -41,14 +41,14 @@ def open_shards(
     names = expand_shards(patterns)
     tars = [name for name in names if not is_table(name) and (is_remote(name) or not Path(name).is_dir())]
     indexes = open_tars(tars, lambda files: _scan(files, progress)) if len(tars) > 1 else map(index_tar, tars)
-    of_tar = set(tars)
+    tar_names = set(tars)
 
-    def opened(name: str) -> ShardIndex:
-        if name in of_tar:
+    def open_one(name: str) -> ShardIndex:
+        if name in tar_names:
             return next(indexes)
         return open_table(name, file_columns, files) if is_table(name) else index_folder(name)
 
-    return [then(opened(name)) for name in names]
+    return [then(open_one(name)) for name in names]
 
 
 def _scan(tars: Sequence[File], progress: bool) -> None:
@@ -69,14 +69,14 @@ def _scan(tars: Sequence[File], progress: bool) -> None:
             index_tar(tar.name, file=tar)
         return
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        scanned = pool.map(_error, [tar.name for tar in lacking], chunksize=max(1, len(lacking) // 256))
+        scanned = pool.map(_index_error, [tar.name for tar in lacking], chunksize=max(1, len(lacking) // 256))
         for error in _tracked(scanned, len(lacking), progress):
             if error:
                 raise UserError(error)
 
 
 def index_shard(name: str | Path, scan: bool = False) -> ShardIndex:
-    """One shard.
+    """Open one shard.
 
     Args:
         scan: read a tar again, whatever the cache has of it.
@@ -95,7 +95,7 @@ def _tracked(results: Iterable[T], total: int, progress: bool) -> Iterable[T]:
     return track(results, "indexing shards", total, console=console, transient=True, disable=not progress)
 
 
-def _error(name: str) -> str | None:
+def _index_error(name: str) -> str | None:
     """Index a tar into the cache, and return what is wrong with it, which a worker process cannot raise in one line."""
     try:
         index_tar(name)

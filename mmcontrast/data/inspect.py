@@ -1,4 +1,4 @@
-"""`mmcontrast data inspect`: what shards hold, as tables and as a page to look at and listen to."""
+"""`mmcontrast data inspect`: shows the contents of shards, as tables and as a page to look at and listen to."""
 
 import html
 import io
@@ -23,13 +23,13 @@ from mmcontrast.modalities.audio import UNKNOWN, open_sound
 from mmcontrast.modalities.image import FORMATS
 from mmcontrast.modalities.parts import check_parts
 
-LOOKED_INTO, SHOWN = 2000, 24  # samples, evenly spread over the shards: those whose members are read, and shown on the page
+MEASURED, SHOWN = 2000, 24  # samples, evenly spread over the shards: those that are measured, and shown on the page
 ALPHA = "alpha"  # a measure that is counted, and has no quantiles
 Measures = dict[tuple[str, str], list[float]]  # of (member, what): its values
 
 
 def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[Table | str]:
-    """Tables and lines for the console.
+    """Yield tables and lines for the console, and write a page.
 
     Args:
         to: where a page with samples is written.
@@ -42,23 +42,25 @@ def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[
     if not samples:
         raise UserError(f"{', '.join(patterns)}: no sample in {len(shards)} shards")
     sizes = {e: np.concatenate([shard.sizes_of(e) for shard in shards if e in shard.extensions]) for e in extensions}
-    sizes = {e: of[of >= 0] for e, of in sizes.items()}
-    yield f"{len(shards)} shards, {samples} samples, {sum(int(of.sum()) for of in sizes.values()) / 2**20:.0f} MiB"
+    sizes = {extension: present[present >= 0] for extension, present in sizes.items()}
+    yield f"{len(shards)} shards, {samples} samples, {sum(int(present.sum()) for present in sizes.values()) / 2**20:.0f} MiB"
     members = Table("member", "samples", "of all", "median bytes", "largest")
-    for extension, of in sizes.items():
-        if len(of):
-            share, middle = f"{len(of) / samples:.1%}", f"{np.median(of):.0f}"
-            members.add_row(f".{extension}", str(len(of)), share, middle, str(of.max()))
+    for extension, present in sizes.items():
+        if len(present):
+            share, median = f"{len(present) / samples:.1%}", f"{np.median(present):.0f}"
+            members.add_row(f".{extension}", str(len(present)), share, median, str(present.max()))
     yield members
     yield from (f"{shard.name}: {note}" for shard in shards for note in shard.notes)
     known = {e for e in extensions if e.rpartition(".")[2] in {*MEASURES, *VectorModality.extensions}}
-    there = (sum((shard.has(e) for e in known & set(shard.extensions)), np.zeros(len(shard), dtype=bool)) for shard in shards)
-    if lacking := samples - sum(int(of.sum()) for of in there):
+    lacking = samples
+    for shard in shards:
+        lacking -= int(sum((shard.has(e) for e in known & set(shard.extensions)), np.zeros(len(shard), dtype=bool)).sum())
+    if lacking:
         yield f"{lacking} samples have no picture, text, sound or vector, by the names of their members"
 
-    chosen = _spread(shards, LOOKED_INTO)
-    measures, groups, faults = _look(chosen, extensions)
-    alphas = [alpha for name in [name for name in measures if name[1] == ALPHA] for alpha in measures.pop(name)]
+    chosen = _spread(shards, MEASURED)
+    measures, groups, faults = _measure(chosen, extensions)
+    alphas = [alpha for member, measure in list(measures) if measure == ALPHA for alpha in measures.pop((member, measure))]
     if measures:
         yield f"of {len(chosen)} samples:"
         yield _quantiles(measures)
@@ -77,15 +79,15 @@ def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[
 
 
 def _spread(shards: Sequence[ShardIndex], number: int) -> list[tuple[ShardIndex, int]]:
-    """So many samples, or all, as (shard, row)."""
+    """Return so many samples, evenly spread, or all, as (shard, row)."""
     ends = np.cumsum([len(shard) for shard in shards])
-    places = np.unique(np.linspace(0, ends[-1] - 1, min(number, int(ends[-1]))).astype(np.int64))
-    of = np.searchsorted(ends, places, side="right")
-    return [(shards[k], int(place - ends[k] + len(shards[k]))) for k, place in zip(of, places, strict=True)]
+    positions = np.unique(np.linspace(0, ends[-1] - 1, min(number, int(ends[-1]))).astype(np.int64))
+    numbers = np.searchsorted(ends, positions, side="right")
+    return [(shards[k], int(position - ends[k] + len(shards[k]))) for k, position in zip(numbers, positions, strict=True)]
 
 
-def _look(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]) -> tuple[Measures, Counter[int], int]:
-    """(lengths, durations and sides; samples of each group; members that could not be read)."""
+def _measure(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]) -> tuple[Measures, Counter[int], int]:
+    """Return (lengths, durations and sides; samples of each group; members that could not be read)."""
     measures: Measures = defaultdict(list)
     groups: Counter[int] = Counter()
     faults = 0
@@ -99,8 +101,8 @@ def _look(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]) -
                 if data is None:  # a list of nothing
                     continue
                 if extension == "json":
-                    about = read_json(data)
-                    groups.update([id_of("group_id", about["group_id"], 0)] if about.get("group_id") is not None else [])
+                    group_id = read_json(data).get("group_id")
+                    groups.update([id_of("group_id", group_id, 0)] if group_id is not None else [])
                 elif measure:
                     for what, value in measure(data).items():
                         measures[f".{extension}", what].append(value)
@@ -109,27 +111,27 @@ def _look(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]) -
     return measures, groups, faults
 
 
-def _of_text(data: bytes) -> dict[str, float]:
+def _measure_text(data: bytes) -> dict[str, float]:
     text = data.decode("utf-8")
     return {"words": len(text.split()), "lines": len(text.strip().splitlines())}
 
 
-def _of_picture(data: bytes) -> dict[str, float]:
+def _measure_picture(data: bytes) -> dict[str, float]:
     check_parts(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # its header alone
         return {"width": image.width, "height": image.height, ALPHA: image.has_transparency_data}
 
 
-def _of_sound(data: bytes) -> dict[str, float]:
+def _measure_sound(data: bytes) -> dict[str, float]:
     with open_sound(data) as file:
         seconds = {"seconds": file.frames / file.samplerate} if file.frames < UNKNOWN else {}
         return seconds | {"Hz": file.samplerate}
 
 
 MEASURES: dict[str, Callable[[bytes], dict[str, float]]] = {
-    **dict.fromkeys(TextModality.extensions, _of_text),
-    **dict.fromkeys(ImageModality.extensions, _of_picture),
-    **dict.fromkeys(AudioModality.extensions, _of_sound),
+    **dict.fromkeys(TextModality.extensions, _measure_text),
+    **dict.fromkeys(ImageModality.extensions, _measure_picture),
+    **dict.fromkeys(AudioModality.extensions, _measure_sound),
 }
 
 
@@ -142,7 +144,7 @@ def _quantiles(measures: Measures) -> Table:
 
 
 def _histograms(measures: Measures) -> str:
-    """Of those that differ between samples."""
+    """Draw the measures that differ between samples."""
     from matplotlib.figure import Figure
 
     shown = [(name, values) for name, values in measures.items() if min(values) < max(values)]
@@ -160,7 +162,7 @@ def _histograms(measures: Measures) -> str:
 
 
 def _card(shard: ShardIndex, row: int) -> str:
-    """Of a sample: what of it can be seen and heard first."""
+    """Show a sample: first the members that can be seen and heard."""
     parts = []
     for extension in sorted(shard.extensions, key=lambda e: (e == "json", e)):
         size = shard.size(row, extension)

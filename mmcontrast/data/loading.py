@@ -1,4 +1,4 @@
-"""Batches in the run's order for training, and in the shards' order for evaluation; decoding in worker processes."""
+"""Loads batches: in the run's order for training, in the shards' order for evaluation, decoded in worker processes."""
 
 import atexit
 import multiprocessing
@@ -31,8 +31,8 @@ TEXT_BYTES = 1024  # of a text's numbers, about
 
 
 def start_worker(_: int = 0) -> None:
-    """Workers compute on one thread (a fork that used several would wait for threads that it does not have), and leave
-    signals to the process that owns them: a scheduler sends them to all. A second SIGTERM is that process's own."""
+    """Prepare a worker process. It computes on one thread (a fork that used several would wait for threads that it does not
+    have), and leaves signals to the process that owns it: a scheduler sends them to all. A second SIGTERM ends it."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -46,7 +46,7 @@ def _end_workers() -> None:
 
 
 class _Steps:
-    """The places (epoch, position) of one rank's share of every batch, from a step on: a batch sampler."""
+    """A batch sampler: yields the places (epoch, position) of one rank's share of every batch, from a step on."""
 
     def __init__(self, order: ExactOrder, steps: range, rank: int, world_size: int) -> None:
         self.order, self.steps, self.rank, self.world_size = order, steps, rank, world_size
@@ -59,7 +59,8 @@ class _Steps:
             yield self.order.places(step, self.rank, self.world_size)
 
 
-def _checked(loader: DataLoader, number: int) -> Iterator[Batch]:
+def _raise_errors(loader: DataLoader, number: int) -> Iterator[Batch]:
+    """Yield so many batches of a loader; raise the error that is in the place of one."""
     for _, batch in zip(range(number), loader, strict=False):
         if isinstance(batch, str):
             raise UserError(batch)
@@ -68,10 +69,10 @@ def _checked(loader: DataLoader, number: int) -> Iterator[Batch]:
 
 def bytes_of_sample(dataset: TrainingDataset) -> int:
     """Return about how many bytes a sample takes in a batch: with its negatives, and as teachers read it."""
-    read = [*dataset.modalities.values(), *(modality for view in dataset.views for modality in view.modalities.values())]
+    modalities = [*dataset.modalities.values(), *(modality for view in dataset.views for modality in view.modalities.values())]
     if not isinstance(dataset, StreamDataset):
-        read += [dataset.modalities[negatives.field] for negatives in dataset.negatives for _ in negatives.names]
-    return sum(TEXT_BYTES if isinstance(modality, TextModality) else modality.blank().nbytes for modality in read)
+        modalities += [dataset.modalities[negatives.field] for negatives in dataset.negatives for _ in negatives.names]
+    return sum(TEXT_BYTES if isinstance(modality, TextModality) else modality.blank().nbytes for modality in modalities)
 
 
 def free_memory() -> int:
@@ -81,16 +82,16 @@ def free_memory() -> int:
     return min([*free, *([shutil.disk_usage(SHARED).free] if SHARED.is_dir() else [])], default=2**62)
 
 
-def batches_ahead(of_batch: float, batches: int, free: int) -> int:
+def batches_ahead(batch_bytes: float, batches: int, free: int) -> int:
     """Return how many batches each worker has ready: four, unless they would fill more than half of the free memory, but one at
     least.
 
     Args:
-        of_batch: bytes of a rank's batch.
+        batch_bytes: of a rank's batch.
         batches: workers of all ranks on this machine, each of which makes one at a time.
         free: bytes.
     """
-    return max(1, min(PREFETCHED, int(free / 2 / max(1.0, of_batch * batches))))
+    return max(1, min(PREFETCHED, int(free / 2 / max(1.0, batch_bytes * batches))))
 
 
 def training_batches(
@@ -104,20 +105,20 @@ def training_batches(
     pin_memory: bool,
     prefetch: int | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of the batch of every step in `steps`.
+    """Yield a rank's share of the batch of every step in `steps`.
 
     Args:
         prefetch: samples that its workers have ready, to a batch each; default: as `batches_ahead`.
 
     Raises:
-        UserError: for samples that cannot be had, when their batch is due.
+        UserError: for samples that cannot be read, when their batch is due.
     """
     share, ahead = _share(order.batch_size, world_size), None
     if num_workers and prefetch:
         ahead = max(1, prefetch // (num_workers * share))
     elif num_workers:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(world_size, max(1, torch.cuda.device_count()))
-        ahead = batches_ahead(bytes_of_sample(dataset) * share, num_workers * here, free_memory())
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(world_size, max(1, torch.cuda.device_count()))
+        ahead = batches_ahead(bytes_of_sample(dataset) * share, num_workers * local_ranks, free_memory())
     common: dict[str, Any] = {
         "num_workers": num_workers,
         "collate_fn": dataset.collate,
@@ -127,9 +128,9 @@ def training_batches(
     }
     if isinstance(dataset, StreamDataset):
         stream = dataset.starting(steps.start, rank)
-        return _checked(DataLoader(stream, batch_size=share, **common), len(steps))
+        return _raise_errors(DataLoader(stream, batch_size=share, **common), len(steps))
     assert not isinstance(order, StreamOrder)
-    return _checked(DataLoader(dataset, batch_sampler=_Steps(order, steps, rank, world_size), **common), len(steps))
+    return _raise_errors(DataLoader(dataset, batch_sampler=_Steps(order, steps, rank, world_size), **common), len(steps))
 
 
 def _share(batch_size: int, world_size: int) -> int:
@@ -141,7 +142,7 @@ def _share(batch_size: int, world_size: int) -> int:
 def all_batches(
     dataset: ShardDataset | MixtureDataset, batch_size: int, num_workers: int = 0, rows: range | None = None
 ) -> Iterator[Batch]:
-    """Every sample once, in the shards' order; with `rows` those at these positions.
+    """Yield every sample once, in the shards' order; with `rows` those at these positions.
 
     Raises:
         UserError: at the first sample that cannot be decoded.
@@ -154,4 +155,4 @@ def all_batches(
         collate_fn=dataset.collate,
         worker_init_fn=start_worker,
     )
-    return _checked(loader, len(loader))
+    return _raise_errors(loader, len(loader))

@@ -1,4 +1,4 @@
-"""Mined negatives: for each sample some others, named by a table, whose members are read by their ids for it alone.
+"""Reads mined negatives: a table names for each sample some others, which are read by their ids for it alone.
 
 Which of them an epoch shows is a function of (seed, epoch, sample id), as the order and the augmentation are.
 `open_candidates` reads such tables, for `neighbours.py` too.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mmcontrast.data.mixture import MixtureDataset
 
 COLUMNS = ("sample_id", "candidate_ids")
-ROWS, LOOKED_UP = 2**16, 2**22  # rows, and candidates, at a time: what is in memory beside the table
+ROWS, LOOKED_UP = 2**16, 2**22  # rows, and candidates, that are in memory at a time beside the table
 UnknownIds = Literal["error", "skip"]
 logger = logging.getLogger("mmcontrast")
 
@@ -36,7 +36,7 @@ class Candidates:
     """The candidates that a table names for the samples of a data set.
 
     Attributes:
-        digest: of what the table says.
+        digest: of the table's contents.
         ids: int64 [R], sorted: the samples that have a row. starts: int64 [R + 1], where each one's candidates begin.
         positions: int64 [M] of the candidates in the data set, in the table's order.
     """
@@ -54,7 +54,7 @@ class MinedNegatives:
     Attributes:
         field: whose member of a candidate is read.
         names: under which a batch has it: the first negative of each sample, the second, and so on.
-        digest: of what the table says.
+        digest: of the table's contents.
         ids: int64 [R], sorted: the samples that have a row. starts: int64 [R + 1], where each one's candidates begin.
         positions: int64 [M] of the candidates in the data set.
     """
@@ -69,9 +69,9 @@ class MinedNegatives:
 
     @classmethod
     def none(cls, field: str, names: Sequence[str], seed: int) -> "MinedNegatives":
-        """Return those of a table that is mined later: nobody has any."""
-        nothing = np.empty(0, dtype=np.int64)
-        return cls(field, tuple(names), seed, f"none {field} {len(names)}", nothing, np.zeros(1, dtype=np.int64), nothing)
+        """Return the negatives of a table that is mined later: no sample has any."""
+        empty = np.empty(0, dtype=np.int64)
+        return cls(field, tuple(names), seed, f"none {field} {len(names)}", empty, np.zeros(1, dtype=np.int64), empty)
 
     def draw(self, epoch: int, sample_id: int) -> list[int]:
         """Return the positions of a sample's negatives in an epoch, in the table's order: fewer than `names`, or none, where
@@ -104,9 +104,9 @@ def open_negatives(
     Raises:
         UserError: as `open_candidates`.
     """
-    found = open_candidates(dataset, table, "data.negatives", unknown_ids, known=known)
-    digest = f"{found.digest} {field} {len(names)}"
-    return MinedNegatives(field, tuple(names), seed, digest, found.ids, found.starts, found.positions)
+    candidates = open_candidates(dataset, table, "data.negatives", unknown_ids, known=known)
+    digest = f"{candidates.digest} {field} {len(names)}"
+    return MinedNegatives(field, tuple(names), seed, digest, candidates.ids, candidates.starts, candidates.positions)
 
 
 def open_candidates(
@@ -131,35 +131,35 @@ def open_candidates(
     """
     ids, counts, candidates = _read(table, option, most)
     digest = hashlib.blake2b(digest_size=8)
-    for part in (ids, np.concatenate([[0], np.cumsum(counts)]), candidates):
-        digest.update(np.ascontiguousarray(part, dtype="<i8").data)
+    for array in (ids, np.concatenate([[0], np.cumsum(counts)]), candidates):
+        digest.update(np.ascontiguousarray(array, dtype="<i8").data)
     order = np.argsort(ids, kind="stable")
-    if len(again := np.flatnonzero(np.diff(ids[order]) == 0)):
-        rows = sorted(order[again[0] : again[0] + 2].tolist())
+    if len(repeats := np.flatnonzero(np.diff(ids[order]) == 0)):
+        rows = sorted(order[repeats[0] : repeats[0] + 2].tolist())
         raise UserError(f"{option}: {table}, rows {rows[0]} and {rows[1]} are both of the sample {ids[rows[0]]}")
     if not len(candidates):
         raise UserError(f"{option}: {table} names no candidate at all: whatever made it has removed all of them")
-    there = dataset.sample_ids() if known is None else known
-    by_id = np.argsort(there, kind="stable")
-    known = there[by_id]
-    own = known[_places(known, ids)] == ids
-    asked = np.empty(len(candidates), dtype=bool)
-    positions = np.empty(len(candidates), dtype=np.int32 if len(known) < 2**31 else np.int64)
-    for some in _slices(len(candidates), LOOKED_UP):
-        places = _places(known, candidates[some])
-        asked[some], positions[some] = known[places] == candidates[some], by_id[places]
-    if unknown_ids == "error" and not (own.all() and asked.all()):
-        _refuse(table, option, ids, candidates, counts, own, asked)
-    kept = asked & np.repeat(own, counts)
+    sample_ids = dataset.sample_ids() if known is None else known
+    by_id = np.argsort(sample_ids, kind="stable")
+    sorted_ids = sample_ids[by_id]
+    row_known = sorted_ids[_nearest_places(sorted_ids, ids)] == ids
+    candidate_known = np.empty(len(candidates), dtype=bool)
+    positions = np.empty(len(candidates), dtype=np.int32 if len(sorted_ids) < 2**31 else np.int64)
+    for part in _slices(len(candidates), LOOKED_UP):
+        places = _nearest_places(sorted_ids, candidates[part])
+        candidate_known[part], positions[part] = sorted_ids[places] == candidates[part], by_id[places]
+    if unknown_ids == "error" and not (row_known.all() and candidate_known.all()):
+        _refuse(table, option, ids, candidates, counts, row_known, candidate_known)
+    kept = candidate_known & np.repeat(row_known, counts)
     if not kept.any():
         raise UserError(f"{option}: no candidate of {table} is a sample of the training data")
     skipped = len(kept) - int(kept.sum())
     if skipped:
-        until = np.concatenate([[0], np.cumsum(kept)])
-        positions, counts = positions[kept], np.diff(until[np.concatenate([[0], np.cumsum(counts)])])
+        kept_before = np.concatenate([[0], np.cumsum(kept)])
+        positions, counts = positions[kept], np.diff(kept_before[np.concatenate([[0], np.cumsum(counts)])])
     if os.environ.get("RANK", "0") == "0":
-        _tell(table, option, len(there) - int((counts > 0).sum()), len(there), skipped)
-    rows = order[own[order]]
+        _warn(table, option, len(sample_ids) - int((counts > 0).sum()), len(sample_ids), skipped)
+    rows = order[row_known[order]]
     starts, positions = rows_of(np.concatenate([[0], np.cumsum(counts)]), positions, rows)
     return Candidates(digest.hexdigest(), ids[rows], starts, positions)
 
@@ -167,51 +167,59 @@ def open_candidates(
 def rows_of(starts: np.ndarray, values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return lists of values, as where each begins and all values, in another order: those of `rows`; −1 is an empty one."""
     counts = np.where(rows < 0, 0, np.diff(starts)[rows])
-    into = np.concatenate([[0], np.cumsum(counts)])
-    found = np.empty(into[-1], dtype=values.dtype)
-    for some in _slices(len(rows), ROWS):
-        shift = np.repeat(starts[rows[some]] - into[some], counts[some])
-        first, last = into[some][0], into[some][0] + len(shift)
-        found[first:last] = values[shift + np.arange(first, last)]
-    return into, found
+    new_starts = np.concatenate([[0], np.cumsum(counts)])
+    new_values = np.empty(new_starts[-1], dtype=values.dtype)
+    for part in _slices(len(rows), ROWS):
+        shift = np.repeat(starts[rows[part]] - new_starts[part], counts[part])
+        first, last = new_starts[part][0], new_starts[part][0] + len(shift)
+        new_values[first:last] = values[shift + np.arange(first, last)]
+    return new_starts, new_values
 
 
 def _slices(number: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, number)) for first in range(0, number, size)]
 
 
-def _tell(table: str, option: str, without: int, samples: int, skipped: int) -> None:
+def _warn(table: str, option: str, without: int, samples: int, skipped: int) -> None:
     if skipped:
         logger.warning("%s: %s: %d candidates are skipped: they, or their rows, are no samples here", option, table, skipped)
     if without:
         logger.warning("%s: %s has no candidates for %d of %d samples", option, table, without, samples)
 
 
-def _places(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    return np.minimum(np.searchsorted(known, asked), len(known) - 1)
+def _nearest_places(sorted_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return where each wanted id is, if it is among the sorted ones."""
+    return np.minimum(np.searchsorted(sorted_ids, wanted), len(sorted_ids) - 1)
 
 
 def _refuse(
-    table: str, option: str, ids: np.ndarray, candidates: np.ndarray, counts: np.ndarray, own: np.ndarray, asked: np.ndarray
+    table: str,
+    option: str,
+    ids: np.ndarray,
+    candidates: np.ndarray,
+    counts: np.ndarray,
+    row_known: np.ndarray,
+    candidate_known: np.ndarray,
 ) -> None:
-    number = int((~own).sum() + (~asked).sum())
-    if not asked.all():
-        place = int(np.argmin(asked))
+    number = int((~row_known).sum() + (~candidate_known).sum())
+    if not candidate_known.all():
+        place = int(np.argmin(candidate_known))
         row = int(np.searchsorted(np.cumsum(counts), place, side="right"))
-        what = f"row {row} (sample_id {ids[row]}): its candidate {candidates[place]}"
+        unknown = f"row {row} (sample_id {ids[row]}): its candidate {candidates[place]}"
     else:
-        what = f"row {int(np.argmin(own))}: the sample_id {ids[int(np.argmin(own))]}"
+        row = int(np.argmin(row_known))
+        unknown = f"row {row}: the sample_id {ids[row]}"
     raise UserError(
-        f"{option}: {table}, {what} is no sample of the training data ({number} ids are not): mine from a table of the"
+        f"{option}: {table}, {unknown} is no sample of the training data ({number} ids are not): mine from a table of the"
         f" same shards, or set {option}.unknown_ids=skip, as with data.held_out and data.select"
     )
 
 
 def _read(table: str, option: str, most: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids [R], number of candidates of each [R], candidates [M]) of the rows of a table, in one file or in all of a folder.
+    """Return (ids [R], number of candidates of each [R], candidates [M]) of a table, in one file or in all of a folder.
 
     Raises:
-        UserError: if it has no such columns, or what is in them is no id.
+        UserError: if it has no such columns, or something in them is no id.
     """
     files = sorted(Path(table).glob("*.parquet")) if Path(table).is_dir() else [Path(table)]
     if not files:
@@ -225,8 +233,8 @@ def _read(table: str, option: str, most: int | None = None) -> tuple[np.ndarray,
 def _read_file(table: str, option: str, most: int | None) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     if not Path(table).is_file():
         raise UserError(f"{option}: no file {table}")
-    nothing = np.empty(0, dtype=np.int64)
-    found = [(nothing, nothing, nothing)]
+    empty = np.empty(0, dtype=np.int64)
+    parts = [(empty, empty, empty)]
     try:
         with pq.ParquetFile(table) as file:
             schema = file.schema_arrow
@@ -236,14 +244,14 @@ def _read_file(table: str, option: str, most: int | None) -> list[tuple[np.ndarr
                     f" {', '.join(schema.names)}"
                 )
             kind = schema.field("candidate_ids").type
-            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-            if not lists and file.metadata.num_rows:
+            is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+            if not is_list and file.metadata.num_rows:
                 raise UserError(f"{option}: {table}: candidate_ids is {kind}, not a list of ids")
-            for batch in file.iter_batches(columns=list(COLUMNS)) if lists else ():
-                found.append(_rows(table, option, batch["sample_id"], batch["candidate_ids"], most))
+            for batch in file.iter_batches(columns=list(COLUMNS)) if is_list else ():
+                parts.append(_rows(table, option, batch["sample_id"], batch["candidate_ids"], most))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{option}: {table} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    return found
+    return parts
 
 
 def _rows(

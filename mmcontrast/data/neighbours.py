@@ -1,4 +1,4 @@
-"""Batches of samples and their nearest neighbours, each other's hard negatives (Sample4Geo, arXiv:2303.11851)."""
+"""Orders samples into batches with their nearest neighbours, each other's hard negatives (Sample4Geo, arXiv:2303.11851)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -29,7 +29,7 @@ class Neighbours:
 
     @classmethod
     def none(cls, samples: int) -> "Neighbours":
-        """Return neighbours of which nobody has any: batches are drawn at random."""
+        """Return neighbours of which no sample has any: batches are drawn at random."""
         return cls("none yet", np.zeros(samples + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
 
 
@@ -45,7 +45,7 @@ class NeighbourOrder:
     Attributes:
         batch_size: of all ranks together. lanes: the number of ranks must divide it.
         data: digest of the shards. table: of the neighbours.
-        nearest: so many of a sample's neighbours are looked at.
+        nearest: so many of a sample's neighbours may be chosen.
         count: so many neighbours of a seed are in its batch, at most.
         share: of these, the share that are the nearest.
     """
@@ -76,10 +76,10 @@ class NeighbourOrder:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with this one."""
-        return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
+        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.compare}
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """(epoch, position) of each sample of one rank at a global step."""
+        """Return (epoch, position) of each sample of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
         steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
         share = share_of(self.batch_size, self.lanes, rank, world_size)
@@ -87,38 +87,40 @@ class NeighbourOrder:
 
 
 def _epoch(order: NeighbourOrder, epoch: int) -> np.ndarray:
-    """[steps, batch] positions."""
+    """Return the positions of an epoch's batches, [steps, batch]."""
     random = np.random.Generator(np.random.PCG64([order.seed, epoch]))
-    size, number = order.batch_size, order.steps_per_epoch * order.batch_size
-    found, filled = np.empty(number, dtype=np.int64), 0
+    size, total = order.batch_size, order.steps_per_epoch * order.batch_size
+    positions, filled = np.empty(total, dtype=np.int64), 0
     free = np.ones(order.samples, dtype=bool)  # in no batch yet
     for seed in random.permutation(order.samples).tolist():
-        if filled == number:
+        if filled == total:
             break
         if not free[seed]:
             continue
-        free[seed], found[filled] = False, seed
+        free[seed], positions[filled] = False, seed
         filled += 1
         if room := min(order.count, -filled % size):
-            chosen = list(_chosen(order, seed, room, free, random))
-            free[chosen], found[filled : filled + len(chosen)] = False, chosen
+            chosen = list(_pick_neighbours(order, seed, room, free, random))
+            free[chosen], positions[filled : filled + len(chosen)] = False, chosen
             filled += len(chosen)
-    return found.reshape(-1, size)[random.permutation(order.steps_per_epoch)]
+    return positions.reshape(-1, size)[random.permutation(order.steps_per_epoch)]
 
 
-def _chosen(order: NeighbourOrder, seed: int, room: int, free: np.ndarray, random: np.random.Generator) -> Iterator[int]:
+def _pick_neighbours(
+    order: NeighbourOrder, seed: int, room: int, free: np.ndarray, random: np.random.Generator
+) -> Iterator[int]:
     """Yield the neighbours that go into a seed's batch, at most `room`, the nearest first."""
     neighbours = order.neighbours
     start, stop = neighbours.starts[seed], neighbours.starts[seed + 1]
     row = neighbours.positions[start : min(stop, start + order.nearest)]
-    left = list(dict.fromkeys(row[free[row]].tolist()))  # a table may name one twice
-    if len(left) <= room:
-        yield from left
+    available = list(dict.fromkeys(row[free[row]].tolist()))  # a table may name one twice
+    if len(available) <= room:
+        yield from available
         return
-    near = round(room * order.share)
-    yield from left[:near]
-    for number in np.sort(random.choice(len(left) - near, room - near, replace=False)).tolist():
-        yield left[near + number]
+    nearest_count = round(room * order.share)
+    yield from available[:nearest_count]
+    for number in np.sort(random.choice(len(available) - nearest_count, room - nearest_count, replace=False)).tolist():
+        yield available[nearest_count + number]
 
 
 def open_neighbours(
@@ -134,12 +136,12 @@ def open_neighbours(
         UserError: as `open_candidates`.
     """
     known = dataset.sample_ids() if known is None else known
-    found = open_candidates(dataset, table, "data.batches", unknown_ids, nearest, known)
-    return by_position(found, known)
+    candidates = open_candidates(dataset, table, "data.batches", unknown_ids, nearest, known)
+    return by_position(candidates, known)
 
 
-def by_position(found: Candidates, known: np.ndarray) -> Neighbours:
+def by_position(candidates: Candidates, known: np.ndarray) -> Neighbours:
     """Return the neighbours of a data set whose sample ids are `known`, int64 [N]."""
-    rows = np.minimum(np.searchsorted(found.ids, known), len(found.ids) - 1)
-    starts, positions = rows_of(found.starts, found.positions, np.where(found.ids[rows] == known, rows, -1))
-    return Neighbours(found.digest, starts, positions)
+    rows = np.minimum(np.searchsorted(candidates.ids, known), len(candidates.ids) - 1)
+    starts, positions = rows_of(candidates.starts, candidates.positions, np.where(candidates.ids[rows] == known, rows, -1))
+    return Neighbours(candidates.digest, starts, positions)

@@ -7,22 +7,23 @@ from pydantic import AfterValidator, Field
 
 from mmcontrast.components import suggestion
 from mmcontrast.data.class_texts import check_template
-from mmcontrast.data.dataset import FieldKeys, ShardDataset, names_of
+from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.held_out import Part
 from mmcontrast.data.index import open_shards
+from mmcontrast.data.keys import FieldKeys, names_of
 from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality, TextModality
 from mmcontrast.options import Keys, Options, Patterns, Texts
 
 
-def _checked(templates: dict[str, list[str]]) -> dict[str, list[str]]:
-    for template in (template for of_field in templates.values() for template in of_field):
+def _check_templates(templates: dict[str, list[str]]) -> dict[str, list[str]]:
+    for template in (template for field_templates in templates.values() for template in field_templates):
         check_template(template)
     return templates
 
 
-Templates = Annotated[dict[str, Texts], AfterValidator(_checked)]  # per text field that holds names of classes
+Templates = Annotated[dict[str, Texts], AfterValidator(_check_templates)]  # per text field that holds names of classes
 
 
 class ShardOptions(Options):
@@ -52,7 +53,7 @@ class ShardOptions(Options):
         return shards if isinstance(shards, ShardOptions) else cls(shards=shards)
 
     def shown(self) -> Any:
-        """Return what JSON shows of them: patterns alone where there is nothing else."""
+        """Return the options as JSON: patterns alone where there is nothing else."""
         dumped = self.model_dump(mode="json", exclude_defaults=True)
         return dumped if len(dumped) > 1 else self.shards
 
@@ -60,17 +61,17 @@ class ShardOptions(Options):
 Shards = str | list[str] | ShardOptions
 
 
-def read_keys(given: Sequence[str]) -> dict[str, Keys]:
+def read_keys(options: Sequence[str]) -> dict[str, Keys]:
     """Return the keys of fields that a command line gives: "text=caption", "image=jpg,png".
 
     Raises:
         UserError: for one of another form.
     """
     keys: dict[str, Keys] = {}
-    for one in given:
-        field, equals, names = one.partition("=")
+    for option in options:
+        field, equals, names = option.partition("=")
         if not (field and equals and all(names.split(","))):
-            raise UserError(f"--keys {one!r} is not of the form FIELD=COLUMN, as text=caption or image=jpg,png")
+            raise UserError(f"--keys {option!r} is not of the form FIELD=COLUMN, as text=caption or image=jpg,png")
         keys.setdefault(field, []).extend(names.split(","))
     return keys
 
@@ -93,35 +94,48 @@ def open_dataset(
         shards: patterns; or a mapping of `shards`, `keys` and `files`.
         keys: the model's, of fields.
         modalities, seed, training, partial, views: as `ShardDataset`.
-        without: the share that is held out: the others alone.
+        without: a share that is held out: the samples that are not alone.
 
     Raises:
         UserError: for shards that are not there; for keys of no field, or that no sample has.
     """
-    given = ShardOptions.of(shards)
-    for field in given.keys:
+    options = ShardOptions.of(shards)
+    for field in options.keys:
         if field not in modalities:
-            raise UserError(f"{given.shards}: keys of a field {field!r}; {suggestion(field, modalities)}")
-    check_templates(given.templates, modalities, str(given.shards))
-    asked = {field: list(given.keys.get(field) or keys.get(field) or modalities[field].extensions) for field in modalities}
+            raise UserError(f"{options.shards}: keys of a field {field!r}; {suggestion(field, modalities)}")
+    check_templates(options.templates, modalities, str(options.shards))
+    field_keys = {
+        field: list(options.keys.get(field) or keys.get(field) or modalities[field].extensions) for field in modalities
+    }
     if not training and any(keys.get(field) for field in modalities):
-        asked = with_fallbacks(asked, modalities, given)
-    part = Part(given.held_out, True) if given.held_out else Part(without, False) if without else None
+        field_keys = with_fallbacks(field_keys, modalities, options)
+    part = Part(options.held_out, True) if options.held_out else Part(without, False) if without else None
     dataset = ShardDataset(
-        given.shards, modalities, asked, seed, training, partial, given.files, part, given.templates, views, given.select
+        options.shards,
+        modalities,
+        field_keys,
+        seed,
+        training,
+        partial,
+        options.files,
+        part,
+        options.templates,
+        views,
+        options.select,
     )
-    for field in given.keys:
+    for field in options.keys:
         if field not in dataset.keys:
             raise UserError(
-                f"{given.shards}: keys of the field {field!r}: no sample has {' or '.join(names_of(given.keys[field]))}"
+                f"{options.shards}: keys of the field {field!r}: no sample has {' or '.join(names_of(options.keys[field]))}"
             )
     return dataset
 
 
 def check_templates(templates: Mapping[str, Sequence[str]], modalities: Mapping[str, Modality], place: str) -> None:
-    """
+    """Check that templates are those of text fields.
+
     Raises:
-        UserError: for templates of what is no text field.
+        UserError: for templates of any other field.
     """
     for field in templates:
         if not isinstance(modalities.get(field), TextModality):
@@ -130,21 +144,21 @@ def check_templates(templates: Mapping[str, Sequence[str]], modalities: Mapping[
 
 
 def with_fallbacks(
-    asked: Mapping[str, list[Any]], modalities: Mapping[str, Modality], given: ShardOptions
+    field_keys: Mapping[str, list[Any]], modalities: Mapping[str, Modality], options: ShardOptions
 ) -> dict[str, list[Any]]:
-    """Return the keys of fields: those that are asked for, or, of a field of whose keys no sample has any, the usual extensions
-    of its modality that no other field could mean."""
-    there = {extension for shard in open_shards(given.shards, files=given.files) for extension in shard.extensions}
-    lacking = {field for field, of_field in asked.items() if field not in given.keys and not there & members_of(of_field)}
-    found = dict(asked)
+    """Return the keys of fields: those of `field_keys`, or, of a field of whose keys no sample has any, the usual extensions of
+    its modality that no other field could mean."""
+    members = {extension for shard in open_shards(options.shards, files=options.files) for extension in shard.extensions}
+    lacking = {field for field in field_keys if field not in options.keys and not members & members_of(field_keys[field])}
+    result = dict(field_keys)
     for field in lacking:
-        others = [other for other in asked if other != field and asked[other] != asked[field]]
         taken: set[str] = set()
-        for other in others:
-            taken |= set(modalities[other].extensions) if other in lacking else members_of(asked[other])
-        usual = [extension for extension in modalities[field].extensions if extension in there - taken]
-        found[field] = usual or found[field]
-    return found
+        for other, other_keys in field_keys.items():
+            if other != field and other_keys != field_keys[field]:
+                taken |= set(modalities[other].extensions) if other in lacking else members_of(other_keys)
+        usual = [extension for extension in modalities[field].extensions if extension in members - taken]
+        result[field] = usual or result[field]
+    return result
 
 
 def members_of(keys: FieldKeys) -> set[str]:

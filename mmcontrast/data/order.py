@@ -1,4 +1,4 @@
-"""In which order samples are seen: a pure function of (seed, epoch), the same for any number of ranks or workers.
+"""Defines the order in which samples are seen: a pure function of (seed, epoch), the same for any number of ranks or workers.
 
 Shards are cut into blocks of consecutive samples; an epoch permutes the blocks and cuts the stream of samples into
 equal lanes; each lane is shuffled inside windows. A global step takes the same number of samples from every lane, and
@@ -56,21 +56,21 @@ class SampleOrder:
 
     @property
     def share(self) -> int:
-        """Samples that a step takes of a lane."""
+        """Return how many samples a step takes of a lane."""
         return self.batch_size // self.lanes
 
     @property
     def shuffled(self) -> int:
-        """Samples that a lane shuffles together: a window, of whole steps if they are sorted by length."""
+        """Return how many samples a lane shuffles together: a window, of whole steps if they are sorted by length."""
         return max(self.share, self.window // self.share * self.share) if self.bucket_by else self.window
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with this one."""
-        return {of.name: getattr(self, of.name) for of in fields(self) if of.compare}
+        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.compare}
 
     @cached_property
     def samples(self) -> int:
-        """Samples of all shards, added up once: there may be a hundred thousand of these, and every step asks."""
+        """Return the number of samples of all shards, added up once: there may be 100,000 shards, and every step needs it."""
         return sum(self.shard_sizes)
 
     @property
@@ -79,18 +79,18 @@ class SampleOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: fewer than lanes + batch_size samples, other ones each epoch, are left out at its end."""
+        """Return the number of whole batches: fewer than lanes + batch_size samples, other ones each epoch, are left out."""
         return self.lane_length // self.share
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[int, np.ndarray]:
-        """(epoch, [batch_size / world_size] positions in the concatenated shards) of one rank at a global step."""
+        """Return (epoch, [batch_size / world_size] positions in the concatenated shards) of one rank at a global step."""
         epoch, step = divmod(step, self.steps_per_epoch)
         share, stream = self.share, self._epoch(epoch)
         parts = [stream.lane(k, step * share, (step + 1) * share) for k in lanes_of(self.lanes, rank, world_size)]
         return epoch, np.concatenate(parts)
 
     def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """The same, as (epoch, position) of each sample."""
+        """Return what `batch` does, as (epoch, position) of each sample."""
         epoch, positions = self.batch(step, rank, world_size)
         return [(epoch, position) for position in positions.tolist()]
 
@@ -98,36 +98,38 @@ class SampleOrder:
         return recent(self.epochs, epoch, lambda number: _Epoch(self, number))
 
     def endless_lane(self, lane: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """(epoch, position) of a lane's samples start … stop − 1, when it walks all of its own, epoch after epoch."""
-        found: list[tuple[int, int]] = []
+        """Return (epoch, position) of a lane's samples start … stop − 1, when it walks all of its own, epoch after epoch."""
+        places: list[tuple[int, int]] = []
         while start < stop:
             epoch, first = divmod(start, self.lane_length)
             last = min(first + stop - start, self.lane_length)
-            found += [(epoch, position) for position in self._epoch(epoch).lane(lane, first, last).tolist()]
+            places += [(epoch, position) for position in self._epoch(epoch).lane(lane, first, last).tolist()]
             start += last - first
-        return found
+        return places
 
 
-def recent(kept: dict[int, T], epoch: int, make: Callable[[int], T]) -> T:
-    """An epoch's order, of the two that were asked for last: at an epoch's end some lanes are already in the next."""
-    if epoch not in kept:
-        if len(kept) > 1:
-            del kept[min(kept)]
-        kept[epoch] = make(epoch)
-    return kept[epoch]
+def recent(cache: dict[int, T], epoch: int, make: Callable[[int], T]) -> T:
+    """Return an epoch's order. The last two are kept: at an epoch's end some lanes are already in the next."""
+    if epoch not in cache:
+        if len(cache) > 1:
+            del cache[min(cache)]
+        cache[epoch] = make(epoch)
+    return cache[epoch]
 
 
 def check_lanes(lanes: int, batch_size: int) -> None:
-    """
+    """Check that a batch can be taken evenly of all lanes.
+
     Raises:
-        UserError: if a batch cannot be taken of them evenly.
+        UserError: if it cannot.
     """
     if batch_size % lanes:
         raise UserError(f"data.lanes={lanes} must divide train.batch_size={batch_size}")
 
 
 def lanes_of(lanes: int, rank: int, world_size: int) -> range:
-    """
+    """Return the lanes that a rank owns.
+
     Raises:
         UserError: if the ranks cannot share them evenly.
     """
@@ -138,8 +140,8 @@ def lanes_of(lanes: int, rank: int, world_size: int) -> range:
 
 def share_of(batch_size: int, lanes: int, rank: int, world_size: int) -> slice:
     """Return which of a step's samples are a rank's: those of its lanes."""
-    own, each = lanes_of(lanes, rank, world_size), batch_size // lanes
-    return slice(own.start * each, own.stop * each)
+    owned, share = lanes_of(lanes, rank, world_size), batch_size // lanes
+    return slice(owned.start * share, owned.stop * share)
 
 
 class _Epoch:
@@ -159,17 +161,18 @@ class _Epoch:
         self.windows: dict[int, tuple[int, np.ndarray]] = {}
 
     def lane(self, lane: int, start: int, stop: int) -> np.ndarray:
-        """Positions of a lane's samples start … stop − 1."""
+        """Return the positions of a lane's samples start … stop − 1."""
         window = self.order.shuffled
         parts = []
         for number in range(start // window, (stop - 1) // window + 1):
             if self.windows.get(lane, (-1, None))[0] != number:
-                self.windows[lane] = number, self._shuffled(lane, number)
+                self.windows[lane] = number, self._shuffle_window(lane, number)
             base = number * window
             parts.append(self.windows[lane][1][max(start - base, 0) : stop - base])
         return np.concatenate(parts)
 
-    def _shuffled(self, lane: int, number: int) -> np.ndarray:
+    def _shuffle_window(self, lane: int, number: int) -> np.ndarray:
+        """Return the positions of a lane's window, in the order in which they are seen."""
         order, window = self.order, self.order.shuffled
         start = lane * order.lane_length
         places = np.arange(number * window, min((number + 1) * window, order.lane_length)) + start
@@ -177,8 +180,8 @@ class _Epoch:
         np.random.Generator(np.random.PCG64([order.seed, self.epoch, lane, number])).shuffle(samples)
         if order.lengths:
             steps = len(samples) // order.share  # what is left over is no step: any samples, not the longest
-            sorted_by = samples[: steps * order.share]
-            parts = sorted_by[np.argsort(order.lengths(sorted_by), kind="stable")].reshape(steps, order.share)
-            turns = np.random.Generator(np.random.PCG64([order.seed, self.epoch, number])).permutation(steps)
-            samples[: steps * order.share] = parts[turns].ravel()
+            whole_steps = samples[: steps * order.share]
+            by_length = whole_steps[np.argsort(order.lengths(whole_steps), kind="stable")].reshape(steps, order.share)
+            step_order = np.random.Generator(np.random.PCG64([order.seed, self.epoch, number])).permutation(steps)
+            samples[: steps * order.share] = by_length[step_order].ravel()
         return samples

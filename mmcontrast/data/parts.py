@@ -1,4 +1,4 @@
-"""Some samples of a shard, by their rows in it: what a selection keeps, or one side of what is held out."""
+"""Defines a part of a shard, some of its samples by row: what a selection keeps, or one side of what is held out."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -73,7 +73,7 @@ def chosen_digest(rows: np.ndarray) -> str:
 def narrowed(shard: ShardIndex, rows: np.ndarray) -> ShardIndex:
     """Return the shard with some of its samples alone, in its order; the shard itself if they are all.
 
-    What a tar's or a folder's index holds of the others is let go; a table is mapped, and holds nothing of them in memory.
+    The other samples of a tar's or a folder's index are freed; a table is mapped, and holds none in memory.
 
     Args:
         rows: [n] int64, rising.
@@ -82,23 +82,23 @@ def narrowed(shard: ShardIndex, rows: np.ndarray) -> ShardIndex:
         return shard
     digest, rows = f"{shard.digest} selected {chosen_digest(rows)}", row_numbers(rows)
     if not isinstance(shard, MemberIndex):
-        keys = _some_of(shard.keys, rows) if isinstance(shard.keys, Keys) else RowsOf(shard.keys, rows)
+        keys = _take_keys(shard.keys, rows) if isinstance(shard.keys, Keys) else RowsOf(shard.keys, rows)
         return ShardPart(shard.name, keys, shard.extensions, digest, shard, rows, notes=shard.notes)
     assert shard.rows is None, "a shard is narrowed once"
     sizes = shard.sizes[rows]
-    there = (sizes >= 0).any(axis=0)
+    has_any = (sizes >= 0).any(axis=0)
     return replace(
         shard,
-        keys=_some_of(shard.keys, rows) if isinstance(shard.keys, Keys) else RowsOf(shard.keys, rows),
-        extensions=tuple(name for name, some in zip(shard.extensions, there, strict=True) if some),
+        keys=_take_keys(shard.keys, rows) if isinstance(shard.keys, Keys) else RowsOf(shard.keys, rows),
+        extensions=tuple(name for name, is_present in zip(shard.extensions, has_any, strict=True) if is_present),
         digest=digest,
-        places=np.ascontiguousarray(shard.places[rows][:, there]),
-        sizes=np.ascontiguousarray(sizes[:, there]),
+        places=np.ascontiguousarray(shard.places[rows][:, has_any]),
+        sizes=np.ascontiguousarray(sizes[:, has_any]),
         rows=rows,
     )
 
 
-def _some_of(keys: Keys, rows: np.ndarray) -> Keys:
+def _take_keys(keys: Keys, rows: np.ndarray) -> Keys:
     chosen = key_array(keys).take(pa.array(rows))
     _, offsets, data = chosen.buffers()
     ends = np.frombuffer(offsets, dtype=np.int64)[1 : len(rows) + 1] if len(rows) else np.empty(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Remote bytes that were read are kept on the local disk, up to a size; any number of processes may read and write."""
+"""Keeps remote bytes that were read on the local disk, up to a size; any number of processes may read and write."""
 
 import fcntl
 import hashlib
@@ -19,14 +19,14 @@ LOCKS = 1024
 
 
 def cache_root() -> Path:
-    """$MMCONTRAST_CACHE, or mmcontrast in the user's cache folder."""
-    if named := os.environ.get("MMCONTRAST_CACHE"):
-        return Path(named)
+    """Return $MMCONTRAST_CACHE, or mmcontrast in the user's cache folder."""
+    if folder := os.environ.get("MMCONTRAST_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcontrast"
 
 
 def range_cache() -> "RangeCache":
-    """This process's, in $MMCONTRAST_CACHE/ranges, of $MMCONTRAST_CACHE_GIB (default: 32).
+    """Return this process's cache, in $MMCONTRAST_CACHE/ranges, of $MMCONTRAST_CACHE_GIB (default: 32).
 
     Raises:
         UserError: if that is no number.
@@ -36,7 +36,7 @@ def range_cache() -> "RangeCache":
         limit = int(float(gib) * 2**30)
     except (ValueError, OverflowError) as error:
         raise UserError(f"MMCONTRAST_CACHE_GIB={gib!r} is not a number of GiB; 0 keeps nothing") from error
-    return _opened(cache_root() / "ranges", limit)
+    return _open_cache(cache_root() / "ranges", limit)
 
 
 class RangeCache:
@@ -45,19 +45,19 @@ class RangeCache:
     The limit holds to a hundredth for every process that writes at the same time.
 
     Args:
-        limit: bytes; 0: nothing is kept, and ranges are fetched as they are asked for.
+        limit: bytes; 0: nothing is kept, and every range is fetched.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        self.written = limit  # bytes since the folder was last looked through
+        self.written = limit  # bytes since the last eviction
 
     def read(self, file: str, size: int, start: int, stop: int, fetch: Callable[[int, int], bytes]) -> bytes:
-        """Bytes start … stop − 1 of a file, which its name tells from every other (and from what it was before a change).
+        """Return bytes start … stop − 1 of a file, whose name identifies it and its version.
 
         Args:
             size: bytes of the whole file.
-            fetch: reads a range where it is not here.
+            fetch: reads a range that is not kept.
         """
         if self.limit < CHUNK or start == stop:
             return fetch(start, stop)
@@ -71,20 +71,20 @@ class RangeCache:
         return b"".join(parts)
 
     def _chunk(self, path: Path, first: int, last: int, part: slice, fetch: Callable[[int, int], bytes]) -> bytes:
-        kept = _part(path, last - first, part)
+        kept = _read_part(path, last - first, part)
         if kept is not None:
             return kept
-        with self._alone(path):  # the others wait for the one that fetches it
-            kept = _part(path, last - first, part)
+        with self._lock(path):  # the others wait for the one that fetches it
+            kept = _read_part(path, last - first, part)
             if kept is not None:
                 return kept
             data = fetch(first, last)
             with suppress(OSError):  # a full disk, a read-only folder: nothing is kept
-                self._keep(path, data)
+                self._store(path, data)
             return data[part]
 
     @contextmanager
-    def _alone(self, path: Path) -> Iterator[None]:
+    def _lock(self, path: Path) -> Iterator[None]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / f"{zlib.crc32(path.name.encode()) % LOCKS:04d}.lock").open("wb")
@@ -95,7 +95,7 @@ class RangeCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _keep(self, path: Path, data: bytes) -> None:
+    def _store(self, path: Path, data: bytes) -> None:
         if shutil.disk_usage(self.folder).free < KEPT_FREE + len(data):
             return
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-", suffix=".partial")
@@ -112,12 +112,14 @@ class RangeCache:
             self._evict()
 
     def _evict(self) -> None:
-        """Down to nine tenths of the limit, if there is more than that and a twentieth."""
+        """Remove chunks down to nine tenths of the limit, if there is more than that and a twentieth."""
         entries = []
         for folder in os.scandir(self.folder):
             if folder.is_dir():
                 with suppress(FileNotFoundError):
-                    entries += [(about.st_mtime_ns, about.st_size, e.path) for e in os.scandir(folder) for about in [e.stat()]]
+                    for entry in os.scandir(folder):
+                        status = entry.stat()
+                        entries.append((status.st_mtime_ns, status.st_size, entry.path))
         excess = sum(size for _, size, _ in entries) - self.limit * 9 // 10
         if excess <= self.limit // 20:
             return
@@ -129,8 +131,8 @@ class RangeCache:
             excess -= size
 
 
-def _part(path: Path, length: int, part: slice) -> bytes | None:
-    """Of a chunk that is kept, whole; it counts as read now."""
+def _read_part(path: Path, length: int, part: slice) -> bytes | None:
+    """Return a part of a chunk, None unless the whole chunk is kept; it counts as read now."""
     try:
         with path.open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != length:
@@ -141,4 +143,4 @@ def _part(path: Path, length: int, part: slice) -> bytes | None:
         return None
 
 
-_opened = lru_cache(RangeCache)
+_open_cache = lru_cache(RangeCache)

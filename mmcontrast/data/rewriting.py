@@ -54,7 +54,7 @@ def write_selected(
     workers: int | None = None,
     engine: str = "pool",
 ) -> dict[str, Any]:
-    """Write `NAME-00000.tar` and so on, and last `manifest.json`; return the manifest. What is there is not written again.
+    """Write `NAME-00000.tar` and so on, and last `manifest.json`; return the manifest. Shards that exist are not written again.
 
     Rows of a table become samples whose members are its columns of bytes, pictures, sounds and texts, by their names, and
     `json` of the rest. Keys that repeat become NNNNN-ROW-KEY, with the number of their shard.
@@ -67,10 +67,10 @@ def write_selected(
     selection = open_selection(select)
     shards = selection.of_all(open_shards(patterns, True, FILE_COLUMNS, files, selection.of_shard))
     rows = [_rows_of(shard) for shard in shards]
-    renamed = _repeat(shards)
-    jobs = _jobs(folder, name, shards, rows, samples_per_shard, renamed, files)
+    renamed = _keys_repeat(shards)
+    jobs = _make_jobs(folder, name, shards, rows, samples_per_shard, renamed, files)
     _begin(folder, name, [shard.digest for shard in shards], samples_per_shard)
-    entries = list(run_jobs(_written, jobs, f"writing {folder}", engine=engine, workers=workers))
+    entries = list(run_jobs(_write_job, jobs, f"writing {folder}", engine=engine, workers=workers))
     for entry in entries:
         if "error" in entry:
             raise UserError(entry["error"])
@@ -90,7 +90,7 @@ def _rows_of(shard: ShardIndex) -> np.ndarray:
     return np.arange(len(shard)) if rows is None else rows
 
 
-def _repeat(shards: Sequence[ShardIndex]) -> bool:
+def _keys_repeat(shards: Sequence[ShardIndex]) -> bool:
     """Return whether a key is that of two samples."""
     seen = set()
     for shard in shards:
@@ -99,7 +99,7 @@ def _repeat(shards: Sequence[ShardIndex]) -> bool:
     return len(seen) < sum(map(len, shards))
 
 
-def _jobs(
+def _make_jobs(
     folder: Path,
     name: str,
     shards: Sequence[ShardIndex],
@@ -110,24 +110,25 @@ def _jobs(
 ) -> list[_Job]:
     jobs: list[_Job] = []
     parts: list[tuple[int, str, np.ndarray]] = []
-    free = size
+    room = size
     for number, (shard, chosen) in enumerate(zip(shards, rows, strict=True)):
         while len(chosen):
-            parts.append((number, shard.name, chosen[:free]))
-            free -= len(parts[-1][2])
+            parts.append((number, shard.name, chosen[:room]))
+            room -= len(parts[-1][2])
             chosen = chosen[len(parts[-1][2]) :]
-            if not free:
+            if not room:
                 jobs.append(_Job(folder / f"{name}-{len(jobs):05d}.tar", tuple(parts), renamed, files))
-                parts, free = [], size
+                parts, room = [], size
     if parts:
         jobs.append(_Job(folder / f"{name}-{len(jobs):05d}.tar", tuple(parts), renamed, files))
     return jobs
 
 
 def _begin(folder: Path, name: str, digests: Sequence[str], size: int) -> None:
-    """
+    """Make the folder, or check that it holds the same shards, begun before.
+
     Raises:
-        UserError: if the folder has shards of this name that are not a part of this.
+        UserError: if it holds other shards of this name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2b(f"{digests} {size}".encode(), digest_size=16).hexdigest()
@@ -144,8 +145,8 @@ def _begin(folder: Path, name: str, digests: Sequence[str], size: int) -> None:
         os.replace(partial, path)
 
 
-def _written(job: _Job) -> dict[str, Any]:
-    """Write one shard, or look at the one that is there; return its entry of the manifest, or what is wrong."""
+def _write_job(job: _Job) -> dict[str, Any]:
+    """Write one shard, or read the one that exists; return its entry of the manifest, or what is wrong."""
     try:
         if job.path.exists():
             shard = index_shard(job.path, scan=True)
@@ -159,14 +160,14 @@ def _written(job: _Job) -> dict[str, Any]:
 
 def _samples(job: _Job) -> Iterator[dict[str, Any]]:
     for number, name, rows in job.parts:
-        shard = _opened(name, job.files)
+        shard = _open_cached(name, job.files)
         for row in rows.tolist():
             key = f"{number:05d}-{row}-{shard.keys[row]}" if job.renamed else shard.keys[row]
             yield {"__key__": key, **_members(shard, row)}
 
 
 @lru_cache(maxsize=4)
-def _opened(name: str, files: str | None) -> ShardIndex:
+def _open_cached(name: str, files: str | None) -> ShardIndex:
     return open_table(name, FILE_COLUMNS, files) if is_table(name) else index_shard(name)
 
 

@@ -1,4 +1,4 @@
-"""Defines what every kind of shard offers: its samples by position, each with some members, read one sample at a time."""
+"""Defines the index of a shard of any kind: its samples by position, each with some members, read one sample at a time."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ LABELS = ("json", "cls")  # members that say what a sample is, or of which class
 KNOWN = frozenset({*(e for m in (ImageModality, TextModality, AudioModality, VectorModality) for e in m.extensions), *LABELS})
 NO_EXTENSION = "files have no extension in their names"
 COMPOUND = re.compile(r"[\w-]+(\.[\w-]+)*")  # an extension as "seg.png"; "0 final.jpg" is the end of a name with dots
-COMMON, SEVERAL = 20, 3  # an extension with dots is one if a twentieth of the samples has it; so many are ends of names
+COMMON, SEVERAL = 20, 3  # a twentieth of the samples has an extension with dots; three or more alike are ends of names
 
 
 class Keys(Sequence[str]):
@@ -61,28 +61,28 @@ class ShardIndex(ABC):
         return len(self.keys)
 
     def identity(self, sample: int) -> str:
-        """What tells a sample from all others of its shard."""
+        """Return what tells a sample from all others of its shard."""
         return self.keys[sample]
 
     def describe(self, sample: int, extension: str = "") -> str:
-        """A sample, or a member of it, in words with which a person finds it."""
+        """Return words by which a person finds a sample, or a member of it."""
         return f"sample {self.keys[sample]!r}{extension and f', member .{extension}'}"
 
     def has(self, extension: str) -> np.ndarray:
-        """Bool [n]: which samples have a member."""
+        """Return bool [n]: which samples have a member."""
         return self.sizes_of(extension) >= 0
 
     @abstractmethod
     def sizes_of(self, extension: str) -> np.ndarray:
-        """[n] int64 bytes of a member of each sample, −1 where it has none."""
+        """Return int64 [n], the bytes of a member of each sample, −1 where it has none."""
 
     @abstractmethod
     def size(self, sample: int, extension: str) -> int:
-        """Bytes, or −1."""
+        """Return the bytes of a member, or −1."""
 
     @abstractmethod
     def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
-        """The bytes of those of the wanted members that the sample has.
+        """Return the bytes of those of the wanted members that the sample has.
 
         Raises:
             UserError: if they cannot be read.
@@ -110,15 +110,15 @@ class MemberIndex(ShardIndex):
         return int(self.sizes[sample, self.extensions.index(extension)])
 
     def wanted(self, sample: int, extensions: Iterable[str]) -> list[tuple[int, int, str]]:
-        """(place, size, extension) of the members that are there, by place."""
+        """Return (place, size, extension) of those members that the sample has, by place."""
         columns = [self.extensions.index(extension) for extension in set(extensions) if extension in self.extensions]
         places, sizes = self.places[sample].tolist(), self.sizes[sample].tolist()
         return sorted((places[c], sizes[c], self.extensions[c]) for c in columns if sizes[c] >= 0)
 
 
 def member_of(value: Any) -> bytes | None:
-    """A value of a table or of JSON as a member: texts as they are, of a list a line each, lists of numbers as .npy. None:
-    there is nothing in it.
+    """Return a value of a table or of JSON as a member: a text as it is, a list of texts as lines, a list of numbers as .npy;
+    None if there is nothing in it.
 
     Raises:
         DecodeError: if it is neither.
@@ -143,22 +143,22 @@ class LeftOut:
         self.reasons: dict[str, tuple[int, str]] = {}
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        before, first = self.reasons.get(reason, (0, name))
-        self.reasons[reason] = before + count, first
+        previous, first = self.reasons.get(reason, (0, name))
+        self.reasons[reason] = previous + count, first
 
     def notes(self) -> tuple[str, ...]:
         return tuple(f"{count} {reason}, as {first!r}" for reason, (count, first) in self.reasons.items())
 
 
-class _KeyText:
-    """Keys that are being collected."""
+class _KeyCollector:
+    """Collects keys into one block of bytes."""
 
     def __init__(self) -> None:
-        self.last: str | None
-        self.text, self.ends, self.hashes, self.last = bytearray(), array("q"), array("q"), None
+        self.text, self.ends, self.hashes = bytearray(), array("q"), array("q")
+        self.last: str | None = None
 
     def row(self, key: str) -> int:
-        """The row of the last key, or of a new one."""
+        """Return the row of a key, which is added unless it is the last one."""
         if key != self.last:
             self.text += key.encode("utf-8", "surrogateescape")
             self.ends.append(len(self.text))
@@ -170,17 +170,17 @@ class _KeyText:
         return Keys(np.array(self.text, dtype=np.uint8), np.array(self.ends, dtype=np.int64))
 
     def repeated(self) -> str | None:
-        """A key that is there twice."""
-        keys, codes = self.keys(), np.array(self.hashes, dtype=np.int64)
-        order = np.argsort(codes, kind="stable")
-        again = np.flatnonzero(np.diff(codes[order]) == 0)
-        pairs = ((keys[first], keys[second]) for first, second in zip(order[again], order[again + 1], strict=True))
+        """Return a key that is there twice, if there is one."""
+        keys, hashes = self.keys(), np.array(self.hashes, dtype=np.int64)
+        order = np.argsort(hashes, kind="stable")
+        equal = np.flatnonzero(np.diff(hashes[order]) == 0)
+        pairs = ((keys[first], keys[second]) for first, second in zip(order[equal], order[equal + 1], strict=True))
         return next((first for first, second in pairs if first == second), None)
 
 
 @dataclass(frozen=True)
 class Members:
-    """What a scan collects: what an index of members is made of."""
+    """The members of a shard as a scan collects them, of which its index is made."""
 
     keys: Keys
     extensions: tuple[str, ...]
@@ -193,49 +193,48 @@ class Members:
     def of(
         cls, text: Any, ends: Any, extensions: Any, places: Any, sizes: Any, digest: str = "", notes: Iterable[str] = ()
     ) -> "Members":
+        """Return the members that a cache holds as arrays; without a digest it is computed."""
         names = tuple(str(name) for name in extensions)
         if not digest:
-            whole = hashlib.blake2b(repr(names).encode(), digest_size=8)
-            for part in (text, ends, places, sizes):
-                whole.update(np.ascontiguousarray(part).data)
-            digest = whole.hexdigest()
+            hasher = hashlib.blake2b(repr(names).encode(), digest_size=8)
+            for block in (text, ends, places, sizes):
+                hasher.update(np.ascontiguousarray(block).data)
+            digest = hasher.hexdigest()
         return cls(Keys(text, ends), names, digest, places, sizes, tuple(map(str, notes)))
 
     @classmethod
     def collect(cls, shard: str, members: Iterable[tuple[str, int, int]], left_out: LeftOut | None = None) -> "Members":
-        """Of (name, place, size) of the members in the order of their samples. No Python object stays for any of them.
+        """Collect (name, place, size) of the members in the order of their samples. No Python object stays for any of them.
 
         Args:
-            left_out: what `members` itself leaves out.
+            left_out: counts what `members` itself leaves out.
 
         Raises:
             UserError: if a sample's members are not adjacent.
         """
-        left_out, names = left_out or LeftOut(), _KeyText()
+        left_out, collector = left_out or LeftOut(), _KeyCollector()
         rows, columns, places, sizes = array("q"), array("q"), array("q"), array("q")
         extensions: dict[str, int] = {}  # as they are written
         row, last = -1, None
         for name, place, size in members:
-            key, extension = _parts_of(name)
+            key, extension = _split_name(name)
             if not extension:
                 if name and not name.endswith("/"):  # a folder, in the oldest tars
                     left_out.add(NO_EXTENSION, name)
                 continue
             if key != last:
-                row, last = names.row(key), key
+                row, last = collector.row(key), key
             rows.append(row)
             columns.append(extensions.setdefault(extension, len(extensions)))
             places.append(place)
             sizes.append(size)
         row_of, column_of = np.array(rows, dtype=np.int64), np.array(columns, dtype=np.int64)
         written = list(extensions)
-        ends_of_names = _ends_of_names(written, row_of, column_of, len(names.ends))
-        if ends_of_names.any():
-            left_out.add(
-                "samples have dots in their names", names.keys()[int(ends_of_names.argmax())], int(ends_of_names.sum())
-            )
-            names, written, row_of, column_of = _split_at_last_dots(names.keys(), written, row_of, column_of, ends_of_names)
-        if (repeated := names.repeated()) is not None:
+        dotted = _samples_with_dotted_names(written, row_of, column_of, len(collector.ends))
+        if dotted.any():
+            left_out.add("samples have dots in their names", collector.keys()[int(dotted.argmax())], int(dotted.sum()))
+            collector, written, row_of, column_of = _split_at_last_dots(collector.keys(), written, row_of, column_of, dotted)
+        if (repeated := collector.repeated()) is not None:
             raise UserError(
                 f"shard {shard}: the members of sample {repeated!r} are not adjacent; write the shard again, sorted"
             )
@@ -244,28 +243,30 @@ class Members:
                 f"shard {shard}: {len(written)} different extensions, as .{written[-1]}; what follows the"
                 " first dot of a member's name is its extension: write the names without dots before it"
             )
-        lower = [extension.lower() for extension in written]
-        found = sorted(set(lower))
-        column_of = np.array([found.index(extension) for extension in lower], dtype=np.int64)[column_of]
-        cells = row_of * max(1, len(found)) + column_of
+        lower_case = [extension.lower() for extension in written]
+        unique_extensions = sorted(set(lower_case))
+        column_of = np.array([unique_extensions.index(extension) for extension in lower_case], dtype=np.int64)[column_of]
+        cells = row_of * max(1, len(unique_extensions)) + column_of
         cells.sort()
-        if len(twice := cells[:-1][cells[1:] == cells[:-1]]):
-            key = names.keys()[int(twice[0]) // len(found)]
+        if len(repeated_cells := cells[:-1][cells[1:] == cells[:-1]]):
+            key = collector.keys()[int(repeated_cells[0]) // len(unique_extensions)]
             raise UserError(f"shard {shard}: sample {key!r} has two members of one name; write the shard again")
-        table = np.full((2, len(names.ends), len(found)), -1, dtype=np.int64)
+        table = np.full((2, len(collector.ends), len(unique_extensions)), -1, dtype=np.int64)
         table[:, row_of, column_of] = np.array(places), np.array(sizes)
-        keys = names.keys()
-        return cls.of(keys.text, keys.ends, found, table[0], table[1], notes=left_out.notes())
+        keys = collector.keys()
+        return cls.of(keys.text, keys.ends, unique_extensions, table[0], table[1], notes=left_out.notes())
 
 
 def sample_of(name: str) -> tuple[str, str]:
-    """(key, extension) of a member's name as webdataset has it: the extension begins at the first dot, and is empty if the
-    member belongs to no sample. What can be none, as "0 final.jpg" of "photo v1.0 final.jpg", begins at the last dot."""
-    key, extension = _parts_of(name)
+    """Return (key, extension) of a member's name as webdataset has it: the extension begins at the first dot, and is empty if
+    the member belongs to no sample. One that cannot be an extension, as "0 final.jpg" of "photo v1.0 final.jpg", begins at the
+    last dot."""
+    key, extension = _split_name(name)
     return key, extension.lower()
 
 
-def _parts_of(name: str) -> tuple[str, str]:
+def _split_name(name: str) -> tuple[str, str]:
+    """Return (key, extension) of a member's name as it is written."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not dot or not stem:
@@ -275,42 +276,47 @@ def _parts_of(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension
 
 
-def _ends_of_names(written: list[str], rows: np.ndarray, columns: np.ndarray, samples: int) -> np.ndarray:
-    """Bool [samples]: those all of whose extensions are ends of names with dots, as "smith.jpg" of "j.smith.jpg".
+def _samples_with_dotted_names(written: list[str], rows: np.ndarray, columns: np.ndarray, samples: int) -> np.ndarray:
+    """Return bool [samples]: those all of whose extensions are ends of names with dots, as "smith.jpg" of "j.smith.jpg".
 
     An extension with dots is one of webdataset's, as "seg.png", if many samples have it, or one that has others without dots.
-    What is left is the end of a name if other samples have its own end as their extension, or if there are several of them."""
+    Any other is the end of a name if its own end is the extension of other samples, or of several such names."""
     compound = np.array(["." in extension for extension in written], dtype=bool)
     if not compound.any() or samples < 2:
         return np.zeros(samples, dtype=bool)
     counts = np.bincount(columns, minlength=len(written))
-    beside = np.zeros(samples, dtype=bool)
-    beside[rows[~compound[columns]]] = True
-    own = ~compound | ((counts > 1) & (counts * COMMON > samples))
-    own[columns[beside[rows]]] = True
-    last = [extension.rpartition(".")[2].lower() for extension in written]
-    alike = Counter(name for name, is_own in zip(last, own, strict=True) if not is_own)
-    others = {name for name, dots in zip(last, compound, strict=True) if not dots}
-    others |= {name for name, count in alike.items() if count >= SEVERAL and name in KNOWN}
-    own |= np.array([name not in others for name in last], dtype=bool)
-    ends = np.ones(samples, dtype=bool)
-    ends[rows[own[columns]]] = False
-    return ends
+    has_plain = np.zeros(samples, dtype=bool)
+    has_plain[rows[~compound[columns]]] = True
+    is_extension = ~compound | ((counts > 1) & (counts * COMMON > samples))
+    is_extension[columns[has_plain[rows]]] = True
+    last_parts = [extension.rpartition(".")[2].lower() for extension in written]
+    end_counts = Counter(name for name, whole_extension in zip(last_parts, is_extension, strict=True) if not whole_extension)
+    known_ends = {name for name, dots in zip(last_parts, compound, strict=True) if not dots}
+    known_ends |= {name for name, count in end_counts.items() if count >= SEVERAL and name in KNOWN}
+    is_extension |= np.array([name not in known_ends for name in last_parts], dtype=bool)
+    are_ends = np.ones(samples, dtype=bool)
+    are_ends[rows[is_extension[columns]]] = False
+    return are_ends
 
 
 def _split_at_last_dots(
-    keys: Keys, written: list[str], rows: np.ndarray, columns: np.ndarray, of: np.ndarray
-) -> tuple[_KeyText, list[str], np.ndarray, np.ndarray]:
-    """(keys, extensions, row and column of each member) once those samples' extensions begin at the last dot."""
-    names = _KeyText()
+    keys: Keys, written: list[str], rows: np.ndarray, columns: np.ndarray, dotted: np.ndarray
+) -> tuple[_KeyCollector, list[str], np.ndarray, np.ndarray]:
+    """Return (keys, extensions, row and column of each member) once the extensions of some samples begin at the last dot.
+
+    Args:
+        dotted: bool [samples]: those samples.
+    """
+    collector = _KeyCollector()
     extensions: dict[str, int] = {}
     new_rows, new_columns = np.empty_like(rows), np.empty_like(columns)
     starts = np.searchsorted(rows, np.arange(len(keys) + 1))
     for row in range(len(keys)):
-        here = range(starts[row], starts[row + 1])
-        parts = [written[columns[member]].rpartition(".") if of[row] else ("", "", written[columns[member]]) for member in here]
-        by_key = sorted(zip(parts, here, strict=True), key=lambda of: of[0][0])  # one after the other
-        for (end, dot, extension), member in by_key:
-            new_rows[member] = names.row(f"{keys[row]}{dot}{end}")
+        parts = []  # (end of the key, dot, extension, member)
+        for member in range(starts[row], starts[row + 1]):
+            name = written[columns[member]]
+            parts.append((*(name.rpartition(".") if dotted[row] else ("", "", name)), member))
+        for end, dot, extension, member in sorted(parts, key=lambda part: part[0]):  # the members of a key are adjacent
+            new_rows[member] = collector.row(f"{keys[row]}{dot}{end}")
             new_columns[member] = extensions.setdefault(extension, len(extensions))
-    return names, list(extensions), new_rows, new_columns
+    return collector, list(extensions), new_rows, new_columns

@@ -15,18 +15,11 @@ import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmcontrast.data.dataset import (
-    MAX_MEMBER_BYTES,
-    FieldKeys,
-    Members,
-    Sample,
-    choices_of,
-    collate,
-    decoded,
-    member_name,
-)
+from mmcontrast.data.dataset import MAX_MEMBER_BYTES
+from mmcontrast.data.decoding import Members, Sample, collate, decode_sample
 from mmcontrast.data.files import expand_shards, identities, open_stream
 from mmcontrast.data.ids import default_id
+from mmcontrast.data.keys import FieldKeys, choices_of, member_name
 from mmcontrast.data.shard import LABELS, sample_of
 from mmcontrast.data.tar import MAX_NAME_BYTES
 from mmcontrast.data.views import TeacherView
@@ -34,7 +27,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError, Modality
 from mmcontrast.types import Batch
 
-MAX_TOLD = 100
+MAX_REPORTED = 100  # extensions of which a warning says that no field reads them
 BUFFER = 1000  # samples that a worker shuffles at a time
 END_MARK = bytes(1024)
 NAMES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -43,7 +36,7 @@ logger = logging.getLogger("mmcontrast")
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """The order of a sequential run: there is nothing in it to hold a resumed run to."""
+    """The order of a sequential run: it has no state that a resumed run must repeat."""
 
     batch_size: int
     seed: int
@@ -73,11 +66,11 @@ class StreamDataset(IterableDataset[Sample]):
         self.names, self.modalities, self.seed = expand_shards(shards), dict(modalities), seed
         self.identity_of = dict(zip(self.names, identities(self.names), strict=True))
         self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
-        self.told: set[str] = set()  # extensions that no field reads
+        self.reported: set[str] = set()  # extensions that no field reads
         self.start = self.rank = 0
 
     def starting(self, step: int, rank: int) -> "StreamDataset":
-        """Itself, for a rank that begins at a step: another stream for each."""
+        """Return itself, set to the stream of a rank that begins at a step: another for each."""
         self.start, self.rank = step, rank
         return self
 
@@ -85,7 +78,7 @@ class StreamDataset(IterableDataset[Sample]):
         worker = get_worker_info()
         seeds = [self.seed, self.start, self.rank, worker.id if worker else 0]
         random = np.random.Generator(np.random.PCG64(seeds))
-        grouped = webdataset.tariterators.group_by_keys(self._drawn(random), sample_of, handler=_warn)
+        grouped = webdataset.tariterators.group_by_keys(self._draw_members(random), sample_of, handler=_warn)
         shuffled = webdataset.filters.shuffle(BUFFER, initial=BUFFER // 2, seed=int(random.integers(2**31)))(grouped)
         skipped: list[dict[str, str]] = []
         try:
@@ -94,7 +87,7 @@ class StreamDataset(IterableDataset[Sample]):
                 members: Members = bad or {name: value for name, value in raw.items() if not name.startswith("__")}
                 default = default_id(self.identity_of[raw["__url__"]], raw["__key__"])
                 seed = f"{seeds} {number}"
-                sample = decoded(raw["__key__"], default, members, self.modalities, self.choices, seed, views=self.views)
+                sample = decode_sample(raw["__key__"], default, members, self.modalities, self.choices, seed, views=self.views)
                 if sample.error and len(skipped) >= BUFFER:
                     raise UserError(f"{len(skipped)} samples in turn could not be decoded; the last: {skipped[-1]['error']}")
                 if sample.error:
@@ -107,17 +100,18 @@ class StreamDataset(IterableDataset[Sample]):
         except UserError as error:
             yield Sample({}, 0, 0, {}, str(error), lost=True)
 
-    def _drawn(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
-        """The members of shards drawn with replacement, one after the other.
+    def _draw_members(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+        """Yield the members of shards drawn with replacement, one after the other.
 
         Raises:
-            UserError: after so many shards in turn without a member that there is none.
+            UserError: after so many shards in turn without a member that no shard can have any.
         """
-        empty, wanted = 0, {*LABELS, *(member_name(key) for of in self.choices.values() for choice in of for key in choice)}
+        keys = [key for choices in self.choices.values() for choice in choices for key in choice]
+        empty, wanted = 0, {*LABELS, *map(member_name, keys)}
         while empty < max(8, 2 * len(self.names)):
             members, name = 0, self.names[int(random.integers(len(self.names)))]
             try:
-                for member in _members(name, wanted, self.told):
+                for member in _members(name, wanted, self.reported):
                     members += 1
                     yield member
             except Exception as error:  # every file system has its own kinds
@@ -130,11 +124,11 @@ class StreamDataset(IterableDataset[Sample]):
         return collate(samples, self.modalities, self.views)
 
 
-def _members(name: str, wanted: Collection[str], told: set[str]) -> Iterator[dict[str, Any]]:
-    """Those of the wanted extensions in a tar, as webdataset groups them. Nothing is decompressed.
+def _members(name: str, wanted: Collection[str], reported: set[str]) -> Iterator[dict[str, Any]]:
+    """Yield the members of a tar that have a wanted extension, as webdataset groups them. Nothing is decompressed.
 
     Args:
-        told: extensions of which it has been said that they are left out; the first hundred are.
+        reported: extensions of which a warning has said that they are left out; it grows to `MAX_REPORTED`.
     """
     with closing(open_stream(name)) as file:
         tail = _Tail(file)
@@ -142,11 +136,11 @@ def _members(name: str, wanted: Collection[str], told: set[str]) -> Iterator[dic
             for entry in tar:
                 extension = sample_of(entry.name)[1]
                 if entry.isreg() and extension in wanted:
-                    yield {"fname": entry.name.removeprefix("./"), "data": _data(tar, entry), "__url__": name}
-                elif extension.rpartition(".")[2] in wanted and extension not in told and len(told) < MAX_TOLD:
-                    told.add(extension)
-                    why = f"no field reads .{extension}" if entry.isreg() else "it is no regular file"
-                    logger.warning("shard %s: member %r is left out (%s)", name, entry.name, why)
+                    yield {"fname": entry.name.removeprefix("./"), "data": _read_data(tar, entry), "__url__": name}
+                elif extension.rpartition(".")[2] in wanted and extension not in reported and len(reported) < MAX_REPORTED:
+                    reported.add(extension)
+                    reason = f"no field reads .{extension}" if entry.isreg() else "it is no regular file"
+                    logger.warning("shard %s: member %r is left out (%s)", name, entry.name, reason)
                 tar.members = []  # type: ignore[attr-defined]  # it would grow
         while tail.read(2**20):
             pass
@@ -154,13 +148,13 @@ def _members(name: str, wanted: Collection[str], told: set[str]) -> Iterator[dic
             raise EOFError("it has no end; it is truncated")
 
 
-def _data(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes | DecodeError:
+def _read_data(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes | DecodeError:
     if entry.issparse():
         return DecodeError(f"member {entry.name} is sparse: write the shard again without tar's --sparse")
     if entry.size > MAX_MEMBER_BYTES:
         return DecodeError(f"member {entry.name}: {entry.size} bytes, more than {MAX_MEMBER_BYTES}")
-    opened = tar.extractfile(entry)
-    return opened.read() if opened else b""
+    file = tar.extractfile(entry)
+    return file.read() if file else b""
 
 
 class _Entry(tarfile.TarInfo):
@@ -187,5 +181,6 @@ class _Tail:
 
 
 def _warn(error: Exception) -> bool:
+    """Log an error, and let webdataset go on."""
     logger.warning("%s", error)
     return True

@@ -1,4 +1,4 @@
-"""Where every sample of a webdataset tar lies: a scan of its headers, so that samples are read by offset.
+"""Indexes a webdataset tar by a scan of its headers, so that samples are read by offset.
 
 The scan accepts a tar only if it is whole: every header's checksum holds and the end-of-archive block is there. A
 truncated or overwritten one is refused, where a sequential reader would silently stop early. A scan is kept in a cache.
@@ -24,10 +24,10 @@ from mmcontrast.errors import UserError
 BLOCK = 512  # bytes: tar's unit
 REGULAR, CONTIGUOUS, HARD_LINK, LINK, FOLDER, GNU_SPARSE, GNU_LONG_NAME, GNU_LONG_LINK = b"07125SLK"
 POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS = b"xXg"
-NAMING = (GNU_LONG_NAME, GNU_LONG_LINK, POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS)  # they tell about the next member
+NAMING = (GNU_LONG_NAME, GNU_LONG_LINK, POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS)  # they describe the next member
 FILES = (REGULAR, 0, CONTIGUOUS)
 REASONS = {HARD_LINK: "hard links have no bytes in a tar (tar --hard-dereference)", LINK: "links have no bytes in a tar"}
-MAX_NAME_BYTES = 2**20  # of what tells a member's long name
+MAX_NAME_BYTES = 2**20  # of a header that holds a member's long name
 NEAR = 64 * 2**10  # bytes between two members that are read with them rather than skipped
 AHEAD = 2**20  # bytes that a remote scan reads at a time
 VERSION = 3  # of what the cache holds
@@ -70,47 +70,51 @@ class TarIndex(MemberIndex):
             for start in range(0, len(samples), 4096):
                 rows = samples[start : start + 4096]
                 places, sizes = self.places[rows][:, columns], self.sizes[rows][:, columns]
-                there = sizes >= 0
-                first = np.where(there, places, np.iinfo(np.int64).max).min(1, initial=np.iinfo(np.int64).max)
-                last = np.where(there, places + sizes, 0).max(1, initial=0)
-                near = (last - first - np.where(there, sizes, 0).sum(1) <= NEAR) & there.any(1)
-                spans = zip(rows.tolist(), near.tolist(), first.tolist(), last.tolist(), strict=True)
-                for (row, together, begin, end), place, size in zip(spans, places.tolist(), sizes.tolist(), strict=True):
-                    if not together:
+                present = sizes >= 0
+                first = np.where(present, places, np.iinfo(np.int64).max).min(1, initial=np.iinfo(np.int64).max)
+                last = np.where(present, places + sizes, 0).max(1, initial=0)
+                adjacent = (last - first - np.where(present, sizes, 0).sum(1) <= NEAR) & present.any(1)
+                arrays = (rows, adjacent, first, last, places, sizes)
+                spans = zip(*(array.tolist() for array in arrays), strict=True)
+                for row, is_adjacent, begin, end, row_places, row_sizes in spans:
+                    if not is_adjacent:
                         yield self.read(row, extensions)
                         continue
                     data = read(begin, end - begin)
                     if len(data) != end - begin:
                         raise UserError(f"shard {self.file.name} has changed since it was indexed: start again")
-                    members = zip(extensions, place, size, strict=True)
-                    yield {name: data[at - begin :][:length] for name, at, length in members if length >= 0}
+                    members = zip(extensions, row_places, row_sizes, strict=True)
+                    yield {name: data[place - begin :][:size] for name, place, size in members if size >= 0}
 
 
 def index_tar(name: str, scan: bool = False, file: LocalFile | RemoteFile | None = None) -> TarIndex:
-    """From the cache if the file is the one that was scanned, by its fingerprint, unless `scan` wants it read again.
+    """Return a tar's index: from the cache if the file is the one that was scanned, by its fingerprint, unless `scan` is true.
 
     Args:
-        file: it, as it was found to be; default: it is looked at now.
+        scan: read it again.
+        file: the tar, with its fingerprint; default: it is opened now.
 
     Raises:
         UserError: if it is not a whole, uncompressed tar, or a sample's members are not adjacent in it.
     """
     file, cached = file or open_file(name), index_file(name)
-    found = None if scan else _load(cached, file.fingerprint)
-    if found is None:
+    members = None if scan else _load(cached, file.fingerprint)
+    if members is None:
         left_out = LeftOut()
-        found = Members.collect(name, _members(file, left_out), left_out)
-        _keep(cached, file.fingerprint, found)
-    return TarIndex(name, found.keys, found.extensions, found.digest, found.places, found.sizes, file, notes=found.notes)
+        members = Members.collect(name, _scan(file, left_out), left_out)
+        _save(cached, file.fingerprint, members)
+    arrays = members.places, members.sizes
+    return TarIndex(name, members.keys, members.extensions, members.digest, *arrays, file, notes=members.notes)
 
 
 def index_file(name: str) -> Path:
-    """Where a tar's index is kept."""
-    place = name if is_remote(name) else str(Path(name).absolute())
-    return cache_root() / "index" / f"{hashlib.blake2b(place.encode(), digest_size=12).hexdigest()}.npz"
+    """Return the file in which a tar's index is kept."""
+    path = name if is_remote(name) else str(Path(name).absolute())
+    return cache_root() / "index" / f"{hashlib.blake2b(path.encode(), digest_size=12).hexdigest()}.npz"
 
 
 def _load(cached: Path, fingerprint: str) -> Members | None:
+    """Return what the cache has of a tar, None if that is nothing or of another file."""
     try:
         with np.load(cached, allow_pickle=False) as entry:
             if str(entry["fingerprint"]) == f"{VERSION} {fingerprint}":
@@ -121,40 +125,40 @@ def _load(cached: Path, fingerprint: str) -> Members | None:
     return None
 
 
-def _keep(cached: Path, fingerprint: str, found: Members) -> None:
-    entry = {"text": found.keys.text, "ends": found.keys.ends, "places": found.places, "sizes": found.sizes}
-    entry["notes"] = np.array(found.notes, dtype="U")
-    names, known = np.array(found.extensions, dtype="U"), f"{VERSION} {fingerprint}"
+def _save(cached: Path, fingerprint: str, members: Members) -> None:
+    entry = {"text": members.keys.text, "ends": members.keys.ends, "places": members.places, "sizes": members.sizes}
+    entry["notes"] = np.array(members.notes, dtype="U")
+    extensions, stamp = np.array(members.extensions, dtype="U"), f"{VERSION} {fingerprint}"
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=f"{cached.stem}-", suffix=".partial", delete=False) as file:
-            np.savez(file, **entry, extensions=names, fingerprint=known, digest=found.digest)  # type: ignore[arg-type]
+            np.savez(file, **entry, extensions=extensions, fingerprint=stamp, digest=members.digest)  # type: ignore[arg-type]
         os.replace(file.name, cached)
     except OSError:  # a cache that cannot be written is none
         for partial in cached.parent.glob(f"{cached.stem}-*.partial"):
             partial.unlink(missing_ok=True)
 
 
-def _members(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of the data, size) of every regular file in the tar; 4 µs a member of a local one. Checksums are
+def _scan(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset of the data, size) of every regular file in the tar; 4 µs a member of a local one. Checksums are
     verified a few thousand at a time.
 
     Raises:
-        UserError: if it is not whole, or a member is sparse: its bytes are not there as they are.
+        UserError: if the tar is not whole, or a member is sparse: its bytes are not there as they are.
     """
     damaged = UserError(f"shard {file.name} is not a whole tar (truncated, compressed or overwritten): write or copy it again")
     headers: list[bytes] = []
     total, position, long_name = file.size, 0, None
     records: dict[str, str] = {}  # of the next member
-    of_all: dict[str, str] = {}  # of all that follow
+    global_records: dict[str, str] = {}  # of all that follow
     with _reader(file) as read:
         while True:
             header = read(position, BLOCK)
             if len(header) < BLOCK:
                 raise damaged
             if header[0] == 0 and not any(header):  # the end-of-archive mark: zeros to the end, two blocks at least
-                pieces = (read(start, min(2**20, total - start)) for start in range(position, total, 2**20))
-                zeros = all(piece.count(0) == len(piece) for piece in pieces)
+                rest = (read(start, min(2**20, total - start)) for start in range(position, total, 2**20))
+                zeros = all(piece.count(0) == len(piece) for piece in rest)
                 if total - position < 2 * BLOCK or not zeros or not _checksums_hold(headers):
                     raise damaged
                 return
@@ -164,14 +168,14 @@ def _members(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[
                     raise damaged
                 headers.clear()
             size, kind = _octal(header[124:136]), header[156]
-            if (records or of_all) and kind not in NAMING:
-                records = of_all | records
+            if (records or global_records) and kind not in NAMING:
+                records = global_records | records
                 size = _decimal(records["size"]) if "size" in records else size
             content = position + BLOCK
             position = content + (size + BLOCK - 1) // BLOCK * BLOCK
             if size < 0 or content + size > total:
                 raise damaged
-            if kind in FILES and not (long_name or records or of_all):
+            if kind in FILES and not (long_name or records or global_records):
                 yield _name(header), content, size
                 continue
             if kind in NAMING and size > MAX_NAME_BYTES:
@@ -179,10 +183,10 @@ def _members(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[
             if kind == GNU_LONG_NAME:  # the data is the next member's name
                 long_name = _text(read(content, size))
             elif kind in (POSIX_RECORDS, SOLARIS_RECORDS, POSIX_GLOBAL_RECORDS):
-                told = _records(read(content, size))
-                if told is None:
+                new_records = _parse_records(read(content, size))
+                if new_records is None:
                     raise damaged
-                (of_all if kind == POSIX_GLOBAL_RECORDS else records).update(told)
+                (global_records if kind == POSIX_GLOBAL_RECORDS else records).update(new_records)
             elif kind != GNU_LONG_LINK:
                 name = (records.get("path") or long_name or _name(header)).removeprefix("./")
                 if kind == GNU_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
@@ -203,9 +207,9 @@ def _name(header: bytes) -> str:
     return name.removeprefix("./")
 
 
-def _records(data: bytes) -> dict[str, str] | None:
-    """What "27 path=…\\n" and so on say: the number is the record's length, whatever its value holds. None: they are broken."""
-    found, start = {}, 0
+def _parse_records(data: bytes) -> dict[str, str] | None:
+    """Parse records like "27 path=…\\n", whose number is their length, whatever the value holds. None: they are broken."""
+    records, start = {}, 0
     while start < len(data) and data[start]:
         number, space, _ = data[start : start + 20].partition(b" ")
         if not space or not number.isdigit():
@@ -214,9 +218,9 @@ def _records(data: bytes) -> dict[str, str] | None:
         key, equals, value = data[start + len(number) + 1 : stop - 1].partition(b"=")
         if not equals or not key or stop > len(data) or data[stop - 1 : stop] != b"\n":
             return None
-        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         start = stop
-    return found
+    return records
 
 
 def _decimal(text: str) -> int:
@@ -225,7 +229,7 @@ def _decimal(text: str) -> int:
 
 @contextmanager
 def _reader(file: LocalFile | RemoteFile) -> Iterator[Callable[[int, int], bytes]]:
-    """Reads (start, number of bytes); fewer at the file's end."""
+    """Yield a function that reads (start, number of bytes); fewer at the file's end."""
     if isinstance(file, LocalFile):
         with Path(file.name).open("rb", buffering=0) as opened:
             descriptor = opened.fileno()
@@ -244,16 +248,16 @@ def _reader(file: LocalFile | RemoteFile) -> Iterator[Callable[[int, int], bytes
 
 
 def _checksums_hold(headers: list[bytes]) -> bool:
-    """A header's bytes add up to the number in it, its own eight taken for spaces."""
+    """Return whether each header's bytes add up to the checksum in it, whose own eight bytes count as spaces."""
     if not headers:
         return True
     table = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK)
     sums = table.sum(1, dtype=np.int64) - table[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-    return all(_octal(header[148:156]) == found for header, found in zip(headers, sums.tolist(), strict=True))
+    return all(_octal(header[148:156]) == total for header, total in zip(headers, sums.tolist(), strict=True))
 
 
 def _octal(field: bytes) -> int:
-    """A number in a tar header; −1 if it is none. Base 256, with its top bit set, is for sizes of 8 GiB and more."""
+    """Return a number in a tar header; −1 if it is none. Base 256, with its top bit set, is for sizes of 8 GiB and more."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
     try:

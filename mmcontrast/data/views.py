@@ -1,4 +1,4 @@
-"""What a teacher reads of a sample beside the model: the same members by modalities of its own, or stored embeddings."""
+"""Reads a sample for a teacher, beside the model: the same members by modalities of its own, or stored embeddings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class StoredEmbeddings(Modality):
 
 @dataclass(frozen=True)
 class TeacherView:
-    """How a teacher reads the fields of a sample.
+    """The way a teacher reads the fields of a sample.
 
     Attributes:
         modalities: per field of the model that the teacher has.
@@ -57,23 +57,25 @@ class TeacherView:
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def check_widths(self) -> None:
-        """
-        Raises:
-            UserError: for stored embeddings of several widths.
-        """
-        stored = {name: one.width for name, one in self.modalities.items() if isinstance(one, StoredEmbeddings) and one.width}
-        if len(set(stored.values())) > 1:
-            found = ", ".join(f".{self.keys[name]} has {width} numbers" for name, width in stored.items())
-            raise UserError(f"train.teacher: {found}: what one teacher makes of all fields is of one width")
+        """Check that all stored embeddings have one width.
 
-    def read(self, field: str, own: Modality, raw: Any, data: bytes | None, drawn: Tensor) -> Tensor:
+        Raises:
+            UserError: if they do not.
+        """
+        stored = {name: modality for name, modality in self.modalities.items() if isinstance(modality, StoredEmbeddings)}
+        widths = {name: modality.width for name, modality in stored.items() if modality.width}
+        if len(set(widths.values())) > 1:
+            shown = ", ".join(f".{self.keys[name]} has {width} numbers" for name, width in widths.items())
+            raise UserError(f"train.teacher: {shown}: what one teacher makes of all fields is of one width")
+
+    def read(self, field: str, model_modality: Modality, raw: Any, data: bytes | None, rng_state: Tensor) -> Tensor:
         """Return a field as the teacher reads it, without augmentation: of a text of several lines the line that the model has,
         and so the stored embedding, if there is one for each line. torch's generator is left as it was.
 
         Args:
-            own, raw: the model's modality, and what it has decoded.
+            model_modality, raw: the model's modality, and what it has decoded.
             data: the member that the teacher reads.
-            drawn: the generator's state when the model's modality began to draw.
+            rng_state: the generator's state when the model's modality began to draw.
 
         Raises:
             DecodeError: if the teacher cannot read it.
@@ -81,24 +83,27 @@ class TeacherView:
         modality = self.modalities[field]
         if data is None:
             raise DecodeError("is missing, and train.teacher reads it")
-        after = torch.get_rng_state()
-        torch.set_rng_state(drawn)
+        state_after = torch.get_rng_state()
+        torch.set_rng_state(rng_state)
         try:
             if isinstance(modality, StoredEmbeddings):
                 rows = modality.decode(data)
-                lines = len(own.lines(raw)) if isinstance(own, TextModality) and own.captions != "whole" else 1
+                captions: int | str = "whole"
+                lines = 1
+                if isinstance(model_modality, TextModality) and model_modality.captions != "whole":
+                    captions, lines = model_modality.captions, len(model_modality.lines(raw))
                 if len(rows) > 1 and lines not in (1, len(rows)):
                     raise DecodeError(f"{len(rows)} embeddings of a text of {lines} lines: store one for each, or one")
-                if lines > 1 and len(rows) > 1 and isinstance(own, TextModality) and isinstance(own.captions, int):
-                    return rows[own.captions]
+                if lines > 1 and len(rows) > 1 and isinstance(captions, int):
+                    return rows[captions]
                 return modality.transform(rows, True)
-            if isinstance(modality, TextModality) and isinstance(own, TextModality):
-                text = own.shown(raw, True)
+            if isinstance(modality, TextModality) and isinstance(model_modality, TextModality):
+                text = model_modality.shown(raw, True)
                 assert text is not None, "the model has read it"
                 return modality.tokens(text)
             value = modality.transform(modality.decode(data), False)
         finally:
-            torch.set_rng_state(after)
+            torch.set_rng_state(state_after)
         if value is None:
             raise DecodeError("holds nothing that the teacher reads")
         return value

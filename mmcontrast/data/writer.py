@@ -18,8 +18,8 @@ Sample = dict[str, Any]  # "__key__" and one value per extension: bytes, str (tx
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Writes one tar under a temporary name, flushes it to the disk, then gives it its own; returns its manifest entry,
-    with how many members it has of each extension."""
+    """Write one tar under a temporary name, flush it to the disk, then rename it; return its manifest entry, with how many
+    members it has of each extension."""
     partial = path.with_name(f"{path.name}.partial")
     members: Counter[str] = Counter()
     count = checksum = 0
@@ -34,17 +34,17 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
     with partial.open("rb") as file:
         while data := file.read(2**24):
             checksum = zlib.crc32(data, checksum)
-    about = {"name": path.name, "samples": count, "bytes": partial.stat().st_size, "crc32": checksum}
+    entry = {"name": path.name, "samples": count, "bytes": partial.stat().st_size, "crc32": checksum}
     os.replace(partial, path)
-    return about | {"members": dict(sorted(members.items()))}
+    return entry | {"members": dict(sorted(members.items()))}
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What a corpus is made from. Sent to worker processes: keep it small, and open what is large in `make_sample`."""
+    """The source of a corpus. It is sent to worker processes: keep it small, and open large files in `make_sample`."""
 
     def splits(self) -> dict[str, Sequence[Any]]:
-        """Per split, one item per sample, in the order in which they are written."""
+        """Return per split one item per sample, in the order in which they are written."""
         ...
 
     def make_sample(self, split: str, item: Any) -> Sample: ...
@@ -58,11 +58,11 @@ def write_corpus(
     workers: int | None = None,
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Makes every sample of every split and writes `<split>-<number>.tar`, and last `manifest.json`; returns the manifest.
-    Shards that an earlier corpus of these splits has beyond are removed.
+    """Make every sample of every split, write `<split>-<number>.tar`, and last `manifest.json`; return the manifest. Further
+    shards that an earlier corpus of these splits left are removed.
 
     Args:
-        folder: made if it is not there. Shards of the same names are replaced, one by one, whole.
+        folder: made if it does not exist. Shards of the same names are replaced, one by one, whole.
         workers: processes; all cores by default.
         about: further entries of the manifest.
     """
@@ -74,18 +74,18 @@ def write_corpus(
         for number, start in enumerate(range(0, len(items), samples_per_shard))
     ]
     with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
-        written = track(pool.imap(_run_job, jobs), f"writing {folder}", total=len(jobs), console=Console(stderr=True))
-        entries = list(written)
-    described: dict[str, dict[str, Any]] = {split: {"samples": 0, "members": Counter(), "shards": []} for split in splits}
+        results = track(pool.imap(_run_job, jobs), f"writing {folder}", total=len(jobs), console=Console(stderr=True))
+        entries = list(results)
+    split_entries: dict[str, dict[str, Any]] = {split: {"samples": 0, "members": Counter(), "shards": []} for split in splits}
     for (_, _, split, _), entry in zip(jobs, entries, strict=True):
-        described[split]["samples"] += entry["samples"]
-        described[split]["members"].update(entry.pop("members"))
-        described[split]["shards"].append(entry)
-    manifest = {**(about or {}), "splits": described}
+        split_entries[split]["samples"] += entry["samples"]
+        split_entries[split]["members"].update(entry.pop("members"))
+        split_entries[split]["shards"].append(entry)
+    manifest = {**(about or {}), "splits": split_entries}
     for split in splits:
-        kept = {entry["name"] for entry in described[split]["shards"]}
+        names = {entry["name"] for entry in split_entries[split]["shards"]}
         for shard in folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].tar"):
-            if shard.name not in kept:
+            if shard.name not in names:
                 shard.unlink()
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1))

@@ -12,7 +12,7 @@ import torch
 
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset, ShardOptions, StreamDataset, expand_shards, index_shard
-from mmcontrast.data.dataset import Sample
+from mmcontrast.data.decoding import Sample
 from mmcontrast.data.files import is_remote, open_file
 from mmcontrast.data.loading import batches_ahead, free_memory
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size

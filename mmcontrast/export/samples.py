@@ -10,7 +10,8 @@ import soundfile
 from PIL import Image
 
 from mmcontrast.data import Shards
-from mmcontrast.data.dataset import UNREADABLE, chosen
+from mmcontrast.data.decoding import UNREADABLE
+from mmcontrast.data.keys import chosen
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
 from mmcontrast.export.parts import kind_of

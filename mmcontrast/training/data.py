@@ -27,8 +27,8 @@ from mmcontrast.data import (
     open_dataset,
     open_neighbours,
 )
-from mmcontrast.data.dataset import names_of
 from mmcontrast.data.held_out import Part
+from mmcontrast.data.keys import names_of
 from mmcontrast.data.loading import ExactOrder
 from mmcontrast.data.negatives import MinedNegatives, open_negatives
 from mmcontrast.data.neighbours import Neighbours

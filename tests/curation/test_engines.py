@@ -12,7 +12,7 @@ from mmcontrast.curation.balance import balance_of
 from mmcontrast.curation.exact_duplicates import ExactDuplicates
 from mmcontrast.curation.filter import Filter
 from mmcontrast.curation.rules import parse_rules
-from mmcontrast.curation.stage import run_stage
+from mmcontrast.curation.run_stage import run_stage
 from mmcontrast.data import engines
 from mmcontrast.data.engines import run_jobs
 from mmcontrast.data.rewriting import write_selected

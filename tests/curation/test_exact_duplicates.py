@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmcontrast.cli import app
 from mmcontrast.curation.exact_duplicates import ExactDuplicates
-from mmcontrast.curation.stage import run_stage
+from mmcontrast.curation.run_stage import run_stage
 from mmcontrast.errors import UserError
 from tests.curation.pairs import bytes_of, jpeg, pair, write_pairs
 

@@ -14,7 +14,7 @@ from PIL import Image
 from mmcontrast.cli import app
 from mmcontrast.curation.filter import Filter, least_of_top
 from mmcontrast.curation.rules import parse_rules, presets, read_rules
-from mmcontrast.curation.stage import run_stage
+from mmcontrast.curation.run_stage import run_stage
 from mmcontrast.errors import UserError
 from tests.curation.pairs import bytes_of, jpeg, pair, write_pairs
 

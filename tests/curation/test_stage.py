@@ -11,7 +11,7 @@ import pytest
 from mmcontrast.curation import stage as stage_file
 from mmcontrast.curation.filter import Filter
 from mmcontrast.curation.rules import parse_rules
-from mmcontrast.curation.stage import run_stage, share_of_this_process
+from mmcontrast.curation.run_stage import run_stage, share_of_this_process
 from mmcontrast.errors import UserError
 from tests.command import mmcontrast, start
 from tests.curation.pairs import bytes_of, pair, write_pairs

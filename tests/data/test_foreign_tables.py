@@ -224,7 +224,7 @@ def test_vectors_are_members_and_a_column_json_is_metadata(tmp_path):
     ],
 )
 def test_what_is_no_table_is_said_in_a_line(tmp_path, monkeypatch, data, message):
-    monkeypatch.setattr("mmcontrast.data.tables.CSV_BLOCK", 2**12)
+    monkeypatch.setattr("mmcontrast.data.arrow_copies.CSV_BLOCK", 2**12)
     (tmp_path / "x.csv").write_bytes(data)
     with pytest.raises(UserError, match=message):
         ShardDataset(str(tmp_path / "x.csv"), {"text": Bytes()}, {})

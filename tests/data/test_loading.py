@@ -27,10 +27,10 @@ def test_as_many_batches_as_half_of_the_free_memory_holds(shards):
     pictures = ShardDataset(shards, {"vector": VectorModality(2)}, {})
     pictures.modalities = {"image": ImageModality(224), "vector": VectorModality(2)}
     assert bytes_of_sample(pictures) == 3 * 224 * 224 + 8
-    of_batch = 4096 * bytes_of_sample(pictures)
+    batch_bytes = 4096 * bytes_of_sample(pictures)
     for free, ahead in ((2**41, PREFETCHED), (2 * 2**37, 3), (2**37, 1), (2**20, 1), (0, 1)):
-        assert batches_ahead(of_batch, 64, free) == ahead
-        assert ahead == 1 or 2 * ahead * 64 * of_batch <= free
+        assert batches_ahead(batch_bytes, 64, free) == ahead
+        assert ahead == 1 or 2 * ahead * 64 * batch_bytes <= free
     assert batches_ahead(0, 64, 0) == 1
     assert 0 < free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -66,7 +66,7 @@ def opened(monkeypatch):
         own(self, name)
 
     monkeypatch.setattr(module._Descriptor, "__init__", counting)
-    module._opened.cache_clear()
+    module._open_descriptor.cache_clear()
     return names
 
 
@@ -79,7 +79,7 @@ def test_a_shard_is_opened_once_for_all_of_its_samples(shards, monkeypatch):
 
 
 def test_no_more_than_so_many_are_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_opened", module.lru_cache(2)(module._opened.__wrapped__))
+    monkeypatch.setattr(module, "_open_descriptor", module.lru_cache(2)(module._open_descriptor.__wrapped__))
     files = []
     for number in range(9):
         (tmp_path / f"{number}").write_bytes(b"%d" % number)
@@ -88,8 +88,8 @@ def test_no_more_than_so_many_are_open(tmp_path, monkeypatch):
     for file in files * 2:
         assert file.read(0, 1) == Path(file.name).read_bytes()
         assert len(os.listdir("/proc/self/fd")) <= before + 2
-    kept = module._opened(files[0])
-    module._opened.cache_clear()
+    kept = module._open_descriptor(files[0])
+    module._open_descriptor.cache_clear()
     assert os.pread(kept.number, 1, 0) == b"0", "what another thread reads at the moment stays open"
     del kept
     assert len(os.listdir("/proc/self/fd")) == before
@@ -102,7 +102,7 @@ def test_a_file_that_has_changed_is_never_read_as_what_it_was(tmp_path, monkeypa
     (tmp_path / "y").write_bytes(b"after!")
     os.replace(tmp_path / "y", tmp_path / "x")
     assert file.read(0, 6) == b"before", "the file that was indexed is still open"
-    module._opened.cache_clear()
+    module._open_descriptor.cache_clear()
     with pytest.raises(UserError, match="shard .*x has changed since it was indexed: start again"):
         file.read(0, 6)
     (tmp_path / "x").unlink()

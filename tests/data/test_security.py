@@ -69,7 +69,7 @@ def test_no_shell_hears_of_a_source(tmp_path, source):
 
 def test_a_member_beyond_the_cap_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("mmcontrast.data.dataset.MAX_MEMBER_BYTES", 100)
-    monkeypatch.setattr("mmcontrast.data.verify.MAX_MEMBER_BYTES", 100)
+    monkeypatch.setattr("mmcontrast.data.verify_worker.MAX_MEMBER_BYTES", 100)
     tar_of(tmp_path / "x.tar", [("a.txt", b"x" * 101), ("b.txt", b"fine"), ("b.mp4", b"of no field" * 99)])
     dataset = ShardDataset(str(tmp_path / "x.tar"), TEXT, {})
     assert "'a', member .txt: 101 bytes, more than 100" in dataset[0, 0].error

@@ -14,7 +14,7 @@ import yaml
 
 from mmcontrast.curation.filter import Filter
 from mmcontrast.curation.rules import parse_rules
-from mmcontrast.curation.stage import run_stage
+from mmcontrast.curation.run_stage import run_stage
 from mmcontrast.data import MixtureDataset, ShardDataset, ShardOptions, index_shard, open_dataset
 from mmcontrast.data.held_out import Part
 from mmcontrast.data.parts import ShardPart, narrowed

@@ -17,7 +17,8 @@ from PIL import Image
 from mmcontrast.data import ShardDataset, all_batches, write_shard
 from mmcontrast.data.inspect import inspect_shards
 from mmcontrast.data.shard import sample_of
-from mmcontrast.data.verify import _decoded, _scanned, verify_shards, verify_sources
+from mmcontrast.data.verify import verify_shards, verify_sources
+from mmcontrast.data.verify_worker import decode_rows, scan_shard
 from mmcontrast.data_commands import _reading, _sources, verify
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, ImageModality, TextModality, VectorModality
@@ -163,11 +164,11 @@ def test_a_mutated_shard_is_reported_or_whole(whole, mutations):
     path = whole / f"{hash(data)}.tar"
     path.write_bytes(data)
     try:
-        number, error, _ = _scanned(str(path))
+        number, error, _ = scan_shard(str(path))
         if error:
             assert str(path) in error and "\n" not in error
             return
-        found = _decoded((str(path), 0))
+        found = decode_rows((str(path), 0))
         with tarfile.open(path, ignore_zeros=True) as tar:  # beyond holes too
             names = [entry.name for entry in tar if entry.isfile() and re.match(r"[^/.]+\.", entry.name)]
         members = found.members + found.untried.total()
