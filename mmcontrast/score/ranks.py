@@ -74,6 +74,11 @@ def driver(
     if communication == "auto":
         shape = (len(nodes), nodes[0]) if equal else (len(members), 1)
         communication = cheapest(*shape, max(sizes), width, MACHINES.get(device, MACHINES["cuda"]))
+    if communication == "hierarchical" and not subgroups_agree(group):
+        raise ValueError(
+            "communication is hierarchical: the ranks are members of different numbers of process groups, of which this torch"
+            " makes the name of a new one, so they would wait for each other for ever; use ring, or torch 2.14 or later"
+        )
     if communication == "gather":
         return Gather(group, sizes)
     return Hierarchical(group, sizes, nodes[0]) if communication == "hierarchical" else Ring(group, sizes)
@@ -191,8 +196,23 @@ class HierarchicalAccumulator:
 
 
 @cache
+def subgroups_agree(group: dist.ProcessGroup) -> bool:
+    """Return whether all ranks of a group would give a new group the same name.
+
+    Before 2.14 torch makes it of the number of groups that a rank is a member of, so that ranks for which it differs wait for
+    each other for ever.
+    """
+    name_of = getattr(dist.distributed_c10d, "_hash_ranks_to_str", None)
+    if name_of is None:
+        return True
+    names: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(names, name_of([0]), group=group)
+    return len(set(names)) == 1
+
+
+@cache
 def subgroup(group: dist.ProcessGroup, members: tuple[int, ...]) -> dist.ProcessGroup:
-    """Made once; only its members ask for it."""
+    """Return the group of some members, made once; only these ask."""
     made = dist.new_group(list(members), use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup), "only members ask"
     return made

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from mmcontrast import contrastive_loss, score_statistics
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
+from mmcontrast.score.ranks import subgroups_agree
 from tests.command import call_on_ranks, free_port, locked, session_folder
 from tests.score.problems import REDUCTIONS, finite_sum, problem
 
@@ -271,6 +272,14 @@ def worker(rank, port, folder, slow):
     )
     first = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
     apart = dist.new_group([0, 2])
+    if not subgroups_agree(first[RANKS]):  # torch before 2.14: each rank is in another number of groups
+        x = torch.ones(2, 2)
+        with pytest.raises(ValueError, match="members of different numbers of process groups"):
+            score_statistics(x, x, [], scale=1.0, group=first[RANKS], communication="hierarchical")
+        for _ in range(rank + (rank in (1, 3))):
+            dist.new_group([rank], use_local_synchronization=True)
+        subgroups_agree.cache_clear()
+        assert subgroups_agree(first[RANKS])
     checks = (check_loss, check_products, check_memory, check_statistics, check_given)
     cases_of_each = (LOSSES, PRODUCTS, MEMORIES, STATISTICS, FURTHER)
     if slow:
