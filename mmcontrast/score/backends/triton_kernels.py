@@ -140,8 +140,8 @@ def reduce_tiles(
     """Write each tile's reductions to row_out [K, tiles of C, R] and column_out [K, tiles of R, C], for the caller to merge."""
     R, C = n - row0, m - column0
     tile_n, tile_m = place(R, C, BM, BN, GROUP)
-    here, there = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
-    rows, columns = row0 + here, column0 + there
+    offsets_n, offsets_m = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    rows, columns = row0 + offsets_n, column0 + offsets_m
     some_rows, some_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
     ragged, meet = special(row_ids, column_ids, rows, columns, n, m)
     dots = dot_products(x, y, row0 + tile_n * BM, column0 + tile_m * BN, D, BM, BN, BK, PRECISION)
@@ -152,7 +152,7 @@ def reduce_tiles(
         z = dots * tl.load(row_scale)
     if BIAS:
         z += tl.load(bias)
-    row_at, column_at = row_out + tile_m * R + here, column_out + tile_n * C + there
+    row_at, column_at = row_out + tile_m * R + offsets_n, column_out + tile_n * C + offsets_m
     row_step, column_step = tl.cdiv(C, BN) * R, tl.cdiv(R, BM) * C
     zc = z
     if BOTH and PER_ANCHOR:
@@ -225,15 +225,15 @@ def weigh_tiles(
     BOTH: tl.constexpr, PER_ANCHOR: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w_out [R, C] = ∂loss/∂z (times the scales where they are per anchor), from the final values and their gradients
+    """Write w_out [R, C] = ∂loss/∂z (times the scales where they are per anchor), from the final values and their gradients
     [K, N] and [K, M] (of log-sum-exps: binary values, gradients times the exponent).
 
     And each tile's sums: bias_out [tiles of R, tiles of C], row_scale_out [tiles of C, R], column_scale_out [tiles of R, C].
     """
     R, C = n - row0, m - column0
     tile_n, tile_m = place(R, C, BM, BN, GROUP)
-    here, there = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
-    rows, columns = row0 + here, column0 + there
+    offsets_n, offsets_m = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    rows, columns = row0 + offsets_n, column0 + offsets_m
     some_rows, some_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
     ragged, meet = special(row_ids, column_ids, rows, columns, n, m)
     dots = dot_products(x, y, row0 + tile_n * BM, column0 + tile_m * BN, D, BM, BN, BK, PRECISION)
@@ -280,10 +280,10 @@ def weigh_tiles(
             d_bias += tl.sum(wc)
         tl.store(bias_out + tile_n * tl.cdiv(C, BN) + tile_m, d_bias)
     if PER_ANCHOR:
-        tl.store(row_scale_out + tile_m * R + here, tl.sum(w * dots, 1), mask=rows < n)
+        tl.store(row_scale_out + tile_m * R + offsets_n, tl.sum(w * dots, 1), mask=rows < n)
         w *= row_factor
         if BOTH:
-            tl.store(column_scale_out + tile_n * C + there, tl.sum(wc * dots, 0), mask=columns < m)
+            tl.store(column_scale_out + tile_n * C + offsets_m, tl.sum(wc * dots, 0), mask=columns < m)
             w += wc * column_factor
-    w_at = w_out + here.to(tl.int64)[:, None] * C + there[None, :]
+    w_at = w_out + offsets_n.to(tl.int64)[:, None] * C + offsets_m[None, :]
     tl.store(w_at, w.to(w_out.dtype.element_ty), mask=(rows < n)[:, None] & (columns < m)[None, :])
