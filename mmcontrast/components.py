@@ -14,13 +14,13 @@ signature_of = cache(inspect.signature)  # a loss by name is built at every step
 SHOWN = 24  # names of a list in a message
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
     """Return "did you mean 'steps'?", or, if no name is close, the (beginning of the) list of names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"there is: {', '.join(known[:SHOWN])}" + (f", … ({len(known)} in all)" if len(known) > SHOWN else "")
+    return f"there is: {', '.join(names[:SHOWN])}" + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
 
 
 def build(spec: Any, known: Mapping[str, Callable[..., Any]], kind: str, base: type | None = None, **context: Any) -> Any:

@@ -39,16 +39,16 @@ class RunConfig(Options):
     """The configuration of a run, saved with it as config.yaml, which is enough to rebuild it.
 
     Attributes:
-        run: where it is kept.
-        fields: what a sample has, by name: two fields or more.
-        towers: what encodes fields, by name: a type of the table of towers, or an import path, with its options.
+        run: the folder of the run.
+        fields: the fields of a sample, by name: two or more.
+        towers: the encoders of fields, by name: a type of the table of towers, or an import path, with its options.
         model: how towers become one model, or the pretrained model that it starts from.
         objective: the loss of an anchor and its candidates.
         pairing: which fields are contrasted with which.
-        score: of two embeddings; default: that of `model.start`, or their cosine.
-        data: what is trained on.
-        train: how.
-        evaluation: what is evaluated, at the end of the run and on the way.
+        score: the score of two embeddings; default: that of `model.start`, or their cosine.
+        data: the training data.
+        train: the training loop.
+        evaluation: what is evaluated, at the end of the run and during it.
     """
 
     run: RunOptions

@@ -374,12 +374,12 @@ def never_began(folder: Path) -> bool:
     """Return whether a folder is that of a run that failed at its start: it has a config, no checkpoint, no logged step."""
     try:
         names = {path.name for path in folder.iterdir()}
-        same = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()
+        is_run = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()
     except (OSError, UserError):
         return False
     logged = folder / LOG
     return (
-        same
+        is_run
         and names <= FILES_OF_A_START
         and not checkpoint.complete(folder / "checkpoints")
         and not (logged.exists() and logged.stat().st_size)

@@ -1,4 +1,4 @@
-"""Modalities by the name a config gives them. A new one is a file here and a line below."""
+"""The modalities by the names that configs use. A new one is a file here and a line below."""
 
 from mmcontrast.modalities.audio import AudioModality
 from mmcontrast.modalities.base import DecodeError, Modality

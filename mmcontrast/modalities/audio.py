@@ -1,4 +1,4 @@
-"""Sound: decoded by soundfile, resampled by soxr; on the device log-mel spectrograms, or waveforms of any length."""
+"""Sound, decoded by soundfile and resampled by soxr; on the device log-mel spectrograms, or waveforms of any length."""
 
 import io
 import math
@@ -15,31 +15,30 @@ from torch import Tensor
 from mmcontrast.modalities.base import DecodeError, Modality
 
 STARTS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST")  # of files
-KNOWN = (
-    "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, NIST"  # libsndfile's readers of rarer formats print, and take long over a few bytes
-)
-MAX_VALUES = 2**28  # frames × channels of a sound: by its header before it is decoded, or as it is read where that does not say
-UNKNOWN = 2**63 - 1  # frames of a stream whose header was never completed, as encoders write it into a pipe
+# libsndfile's readers of rarer formats print, and take long for a few bytes
+KNOWN = "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, NIST"
+MAX_VALUES = 2**28  # frames × channels of a sound, by its header, or as it is decoded if the header has no length
+UNKNOWN = 2**63 - 1  # frames of a stream without a length in its header, as encoders write it into a pipe
 BLOCK = 2**18  # values that are decoded at a time
-LOUDEST = 64.0  # times full scale. Codecs and float recorders overshoot it by less; integers that were stored as floats do not
+LOUDEST = 64.0  # times full scale. Codecs and float recorders overshoot it by less; integers stored as floats exceed it
 PADDING = -32768  # no sample of a sound has this value
 
 
 class AudioModality(Modality):
-    """int16 [samples] in the worker; on the device a log-mel spectrogram [1, mels, frames] of about unit variance, or float
-    [samples] of zero mean and unit variance.
+    """Sounds: int16 [samples] in the worker; on the device a log-mel spectrogram [1, mels, frames] of about unit variance, or
+    float [samples] of zero mean and unit variance.
 
     Args:
         sample_rate: Hz; other rates are resampled.
         seconds: shorter sounds are padded, longer ones cut (at a random place in training, in the middle otherwise).
         mels, window, hop: bands of the mel scale, and the short-time Fourier transform's window and step in samples.
-        center: subtract each band's mean over time, which takes out much of the speaker's and the microphone's colour
+        center: subtract each band's mean over time, which removes much of the speaker's and the microphone's colour
             (cepstral mean normalization).
         shift: in training, the padded sound starts up to this many seconds late.
         max_seconds: longer members are refused before they are decoded.
         representation: "mel", or "waveform" for towers such as wav2vec2 (input_values).
-        variable: of waveforms: shorter sounds keep their own length. A batch is as long as its longest; what lies beyond a
-            sound's end is NaN, which the tower masks, so that a sound's embedding does not depend on its batch.
+        variable: for waveforms: shorter sounds keep their own length. A batch is as long as its longest sound; values after a
+            sound's end are NaN, which the tower masks, so that a sound's embedding does not depend on its batch.
     """
 
     filters: Tensor
@@ -86,11 +85,11 @@ class AudioModality(Modality):
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
 
     def decode(self, data: bytes) -> Tensor:
-        """Decode to int16 [samples], one channel, at `sample_rate`; what lies outside [-1, 1] is clipped."""
+        """Decode to int16 [samples], one channel, at `sample_rate`; values outside [-1, 1] are clipped."""
         return self.stored(self._read(data))
 
     def encode(self, value: tuple[Any, float]) -> Tensor:
-        """Return (samples of one channel, their rate in Hz) as `decode` gives a sound. Floats are in [-1, 1], integers in the
+        """Return (samples of one channel, their rate in Hz) in the form of `decode`. Floats are in [-1, 1], integers in the
         range of their type."""
         samples, rate = value
         sound = np.asarray(samples)
@@ -105,14 +104,14 @@ class AudioModality(Modality):
         return self.stored([sound if rate == self.sample_rate else soxr.resample(sound, rate, self.sample_rate)])
 
     def stored(self, parts: Iterable[np.ndarray]) -> Tensor:
-        """Join parts of a sound, float32 at `sample_rate`, in the form that `transform` takes: int16."""
+        """Join parts of a sound, float32 at `sample_rate`, to int16, which `transform` takes."""
         scaled = [part * 32768 for part in parts]
-        for part in scaled:  # in place: half of the time that a WAV takes
+        for part in scaled:  # in place, which halves the time of a WAV
             np.clip(np.rint(part, part), PADDING + 1, 32767, part)
         return joined([part.astype(np.int16) for part in scaled])
 
     def _read(self, data: bytes) -> Iterator[np.ndarray]:
-        """Decode a file in parts, float32 [samples], one channel, at `sample_rate`, however long it turns out to be."""
+        """Decode a file in parts, float32 [samples], one channel, at `sample_rate`; its length need not be known."""
         try:
             with open_sound(data) as file:
                 rate, channels = file.samplerate, file.channels
@@ -128,10 +127,15 @@ class AudioModality(Modality):
                 if resampler:
                     yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
         except (soundfile.SoundFileError, ValueError) as error:
-            reason = getattr(error, "error_string", error)  # of libsndfile's, without the object that it read
+            reason = getattr(error, "error_string", error)  # libsndfile's, without the object that it read
             raise DecodeError(f"not a sound that can be decoded ({reason})") from error
 
     def _check_length(self, frames: int, rate: int, channels: int) -> None:
+        """Check a sound's length against the limits.
+
+        Raises:
+            DecodeError: if it is too long.
+        """
         if frames > self.max_seconds * rate:
             raise DecodeError(f"{frames / rate:.0f} s of sound, more than {self.max_seconds}")
         if frames * channels > self.max_values:
@@ -172,20 +176,20 @@ class AudioModality(Modality):
             spectrum = torch.fft.rfft(frames)
             power = spectrum.real.square().add_(spectrum.imag.square())
             mel = (power @ self.filters).add_(1e-6).log_()
-            middle = mel.mean(1, keepdim=True) if self.center else -7.0  # −7 and 4: about unit variance for speech
-            return mel.sub_(middle).div_(4).transpose(1, 2).unsqueeze(1)
+            mean = mel.mean(1, keepdim=True) if self.center else -7.0  # −7 and 4: about unit variance for speech
+            return mel.sub_(mean).div_(4).transpose(1, 2).unsqueeze(1)
 
 
 class _Stream(soundfile.SoundFile):
-    """A file that is read once, from its beginning to its end: soundfile seeks after each read where it may, which fails in
-    streams of unknown length."""
+    """A sound file that is read once from the beginning: soundfile seeks after each read if it can, which fails in streams of
+    unknown length."""
 
     def seekable(self) -> bool:
         return False
 
 
 class _Bytes(io.BytesIO):
-    """Stays where it is when a damaged header sends it elsewhere: libsndfile's callbacks print what they raise."""
+    """Bytes that ignore invalid seeks of a damaged header, as libsndfile's callbacks print what they raise."""
 
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
@@ -195,11 +199,11 @@ class _Bytes(io.BytesIO):
 
 
 def open_sound(data: bytes) -> soundfile.SoundFile:
-    """Open a sound to read its header, or all of it by `read(frames)` from its beginning.
+    """Open a sound to read its header, or all of it by `read(frames)` from the beginning.
 
     Raises:
-        DecodeError: for none of the formats that are known.
-        soundfile.SoundFileError: for a damaged one.
+        DecodeError: for an unknown format.
+        soundfile.SoundFileError: for a damaged file.
     """
     if not data.startswith(STARTS) and not (data[:1] == b"\xff" and data[1:2] >= b"\xe0"):
         raise DecodeError(f"not a sound that can be decoded (no {KNOWN})")
@@ -207,11 +211,12 @@ def open_sound(data: bytes) -> soundfile.SoundFile:
 
 
 def _checked(sound: np.ndarray) -> np.ndarray:
-    """
+    """Return samples after checking that they are finite, and about within full scale.
+
     Raises:
-        DecodeError: for samples that no sound has.
+        DecodeError: if they are not.
     """
-    peak = float(max(sound.max(), -sound.min()))  # NaN, if one of them is
+    peak = float(max(sound.max(), -sound.min()))  # NaN if a sample is
     if not math.isfinite(peak):
         raise DecodeError("samples that are infinite or no numbers (NaN)")
     if peak > LOUDEST:
@@ -220,9 +225,10 @@ def _checked(sound: np.ndarray) -> np.ndarray:
 
 
 def joined(parts: list[np.ndarray]) -> Tensor:
-    """
+    """Return the parts of a sound joined.
+
     Raises:
-        DecodeError: if there is no sample in them.
+        DecodeError: if they have no samples.
     """
     sound = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0)
     if not len(sound):

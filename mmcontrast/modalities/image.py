@@ -1,4 +1,4 @@
-"""Images: decoded by simplejpeg or Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
+"""Images, decoded by simplejpeg or Pillow under limits, transformed by torchvision on uint8, normalised on the device."""
 
 import copy
 import io
@@ -21,14 +21,14 @@ from mmcontrast.modalities.parts import JPEG_START, PNG_START, check_parts, chec
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is tried: Pillow would hand EPS to Ghostscript
 Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the header, before any pixel is decoded
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what it says of palettes and metadata names no file
+warnings.filterwarnings("ignore", module=r"PIL\.")  # its warnings of palettes and metadata name no file
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error)
-LIBRARIES = ("open_clip", "drop")  # `background`: no colour
+LIBRARIES = ("open_clip", "drop")  # values of `background` that are no colours
 INTERPOLATIONS, RESIZES = ("bicubic", "bilinear"), ("shortest", "squash")
 
 
 class ImageModality(Modality):
-    """uint8 [channels, size, size] in the worker; float, normalised, on the device.
+    """Pictures: uint8 [channels, size, size] in the worker; float, normalised, on the device.
 
     Args:
         size: side in pixels.
@@ -37,8 +37,8 @@ class ImageModality(Modality):
         augment: torchvision v2 transforms for training, in order, e.g. [{type: RandomAffine, degrees: 5}]; default:
             RandomResizedCrop to 0.9–1.0 of the area, as open_clip does. They end at `size`, or a resize is added.
         max_pixels: larger pictures are refused before they are decoded.
-        scaled_decode: let a large JPEG be decoded at 1/2, 1/4 or 1/8 of its side, where that is still `size`: faster, and
-            44–48 dB from the exact picture.
+        scaled_decode: decode a large JPEG at 1/2, 1/4 or 1/8 of its side, if that is at least `size`: faster, and 44–48 dB
+            from the exact picture.
         background: the colour under transparent pixels, a name ("white"), "#rrggbb", or [red, green, blue]. For weights that
             were pretrained without one: "drop" shows the colours that are hidden there, as Pillow's convert("RGB") and timm
             do; "open_clip" scales the picture with its transparency, palette or 16 bits, and converts it then, as open_clip
@@ -50,8 +50,8 @@ class ImageModality(Modality):
         resize_to: side in pixels, before the middle of `size` × `size` is cut out. Default: `size`.
 
     Attributes:
-        mean, std: the numbers that it normalises by.
-        side: pictures are scaled to it, on the device, in training; None: they stay as they are.
+        mean, std: of the normalisation.
+        side: pictures are scaled to it on the device in training; None: they are not.
     """
 
     side: int | None = None
@@ -98,15 +98,14 @@ class ImageModality(Modality):
         from mmcontrast.modalities.image_transforms import make_transforms
 
         self.train_transform, self.eval_transform = make_transforms(size, augment, interpolation, resize, self.resize_to)
-        middle, width = (
-            torch.tensor([0.5] * channels if values is None else list(values)).view(-1, 1, 1) for values in (mean, std)
-        )
-        self.mean, self.std = (list(map(float, values or [0.5] * channels)) for values in (mean, std))
-        self.register_buffer("factor", 1 / (255 * width), persistent=False)
-        self.register_buffer("shift", middle / width, persistent=False)
+        self.mean = [float(value) for value in mean or [0.5] * channels]
+        self.std = [float(value) for value in std or [0.5] * channels]
+        channel_mean, channel_std = torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
+        self.register_buffer("factor", 1 / (255 * channel_std), persistent=False)
+        self.register_buffer("shift", channel_mean / channel_std, persistent=False)
 
     def decode(self, data: bytes) -> Any:
-        """uint8 [channels, height, width]; a Pillow image, where it is converted after scaling."""
+        """Decode to uint8 [channels, height, width], or to a Pillow image if that is converted after scaling."""
         if data.startswith(JPEG_START) and (picture := self._decode_jpeg(data)) is not None:
             return picture
         check_parts(data)
@@ -123,7 +122,7 @@ class ImageModality(Modality):
             raise DecodeError(f"not a picture that can be decoded ({error})") from error
 
     def _decode_jpeg(self, data: bytes) -> Tensor | None:
-        """By libjpeg-turbo; None for what it leaves to Pillow: CMYK, and what it has anything to say about."""
+        """Decode by libjpeg-turbo; return None for files that are left to Pillow: CMYK, and those with any warning or error."""
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
             self._check_size(width, height)
@@ -137,24 +136,34 @@ class ImageModality(Modality):
         return torch.from_numpy(array).permute(2, 0, 1)
 
     def _check_size(self, width: int, height: int) -> None:
+        """Check a picture's size against the limits.
+
+        Raises:
+            DecodeError: if it is too large, or too narrow.
+        """
         if width * height > self.max_pixels:
             raise DecodeError(f"{width}×{height} pixels, more than max_pixels={self.max_pixels}")
         if max(width, height) * self.resize_to**2 > self.max_pixels * max(1, min(width, height)):
             raise DecodeError(f"{width}×{height} pixels, so narrow that scaled to {self.resize_to} it has more than max_pixels")
 
     def encode(self, value: Any) -> Any:
-        """A PIL image, or pixels (uint8, [height, width] or [height, width, channels]), as `decode` gives a picture."""
+        """Return a PIL image, or pixels (uint8, [height, width] or [height, width, channels]), in the form of `decode`."""
         picture = self.picture(value)
         if self.background == "open_clip" and picture.mode not in ("RGB", "L"):
             return without_palette_alpha(picture)
         return self._pixels(picture if self.background in LIBRARIES else over(picture, self.colour))
 
     def _pixels(self, picture: Image.Image) -> Tensor:
+        """Return a picture's pixels, uint8 [channels, height, width]."""
         pixels = np.array(without_palette_alpha(picture).convert(self.mode))
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], self.channels)).permute(2, 0, 1)
 
     def picture(self, value: Any) -> Image.Image:
-        """A PIL image within the limits."""
+        """Return a PIL image, or pixels as one, after checking the limits.
+
+        Raises:
+            DecodeError: if it exceeds one, or is not a picture.
+        """
         if not isinstance(value, Image.Image):
             pixels = np.asarray(value)
             if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
@@ -165,7 +174,8 @@ class ImageModality(Modality):
         return value
 
     def as_rgb(self) -> "ImageModality":
-        """The same, of pictures that a loader has made RGB before, as CLIP_benchmark's does; a background of our own stays."""
+        """Return a copy for pictures that a loader has converted to RGB, as CLIP_benchmark's does; a background colour
+        stays."""
         if self.background != "open_clip":
             return self
         other = copy.copy(self)
@@ -193,24 +203,24 @@ class ImageModality(Modality):
 
 
 def over(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Return a picture of 8 bits a channel, with a colour under what is transparent in it."""
+    """Return a picture with 8 bits per channel, with a colour under its transparent pixels."""
     if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip
         values = np.asarray(picture).clip(0, 65535)
         grey = Image.fromarray((values / 257).round().astype(np.uint8))
-        hidden = picture.info.get("transparency")
-        if hidden is None:
+        transparent = picture.info.get("transparency")
+        if transparent is None:
             return grey
-        picture = Image.merge("LA", (grey, Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8))))
+        picture = Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
     if not picture.has_transparency_data:
         return picture
-    solid = picture.convert("RGBA")
-    ground = Image.new("RGB", picture.size, colour)
-    ground.paste(solid, mask=solid)
-    return ground
+    foreground = picture.convert("RGBA")
+    background = Image.new("RGB", picture.size, colour)
+    background.paste(foreground, mask=foreground)
+    return background
 
 
 def scale_transparency(picture: Image.Image, depth: int) -> None:
-    """Scale the one transparent value of a PNG from its file's bits to 8, to which Pillow scales the pixels alone."""
+    """Scale the transparent value of a PNG from the file's bit depth to 8 bits; Pillow scales only the pixels."""
     value = picture.info.get("transparency")
     if picture.mode == "L" and isinstance(value, int) and depth < 8:
         picture.info["transparency"] = value * (255 // (2**depth - 1))
@@ -219,7 +229,8 @@ def scale_transparency(picture: Image.Image, depth: int) -> None:
 
 
 def without_palette_alpha(picture: Image.Image) -> Image.Image:
-    """Return the picture as it becomes RGB without a warning: a palette's transparency is lost there in any case."""
+    """Return the picture so that it converts to RGB without a warning: without a palette's transparency, which is lost
+    anyway."""
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.copy()
         del picture.info["transparency"]
@@ -227,9 +238,10 @@ def without_palette_alpha(picture: Image.Image) -> Image.Image:
 
 
 def _colour(background: Any) -> tuple[int, ...]:
-    """
+    """Return the colour of a `background`; black for those of libraries, which have none.
+
     Raises:
-        ValueError: for what is no colour.
+        ValueError: if it is no colour.
     """
     if background in LIBRARIES:
         return (0, 0, 0)

@@ -1,4 +1,4 @@
-"""The torchvision transforms of images. Imported when a model has images: torchvision takes longer to import than torch."""
+"""The torchvision transforms of images, imported only for models with images: torchvision imports more slowly than torch."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def make_transforms(
 
     Args:
         augment: specs of torchvision v2 transforms, by name; None: a random crop of 0.9 to 1.0 of the area.
-        interpolation, resize, resize_to: as `ImageModality` has them.
+        interpolation, resize, resize_to: as in `ImageModality`.
     """
     method = INTERPOLATIONS[interpolation]
 
@@ -31,20 +31,20 @@ def make_transforms(
     if augment is None:
         train = [RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=method, antialias=True)]
     else:
-        made = [build(spec, AUGMENTATIONS, "augmentation", torch.nn.Module) for spec in augment]
-        train = [*made, *fit(size if made else resize_to)]
+        augmentations = [build(spec, AUGMENTATIONS, "augmentation", torch.nn.Module) for spec in augment]
+        train = [*augmentations, *fit(size if augmentations else resize_to)]
     return v2.Compose(train), v2.Compose(fit(resize_to))
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, with its random numbers drawn in one call: a tenth of the time that a small JPEG takes in all."""
+    """torchvision's RandomResizedCrop with all random numbers drawn in one call, which saves a tenth of a small JPEG's time."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(flat_inputs[0])
-        shortest, tallest = (math.log(side) for side in self.ratio)
+        low, high = (math.log(ratio) for ratio in self.ratio)
         for share, shape, down, right in torch.rand(10, 4).tolist():
             area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
-            aspect = math.exp(shortest + shape * (tallest - shortest))
+            aspect = math.exp(low + shape * (high - low))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 return {"top": int(down * (height - h + 1)), "left": int(right * (width - w + 1)), "height": h, "width": w}

@@ -1,4 +1,4 @@
-"""Modalities of other libraries' models: our decoding under our limits, then the library's own preprocessing in the worker."""
+"""Modalities of other libraries' models, which decode under our limits, and preprocess with the library in the worker."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -15,18 +15,18 @@ from mmcontrast.modalities.image import without_palette_alpha
 
 
 class LibraryImages(ImageModality):
-    """What the library makes of a picture: float tensors, all of one shape.
+    """Pictures preprocessed by their library: float tensors, all of one shape.
 
     Args:
         prepare: a PIL image → a tensor.
-        size: about the larger side of what `prepare` makes, for the limit on narrow pictures.
-        mode: pictures are converted to it first, their transparency dropped; None: `prepare` does so in its own way.
-        augmented: in training, in the place of `prepare`.
-        as_ours: options of `ImageModality` by which our own path does about the same; or why there are none.
+        size: about the larger side of the output of `prepare`, for the limit on narrow pictures.
+        mode: pictures are converted to it first, without transparency; None: `prepare` converts them.
+        augmented: replaces `prepare` in training.
+        as_ours: options with which `ImageModality` does about the same; or why there are none.
 
     Attributes:
-        fast: None, or our own path, where a config asks for it: of training, or of all that is read.
-        fast_in_evaluation: of all.
+        fast: our own pipeline for training, if a config asks for it, else None.
+        fast_in_evaluation: use `fast` in evaluation too.
     """
 
     fast: ImageModality | None
@@ -45,14 +45,14 @@ class LibraryImages(ImageModality):
         self.prepare, self.augmented, self.first_mode = prepare, augmented or prepare, mode
 
     def _decode_jpeg(self, data: bytes) -> None:
-        """Pillow decodes all: the library's transforms take its images."""
+        """Return None: Pillow decodes all pictures, as the library's transforms take its images."""
 
     def for_training(self) -> ImageModality:
         return self.fast or self
 
     @property
     def reader(self) -> ImageModality | None:
-        """Our own path, if it reads all."""
+        """Return our own pipeline, if it is used in evaluation too."""
         return self.fast if self.fast_in_evaluation else None
 
     def decode(self, data: bytes) -> Any:
@@ -86,12 +86,12 @@ class LibraryImages(ImageModality):
 
 
 class LibraryTexts(TextModality):
-    """Token ids int64 [length] as the library's tokenizer gives them; what it masks is −1, and so are texts of a batch that end
-    before its longest.
+    """Token ids int64 [length] of the library's tokenizer; ids that it masks, and positions after the end of a text in a batch,
+    are −1.
 
     Args:
         tokenize: a text → its ids.
-        context_length: how many there may be.
+        context_length: the most ids of a text.
     """
 
     def __init__(self, tokenize: Any, context_length: int) -> None:
@@ -99,7 +99,7 @@ class LibraryTexts(TextModality):
         self.tokenize = tokenize
 
     def open(self) -> None:
-        """Open the tokenizer, where that was put off until texts are to be read."""
+        """Open the tokenizer, if that was deferred until texts are read."""
 
     def tokens(self, raw: str) -> Tensor:
         tokens = self.tokenize(raw)
@@ -109,11 +109,11 @@ class LibraryTexts(TextModality):
 
 
 class LibraryAudio(AudioModality):
-    """What the library's feature extractor makes of a sound: float tensors. Those of different lengths are padded by NaN.
+    """Sounds preprocessed by the library's feature extractor: float tensors, padded by NaN to the longest of a batch.
 
     Args:
-        extract: float32 [samples] at `sample_rate`, as they were decoded → a tensor.
-        shortest: samples that the network needs at least.
+        extract: decoded float32 [samples] at `sample_rate` → a tensor.
+        shortest: the fewest samples that the network needs.
     """
 
     def __init__(self, extract: Callable[[np.ndarray], Tensor], sample_rate: int, shortest: int = 1) -> None:

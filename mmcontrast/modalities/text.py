@@ -1,4 +1,4 @@
-"""Text: UTF-8, tokenized by open_clip's byte-pair encoding or by a Hugging Face tokenizer."""
+"""Text in UTF-8, tokenized by open_clip's byte-pair encoding or by a Hugging Face tokenizer."""
 
 import copy
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from mmcontrast.libraries import part_of_open_clip, refused
 from mmcontrast.modalities.base import DecodeError, Modality
 
 OPEN_CLIP = "open_clip"
-PADDING = -1  # stands in a batch of token ids where a text has ended: no token has this id
+PADDING = -1  # after the end of a text in a batch of token ids: no token has this id
 
 
 @dataclass(frozen=True)
 class TextIds:
-    """What a tower must know of the tokenizer of its texts.
+    """The properties of a tokenizer that a tower must know.
 
     Attributes:
         tokenizer: its name.
         context_length: the most ids of a text.
-        size: every id is below it.
+        size: all ids are below it.
         example: the ids of a short text.
-        pad_id: what the tokenizer pads with, if it can; before the text, where `pads_left`.
+        pad_id: the id of padding, None if the tokenizer has none; with `pads_left` it comes before the text.
     """
 
     tokenizer: str
@@ -37,13 +37,13 @@ class TextIds:
 
 @cache
 def open_clip_tokenizer() -> Any:
-    """Return open_clip's byte-pair encoding, which a process reads once: it takes a fifth of a second."""
+    """Return open_clip's byte-pair encoding, read once per process, as that takes a fifth of a second."""
     return part_of_open_clip("tokenizer").SimpleTokenizer()
 
 
 class TextModality(Modality):
-    """int64 [length] token ids; in a batch −1 follows the end of those that are shorter than its longest. What a tokenizer pads
-    with, or does not, its texts may have too.
+    """Texts as token ids, int64 [length]; in a batch −1 follows the end of shorter texts, since a tokenizer's padding id may
+    occur in texts.
 
     Args:
         tokenizer: "open_clip" (its byte-pair encoding, shipped in its wheel), or a Hugging Face name or folder.
@@ -82,6 +82,7 @@ class TextModality(Modality):
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Return the tokenizer, opened at first use."""
         if self.name == OPEN_CLIP:
             return open_clip_tokenizer()
         from transformers import AutoTokenizer
@@ -104,7 +105,7 @@ class TextModality(Modality):
         return None if text is None else self.tokens(text)
 
     def shown(self, raw: str, training: bool) -> str | None:
-        """Return what is read of a text: all of it, or one of its lines; None: it has no such line."""
+        """Return the part of a text that is read: all of it, or one of its lines; None: it has no such line."""
         if self.captions == "whole":
             return raw
         lines = self.lines(raw)
@@ -114,21 +115,21 @@ class TextModality(Modality):
 
     @staticmethod
     def lines(raw: str) -> list[str]:
-        """Those that are not empty: captions, where there are several."""
+        """Return the lines of a text that are not empty."""
         return [line.strip() for line in raw.splitlines() if line.strip()]
 
     def by_lines(self) -> "TextModality":
-        """The same, of texts whose lines are captions."""
+        """Return a copy that reads each line as a caption."""
         other = copy.copy(self)
         other.captions = "lines"
         return other
 
     def tokens(self, raw: str) -> Tensor:
-        """int64 [length] of one text."""
+        """Return the token ids of one text, int64 [length]."""
         return torch.tensor(self.ids(raw), dtype=torch.int64)
 
     def ids(self, raw: str) -> list[int]:
-        """Token ids of one text, cut to `context_length` with its end kept, as the tokenizer's own call gives them.
+        """Return the token ids of one text as the tokenizer does, cut to `context_length` with its end token kept.
 
         Raises:
             DecodeError: for a text without tokens.
@@ -143,11 +144,11 @@ class TextModality(Modality):
 
     @property
     def text_ids(self) -> TextIds:
-        """What a tower must know of the tokenizer."""
+        """Return the properties of the tokenizer that a tower must know."""
         example = tuple(self.ids("blank"))
         if self.name == OPEN_CLIP:
             size = self.tokenizer.vocab_size
-        else:  # a special token that no text has is no id of a text: a padding that was added to a vocabulary
+        else:  # without special tokens that no text has, such as a padding that was added to the vocabulary
             added = set(self.tokenizer.all_special_ids) - set(example)
             size = max(number for number in self.tokenizer.get_vocab().values() if number not in added) + 1
         return TextIds(self.name, self.context_length, size, example, self.pad_id, self.pads_left)

@@ -1,4 +1,4 @@
-"""Vectors that someone else computed, `key.npy`: embeddings of a frozen model, measurements, a table's row."""
+"""Precomputed vectors, `key.npy`: embeddings of a frozen model, measurements, a table's row."""
 
 import io
 from typing import Any
@@ -13,8 +13,8 @@ NUMBERS = "biuf"  # numpy's kinds of real numbers: bool, int, unsigned int, floa
 
 
 class VectorModality(Modality):
-    """float32 [width], of any real numbers: bool (0 and 1), integers, floats. Complex numbers, texts, dates and records are
-    refused, as are NaN, infinity, and what float32 cannot hold.
+    """Vectors float32 [width] of any real numbers: bool (0 and 1), integers, floats. Complex numbers, texts, dates and records
+    are refused, as are NaN, infinity, and what float32 cannot hold.
 
     Args:
         width: the number of components; another shape is refused.
@@ -33,6 +33,7 @@ class VectorModality(Modality):
         return self._checked(numbers(value))
 
     def _checked(self, vector: Tensor) -> Tensor:
+        """Return a vector after checking its width."""
         if vector.shape != (self.width,):
             raise DecodeError(f"an array of shape {tuple(vector.shape)} where width={self.width}")
         return vector
@@ -45,10 +46,10 @@ class VectorModality(Modality):
 
 
 def read_numbers(data: bytes) -> Tensor:
-    """Return the array of an .npy file as float32, of whatever shape.
+    """Return the array of an .npy file as float32, of any shape.
 
     Raises:
-        DecodeError: if it is none, or not of finite real numbers.
+        DecodeError: if it is no array, or not of finite real numbers.
     """
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
@@ -72,10 +73,10 @@ def numbers(value: Any) -> Tensor:
     if array.dtype.kind not in NUMBERS:
         raise DecodeError(f"not an array of numbers: its type is {str(array.dtype)[:60]}, a vector's is bool, int or float")
     with np.errstate(over="ignore"):
-        found = torch.from_numpy(array.astype(np.float32))
-    bad = torch.isfinite(found).logical_not().flatten()
+        tensor = torch.from_numpy(array.astype(np.float32))
+    bad = torch.isfinite(tensor).logical_not().flatten()
     if bad.any():
         first = int(bad.nonzero()[0])
         count = f"{int(bad.sum())} of {len(bad)} are no finite float32"
         raise DecodeError(f"component {first} is {array.reshape(-1)[first]}, {count}")
-    return found
+    return tensor

@@ -156,26 +156,26 @@ def _loss(
     first, group = next(iter(embeddings.values())), options["group"]
     weights = pairs.weighted_terms(list(embeddings))
     terms = [term for term, weight in weights.items() if weight]
-    kept = [all_present(inputs.ids, term) for term in terms]
-    local = [len(first) if keep is None else len(keep) for keep in kept]
+    positions = [all_present(inputs.ids, term) for term in terms]
+    term_counts = [len(first) if keep is None else len(keep) for keep in positions]
     to_device = partial(torch.Tensor.to, device=first.device, non_blocking=True)
-    kept = [None if keep is None else to_device(keep) for keep in kept]
+    positions = [None if keep is None else to_device(keep) for keep in positions]
     if inputs.ids is not None:
         inputs = replace(inputs, ids={field: to_device(ids) for field, ids in inputs.ids.items()})
     draw = int(torch.randint(2**62, ())) if pairs.draws else 0
     weighted = int(inputs.weights is not None)
     extras = {field: len(inputs.extras[field][0]) for field in sorted(inputs.extras)}
     # the only exchange of a loss: the sizes of all ranks, and the first rank's draw
-    by_rank = exchange([*local, *extras.values(), weighted, draw, ranks_of_node()], group, first.device)
-    extra_sizes = {field: [counts[len(local) + k] for counts in by_rank] for k, field in enumerate(extras)}
+    by_rank = exchange([*term_counts, *extras.values(), weighted, draw, ranks_of_node()], group, first.device)
+    extra_sizes = {field: [counts[len(term_counts) + k] for counts in by_rank] for k, field in enumerate(extras)}
     any_weighted = any(counts[-3] for counts in by_rank)
-    totals = total_weights(inputs.weights, kept, local, group, first.device) if any_weighted else None
+    totals = total_weights(inputs.weights, positions, term_counts, group, first.device) if any_weighted else None
     within = agreed([counts[-1] for counts in by_rank])
     reductions = tuple(dict.fromkeys((*scorer.reductions, *(WATCHED if signals is not None else ()))))
     dtype = torch.promote_types(first.dtype, torch.float32)
 
     loss, total_weight = torch.zeros((), device=first.device), 0.0
-    for number, (term, keep) in enumerate(zip(terms, kept, strict=True)):
+    for number, (term, keep) in enumerate(zip(terms, positions, strict=True)):
         sizes = [counts[number] for counts in by_rank]
         if sum(sizes) == 0 or (totals is not None and totals[number] == 0):
             continue

@@ -30,9 +30,9 @@ class GlobalContrastive(Objective):
             a cosine, as `progress` says.
         temperature: "learnable": one τ, 1 / logit scale, as the model learns it (FastCLIP v3); "constant": the same without
             gradient; "individual": one for every sample and direction, which starts there (iSogCLR).
-        rho: ρ, which determines where τ settles: the KL divergence, in nats, of the negatives' weights e^z from uniform. It
+        rho: determines where τ settles: the KL divergence, in nats, of the negatives' weights e^z from uniform. It
             must be less than the logarithm of the number of samples that look alike.
-        epsilon: ε.
+        epsilon: the ε in the loss.
         temperature_lr, temperature_momentum, temperature_range: of individual ones.
     """
 

@@ -76,8 +76,8 @@ class Multilinear(Pairing):
                 orders = [torch.randperm(sum(s.sizes), generator=generator)[start : start + len(rows)] for _ in others]
                 direction = self._score_n(s, rows, [all_rows[field] for field in others], ids, all_ids, scale, orders)
             else:
-                left = [all_rows[field] for field in others[:-1]]
-                direction = self._score_n_squared(s, rows, left, s.rows[others[-1]], ids, all_ids, scale)
+                leading = [all_rows[field] for field in others[:-1]]
+                direction = self._score_n_squared(s, rows, leading, s.rows[others[-1]], ids, all_ids, scale)
             dots = (rows * _product([s.rows[field] for field in others])).sum(1, dtype=direction.scale.dtype)
             yield s.complete(direction, name, dots * direction.scale + s.bias)
 
@@ -99,16 +99,16 @@ class Multilinear(Pairing):
         return s.statistics(rows, columns, scale=scale, ids=ids, column_ids=column_ids, paired=False, columns=False)[0]
 
     def _score_n_squared(
-        self, s: TermInputs, rows: Tensor, left: list[Tensor], columns: Tensor, ids: Tensor, all_ids: Tensor, scale: Tensor
+        self, s: TermInputs, rows: Tensor, leading: list[Tensor], columns: Tensor, ids: Tensor, all_ids: Tensor, scale: Tensor
     ) -> Direction:
         """Score against all products: the anchor times each tuple of the other fields but the last is a row against the last
         field's columns."""
         number, width = len(all_ids), max(1, ROWS // max(1, *s.sizes))  # the same on all ranks
 
-        def score_tuples(rows: Tensor, columns: Tensor, scale: Tensor, start: int, *left: Tensor) -> tuple[Tensor, ...]:
-            tuples = torch.arange(start, min(start + width, number ** len(left)), device=rows.device)
-            positions = [tuples // number**k % number for k in range(len(left))]
-            products = _product([other[position] for other, position in zip(left, positions, strict=True)])
+        def score_tuples(rows: Tensor, columns: Tensor, scale: Tensor, start: int, *leading: Tensor) -> tuple[Tensor, ...]:
+            tuples = torch.arange(start, min(start + width, number ** len(leading)), device=rows.device)
+            positions = [tuples // number**k % number for k in range(len(leading))]
+            products = _product([other[position] for other, position in zip(leading, positions, strict=True)])
             same_group = torch.stack([all_ids[position] for position in positions]).eq(ids[:, None, None]).all(1)
             direction, _ = s.statistics(
                 (rows[:, None] * products).flatten(0, 1),
@@ -126,8 +126,8 @@ class Multilinear(Pairing):
 
         inputs = rows, columns, scale
         total: Direction | None = None
-        for first in range(0, number ** len(left), width):
-            counts, *values = checkpoint(score_tuples, *inputs, first, *left, use_reentrant=False, preserve_rng_state=False)
+        for first in range(0, number ** len(leading), width):
+            counts, *values = checkpoint(score_tuples, *inputs, first, *leading, use_reentrant=False, preserve_rng_state=False)
             part = Direction(rows.new_zeros(()), counts, scale, dict(zip(s.reductions, values, strict=True)))
             total = part if total is None else total.with_more(part)
         assert total is not None, "some rank has a sample"

@@ -202,15 +202,9 @@ class Pairing:
             if key not in within_field:
                 rows, ids = s.rows[field], s.global_ids
                 within_field[key], _ = s.statistics(
-                    rows,
-                    rows,
-                    scale=scales[number],
-                    ids=ids,
-                    column_ids=ids,
-                    limits=s.limits_of(field, field, limits[number]),
-                    paired=False,
-                    columns=False,
-                )
+                    rows, rows, scale=scales[number], ids=ids, column_ids=ids,
+                    limits=s.limits_of(field, field, limits[number]), paired=False, columns=False,
+                )  # fmt: skip
             return within_field[key]
 
         directions = [(forward, a, b), (backward, b, a)]
@@ -236,17 +230,12 @@ class Pairing:
         further, rows = [], s.rows[field]
         if other in s.extras:
             extra_rows, extra_ids = s.extras[other]
+            ids = extra_ids.new_full((len(rows),), UNGROUPED) if s.ids is None else s.ids
             extra, _ = s.statistics(
-                rows,
-                extra_rows,
-                scale=direction.scale,
-                ids=extra_ids.new_full((len(rows),), UNGROUPED) if s.ids is None else s.ids,
-                column_ids=extra_ids,
-                limits=None if limits is None else Limits(limits),
+                rows, extra_rows, scale=direction.scale, ids=ids, column_ids=extra_ids,
+                limits=None if limits is None else Limits(limits), paired=False, columns=False,
                 sizes=list(zip(s.sizes, s.extra_sizes[other], strict=True)),
-                paired=False,
-                columns=False,
-            )
+            )  # fmt: skip
             further.append(extra)
         if other in s.own:
             candidates, present = s.own[other]

@@ -1,4 +1,4 @@
-"""Pure tensors: reductions of scores, computed by interchangeable backends, over a ring of ranks."""
+"""Exact reductions of score matrices, computed by interchangeable backends, over any number of ranks."""
 
 from mmcontrast.score.links import Link, Lorentz
 from mmcontrast.score.own import own_statistics

@@ -1,4 +1,4 @@
-"""What keeps a loss's numbers as they were given: no autocast around it, no rounding of Python's numbers."""
+"""Keep the precision of a loss's inputs: no autocast around it, no rounding of Python's numbers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Turn off the autocast of a device's type, whoever turned it on."""
+    """Return a context that turns off the autocast of a device's type."""
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, with autocast off on the device of the first tensor that it is given, alone or in a mapping.
+    """Return a function that runs with autocast off on the device of its first tensor, alone or in a mapping.
 
-    A backward that is called inside of an autocast is under it again, so what multiplies matrices there turns it off itself.
+    A backward that is called within autocast is under it again, so code that multiplies matrices there turns it off itself.
     """
 
     @wraps(function)
@@ -33,6 +33,7 @@ def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among values and in mappings."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -41,5 +42,6 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number, also Python's or numpy's, as a tensor [] or, of several, [N]; `torch.as_tensor` alone rounds floats to fp32."""
+    """Return a number, also Python's or numpy's, as a tensor [] (several: [N]); `torch.as_tensor` alone rounds floats to
+    fp32."""
     return torch.as_tensor(value, dtype=dtype, device=device).squeeze()

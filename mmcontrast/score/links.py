@@ -1,4 +1,4 @@
-"""Links: what stands between the product of two rows and their score, z = scale · φ(x·y; θ) + bias."""
+"""Links: functions φ between the product of two rows and their score, z = scale · φ(x·y; θ) + bias."""
 
 import math
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-FARTHEST = math.asinh(2.0**15)  # √c‖v‖ of a point: beyond, products overflow in fp32 (MERU's bound)
+FARTHEST = math.asinh(2.0**15)  # the largest √c‖v‖ of a point: beyond it products overflow in fp32 (MERU's bound)
 
 
 class Link(Protocol):
@@ -15,7 +15,7 @@ class Link(Protocol):
     parameter: Tensor
 
     def rows(self, x: Tensor, columns: bool) -> Tensor:
-        """Return x [N, D] as the product wants them, of the anchors' or of the columns' side. Differentiable."""
+        """Return x [N, D] prepared for the product, as anchors or as columns. Differentiable."""
 
     def value(self, product: Tensor) -> Tensor:
         """Return φ. Differentiable by the product and the parameter."""
@@ -25,26 +25,25 @@ class Link(Protocol):
 
 
 class Lorentz:
-    """Negative distance in the hyperboloid model of hyperbolic space (MERU, arXiv:2304.09172): −acosh(−c ⟨x, y⟩) / √c.
+    """The negative distance in the hyperboloid model of hyperbolic space (MERU, arXiv:2304.09172): −acosh(−c ⟨x, y⟩) / √c.
 
     Embeddings v are tangent vectors at the origin, any vectors, which the exponential map lifts: x₀ = sinh(√c‖v‖) v / (√c‖v‖),
-    x_t = √(1/c + ‖x₀‖²), ⟨x, y⟩ = x₀·y₀ − x_t y_t. Where two points meet the slope is taken as 0. √c‖v‖ counts as 11.09 at
-    most.
+    x_t = √(1/c + ‖x₀‖²), ⟨x, y⟩ = x₀·y₀ − x_t y_t. The slope at distance 0 is 0. √c‖v‖ is at most 11.09.
 
     Args:
-        curvature: c > 0, a number or a learnt tensor []; whoever learns it keeps it above 0.
+        curvature: c > 0, a number or a learnt tensor [], which must stay above 0.
     """
 
     def __init__(self, curvature: float | Tensor = 1.0) -> None:
-        if isinstance(curvature, Tensor):  # its value is not looked at: that would wait for the device
-            fits, self.parameter = not curvature.dim(), curvature
+        if isinstance(curvature, Tensor):  # its value is not checked: that would wait for the device
+            valid, self.parameter = not curvature.dim(), curvature
         else:
-            fits, self.parameter = 0 < float(curvature) < math.inf, torch.tensor(float(curvature), dtype=torch.float64)
-        if not fits:
+            valid, self.parameter = 0 < float(curvature) < math.inf, torch.tensor(float(curvature), dtype=torch.float64)
+        if not valid:
             raise ValueError(f"curvature is {curvature}, it must be one number above 0")
 
     def lifted(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the point above tangent vectors [N, D]: its place in space [N, D], and in time [N, 1]."""
+        """Return the points of tangent vectors [N, D]: their space [N, D] and time [N, 1] coordinates."""
         c = self.parameter.to(v.device, v.dtype)
         length = v.square().sum(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny).sqrt() * c.sqrt()
         space = v * (torch.sinh(length.clamp_max(FARTHEST)) / length)
@@ -61,14 +60,14 @@ class Lorentz:
     def value(self, product: Tensor) -> Tensor:
         c = self.parameter.to(product.device, product.dtype)
         u = -c * product
-        apart = u > 1.0
-        return -torch.acosh(torch.where(apart, u, 2.0)).where(apart, 0.0) / c.sqrt()
+        distinct = u > 1.0
+        return -torch.acosh(torch.where(distinct, u, 2.0)).where(distinct, 0.0) / c.sqrt()
 
     def slopes(self, product: Tensor) -> tuple[Tensor, Tensor]:
         c = self.parameter.detach().to(product.device, product.dtype)
         u = -c * product
-        apart = u > 1.0
-        safe = torch.where(apart, u, 2.0)
-        steep = 1.0 / (safe.square() - 1.0).sqrt()
-        by_c = torch.acosh(safe) / (2.0 * c * c.sqrt()) + product * steep / c.sqrt()
-        return (c.sqrt() * steep).where(apart, 0.0), by_c.where(apart, 0.0)
+        distinct = u > 1.0
+        safe = torch.where(distinct, u, 2.0)
+        slope = 1.0 / (safe.square() - 1.0).sqrt()
+        by_c = torch.acosh(safe) / (2.0 * c * c.sqrt()) + product * slope / c.sqrt()
+        return (c.sqrt() * slope).where(distinct, 0.0), by_c.where(distinct, 0.0)

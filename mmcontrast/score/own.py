@@ -1,4 +1,4 @@
-"""Candidates of each anchor alone: N × K scores, which fit into memory, in plain operations."""
+"""Statistics of each anchor's own candidates: N × K scores, which fit in memory, in plain operations."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from mmcontrast.score.statistics import Direction
 def own_statistics(
     x: Tensor,
     candidates: Tensor,
-    there: Tensor,
+    present: Tensor,
     reductions: Sequence[Reduction],
     *,
     scale: Tensor,
@@ -23,10 +23,10 @@ def own_statistics(
     link: Link | None = None,
     limits: Tensor | None = None,
 ) -> Direction:
-    """Reductions of the scores of anchors x [N, D] with negatives of their own [N, K, D], to be merged with others.
+    """Return the reductions of the scores of anchors x [N, D] with their own negatives [N, K, D], to be merged with others.
 
     Args:
-        there: bool [N, K], which of the candidates exist.
+        present: bool [N, K], which of the candidates exist.
         scale: [] or [N]. limits: [N], for reductions with `below`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -36,10 +36,10 @@ def own_statistics(
     z = (dots if link is None else link.value(dots)) * (scale.unsqueeze(1) if scale.dim() else scale)
     z = z if bias is None else z + bias
     above = None if limits is None else z.detach() > limits[:, None]
-    values = {
-        r: z.new_full((len(z),), r.identity)
-        if r.over == "positives"
-        else reduce_rows(replace(r, over="negatives"), z, ~there, above, None)
-        for r in reductions
-    }
-    return Direction(z.new_zeros(()), there.sum(1), scale, values)
+    values: dict[Reduction, Tensor] = {}
+    for reduction in reductions:
+        if reduction.over == "positives":
+            values[reduction] = z.new_full((len(z),), reduction.identity)
+        else:
+            values[reduction] = reduce_rows(replace(reduction, over="negatives"), z, ~present, above, None)
+    return Direction(z.new_zeros(()), present.sum(1), scale, values)

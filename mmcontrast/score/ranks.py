@@ -1,7 +1,8 @@
-"""How the columns of all ranks meet the rows of this one: round a ring, gathered, or both. The only file that knows ranks.
+"""Drivers that bring the columns of all ranks to the rows of this one: in a ring, gathered, or both. Only this file knows
+ranks.
 
-A driver shows the caller column blocks (`visits`), and adds up, for each block's owner, what the ranks found for it
-(`accumulator`). A single process is a ring of one.
+A driver yields column blocks (`visits`), and merges, for each block's owner, the ranks' results (`accumulator`). A single
+process is a ring of one.
 """
 
 import os
@@ -20,25 +21,29 @@ Communication = Literal["auto", "ring", "gather", "hierarchical"]
 COMMUNICATIONS = ("auto", "ring", "gather", "hierarchical")
 Merge = Callable[[Tensor, Tensor], Tensor]
 
-# their names from torch 2.14 on, and before
+# the names since torch 2.14, and before
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Accumulator(Protocol):
-    """`add` at every visit; after the last, `home` has what all ranks added up for this rank's own columns."""
+    """Merges the results of all ranks for each rank's columns: `add` at every visit, `home` after the last."""
 
     def add(self, step: int, merge: Sequence[Merge], parts: list[Tensor]) -> None:
-        """merge[k](a, b) joins the k-th part with what others found."""
+        """Add this rank's parts of a step; merge[k](a, b) joins the k-th part with those of other ranks."""
 
-    def home(self) -> list[Tensor]: ...
+    def home(self) -> list[Tensor]:
+        """Return the merged parts of this rank's own columns."""
 
 
 class Driver(Protocol):
-    def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """(step, block) until the rows here have seen every rank's columns; tensors are [columns, …]."""
+    """A way in which columns and results travel between the ranks."""
 
-    def accumulator(self) -> Accumulator: ...
+    def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield (step, block) until this rank's rows have seen every rank's columns; tensors are [columns, …]."""
+
+    def accumulator(self) -> Accumulator:
+        """Return an accumulator for one pass."""
 
 
 def driver(
@@ -49,13 +54,14 @@ def driver(
     width: int = 512,
     device: str = "cuda",
 ) -> Driver:
-    """
+    """Return the driver of a communication scheme. All ranks must pass the same arguments.
+
     Args:
         group: a torch.distributed group, or None: this process alone.
-        sizes: columns of every rank; all ranks pass the same list, and the same of all else.
-        communication: "auto" is what `traffic.cheapest` says of these sizes.
-        within: ranks of a node, of which node k has the global ranks from k · within on.
-        width: of a column. device: its type.
+        sizes: the number of columns of every rank.
+        communication: "auto" is the choice of `traffic.cheapest` for these sizes.
+        within: ranks of a node; node k has the global ranks from k · within on.
+        width: of a column. device: the device's type.
 
     Raises:
         ValueError: for an unknown communication; for "hierarchical" on nodes with unequal numbers of ranks.
@@ -66,13 +72,13 @@ def driver(
         return Ring(group, sizes)
     members = dist.get_process_group_ranks(group)
     nodes = [len(list(ranks)) for _, ranks in groupby(members, lambda rank: rank // within)]
-    equal = len(set(nodes)) == 1
-    if communication == "hierarchical" and not equal:
+    equal_nodes = len(set(nodes)) == 1
+    if communication == "hierarchical" and not equal_nodes:
         raise ValueError(
             f"communication is hierarchical: nodes have {', '.join(map(str, nodes))} ranks, not equally many; use ring"
         )
     if communication == "auto":
-        shape = (len(nodes), nodes[0]) if equal else (len(members), 1)
+        shape = (len(nodes), nodes[0]) if equal_nodes else (len(members), 1)
         communication = cheapest(*shape, max(sizes), width, MACHINES.get(device, MACHINES["cuda"]))
     if communication == "hierarchical" and not subgroups_agree(group):
         raise ValueError(
@@ -85,17 +91,17 @@ def driver(
 
 
 def ranks_of_node() -> int:
-    """How many ranks the launcher says that this node has: torchrun, accelerate and our Slurm script set LOCAL_WORLD_SIZE."""
+    """Return the ranks of this node by LOCAL_WORLD_SIZE, which torchrun, accelerate and our Slurm script set."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def agreed(within: Sequence[int]) -> int:
-    """Ranks of a node, if all ranks say the same; else 1: nothing is known of nodes."""
+    """Return the ranks of a node if all ranks agree, else 1: the nodes are unknown."""
     return within[0] if len(set(within)) == 1 else 1
 
 
 class Gather:
-    """Every rank holds all columns for the length of a pass: O(global batch) memory, two collectives a tensor."""
+    """A driver that gathers all columns on every rank for a pass: O(global batch) memory, two collectives per tensor."""
 
     def __init__(self, group: dist.ProcessGroup, sizes: Sequence[int]) -> None:
         self.group, self.sizes, self.rank = group, tuple(sizes), dist.get_rank(group)
@@ -105,39 +111,39 @@ class Gather:
         yield 0, [self.gathered(tensor) for tensor in block]
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """All ranks' rows in order; padded to one size under way."""
-        most = max(self.sizes)
-        if most == 0:
+        """Return all ranks' rows in order; they are padded to one size for sending."""
+        longest = max(self.sizes)
+        if longest == 0:
             return tensor
-        every = tensor.new_empty((len(self.sizes) * most, *tensor.shape[1:]))
-        ALL_GATHER(every, padded(tensor, most), group=self.group)
+        gathered = tensor.new_empty((len(self.sizes) * longest, *tensor.shape[1:]))
+        ALL_GATHER(gathered, pad(tensor, longest), group=self.group)
         if self.equal:
-            return every
-        return torch.cat([part[:size] for part, size in zip(every.split(most), self.sizes, strict=True)])
+            return gathered
+        return torch.cat([part[:size] for part, size in zip(gathered.split(longest), self.sizes, strict=True)])
 
     def owned(self, merge: Merge, part: Tensor) -> Tensor:
-        """What all ranks' parts say of this rank's own rows: of what has columns the sum (dY), else merged in their order."""
-        own, most = self.sizes[self.rank], max(self.sizes)
-        if most == 0:
+        """Return all ranks' parts of this rank's own rows: matrices (dY) summed, vectors merged in the ranks' order."""
+        own, longest = self.sizes[self.rank], max(self.sizes)
+        if longest == 0:
             return part
         if part.dim() > 1:
-            sent = part.contiguous() if self.equal else torch.cat([padded(rows, most) for rows in part.split(self.sizes)])
-            total = part.new_empty((most, *part.shape[1:]))
+            sent = part.contiguous() if self.equal else torch.cat([pad(rows, longest) for rows in part.split(self.sizes)])
+            total = part.new_empty((longest, *part.shape[1:]))
             REDUCE_SCATTER(total, sent, group=self.group)
             return total[:own]
-        every = part.new_empty(len(self.sizes) * own)
-        dist.all_to_all_single(every, part.contiguous(), [own] * len(self.sizes), list(self.sizes), group=self.group)
-        first, *others = every.view(len(self.sizes), own)
+        received = part.new_empty(len(self.sizes) * own)
+        dist.all_to_all_single(received, part.contiguous(), [own] * len(self.sizes), list(self.sizes), group=self.group)
+        merged, *others = received.view(len(self.sizes), own)
         for other in others:
-            first = merge(first, other)
-        return first
+            merged = merge(merged, other)
+        return merged
 
     def accumulator(self) -> "GatherAccumulator":
         return GatherAccumulator(self)
 
 
 class GatherAccumulator:
-    """Each rank gets its own rows of what all found."""
+    """The accumulator of `Gather`: each rank gets all ranks' results for its own rows."""
 
     def __init__(self, gather: Gather) -> None:
         self.gather = gather
@@ -149,18 +155,19 @@ class GatherAccumulator:
         return self.parts
 
 
-def padded(rows: Tensor, most: int) -> Tensor:
-    if len(rows) == most:
+def pad(rows: Tensor, length: int) -> Tensor:
+    """Return rows padded by zeros to a length."""
+    if len(rows) == length:
         return rows.contiguous()
-    out = rows.new_zeros((most, *rows.shape[1:]))
+    out = rows.new_zeros((length, *rows.shape[1:]))
     out[: len(rows)] = rows
     return out
 
 
 class Hierarchical:
-    """Nodes are a ring, whose ranks gather: the k-th ranks of all nodes pass their columns on as a ring does, and at every step
-    the ranks of a node gather the columns that came. For M nodes of L ranks M steps in the place of the ring's M · L; a rank
-    holds the columns of a node and its own next ones. What a node found is summed within it before it travels on."""
+    """A driver of a ring of nodes, whose ranks gather: the k-th ranks of all nodes form a ring, and at every step the ranks of
+    a node gather the columns that arrived. M nodes of L ranks take M steps instead of the ring's M · L; a rank holds the
+    columns of a node and its own next ones. The results of a node are summed within it before they travel on."""
 
     def __init__(self, group: dist.ProcessGroup, sizes: Sequence[int], within: int) -> None:
         members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
@@ -170,7 +177,7 @@ class Hierarchical:
         self.sizes = [tuple(sizes[start : start + within]) for start in range(0, len(sizes), within)]
 
     def gather(self, step: int) -> Gather:
-        """Of the columns that are here at a step."""
+        """Return the gathering of the columns of a step within the node."""
         return Gather(self.node, self.sizes[self.ring.owner(step)])
 
     def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
@@ -182,7 +189,7 @@ class Hierarchical:
 
 
 class HierarchicalAccumulator:
-    """A node's share of each of its columns goes to the rank that passes it on."""
+    """The accumulator of `Hierarchical`: the node's results for each column go to the rank that passes them on."""
 
     def __init__(self, hierarchical: Hierarchical) -> None:
         self.hierarchical, self.travelling = hierarchical, hierarchical.ring.accumulator()
@@ -212,14 +219,14 @@ def subgroups_agree(group: dist.ProcessGroup) -> bool:
 
 @cache
 def subgroup(group: dist.ProcessGroup, members: tuple[int, ...]) -> dist.ProcessGroup:
-    """Return the group of some members, made once; only these ask."""
-    made = dist.new_group(list(members), use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup), "only members ask"
-    return made
+    """Return a group of some ranks, which is made once; only its members may call this."""
+    new_group = dist.new_group(list(members), use_local_synchronization=True)
+    assert isinstance(new_group, dist.ProcessGroup), "only members may call this"
+    return new_group
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None, sizes: Sequence[int]) -> Tensor:
-    """[n, …] of all ranks in their order, O(global batch); the gradient is that of the sum of what the ranks derive from it."""
+    """Return [n, …] of all ranks in order, O(global batch). The gradient is that of the sum of the ranks' results."""
     return rows if group is None else _GatherRows.apply(rows, Gather(group, sizes))
 
 
@@ -237,9 +244,9 @@ class _GatherRows(torch.autograd.Function):
 
 
 class Ring:
-    """Rank r holds rows r for good. Column block r visits every rank once, in W − 1 moves to the right neighbour; what
-    the ranks add up for it follows one step behind, and comes home with the W-th move. What only travels is sent while
-    the tile before is computed."""
+    """A driver in which rank r keeps rows r, and column block r visits every rank once, in W − 1 moves to the right neighbour.
+    The ranks' results for it follow one step behind, and return with the W-th move. Columns are sent while the block before is
+    computed."""
 
     def __init__(self, group: dist.ProcessGroup | None, sizes: Sequence[int]) -> None:
         self.group, self.sizes = group, tuple(sizes)
@@ -249,67 +256,68 @@ class Ring:
             self.left = dist.get_global_rank(group, (self.rank - 1) % self.world_size)
 
     def owner(self, step: int) -> int:
-        """Whose column block is here at a step."""
+        """Return the rank whose column block is here at a step."""
         return (self.rank - step) % self.world_size
 
     def visits(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """The own block first; the next arrives while the caller works."""
+        """Yield this rank's block first; the next one arrives while the caller works."""
         for step in range(self.world_size):
-            moving = None
+            move = None
             if step + 1 < self.world_size:
-                moving = Move(self, block, self.sizes[self.owner(step + 1)], tag=0)
+                move = Move(self, block, self.sizes[self.owner(step + 1)], tag=0)
             yield step, block
-            if moving is not None:
-                block = moving.arrived()
+            if move is not None:
+                block = move.wait()
 
     def accumulator(self) -> "RingAccumulator":
         return RingAccumulator(self)
 
 
 class RingAccumulator:
-    """Sent on as soon as this rank has added its part."""
+    """The accumulator of `Ring`: results are sent on as soon as this rank has added its part."""
 
     def __init__(self, ring: Ring) -> None:
         self.ring = ring
-        self.moving: Move | None = None
+        self.move: Move | None = None
 
     def add(self, step: int, merge: Sequence[Merge], parts: list[Tensor]) -> None:
-        if self.moving is not None:
-            earlier = self.moving.arrived()
+        if self.move is not None:
+            earlier = self.move.wait()
             parts = [join(a, b) for join, a, b in zip(merge, earlier, parts, strict=True)]
         if self.ring.world_size > 1:
-            self.moving = Move(self.ring, parts, self.ring.sizes[self.ring.owner(step + 1)], tag=100)
+            self.move = Move(self.ring, parts, self.ring.sizes[self.ring.owner(step + 1)], tag=100)
         self.parts = parts
 
     def home(self) -> list[Tensor]:
-        return self.parts if self.moving is None else self.moving.arrived()
+        return self.parts if self.move is None else self.move.wait()
 
 
 class Move:
-    """Tensors under way to the right neighbour, and as many from the left, of `rows` rows each."""
+    """Tensors that are being sent to the right neighbour and received from the left, of `rows` rows each."""
 
     def __init__(self, ring: Ring, tensors: list[Tensor], rows: int, tag: int) -> None:
-        self.sent = [tensor.contiguous() for tensor in tensors]  # kept alive until they have arrived
+        self.sent = [tensor.contiguous() for tensor in tensors]  # kept alive until they are received
         self.received = [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in self.sent]
         operations = []
-        for number, (out, into) in enumerate(zip(self.sent, self.received, strict=True)):
-            if out.numel():
-                operations.append(dist.P2POp(dist.isend, out, ring.right, ring.group, tag + number))
-            if into.numel():
-                operations.append(dist.P2POp(dist.irecv, into, ring.left, ring.group, tag + number))
+        for number, (sent, received) in enumerate(zip(self.sent, self.received, strict=True)):
+            if sent.numel():
+                operations.append(dist.P2POp(dist.isend, sent, ring.right, ring.group, tag + number))
+            if received.numel():
+                operations.append(dist.P2POp(dist.irecv, received, ring.left, ring.group, tag + number))
         self.works = dist.batch_isend_irecv(operations) if operations else []
 
-    def arrived(self) -> list[Tensor]:
+    def wait(self) -> list[Tensor]:
+        """Wait for the received tensors, and return them."""
         for work in self.works:
             work.wait()
         return self.received
 
 
 def exchange(values: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
-    """Every rank's small list of integers (of one length), by rank: one collective, for which the host waits once."""
+    """Return every rank's small list of integers (of one length), by rank: one collective, for which the host waits once."""
     if group is None:
         return [list(values)]
     own = torch.tensor(list(values), dtype=torch.int64, device=device)
-    everyone = own.new_empty(dist.get_world_size(group) * len(own))
-    ALL_GATHER(everyone, own, group=group)
-    return everyone.view(-1, len(own)).tolist()
+    gathered = own.new_empty(dist.get_world_size(group) * len(own))
+    ALL_GATHER(gathered, own, group=group)
+    return gathered.view(-1, len(own)).tolist()

@@ -1,4 +1,4 @@
-"""The reductions of scores that objectives are made of: over an anchor's negatives, its positives, or all candidates."""
+"""The reductions of scores that objectives are made of, over an anchor's negatives, its positives, or all candidates."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,11 +11,11 @@ Over = Literal["negatives", "positives", "all"]
 
 @dataclass(frozen=True)
 class Reduction:
-    """One number an anchor, made of its scores z with a set of candidates.
+    """One number per anchor, computed from its scores z with a set of candidates.
 
     Attributes:
         over: "negatives" (candidates of another group), "positives" (of its own group) or "all" of them.
-        below: leave out candidates whose score is above the anchor's limit; see `Limits`.
+        below: leave out candidates whose score exceeds the anchor's limit; see `Limits`.
     """
 
     over: Over = field(default="negatives", kw_only=True)
@@ -23,17 +23,17 @@ class Reduction:
 
     @property
     def identity(self) -> float:
-        """The value over no candidate at all."""
+        """Return the value without candidates."""
         return 0.0
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        """The value over the union of two disjoint sets of candidates."""
+        """Return the value over the union of two disjoint sets of candidates."""
         return a + b
 
 
 @dataclass(frozen=True)
 class LogSumExp(Reduction):
-    """log Σ exp(exponent · z); −inf over no candidate. Exponent 0 gives the logarithm of their number."""
+    """The reduction log Σ exp(exponent · z); −inf without candidates. Exponent 0 gives the logarithm of their number."""
 
     exponent: float = 1.0
 
@@ -43,23 +43,23 @@ class LogSumExp(Reduction):
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         if not (a.requires_grad or b.requires_grad):
-            return torch.logaddexp(a, b)  # whose gradients are NaN where both are −inf
+            return torch.logaddexp(a, b)  # its gradient is NaN where both are −inf
         return torch.stack([a, b]).logsumexp(0)
 
 
 @dataclass(frozen=True)
 class SoftplusSum(Reduction):
-    """Σ log(1 + exp(z))."""
+    """The reduction Σ log(1 + exp(z))."""
 
 
 @dataclass(frozen=True)
 class Sum(Reduction):
-    """Σ z."""
+    """The reduction Σ z."""
 
 
 @dataclass(frozen=True)
 class Maximum(Reduction):
-    """max z, without gradient; −inf over no candidate."""
+    """The reduction max z, without gradient; −inf without candidates."""
 
     @property
     def identity(self) -> float:
@@ -71,12 +71,12 @@ class Maximum(Reduction):
 
 @dataclass(frozen=True)
 class CrossSum(Reduction):
-    """Σ P z over all candidates, P the softmax of a teacher's scores of the same anchor (the mean of several teachers'):
-    the cross-entropy between P and the softmax of z is LogSumExp(over="all") − CrossSum()."""
+    """The reduction Σ P z over all candidates, where P is the softmax of a teacher's scores of the same anchor (the mean of
+    several teachers'): the cross-entropy between P and the softmax of z is LogSumExp(over="all") − CrossSum()."""
 
     over: Over = field(default="all", kw_only=True)
 
 
 def log1pexp(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact for every x (`F.softplus` turns linear above 20)."""
+    """Return log(1 + exp(x)), exact for every x (`F.softplus` is linear above 20)."""
     return torch.logaddexp(x, x.new_zeros(()))

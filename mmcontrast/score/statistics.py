@@ -1,4 +1,4 @@
-"""The primitive: streaming reductions of a score matrix that is never stored, with exact gradients, over any ranks."""
+"""`score_statistics`: streaming reductions of a score matrix that is never stored, with exact gradients, over any ranks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,22 +16,22 @@ from mmcontrast.score.ranks import Communication, Driver, Merge, agreed, driver,
 from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction
 from mmcontrast.score.teachers import Limits, Teacher
 
-CHUNK = 8192  # rows whose copies in the accumulators' dtype exist at a time
+CHUNK = 8192  # rows that are copied to the accumulators' dtype at a time
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What an objective sees: one side of a pair as anchors, N of them, each with its positive and its reductions.
+    """The input of an objective: one side of a pair as N anchors, each with its positive and its reductions.
 
     Attributes:
         positives: [N] scores z_ii of the matched pairs.
         num_negatives: [N] int64, candidates of other groups.
-        scale: [] or [N], inside the scores.
+        scale: [] or [N], which the scores include.
         values: [N] for each reduction; read them as `direction[LogSumExp()]`.
         name: "image_to_text", anchors first.
-        sample_ids: [N] int64 or None, the key of per-sample state.
-        given: [N] of each of the objective's `sample_values` that the caller gives.
-        everyone: [N, …] of this rank's anchors → those of all ranks, in one order.
+        sample_ids: [N] int64 or None, the keys of per-sample state.
+        given: the values [N] of the objective's `sample_values` that the caller passes, by name.
+        everyone: gathers [N, …] of this rank's anchors from all ranks, in order.
     """
 
     positives: Tensor
@@ -47,11 +47,11 @@ class Direction:
         return self.values[reduction]
 
     def with_more(self, other: "Direction") -> "Direction":
-        """The same anchors against further candidates, whose statistics are `other`."""
+        """Return the same anchors with further candidates, whose statistics are `other`."""
         return replace(
             self,
             num_negatives=self.num_negatives + other.num_negatives,
-            values={r: r.merge(value, other[r]) for r, value in self.values.items()},
+            values={reduction: reduction.merge(value, other[reduction]) for reduction, value in self.values.items()},
         )
 
 
@@ -78,37 +78,37 @@ def score_statistics(
     limits: Limits | None = None,
     teachers: Sequence[Teacher] = (),
 ) -> tuple[Direction, Direction | None]:
-    """Reductions of the scores z_ij = scale · x_i·y_j + bias along every row and, with `columns`, every column.
+    """Return reductions of the scores z_ij = scale · x_i·y_j + bias along every row and, with `columns`, every column.
 
-    Row i's candidates are the columns of all ranks of `group`; its positive is y_i. O((N + M)·D) memory; differentiable
-    once by x, y, scale, column_scale, bias and the link's parameter. Products for a side that needs no gradient are left
-    out. Autocast does not reach it: the inputs' dtype says how it is computed. With a group, every rank must call this and
-    its backward, the same sides must need gradients on all ranks, and gradients are those of the sum of what they derive
-    from it.
+    Row i's candidates are the columns of all ranks of `group`; its positive is y_i. It needs O((N + M)·D) memory, and is
+    differentiable once by x, y, scale, column_scale, bias and the link's parameter. Products for a side that needs no gradient
+    are left out. Autocast does not affect it: the inputs' dtype determines the computation. With a group, every rank must call
+    this and its backward, the same sides must need gradients on all ranks, and gradients are those of the sum of all ranks'
+    results.
 
     Args:
         x, y: [N, D] and [M, D], this rank's rows and columns, of one dtype.
-        reductions: what to compute; see `mmcontrast.score.reductions`.
+        reductions: those to compute; see `mmcontrast.score.reductions`.
         scale: scalar; or [N] for the row direction, with column_scale [M] for the columns' if `columns`.
         bias: scalar added to every score.
-        ids: [N] int64 ≥ 0, the rows' groups; default: all different, over all ranks, i-th row and column alike.
-        column_ids: [M] int64; default: `ids` if paired, else of no row's group.
+        ids: [N] int64 ≥ 0, the rows' groups; default: all different, over all ranks; row i and column i have the same.
+        column_ids: [M] int64; default: `ids` if paired, else in no row's group.
         paired: y_i is x_i's positive; otherwise the positives are 0.
         columns: also the reductions along columns, from the same pass.
         backend: "triton" (fused kernels, GPU), "torch" (tiled, any device) or "dense" (the oracle); "auto" is "triton"
-            where it has the device, dtype and reductions, else "torch".
+            if it supports the device, dtype and reductions, else "torch".
         tile_size: rows and columns of a tile (one number, or two), for the tiled backends.
         group: a torch.distributed group; None: this process alone.
         communication: "ring" (two column blocks on a rank at a time, overlapped with the work), "gather" (all columns on
             every rank at once, in a few large collectives), "hierarchical" (a ring of nodes, whose ranks gather) or "auto"
-            (the one that `mmcontrast.score.traffic` computes to be the fastest). Same on all ranks.
-        sizes, within: rows and columns of every rank, and ranks of a node, where the caller knows them: then nobody is asked.
+            (the fastest by the model of `mmcontrast.score.traffic`). The same on all ranks.
+        sizes, within: rows and columns of every rank, and ranks of a node, if the caller knows them; else they are exchanged.
         link: φ in z = scale · φ(x_i·y_j) + bias, as `Lorentz`; default: none.
-        limits: of the candidates that reductions with `below` take: row limits [N], column limits [M] with `columns`.
-        teachers: whose softmaxes `CrossSum` takes, averaged; rows [N, E], columns [M, E].
+        limits: for reductions with `below`: row limits [N], and column limits [M] with `columns`.
+        teachers: for `CrossSum`, which averages their softmaxes; rows [N, E], columns [M, E].
 
     Returns:
-        The rows' direction, and the columns' (positives shared; None without `columns`).
+        The rows' direction, and the columns' (with the same positives; None without `columns`).
 
     Raises:
         ValueError: for shapes or options that do not fit.
@@ -123,7 +123,7 @@ def score_statistics(
         raise ValueError(f"x and y are {x.dtype}: embeddings are floating point")
     if link is not None:
         x, y = link.rows(x, columns=False), link.rows(y, columns=True)
-    chosen = choose(backend, x, reductions, link)
+    chosen_backend = choose(backend, x, reductions, link)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.as_tensor(scale, dtype=dtype, device=x.device)
     per_anchor = scale.dim() == 1
@@ -132,8 +132,9 @@ def score_statistics(
     if columns and per_anchor and column_scale is None:
         raise ValueError("a scale per row needs column_scale for the columns' direction")
     if sizes is None or within is None:
-        *sizes_found, nodes = zip(*exchange([len(x), len(y), ranks_of_node()], group, x.device), strict=True)
-        sizes, within = list(zip(*sizes_found, strict=True)), agreed(nodes)
+        by_rank = exchange([len(x), len(y), ranks_of_node()], group, x.device)
+        sizes = [(rows, columns_of_rank) for rows, columns_of_rank, _ in by_rank]
+        within = agreed([ranks for _, _, ranks in by_rank])
     rank = dist.get_rank(group) if group is not None else 0
     negatives = None
     if ids is None and column_ids is None:
@@ -143,12 +144,12 @@ def score_statistics(
     if column_ids is None:
         column_ids = ids if paired else torch.full((len(y),), -2, device=x.device)
     _check(x, y, reductions, columns, limits, teachers)
-    if any(isinstance(r, CrossSum) for r in reductions):
-        all_of = partial(
+    if any(isinstance(reduction, CrossSum) for reduction in reductions):
+        all_candidates = partial(
             score_statistics, reductions=[LogSumExp(over="all")], ids=ids, column_ids=column_ids, paired=paired,
             columns=columns, tile_size=tile_size, group=group, communication=communication, sizes=sizes, within=within,
         )  # fmt: skip
-        teachers = [_with_log_sums(teacher, all_of) for teacher in teachers]
+        teachers = [_with_log_sums(teacher, all_candidates) for teacher in teachers]
     tile = (tile_size, tile_size) if isinstance(tile_size, int) else tile_size
     bias = None if bias is None else scalar(bias, dtype, x.device)
     if per_anchor and columns:
@@ -157,7 +158,7 @@ def score_statistics(
     else:
         column_scale = scale.new_zeros(len(y)) if per_anchor else None
     plan = _Plan(
-        tuple(reductions), columns, chosen, tile,
+        tuple(reductions), columns, chosen_backend, tile,
         driver(group, [m for _, m in sizes], communication, within, y.shape[1], y.device.type), ids, column_ids, per_anchor,
         paired, negatives, link, limits, tuple(teachers),
     )  # fmt: skip
@@ -178,21 +179,22 @@ def score_statistics(
 def _check(
     x: Tensor, y: Tensor, reductions: Sequence[Reduction], columns: bool, limits: Limits | None, teachers: Sequence[Teacher]
 ) -> None:
-    """
+    """Check the shapes of limits and teachers.
+
     Raises:
-        ValueError: for limits or teachers that are missing or do not fit.
+        ValueError: if one is missing or does not fit.
     """
     guide = None if limits is None else limits.guide
     for teacher in (*teachers, *(() if guide is None else (guide,))):
-        fits = teacher.rows.dim() == teacher.columns.dim() == 2 and teacher.rows.shape[1] == teacher.columns.shape[1]
-        if not fits or len(teacher.rows) != len(x) or len(teacher.columns) != len(y):
+        same_width = teacher.rows.dim() == teacher.columns.dim() == 2 and teacher.rows.shape[1] == teacher.columns.shape[1]
+        if not same_width or len(teacher.rows) != len(x) or len(teacher.columns) != len(y):
             raise ValueError(
                 f"a teacher's rows and columns must be [{len(x)}, E] and [{len(y)}, E], not {tuple(teacher.rows.shape)} and"
                 f" {tuple(teacher.columns.shape)}"
             )
-    if any(isinstance(r, CrossSum) for r in reductions) and not teachers:
+    if any(isinstance(reduction, CrossSum) for reduction in reductions) and not teachers:
         raise ValueError("CrossSum needs teachers")
-    if any(r.below for r in reductions) and limits is None:
+    if any(reduction.below for reduction in reductions) and limits is None:
         raise ValueError("reductions with below need limits")
     if limits is not None and (
         limits.rows.shape != x.shape[:1] or (columns and getattr(limits.columns, "shape", 0) != y.shape[:1])
@@ -201,20 +203,20 @@ def _check(
 
 
 @torch.no_grad()
-def _with_log_sums(teacher: Teacher, all_of: Callable[..., tuple[Direction, Direction | None]]) -> Teacher:
-    """A teacher with log Σ e^t over all candidates of each anchor."""
+def _with_log_sums(teacher: Teacher, all_candidates: Callable[..., tuple[Direction, Direction | None]]) -> Teacher:
+    """Return a teacher with log Σ e^t over all candidates of each anchor."""
     rows, columns = teacher.rows.detach(), teacher.columns.detach().to(teacher.rows.dtype)
-    there, back = all_of(rows, columns, scale=teacher.scale)
-    every = LogSumExp(over="all")
-    return Teacher(rows, columns, teacher.scale, there[every], None if back is None else back[every])
+    forward, backward = all_candidates(rows, columns, scale=teacher.scale)
+    log_sum = LogSumExp(over="all")
+    return Teacher(rows, columns, teacher.scale, forward[log_sum], None if backward is None else backward[log_sum])
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that the passes need beside the differentiable inputs.
+    """The inputs of both passes beside the differentiable ones.
 
     Attributes:
-        negatives: of every row, and of every column, where no two samples are of one group; else None: they are counted.
+        negatives: of every row, and of every column, if all samples are of different groups; None: they are counted.
     """
 
     reductions: tuple[Reduction, ...]
@@ -233,6 +235,7 @@ class _Plan:
 
     @property
     def guide(self) -> Teacher | None:
+        """Return the teacher whose scores are compared with the limits."""
         return None if self.limits is None else self.limits.guide
 
     def visits(
@@ -245,7 +248,7 @@ class _Plan:
         final: Sequence[Tensor] = (),
         needs: tuple[bool, bool] = (True, True),
     ) -> Iterator[tuple[int, Block, list[Tensor]]]:
-        """(step, block, what of `final` came with its columns), until the rows here have seen the columns of all ranks."""
+        """Yield (step, block, the columns' part of `final`) until this rank's rows have seen the columns of all ranks."""
         travelling: dict[Any, Tensor | None] = {"y": y, "ids": self.column_ids, "scale": column_scale}
         travelling |= dict(enumerate(final))
         travelling["limits"] = self.limits.columns if self.limits is not None and self.both else None
@@ -254,20 +257,21 @@ class _Plan:
                 travelling |= {("teacher", number): teacher.columns, ("sums", number): teacher.column_log_sums}
         sent = {name: tensor for name, tensor in travelling.items() if tensor is not None}
         for step, tensors in self.driver.visits(list(sent.values())):
-            here = dict(zip(sent, tensors, strict=True))
+            arrived = dict(zip(sent, tensors, strict=True))
 
-            def at_hand(teacher: Teacher, number: int, here: dict[Any, Tensor] = here) -> Teacher:
-                return replace(teacher, columns=here["teacher", number], column_log_sums=here.get(("sums", number)))
+            def arrived_teacher(teacher: Teacher, number: int, arrived: dict[Any, Tensor] = arrived) -> Teacher:
+                return replace(teacher, columns=arrived["teacher", number], column_log_sums=arrived.get(("sums", number)))
 
             limits = self.limits
             if limits is not None:
-                guide = None if self.guide is None else at_hand(self.guide, len(self.teachers))
-                limits = Limits(limits.rows, here.get("limits"), guide)
+                guide = None if self.guide is None else arrived_teacher(self.guide, len(self.teachers))
+                limits = Limits(limits.rows, arrived.get("limits"), guide)
             block = Block(
-                x, here["y"], scale, here.get("scale"), bias, SameGroup(self.ids, here["ids"]), self.reductions, self.both,
-                self.tile_size, self.link, limits, tuple(at_hand(t, k) for k, t in enumerate(self.teachers)), *needs,
+                x, arrived["y"], scale, arrived.get("scale"), bias, SameGroup(self.ids, arrived["ids"]), self.reductions,
+                self.both, self.tile_size, self.link, limits,
+                tuple(arrived_teacher(teacher, number) for number, teacher in enumerate(self.teachers)), *needs,
             )  # fmt: skip
-            yield step, block, [here[number] for number in range(len(final))]
+            yield step, block, [arrived[number] for number in range(len(final))]
 
 
 def _add(a: Tensor, b: Tensor) -> Tensor:
@@ -275,26 +279,26 @@ def _add(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Scores(torch.autograd.Function):
-    """(x·y of the pairs, negatives of rows, of columns, row reductions …, column reductions …)."""
+    """Returns (x·y of the pairs, negatives of rows, of columns, row reductions …, column reductions …)."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         x, y, scale, column_scale, bias, _, plan = inputs
         backend, dtype = plan.backend, scale.dtype
         rows: list[Tensor] = []
-        row_negatives, column_negatives = (rows_of.new_zeros(len(rows_of), dtype=torch.int64) for rows_of in (x, y))
-        home = plan.driver.accumulator()
-        merge: list[Merge] = [r.merge for r in plan.reductions if plan.both]
-        counts = plan.negatives is None
+        row_negatives, column_negatives = x.new_zeros(len(x), dtype=torch.int64), y.new_zeros(len(y), dtype=torch.int64)
+        accumulator = plan.driver.accumulator()
+        merge: list[Merge] = [reduction.merge for reduction in plan.reductions if plan.both]
+        counted = plan.negatives is None
         for step, block, _ in plan.visits(x, y, scale, column_scale, bias):
             part = backend.forward(block)
             rows = [r.merge(a, b) for r, a, b in zip(plan.reductions, rows, part.rows, strict=True)] if step else part.rows
-            if counts:
+            if counted:
                 row_negatives += len(block.y) - block.same.row_counts
             if plan.both:
-                own = [len(x) - block.same.column_counts] if counts else []
-                home.add(step, [_add] * counts + merge, [*own, *part.columns])
-        columns = home.home() if plan.both else []
+                counts = [len(x) - block.same.column_counts] if counted else []
+                accumulator.add(step, [_add] * counted + merge, [*counts, *part.columns])
+        columns = accumulator.home() if plan.both else []
         if plan.negatives is not None:
             row_negatives += plan.negatives[0]
             column_negatives += plan.negatives[1]
@@ -303,7 +307,8 @@ class _Scores(torch.autograd.Function):
         dots = row_dots(x, y, dtype) if plan.paired else x.new_zeros(len(x), dtype=dtype)
         ctx.plan = plan
         ctx.save_for_backward(x, y, scale, column_scale, bias, *rows, *columns)
-        maxima = [v for r, v in zip(plan.reductions * 2, rows + columns, strict=False) if isinstance(r, Maximum)]
+        values = zip(plan.reductions * 2, rows + columns, strict=False)
+        maxima = [value for reduction, value in values if isinstance(reduction, Maximum)]
         ctx.mark_non_differentiable(row_negatives, column_negatives, *maxima)
         return dots, row_negatives, column_negatives, *rows, *columns
 
@@ -323,38 +328,38 @@ class _Scores(torch.autograd.Function):
         row_grads, column_grads = list(grads[:k]), list(grads[k:])
         folded, dtype = plan.per_anchor or plan.link is not None, scale.dtype
         x_needs, y_needs, scale_needs = ctx.needs_input_grad[:3]
-        x_needs |= scale_needs and not (y_needs or folded)  # the scale's gradient is made of one of theirs
+        x_needs |= scale_needs and not (y_needs or folded)  # the scale's gradient is computed from one of theirs
         dx = torch.zeros(x.shape, dtype=dtype, device=x.device) if x_needs else None
         d_scale, d_bias, d_parameter = torch.zeros_like(scale), scale.new_zeros(()), scale.new_zeros(())
-        home = plan.driver.accumulator()
+        accumulator = plan.driver.accumulator()
         final, needs = [*column_values, *column_grads], (x_needs, y_needs)
-        for step, block, here in plan.visits(x, y, scale, column_scale, bias, final, needs):
-            values_here, grads_here = here[: len(column_values)], here[len(column_values) :]
-            part = backend.backward(block, Statistics(row_values, values_here), Statistics(row_grads, grads_here), dx)
+        for step, block, arrived in plan.visits(x, y, scale, column_scale, bias, final, needs):
+            arrived_values, arrived_grads = arrived[: len(column_values)], arrived[len(column_values) :]
+            part = backend.backward(block, Statistics(row_values, arrived_values), Statistics(row_grads, arrived_grads), dx)
             for total, share in ((d_scale, part.row_scale), (d_bias, part.bias), (d_parameter, part.parameter)):
                 if share is not None:
                     total += share
-            parts = [one for one in (part.dy, part.column_scale) if one is not None]
-            home.add(step, [_add] * len(parts), parts)
-        owned = home.home()
+            parts = [gradient for gradient in (part.dy, part.column_scale) if gradient is not None]
+            accumulator.add(step, [_add] * len(parts), parts)
+        owned = accumulator.home()
         dy = owned.pop(0) if y_needs else None
         if not folded:  # Σ_ij w_ij s_ij = Σ_i x_i · (W Y)_i: no pass over the scores
             d_scale = row_dots(x, dx, dtype).sum() if dx is not None else scale if dy is None else row_dots(y, dy, dtype).sum()
         factor, d_dots = None if folded else scale, d_dots if plan.paired else None
-        dx = None if dx is None else _finished(dx, factor, d_dots, y, x.dtype)  # free before the next is read
-        dy = None if dy is None else _finished(dy, factor, d_dots, x, y.dtype)
+        dx = None if dx is None else _finish(dx, factor, d_dots, y, x.dtype)  # freed before the next is read
+        dy = None if dy is None else _finish(dy, factor, d_dots, x, y.dtype)
         d_bias = None if bias is None else d_bias
         return dx, dy, d_scale, owned[0] if owned else None, d_bias, None if plan.link is None else d_parameter, None
 
 
 def row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a_i · b_i [N] in dtype, without a copy of either in that dtype."""
+    """Return a_i · b_i [N] in dtype, without a whole copy of either in that dtype."""
     parts = [torch.linalg.vecdot(p.to(dtype), q.to(dtype)) for p, q in zip(a.split(CHUNK), b.split(CHUNK), strict=True)]
     return torch.cat(parts)
 
 
-def _finished(total: Tensor, factor: Tensor | None, weights: Tensor | None, partners: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor · total_i + weights_i · partners_i [N, D], in dtype. Overwrites total."""
+def _finish(total: Tensor, factor: Tensor | None, weights: Tensor | None, partners: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return factor · total_i + weights_i · partners_i [N, D] in dtype. Overwrites total."""
     out = total if dtype == total.dtype else torch.empty_like(total, dtype=dtype)
     for start in range(0, len(total), CHUNK):
         rows = slice(start, start + CHUNK)

@@ -1,4 +1,4 @@
-"""What else a tile of scores may be given: other models' embeddings of the same samples, and limits of anchors."""
+"""Further inputs of a tile of scores: other models' embeddings of the same samples, and the anchors' limits."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class Teacher:
     Attributes:
         rows, columns: [N, E] and [M, E], of any width E.
         scale: the teacher's logit scale.
-        row_log_sums, column_log_sums: [N] and [M], log Σ e^t over all candidates of each anchor: what turns its scores into
-            a softmax. `score_statistics` computes them.
+        row_log_sums, column_log_sums: [N] and [M], log Σ e^t over all candidates of each anchor, the logarithm of its
+            softmax's denominator. `score_statistics` computes them.
     """
 
     rows: Tensor
@@ -26,7 +26,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Limits:
-    """The highest score that a candidate of an anchor may have; reductions with `below` leave out what is above it.
+    """The highest score that a candidate of an anchor may have; reductions with `below` leave out higher ones.
 
     Attributes:
         rows, columns: [N] and [M], of each direction's anchors. They get no gradient.

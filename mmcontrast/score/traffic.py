@@ -1,7 +1,7 @@
-"""What the ranks send for a loss, call by call, and how long that takes: the model by which `communication: auto` chooses.
+"""A cost model of the communication of a loss, call by call, by which `communication: auto` chooses.
 
-One term of a loss has a forward and a backward pass. In each, columns go round with what belongs to them (`Pass.out`), and what
-the ranks found for them comes home to their owner (`Pass.home`).
+One term of a loss has a forward and a backward pass. In each, columns travel with the tensors that belong to them (`Pass.out`),
+and the ranks' results for them return to their owner (`Pass.home`).
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from typing import Literal
 
 Scheme = Literal["ring", "hierarchical", "gather"]
 Kind = Literal["move", "all_gather", "all_to_all", "reduce_scatter", "all_reduce"]
-SCHEMES: tuple[Scheme, ...] = ("ring", "hierarchical", "gather")  # by the memory that they take, the least first
-COPIES = 3  # of gathered columns at a time: themselves, their gradients, and these on their way home
-GATHERED = 256 * 2**20  # bytes of them at most, for "auto" to gather from all ranks
-OPERATIONS = 8  # multiplications and additions a score and dimension: 2 forward, 6 backward
+SCHEMES: tuple[Scheme, ...] = ("ring", "hierarchical", "gather")  # by the memory that they need, ascending
+COPIES = 3  # of gathered columns at a time: themselves, their gradients, and the gradients while they are sent
+GATHERED = 256 * 2**20  # the most bytes of them for which "auto" gathers from all ranks
+OPERATIONS = 8  # multiplications and additions per score and dimension: 2 forward, 6 backward
 
 
 @dataclass(frozen=True)
 class Link:
-    """One direction of a device's way to others.
+    """One direction of a device's connection to others.
 
     Attributes:
-        latency: seconds until the first byte of a message is there.
-        bandwidth: bytes a second.
+        latency: seconds until the first byte of a message arrives.
+        bandwidth: bytes per second.
     """
 
     latency: float
@@ -32,15 +32,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a step's time is computed from.
+    """The properties of a machine from which the time of a step is computed.
 
     Attributes:
         within, between: links of a device to those of its node, and to other nodes.
-        call: seconds that the start of a call takes; block: that the host takes to start the kernels of one block of columns,
-            forward and backward.
-        products: FLOP/s of a loss, with all that it does beside its products.
+        call: seconds to start a call. block: seconds for the host to start the kernels of one block of columns, forward and
+            backward.
+        products: FLOP/s of a loss, including its other operations.
         overlaps: whether messages of a ring travel, and kernels are started, while the device multiplies.
-        scatter: bytes that a reduce-scatter sends, of those that it must: gloo's is an all-reduce.
+        scatter: bytes that a reduce-scatter sends, relative to the least possible: gloo's is an all-reduce.
     """
 
     within: Link
@@ -61,7 +61,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes a row of each tensor that travels: `out` with the columns, `home` of vectors and of matrices (gradients)."""
+    """The bytes per row of each tensor that travels: `out` with the columns, `home` of vectors and of matrices (gradients)."""
 
     out: tuple[int, ...]
     home: tuple[int, ...] = ()
@@ -75,9 +75,9 @@ def passes(
 
     Args:
         element: bytes of a number of the embeddings; statistics have 4, or 8 beside float64.
-        reductions: of the objective; its signals' too.
-        counted: whether there are group ids: then the negatives of each column are counted.
-        both: directions from one pass. learning: the columns' gradient is wanted.
+        reductions: of the objective and its signals.
+        counted: whether there are group ids, with which the negatives of each column are counted.
+        both: compute both directions in one pass. learning: compute the columns' gradient.
     """
     number = max(element, 4)
     columns = (number,) * reductions if both else ()
@@ -87,11 +87,11 @@ def passes(
 
 @dataclass(frozen=True)
 class Calls:
-    """Equal calls of one kind, one after the other.
+    """A sequence of equal calls of one kind.
 
     Attributes:
-        ranks: that take part in each. nodes: on which they are.
-        tensors: messages that a rank sends in each; of collectives 1.
+        ranks: that take part in each. nodes: that these ranks are on.
+        tensors: messages that a rank sends in each; 1 for collectives.
         sent: bytes that a rank sends in all of them.
     """
 
@@ -104,22 +104,22 @@ class Calls:
 
     @property
     def messages(self) -> int:
-        """Of a rank in all calls: a collective of W ranks is W − 1 of them."""
+        """Return the messages of a rank in all calls: a collective of W ranks is W − 1 of them."""
         return self.count * (self.tensors if self.kind == "move" else self.ranks - 1)
 
     def seconds(self, machine: Machine) -> float:
-        """Return the time if nothing else is going on. A ring that crosses nodes waits for the link between them, at every
-        step; collectives use the links of all devices of a node at once."""
+        """Return the time without other work. A ring that crosses nodes waits for the link between them at every step;
+        collectives use the links of all devices of a node at once."""
         link, bytes = (machine.between if self.nodes > 1 else machine.within), float(self.sent)
         latency = self.count * machine.call
         if self.kind == "move":
-            return latency + self.count * link.latency + bytes / link.bandwidth  # the tensors of a call go together
+            return latency + self.count * link.latency + bytes / link.bandwidth  # the tensors of a call are sent together
         if self.kind == "reduce_scatter":
             bytes *= machine.scatter
         rounds = 2 * ceil(log2(self.ranks)) if self.kind == "all_reduce" else self.ranks - 1
         others = self.ranks - self.ranks // self.nodes if self.kind == "all_to_all" else self.nodes - 1
         across = bytes * others / max(self.ranks - 1, 1)
-        if self.kind == "all_reduce":  # a node's bytes leave it once, by all of its links
+        if self.kind == "all_reduce":  # a node's bytes leave it once, through all of its links
             across = bytes * self.nodes / self.ranks
         slowest = max(bytes / machine.within.bandwidth, across / machine.between.bandwidth if self.nodes > 1 else 0.0)
         return latency + self.count * rounds * link.latency + slowest
@@ -129,16 +129,20 @@ def loss_calls(scheme: Scheme, nodes: int, within: int, rows: int, both_passes: 
     """Return all calls of a term of a loss, forward and backward, on `nodes` of `within` ranks with `rows` columns each."""
     ranks = nodes * within
     calls: list[Calls] = []
-    for one in both_passes:
-        home = (*one.home, *one.home_matrices)
+    for pass_ in both_passes:
+        home = (*pass_.home, *pass_.home_matrices)
         if scheme != "gather":
             length = ranks if scheme == "ring" else nodes
-            moves = [(length - 1, one.out), (length if length > 1 else 0, home)]
-            calls += [Calls("move", length, nodes, n, len(t), n * rows * sum(t)) for n, t in moves if n and t]
+            moves = [(length - 1, pass_.out), (length if length > 1 else 0, home)]
+            calls += [
+                Calls("move", length, nodes, count, len(tensors), count * rows * sum(tensors))
+                for count, tensors in moves
+                if count and tensors
+            ]
         if scheme != "ring":
             times, members, across = (nodes, within, 1) if scheme == "hierarchical" else (1, ranks, nodes)
             kinds: list[tuple[Kind, tuple[int, ...]]] = [
-                ("all_gather", one.out), ("all_to_all", one.home), ("reduce_scatter", one.home_matrices)
+                ("all_gather", pass_.out), ("all_to_all", pass_.home), ("reduce_scatter", pass_.home_matrices)
             ]  # fmt: skip
             calls += [
                 Calls(kind, members, across, times * len(tensors), 1, times * (members - 1) * rows * sum(tensors))
@@ -149,8 +153,8 @@ def loss_calls(scheme: Scheme, nodes: int, within: int, rows: int, both_passes: 
 
 
 def gathered_bytes(scheme: Scheme, nodes: int, within: int, rows: int, width: int) -> int:
-    """Return the bytes of a rank's columns that are not its own, in fp32, of equal parts: blocks that travel with gradients of
-    blocks on their way home, and what is gathered."""
+    """Return the bytes of other ranks' columns that a rank holds, in fp32, if all ranks have equally many: travelling blocks
+    and gradients, and gathered columns."""
     block = 4 * rows * width
     blocks = {
         "ring": 5 * (nodes * within > 1),
@@ -161,7 +165,7 @@ def gathered_bytes(scheme: Scheme, nodes: int, within: int, rows: int, width: in
 
 
 def products_seconds(rows: int, columns: int, width: int, machine: Machine) -> float:
-    """Return the time of a rank's products of one term, forward and backward, of its rows with the columns of all ranks."""
+    """Return the seconds of a rank's products of one term, forward and backward, of its rows with all ranks' columns."""
     return OPERATIONS * rows * columns * width / machine.products
 
 
@@ -171,8 +175,8 @@ def blocks_of(scheme: Scheme, nodes: int, within: int) -> int:
 
 
 def waiting_seconds(calls: Sequence[Calls], blocks: int, products: float, machine: Machine) -> float:
-    """Return what a scheme adds to a loss's products: its calls, and the start of more blocks than one. A ring hides its
-    messages behind the tiles, collectives come between."""
+    """Return the seconds that a scheme adds to a loss's products: its calls, and the start of further blocks. A ring hides its
+    messages behind the computation of tiles; collectives do not."""
     moving = sum(call.seconds(machine) for call in calls if call.kind == "move")
     starting = (blocks - 1) * machine.block
     if machine.overlaps:
@@ -183,7 +187,7 @@ def waiting_seconds(calls: Sequence[Calls], blocks: int, products: float, machin
 
 
 def cheapest(nodes: int, within: int, rows: int, width: int, machine: Machine, element: int = 4) -> Scheme:
-    """Return the scheme that adds the least time to a loss's products; of equal ones that which takes the least memory."""
+    """Return the scheme that adds the least time to a loss's products; of equal ones the one that needs the least memory."""
     products = products_seconds(rows, rows * nodes * within, width, machine)
     possible: list[Scheme] = ["ring"]
     possible += ["hierarchical"] if nodes > 1 and within > 1 else []

@@ -162,8 +162,8 @@ def use_mined(
         UserError: for a table that does not exist, or belongs to other samples.
     """
     dataset.negatives = [
-        open_negatives(dataset, str(table), old.field, old.names, old.seed, known=sample_ids) if given.table is None else old
-        for given, old in zip(options.tables_of_negatives, dataset.negatives, strict=True)
+        open_negatives(dataset, str(table), old.field, old.names, old.seed, known=sample_ids) if named.table is None else old
+        for named, old in zip(options.tables_of_negatives, dataset.negatives, strict=True)
     ]
     negatives_digest = digest_of_negatives(dataset)
     if isinstance(order, MixtureOrder):

@@ -1,4 +1,4 @@
-"""The options of training: `train`, `data` and `model` of a config."""
+"""The options of training: `train` and `data` of a config."""
 
 from collections import Counter
 from itertools import combinations
@@ -20,13 +20,13 @@ class SourceOptions(Options):
 
     Attributes:
         shards: its shards: tars, also by URL, folders, tables.
-        files: of tables whose columns name files, the folder in which these are; default: the table's own.
-        weight: how often its samples are seen, in proportion to the others'; default: as many as it has.
-        templates: of text fields that hold names of classes here, the prompts made of them: {text: ["a photo of a {}."]}.
+        files: the folder of the files that a table's columns name; default: the table's own.
+        weight: how often its samples are seen, relative to the other sources; default: its number of samples.
+        templates: for text fields that hold names of classes, the prompts made from them: {text: ["a photo of a {}."]}.
             Samples of one class are no negatives of each other.
-        keys, modalities: of its fields that differ from `fields`: {text: [caption]}, {image: {augment: []}}.
-        own_ids: its sample_id and group_id mean nothing to the other sources, where the same numbers may occur.
-        select: its own selection, in place of `data.select`.
+        keys, modalities: of fields that differ from `fields` in this source: {text: [caption]}, {image: {augment: []}}.
+        own_ids: its sample_id and group_id are unrelated to those of the other sources, which may have the same numbers.
+        select: its own selection, instead of `data.select`.
     """
 
     shards: Patterns
@@ -46,7 +46,8 @@ class NegativesOptions(Options):
         table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, as `mmcontrast data mine` writes it; or
             a folder of such files. Default: what `train.mine_every` mines; until then there are none.
         field: the field of the candidates: its tower encodes them, and anchors of all other fields see them.
-        count: so many are drawn of each sample's row, by (seed, epoch, sample id); where it has fewer, the others are absent.
+        count: the number of candidates that are drawn from each sample's row, by (seed, epoch, sample id); if the row has
+            fewer, the others are absent.
         unknown_ids: what to do with ids that the training data lack: "error", or "skip" where some samples are left out of the
             training on purpose (`held_out`).
     """
@@ -61,14 +62,14 @@ class NeighboursOptions(Options):
     """Batches of samples and their nearest neighbours: see `mmcontrast.data.neighbours`.
 
     Attributes:
-        type: says that it is this.
+        type: "neighbours".
         table: a Parquet file with the columns `sample_id` and `candidate_ids`, a list, the nearest first, as `mmcontrast data
             mine` writes it; or a folder of such files. Default: what `train.mine_every` mines; until then samples are drawn
             at random.
-        nearest: so many of a sample's candidates are looked at, the first ones.
-        count: so many of them are put beside it, at most; default: half of `nearest`.
-        share: of these, the share that are the nearest; the others are random ones of `nearest`.
-        unknown_ids: as of `data.negatives`.
+        nearest: the number of a sample's first candidates that are used.
+        count: the most of them that are put beside it; default: half of `nearest`.
+        share: the share of these that are the nearest ones; the others are drawn from `nearest`.
+        unknown_ids: as in `data.negatives`.
     """
 
     type: Literal["neighbours"]
@@ -88,38 +89,38 @@ class NeighboursOptions(Options):
 
     @property
     def beside(self) -> int:
-        """The neighbours beside a sample."""
+        """Return the number of neighbours beside a sample."""
         return self.count or max(1, self.nearest // 2)
 
 
 class DataOptions(Options):
-    """Where training samples come from, and in which order. See `mmcontrast.data.order` and `.mixture`.
+    """The training samples, and their order. See `mmcontrast.data.order` and `.mixture`.
 
     Attributes:
         train: shards (tars, also by URL, folders, tables); or several sources by name.
-        held_out: this share of the samples is never trained on; it is the split `held_out` of the evaluation (of several
-            sources, one of the name of each), if no splits are named, and else where one is: {val: held_out}. Which samples
-            they are: `mmcontrast.data.held_out`.
+        held_out: the share of the samples that is never trained on. It is the evaluation's split `held_out` (with several
+            sources, one split named as each) if no splits are named, else the split that names it: {val: held_out}. Which
+            samples they are: `mmcontrast.data.held_out`.
         select: the folder that `mmcontrast data filter` and the like wrote, or a Parquet or CSV file with a column `sample_id`
-            or `key` and perhaps `keep`: what is trained on, and held out, are the samples that it keeps, of every source that
-            has no `select` of its own.
-        batches: of several sources: "mixed", or "single", a step's samples all of one; or, of any data, samples and their
-            nearest neighbours: {type: neighbours, table: mined.parquet}.
-        clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: a step's samples are all of one
-            cluster, each other's hard negatives.
-        negatives: mined negatives of each sample, of one table or several.
-        bucket_by: a field by whose length (in bytes) samples are brought together, so that little is padded.
-        sequential: read tars from their beginning to their end, for what cannot be indexed. Not the exact order: see
+            or `key` and perhaps `keep`: only the samples that it keeps are trained on, and held out, in every source without
+            its own `select`.
+        batches: of several sources: "mixed", or "single": all samples of a step from one source; or, for any data, samples and
+            their nearest neighbours: {type: neighbours, table: mined.parquet}.
+        clusters: a Parquet or CSV file with the columns `cluster` and `key` or `sample_id`: all samples of a step are
+            of one cluster, and so hard negatives of each other.
+        negatives: mined negatives of each sample, from one table or several.
+        bucket_by: a field by whose length (in bytes) samples are grouped, so that little is padded.
+        sequential: read tars from beginning to end, for shards that cannot be indexed. The order is not exact: see
             `mmcontrast.data.stream`.
         num_workers: decoding processes of each rank; 0: decode in the training process.
-        prefetch: samples that they have ready, a batch each at least; default: four batches each, or what fills half of the
-            free memory. `mmcontrast doctor` says how many that are.
+        prefetch: samples that the workers have ready, at least a batch each; default: four batches each, or what fills half of
+            the free memory. `mmcontrast doctor` prints the number.
         lanes: a multiple of every number of ranks the run may ever have; default: the largest power of two up to 64
             that divides the batch.
-        max_bad_share: samples that cannot be decoded are replaced by others and listed in bad_samples.jsonl; more than this
-            share of those seen (of a thousand, at the start) stop the run.
+        max_bad_share: samples that cannot be decoded are replaced by others and listed in bad_samples.jsonl; the run stops if
+            they are more than this share of the samples seen (of a thousand, at the start).
         record_samples: write the sample ids of every step, in their order, to samples.jsonl.
-        block, window: samples that stay together until they are shuffled, and that are shuffled together, in a lane.
+        block, window: the numbers of consecutive samples in a block, and of samples that are shuffled together, in a lane.
     """
 
     train: Patterns | dict[str, SourceOptions]
@@ -140,34 +141,35 @@ class DataOptions(Options):
 
     @field_validator("batches", mode="before")
     @classmethod
-    def _name_alone(cls, batches: Any) -> Any:
+    def _expand_name(cls, batches: Any) -> Any:
         if isinstance(batches, str) and batches not in ("mixed", "single", "neighbours"):
             raise ValueError("it is mixed, single, or neighbours with options: {type: neighbours, table: mined.parquet}")
         return {"type": "neighbours"} if batches == "neighbours" else batches
 
     @property
     def tables_of_negatives(self) -> list[NegativesOptions]:
+        """Return the options of all tables of negatives."""
         return self.negatives if isinstance(self.negatives, list) else [self.negatives]
 
     @property
     def mined(self) -> dict[str, NegativesOptions]:
-        """The names under which a batch has each mined negative, and of which table it is."""
-        found: dict[str, NegativesOptions] = {}
+        """Return the table of each mined negative by its name in a batch."""
+        tables: dict[str, NegativesOptions] = {}
         numbers: Counter[str] = Counter()
-        for given in self.tables_of_negatives:
-            for _ in range(given.count):
-                found[f"{given.field}.negative.{numbers[given.field]}"] = given
-                numbers[given.field] += 1
-        return found
+        for table in self.tables_of_negatives:
+            for _ in range(table.count):
+                tables[f"{table.field}.negative.{numbers[table.field]}"] = table
+                numbers[table.field] += 1
+        return tables
 
 
-def _from_the_start(points: dict[int, T]) -> dict[int, T]:
+def _check_first_step(points: dict[int, T]) -> dict[int, T]:
     if 0 not in points:
         raise ValueError("the first step of a stage must be 0")
     return points
 
 
-def _rising(steps: tuple[int, int]) -> tuple[int, int]:
+def _check_order(steps: tuple[int, int]) -> tuple[int, int]:
     if steps[0] > steps[1]:
         raise ValueError("the first step comes after the last")
     return steps
@@ -176,7 +178,7 @@ def _rising(steps: tuple[int, int]) -> tuple[int, int]:
 MatryoshkaWidths = Annotated[
     list[Positive] | dict[Positive, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)
 ]
-Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_from_the_start)]  # from a step on, a value
+Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_check_first_step)]  # values by their first step
 
 
 class TeacherOptions(Options):
@@ -184,8 +186,8 @@ class TeacherOptions(Options):
 
     Attributes:
         model, pretrained, checkpoint, pooling: as in `model.start`: whatever `mmcontrast.load` opens.
-        scale: its logit scale; default: what it has learnt.
-        fields: which of its fields sees each of the model's, where names differ: {picture: image, caption: text}.
+        scale: its logit scale; default: the one that it has learnt.
+        fields: the teacher's field for each of the model's whose name differs: {picture: image, caption: text}.
     """
 
     model: str
@@ -197,14 +199,15 @@ class TeacherOptions(Options):
 
     @property
     def start(self) -> StartOptions:
+        """Return the options that open the model."""
         return StartOptions(**self.model_dump(include={"model", "pretrained", "checkpoint", "pooling"}))
 
 
 class StoredTeacherOptions(Options):
-    """A model to learn from whose embeddings of the samples are in the shards.
+    """A model to learn from whose embeddings of the samples are stored in the shards.
 
     Attributes:
-        stored: of each field, the member with its embeddings, an array [E], or [A, E] of A augmentations or captions:
+        stored: for each field, the member with its embeddings, an array [E], or [A, E] of A augmentations or captions:
             {image: teacher.image.npy, text: teacher.text.npy}.
         scale: its logit scale.
     """
@@ -217,13 +220,13 @@ AnyTeacherOptions = str | TeacherOptions | StoredTeacherOptions
 
 
 class MineOptions(Options):
-    """What `train.mine_every` mines: the options of `mmcontrast data mine`, by the same names (docs/mining.md).
+    """The options of `train.mine_every`, named as those of `mmcontrast data mine` (docs/mining.md).
 
     Attributes:
         query, candidate: fields; they may be the same. `data.negatives` of the field `candidate` are mined.
-        count: candidates of each sample, at most; default: 5, or `nearest` of `data.batches`, if that is more.
+        count: the most candidates of a sample; default: 5, or `nearest` of `data.batches` if that is more.
         range_min, range_max, max_score, min_score, absolute_margin, relative_margin, sampling, search, recall: as there.
-        first: mine before the first step too: for a model that knows something already.
+        first: mine before the first step too, for a pretrained model.
     """
 
     query: str
@@ -242,15 +245,15 @@ class MineOptions(Options):
 
 
 class BridgeLossOptions(Options):
-    """A further term of the loss: pairs of fields learn what the batch's rows of a third field say of both, as a teacher; see
+    """A further term of the loss, in which pairs of fields learn from the batch's rows of a third field as a teacher; see
     `mmcontrast.training.bridging`. The two fields need not occur in one sample.
 
     Attributes:
         through: the field whose rows are the bank: on each rank those of its own share of the batch.
-        pairs: of fields; default: all without `through`.
+        pairs: the pairs of fields; default: all without `through`.
         weight: of the term.
-        start: the step from which on it counts: before, the bank says little.
-        scale: κ of the softmax over the bank, and of the targets; default: the logit scale as it is then.
+        start: the first step of the term; before it, the bank is not informative.
+        scale: κ of the softmax over the bank, and of the targets; default: the current logit scale.
     """
 
     through: str
@@ -260,88 +263,89 @@ class BridgeLossOptions(Options):
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def pairs_of(self, fields: list[str]) -> list[tuple[str, str]]:
+        """Return the pairs of fields that learn through the third one."""
         return self.pairs or list(combinations([field for field in fields if field != self.through], 2))
 
 
 def _pattern(name: Any) -> Any:
-    """Return the weights of a tower that is named alone; anything else is a pattern."""
-    alone = isinstance(name, str) and not {".", "*"} & {*name} and name not in ("log_logit_scale", "logit_bias")
-    return f"towers.{name}.*" if alone else name
+    """Return the pattern of a tower's weights for its name; anything else is a pattern already."""
+    is_tower = isinstance(name, str) and not {".", "*"} & {*name} and name not in ("log_logit_scale", "logit_bias")
+    return f"towers.{name}.*" if is_tower else name
 
 
 class TrainOptions(Options):
     """The training loop.
 
     Attributes:
-        steps, epochs: how long: optimizer steps, or passes over the training data, which may be a fraction; exactly one of the
-            two. An override of one of them takes the place of the other in the config's file.
-        batch_size: samples a step, over all ranks.
-        micro_batch_size: at most so many samples of a rank have activations at a time, in parts as equal as can be. The loss is
-            still that of the whole batch, exactly; costs a second forward (gradient caching).
-        accumulation_steps: another thing: a step's batch is cut into so many parts, each contrasted within itself alone; the
-            same parts on any number of ranks. Fewer negatives, no second forward. For more negatives than fit, use
-            micro_batch_size.
-        queue_size: so many past embeddings of each field, of a momentum encoder, are further negatives (MoCo); 0: none.
+        steps, epochs: the length of the run: optimizer steps, or passes over the training data, also a fraction; exactly one of
+            the two. An override of one of them replaces the other in the config's file.
+        batch_size: samples per step, over all ranks.
+        micro_batch_size: the most samples of a rank that have activations at a time, in parts of about equal size. The loss is
+            exactly that of the whole batch; costs a second forward (gradient caching).
+        accumulation_steps: cut a step's batch into so many parts, each contrasted only within itself; the same parts on any
+            number of ranks. Fewer negatives, no second forward. For more negatives than fit, use micro_batch_size.
+        queue_size: the number of past embeddings of each field, by a momentum encoder, that are further negatives (MoCo); 0:
+            none.
         queue_momentum: of that encoder's weights.
-        teacher: a model that objectives with a teacher learn from, by its name or with options; or one whose embeddings are in
-            the shards; or several. It has no gradient, and reads the samples by its own preprocessing.
-        matryoshka: the loss is the sum of those of the first so many numbers of each embedding (arXiv:2205.13147):
-            [64, 128, 512], or with weights {64: 0.5, 512: 1.0}. The whole width is one of them.
-        bridge: pairs of fields that also learn from what the batch's rows of a third field say of both.
+        teacher: a model that objectives with a teacher learn from, by its name or with options; or one whose embeddings are
+            stored in the shards; or several. It has no gradient, and reads the samples by its own preprocessing.
+        matryoshka: widths of prefixes of the embeddings; the loss is the sum of the losses of these prefixes
+            (arXiv:2205.13147): [64, 128, 512], or with weights {64: 0.5, 512: 1.0}. The whole width is one of them.
+        bridge: a further term of the loss for pairs of fields that learn from a third field of the batch.
         seed: of weights, order and augmentation.
-        mine_every: every so many steps the training data are embedded with the weights at hand (averaged ones, if they are),
-            and what `mine` says is mined anew, for `data.negatives` and `data.batches` that name no table.
-        mine: what is mined.
-        optimizer: adamw, or the name of one of timm's, with its options: {type: lion, betas: [0.95, 0.98]}.
-        lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any). What does not decay: vectors (biases, norms, layer
-            scales), logit scale and bias, class tokens and the like, tables of positions, a network's own `no_weight_decay()`.
-        tower_lr: lr of the towers that need another, by name, with their projection: {text: 5e-4}.
+        mine_every: every so many steps, embed the training data with the current weights (or their average), and mine by the
+            options of `mine`, for `data.negatives` and `data.batches` without a table.
+        mine: the options of mining.
+        optimizer: adamw, or the name of a timm optimizer, with its options: {type: lion, betas: [0.95, 0.98]}.
+        lr, weight_decay, betas, eps: AdamW's (lr and weight_decay: of any). Vectors (biases, norms, layer scales), logit scale
+            and bias, class tokens and the like, tables of positions, and a network's own `no_weight_decay()` do not decay.
+        tower_lr: another lr for towers by name, with their projections: {text: 5e-4}.
         layer_decay: of towers by name: each layer has this times the lr of the one above: {image: 0.75}.
-        freeze: towers by name, or weights by patterns of their names, that do not learn: [image, towers.text.blocks.0.*]; or a
-            mapping of patterns to the step until which they are locked, null: for good.
-        unfreeze_at: of those, the step from which on they learn: {text: 500}.
-        warmup_steps: of linear warm-up, before the schedule.
+        freeze: towers by name, or weights by patterns of their names, that are not trained: [image, towers.text.blocks.0.*]; or
+            a mapping of patterns to the step until which they are locked, null: for good.
+        unfreeze_at: the step from which frozen towers are trained: {text: 500}.
+        warmup_steps: steps of linear warm-up, before the schedule.
         schedule: cosine, linear, constant, or wsd (warm-up, stable, decay over the last decay_share of the steps).
-        decay_share: of wsd: the share of the steps in which the lr decays.
-        final_lr_share: what is left of the lr after the last step.
-        ema_decay: of an exponential moving average of the weights, which is evaluated and saved beside them; at step n no more
-            than (1 + n) / (10 + n), so that it forgets the start.
-        resolution: of fields with pictures, the side to which they are scaled from a step on: {image: {0: 112, 40000: 224}}.
-        patch_dropout: of towers, the share of patches that they drop from a step on: {image: {0: 0.5, 40000: 0.0}} (FLIP,
+        decay_share: for wsd: the share of the steps in which the lr decays.
+        final_lr_share: the share of the lr that remains after the last step.
+        ema_decay: decay of an exponential moving average of the weights, which is evaluated, and saved beside them; at step n
+            at most (1 + n) / (10 + n), so that it forgets the initial weights.
+        resolution: for fields of pictures, the side to which they are scaled from a step on: {image: {0: 112, 40000: 224}}.
+        patch_dropout: for towers, the share of patches that they drop from a step on: {image: {0: 0.5, 40000: 0.0}} (FLIP,
             arXiv:2212.00794).
         clip_grad_norm: largest gradient norm; null: no clipping.
-        precision: of the towers. Losses and statistics are fp32 always, their products on a GPU tf32 with all but
+        precision: of the towers. Losses and statistics are always fp32, their products on a GPU tf32 with all but
             "fp32" (gradients' error 6e-4, with bf16 embeddings 2e-3, on an H200); "tf32": the towers' products too.
-        parallel: what several processes share: "ddp": each holds the whole model; "fsdp": each holds a part of its weights,
-            gradients, averages and optimizer state, and fetches a block's weights when it computes it (FSDP2).
-        shard_ranks: of fsdp: so many ranks that follow each other, those of a node, share a copy of the weights, and these
+        parallel: how processes hold the model: "ddp": each holds all of it; "fsdp": each holds a part of its weights,
+            gradients, averages and optimizer state, and gathers a block's weights when it computes it (FSDP2).
+        shard_ranks: for fsdp: the number of consecutive ranks, as those of a node, that share a copy of the weights; these
             groups are data parallel (HSDP); default: all ranks share one.
-        reduce_gradients: of fsdp with micro_batch_size or accumulation_steps: after every "micro_batch", each rank keeping its
-            part alone; or once a "step", for which each rank keeps the gradients of all weights, in fp32.
+        reduce_gradients: for fsdp with micro_batch_size or accumulation_steps: after every "micro_batch", each rank keeping
+            only its part; or once per "step", for which each rank keeps the gradients of all weights, in fp32.
         communication: of the loss's columns between processes: ring, gather, hierarchical (a ring of nodes, whose ranks
-            gather), or auto: the one that a model of their cost says is the fastest (docs/scale.md).
-        reshard_after_forward: of fsdp: let a block's weights go after its forward, and fetch them again for its backward.
-        recompute: towers whose blocks keep their inputs alone, and compute the rest again in the backward: activation
-            checkpointing.
+            gather), or auto: the fastest by a model of their cost (docs/scale.md).
+        reshard_after_forward: for fsdp: free a block's weights after its forward, and gather them again for its backward.
+        recompute: towers whose blocks keep only their inputs, and recompute activations in the backward (activation
+            checkpointing).
         compile: towers whose blocks are compiled by torch.compile.
-        channels_last: memory format of convolutions.
-        threads: of torch in each process; null: torch's default.
+        channels_last: the memory format of convolutions.
+        threads: torch's threads in each process; null: torch's default.
         init_from: the weights to start from: of a run, a .safetensors file, or any model that `mmcontrast.load` opens; other
             names or shapes are refused.
-        log_every, evaluate_every, checkpoint_every: steps; of the last two 0: at the end only; null: at the end of each epoch,
+        log_every, evaluate_every, checkpoint_every: steps; for the last two 0: only at the end; null: at the end of each epoch,
             the default of a run with `epochs`.
         evaluate_first: evaluate before the first step too, as step 0: the page shows what the training changed.
-        patience: end the run when so many evaluations in turn have not improved the result that `evaluation.best` names. A tie
-            is no improvement; step 0 counts as one to improve on.
-        async_checkpoints: write them beside the training, from a copy in memory.
-        keep_checkpoints: so many of the last are kept, beside the best.
-        keep_every: those of every so many steps are kept for good; 0: none.
-        trackers: accelerate's by name, each with the options of its start: {tensorboard: {}, wandb: {entity: my-team}}.
-        profile_steps: first and last step of a trace of torch's profiler, in profile/.
-        stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written down,
-            and the run ends.
-        pause_stall_seconds: the same for what is done between steps, each time: saving, evaluating, mining.
-        signals: at logged steps also the numbers that `contrastive_loss` names: losses and alignment of pairs, accuracy in the
+        patience: end the run when so many consecutive evaluations have not improved the result that `evaluation.best` names. A
+            tie is no improvement; step 0 counts as an evaluation to improve on.
+        async_checkpoints: write checkpoints while training goes on, from a copy in memory.
+        keep_checkpoints: the number of last checkpoints to keep, beside the best.
+        keep_every: keep the checkpoint of every so many steps for good; 0: none.
+        trackers: accelerate's by name, each with its options: {tensorboard: {}, wandb: {entity: my-team}}.
+        profile_steps: the first and last step of a trace by torch's profiler, in profile/.
+        stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written, and the
+            run ends.
+        pause_stall_seconds: the same for each pause between steps: saving, evaluating, mining.
+        signals: at logged steps also log the signals of `contrastive_loss`: losses and alignment of pairs, accuracy in the
             batch and effective negatives of directions.
     """
 
@@ -395,27 +399,27 @@ class TrainOptions(Options):
     keep_checkpoints: Positive = 2
     keep_every: Annotated[int, Field(ge=0)] = 0
     trackers: dict[str, dict[str, Any]] = {"tensorboard": {}}
-    profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] | None = None
+    profile_steps: Annotated[tuple[Positive, Positive], AfterValidator(_check_order)] | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
     pause_stall_seconds: Annotated[float, Field(gt=0)] = 6 * 3600.0
     signals: bool = True
 
     @model_validator(mode="before")
     @classmethod
-    def _evaluate_each_epoch(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("epochs") is not None:
-            return {"evaluate_every": None, "checkpoint_every": None} | given
-        return given
+    def _evaluate_each_epoch(cls, options: Any) -> Any:
+        if isinstance(options, dict) and options.get("epochs") is not None:
+            return {"evaluate_every": None, "checkpoint_every": None} | options
+        return options
 
     @model_validator(mode="before")
     @classmethod
-    def _frozen_towers(cls, given: Any) -> Any:
-        """Write `freeze: [image]` and `unfreeze_at` as one mapping of patterns."""
-        if not isinstance(given, dict) or not (isinstance(given.get("freeze"), list) or given.get("unfreeze_at")):
-            return given
-        frozen, until = given.get("freeze") or {}, given.get("unfreeze_at") or {}
+    def _merge_freeze(cls, options: Any) -> Any:
+        """Return options with `freeze: [image]` and `unfreeze_at` as one mapping of patterns."""
+        if not isinstance(options, dict) or not (isinstance(options.get("freeze"), list) or options.get("unfreeze_at")):
+            return options
+        frozen, until = options.get("freeze") or {}, options.get("unfreeze_at") or {}
         patterns = {_pattern(name): None for name in frozen} if isinstance(frozen, list) else dict(frozen)
-        return given | {"freeze": patterns | {_pattern(name): step for name, step in until.items()}, "unfreeze_at": {}}
+        return options | {"freeze": patterns | {_pattern(name): step for name, step in until.items()}, "unfreeze_at": {}}
 
     @model_validator(mode="after")
     def _check_length(self) -> "TrainOptions":
@@ -424,20 +428,22 @@ class TrainOptions(Options):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"both steps={self.steps} and epochs={self.epochs:g} are given: leave one out, or set it to null")
         if (self.mine_every is None) != (self.mine is None):
-            lacking = "mine: {query: image, candidate: text}" if self.mine is None else "mine_every: 2000"
-            raise ValueError(f"mine_every and mine go together: when, and what is mined; {lacking} is missing")
+            missing = "mine: {query: image, candidate: text}" if self.mine is None else "mine_every: 2000"
+            raise ValueError(f"mine_every and mine go together: when, and what is mined; {missing} is missing")
         if self.patience and self.evaluate_every == 0:
             raise ValueError(f"patience={self.patience} counts evaluations, and there is one alone: set evaluate_every")
         return self
 
     @property
     def teachers(self) -> list[TeacherOptions | StoredTeacherOptions]:
-        """All teachers, in full."""
-        given = self.teacher if isinstance(self.teacher, list) else [] if self.teacher is None else [self.teacher]
-        return [TeacherOptions(model=one) if isinstance(one, str) else one for one in given]
+        """Return the options of all teachers."""
+        if self.teacher is None:
+            return []
+        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        return [TeacherOptions(model=teacher) if isinstance(teacher, str) else teacher for teacher in teachers]
 
     @property
     def total_steps(self) -> int:
-        """The optimizer steps of the run; of a run with `epochs` known once its data are open (`epochs.in_steps`)."""
+        """Return the optimizer steps of the run; a run with `epochs` has them once its data are open (`epochs.in_steps`)."""
         assert self.steps is not None
         return self.steps

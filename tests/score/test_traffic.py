@@ -60,7 +60,7 @@ def loss_and_grads(sizes, rank, objective, with_ids, **options):
 def check(rank, sizes, within, objective):
     os.environ["LOCAL_WORLD_SIZE"] = str(within)
     with_ids = BOTH[objective]
-    found = {}
+    results = {}
     for scheme in (*SCHEMES, *(["auto"] if sizes == EQUAL else [])):
         with Counted() if sizes == EQUAL else nullcontext() as counted:
             loss, *rows, scale = loss_and_grads(
@@ -68,13 +68,13 @@ def check(rank, sizes, within, objective):
             )
         mean = torch.stack([loss, scale])
         dist.all_reduce(mean)
-        found[scheme] = [*(mean / RANKS), *(grad / RANKS for grad in rows)]
+        results[scheme] = [*(mean / RANKS), *(grad / RANKS for grad in rows)]
         if scheme != "auto" and sizes == EQUAL:
             check_counts(counted, scheme, within, sizes[0], with_ids)
     want_loss, *want_rows, want_scale = loss_and_grads(sizes, None, objective, with_ids, backend="dense")
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     want = [want_loss, want_scale, *(grad[own] for grad in want_rows)]
-    for scheme, values in found.items():
+    for scheme, values in results.items():
         for value, wanted in zip(values, want, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12, msg=lambda text, s=scheme: f"{s}: {text}")
 
@@ -100,8 +100,8 @@ def check_memory(rank):
             contrastive_loss(dict(zip("ab", leaves, strict=True)), logit_scale=1.0, tile_size=32, **options).backward()
         peaks[scheme] = alive.peak
     for scheme in SCHEMES:
-        found, formula = peaks[scheme] - peaks[None], gathered_bytes(scheme, RANKS // 2, 2, rows, width)
-        assert 0.9 * formula < found < 1.1 * formula, (scheme, found / (4 * rows * width), formula / (4 * rows * width))
+        measured, formula = peaks[scheme] - peaks[None], gathered_bytes(scheme, RANKS // 2, 2, rows, width)
+        assert 0.9 * formula < measured < 1.1 * formula, (scheme, measured / (4 * rows * width), formula / (4 * rows * width))
 
 
 def worker(rank, port, folder):

@@ -77,7 +77,7 @@ def test_the_loss_of_a_step_is_that_of_the_teachers_embeddings(tmp_path, shards,
 
 @pytest.mark.parametrize("more", [{}, {"accumulation_steps": 2}, {"parallel": "fsdp", "ema_decay": 0.9}])
 def test_gradient_caching_changes_nothing_and_asks_the_teacher_once(tmp_path, shards, teacher, more, monkeypatch):
-    found = []
+    folders = []
     for name, micro in (("plain", None), ("cached", 3)):
         options = {"teacher": str(teacher), "micro_batch_size": micro, **more}
         path = write_config(tmp_path, shards, name, objective=DISTILLATION, train=options)
@@ -85,13 +85,13 @@ def test_gradient_caching_changes_nothing_and_asks_the_teacher_once(tmp_path, sh
         seen = []
         hook = job.teachers[0].model.register_forward_hook(lambda _, given, __, seen=seen: seen.append(len(given[0])))
         monkeypatch.setattr("tests.training.teaching.make_run_context", lambda *_, job=job: job)
-        found.append(run(path))
+        folders.append(run(path))
         hook.remove()
         assert sum(seen) == 2 * 2 * 8, "two fields, two steps, eight samples: each once"
         assert max(seen) <= (micro or 8)
-    assert losses(found[0]) == pytest.approx(losses(found[1]), rel=1e-6)
-    for name, tensor in weights(found[0]).items():
-        torch.testing.assert_close(tensor, weights(found[1])[name], rtol=1e-5, atol=1e-6)
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-6)
+    for name, tensor in weights(folders[0]).items():
+        torch.testing.assert_close(tensor, weights(folders[1])[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_resumed_run_goes_on_bitwise_with_the_same_teacher_alone(tmp_path, shards, teacher):
@@ -156,17 +156,17 @@ def test_a_teacher_of_another_library_reads_pictures_and_the_same_lines_by_its_o
     path = write_config(tmp_path, tmp_path / "a.tar", **groups, train={"teacher": given}, data={"lanes": 1, "block": 8})
     job, opened = make_run_context(load_config(path)), load(folder, device="cpu")
     (batch,) = batches_of(job, 1)
-    found = job.teachers[0].embed(batch.views[0], 3, torch.device("cpu"))
+    embeddings = job.teachers[0].embed(batch.views[0], 3, torch.device("cpu"))
     places = [int(entry["key"]) for entry in batch.metadata]
     want = opened.embed(images=[pictures[place] for place in places])
-    torch.testing.assert_close(found["picture"], want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embeddings["picture"], want, rtol=1e-5, atol=1e-6)
     lines = []
     for place, row in zip(places, batch.values["caption"], strict=True):
         texts = [f"caption {place} {line}" for line in range(5)]
         ids = [job.model.modality("caption").tokens(one).tolist() for one in texts]
         lines.append(texts[ids.index([token for token in row.tolist() if token >= 0])])
     assert len({line[-1] for line in lines}) > 1
-    torch.testing.assert_close(found["caption"], opened.embed(texts=lines), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embeddings["caption"], opened.embed(texts=lines), rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused_at_the_door(tmp_path, shards, teacher):

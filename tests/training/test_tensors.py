@@ -110,9 +110,9 @@ def work(rank, folder):
         assert other["wide"].is_meta and other["wide"].shape == (64, 32)
 
         tree = {"b": [torch.arange(3), (torch.tensor(True), "x")], "empty": torch.empty(0), "half": torch.ones(2).bfloat16()}
-        found = from_first(lambda: tree if rank == 0 else None, group, CPU)
-        assert torch.equal(found["b"][0], tree["b"][0]) and found["b"][1] == (torch.tensor(True), "x")
-        assert found["half"].dtype == torch.bfloat16 and found["empty"].shape == (0,)
+        received = from_first(lambda: tree if rank == 0 else None, group, CPU)
+        assert torch.equal(received["b"][0], tree["b"][0]) and received["b"][1] == (torch.tensor(True), "x")
+        assert received["half"].dtype == torch.bfloat16 and received["empty"].shape == (0,)
         with pytest.raises(EveryRankError, match="not here"):
             from_first(refuse, group, CPU)
 
@@ -149,7 +149,7 @@ def train_small(rank, folder):
                 group=dist.group.WORLD, communication="ring",  # which reduces nothing itself
             )  # fmt: skip
 
-        found = {}
+        results = {}
         for shard_ranks in (None, 2):
             for often in ("micro_batch", "step"):
                 options = TrainOptions(steps=1, batch_size=48, parallel="fsdp", shard_ranks=shard_ranks, reduce_gradients=often)
@@ -161,13 +161,13 @@ def train_small(rank, folder):
                     cached_backward(model, batch, 4, loss_of)
                 reduced = sum(count for kind, count in seen.get_comm_counts().items() if "reduce_scatter" in str(kind))
                 name = f"{shard_ranks} {often}"
-                found[name] = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}, reduced
+                results[name] = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}, reduced
                 whole = {n: whole_on_first(p.detach()) for n, p in model.named_parameters()}
                 again = make_model().state_dict()
                 assert all(tensor is None if rank else torch.equal(tensor, again[n]) for n, tensor in whole.items())
-        gradients, often = found["None micro_batch"]
+        gradients, often = results["None micro_batch"]
         assert often > 0 and any("shared" in name for name in gradients)
-        for name, (other, count) in found.items():
+        for name, (other, count) in results.items():
             assert count == (often // 3 if name.endswith("step") else often), "three micro-batches"
             torch.testing.assert_close(other, gradients, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
         with pytest.raises(UserError, match="train.shard_ranks=3: 4 processes cannot be cut into groups of 3"):

@@ -1,4 +1,4 @@
-"""Backends by name, and the rule by which "auto" takes one."""
+"""The backends by name, and the rule by which "auto" chooses one."""
 
 from collections.abc import Sequence
 
@@ -15,20 +15,20 @@ BACKENDS: dict[str, Backend] = {"triton": TritonTiled(), "torch": TorchTiled(), 
 
 
 def choose(name: str, x: Tensor, reductions: Sequence[Reduction], link: Link | None = None) -> Backend:
-    """The backend of that name; "auto" is "triton" on a GPU if that has what is asked for, else "torch".
+    """Return the backend of a name; "auto" is "triton" on a GPU if it supports the inputs, else "torch".
 
     Raises:
-        ValueError: for an unknown name, or what the named backend lacks; it names one that has it.
+        ValueError: for an unknown name, or inputs that the backend does not support; it names one that does.
     """
     if name == "auto":
         fused = x.is_cuda and not BACKENDS["triton"].lacks(x, reductions, link)
         return BACKENDS["triton" if fused else "torch"]
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: there is auto, {', '.join(BACKENDS)}")
-    lacking = BACKENDS[name].lacks(x, reductions, link)
-    if lacking:
+    missing = BACKENDS[name].lacks(x, reductions, link)
+    if missing:
         able = [other for other, backend in BACKENDS.items() if not backend.lacks(x, reductions, link)]
-        raise ValueError(f"backend {name!r} has no {lacking}: {' and '.join(map(repr, able)) or 'no backend'} has")
+        raise ValueError(f"backend {name!r} has no {missing}: {' and '.join(map(repr, able)) or 'no backend'} has")
     return BACKENDS[name]
 
 

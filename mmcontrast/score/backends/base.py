@@ -1,4 +1,4 @@
-"""What a backend computes: the statistics of one rectangle of scores, and the gradients that flow back through them."""
+"""The interface of backends, which compute the statistics of a rectangle of scores, and the gradients through them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from mmcontrast.score.links import Link
 from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction, SoftplusSum, Sum
 from mmcontrast.score.teachers import Limits, Teacher
 
-SPARSE_PAIRS = 8  # same-group pairs a row and column up to which they are listed rather than compared tile by tile
+SPARSE_PAIRS = 8  # the most same-group pairs per row and column for which pairs are listed rather than compared in each tile
 
 
 @dataclass(frozen=True)
 class SameGroup:
-    """Which row and column of a rectangle are of the same group: row_ids [n] against column_ids [m], int64.
+    """The pairs of rows and columns of a rectangle that have the same group: row_ids [n] against column_ids [m], int64.
 
-    Usually a few pairs (the diagonal), which are listed once; with large groups, a comparison in each tile.
+    Usually these are few (the diagonal), and are listed once; with large groups, ids are compared in each tile.
     """
 
     row_ids: Tensor
@@ -27,7 +27,7 @@ class SameGroup:
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Columns in the order of their ids, and for each row the first of its own there, and how many."""
+        """Return the columns sorted by id, and for each row the position of the first one of its group, and their number."""
         ids, order = torch.sort(self.column_ids)
         rows = self.row_ids.contiguous()
         first = torch.searchsorted(ids, rows)
@@ -35,18 +35,18 @@ class SameGroup:
 
     @cached_property
     def row_counts(self) -> Tensor:
-        """[n]: columns of each row's group."""
+        """Return the number of columns [n] of each row's group."""
         return self._sorted[2]
 
     @cached_property
     def column_counts(self) -> Tensor:
-        """[m]: rows of each column's group."""
+        """Return the number of rows [m] of each column's group."""
         return SameGroup(self.column_ids, self.row_ids).row_counts
 
     @cached_property
     def _pairs(self) -> tuple[Tensor, Tensor, list[int]] | None:
-        """(rows, columns) of all pairs by row, and where each row's begin; None if they are too many to list, or on a
-        device where looking them up would wait for it."""
+        """Return (rows, columns) of all pairs by row, and where each row's begin; None if they are too many to list, or on a
+        device that the look-up would wait for."""
         if self.row_ids.device.type != "cpu":
             return None
         order, first, counts = self._sorted
@@ -59,7 +59,7 @@ class SameGroup:
         return rows, order[first[rows] + within], [0, *ends.tolist()]
 
     def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | Tensor | None:
-        """The pairs in a tile, ready to index it: (row, column) positions, a bool mask, or None if there are none."""
+        """Return the pairs in a tile as an index into it: (row, column) positions, a bool mask, or None if there are none."""
         if self._pairs is None:
             return self.row_ids[rows, None] == self.column_ids[columns]
         pair_rows, pair_columns, starts = self._pairs
@@ -72,15 +72,15 @@ class SameGroup:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of scores z_ij = scale · φ(x_i·y_j) + bias, where φ is the link, if there is one.
+    """A rectangle of scores z_ij = scale · φ(x_i·y_j) + bias, where φ is the link, or the identity without one.
 
     Attributes:
-        x, y: [n, D] and [m, D]; x_needs_grad, y_needs_grad: whether their gradients are wanted.
+        x, y: [n, D] and [m, D]; x_needs_grad, y_needs_grad: whether to compute their gradients.
         row_scale: [] for both directions, or [n] for the row direction with column_scale [m] for the columns'.
         bias: [], or None.
-        same: who is of whose group.
+        same: the pairs of the same group.
         reductions: of every row and, if `both`, of every column.
-        tile_size: rows and columns of a tile; None: the backend's own.
+        tile_size: rows and columns of a tile; None: the backend's default.
         link: see `Link`. limits: of the reductions with `below`. teachers: of `CrossSum`.
     """
 
@@ -101,12 +101,12 @@ class Block:
 
     @property
     def folded(self) -> bool:
-        """Whether the weights W already carry the scale: where it is not one number of linear scores."""
+        """Return whether the weights W include the scale: unless it is a scalar of linear scores."""
         return self.row_scale.dim() > 0 or self.link is not None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of scores, statistics and accumulators: float64 for float64 inputs, else float32."""
+        """Return the dtype of scores, statistics and accumulators: float64 for float64 inputs, else float32."""
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
 
@@ -120,12 +120,12 @@ class Statistics:
 
 @dataclass
 class Gradients:
-    """A block's share of the gradients. A scalar scale of linear scores stays out of `dx` and `dy`: whoever adds the blocks
-    up multiplies by it once, and has its own gradient as Σ_i x_i · dx_i.
+    """A block's share of the gradients. `dx` and `dy` do not include a scalar scale of linear scores: the caller multiplies the
+    sum over blocks by it once, and computes its gradient as Σ_i x_i · dx_i.
 
     Attributes:
-        dy: [m, D], Σ_i w_ij x_i with w = ∂loss/∂(x·y), without the scale unless `Block.folded`; None if it is not wanted.
-        row_scale, column_scale: [n] and [m] where scales are per anchor; [] and None of a scalar under a link; else None.
+        dy: [m, D], Σ_i w_ij x_i with w = ∂loss/∂(x·y), without the scale unless `Block.folded`; None if it is not needed.
+        row_scale, column_scale: [n] and [m] for scales per anchor; [] and None for a scalar with a link; else None.
         bias: [], or None without a bias.
         parameter: [], the link's; None without a link.
     """
@@ -138,11 +138,11 @@ class Gradients:
 
 
 class Backend(Protocol):
-    """Two functions on one block. `final` are the statistics over all blocks, `grads` the loss's gradients by them; `dx`
-    [n, D] is added to in place, if it is wanted."""
+    """The forward and backward of one block. `final` are the statistics over all blocks, `grads` the loss's gradients by them;
+    the gradient of x is added to `dx` [n, D] in place, unless that is None."""
 
     def lacks(self, x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
-        """What this backend has not of what is asked for, in words."""
+        """Return what this backend does not support of the inputs, in words; None if it supports all."""
 
     def forward(self, block: Block) -> Statistics: ...
 
@@ -150,15 +150,15 @@ class Backend(Protocol):
 
 
 def lacks_in_torch(x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
-    """What backends of plain torch operations lack."""
+    """Return what backends of plain torch operations do not support of the inputs; None if they support all."""
     if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"statistics of {x.dtype}"
-    known = (LogSumExp, SoftplusSum, Sum, Maximum, CrossSum)
-    return next((f"reduction {r}" for r in reductions if type(r) not in known), None)
+    supported = (LogSumExp, SoftplusSum, Sum, Maximum, CrossSum)
+    return next((f"reduction {reduction}" for reduction in reductions if type(reduction) not in supported), None)
 
 
 def finite(values: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Statistics over no candidate at all (−inf) have no gradient: both become 0 there."""
+    """Return values and gradients with 0 for statistics without candidates (−inf), which have no gradient."""
     empty = [value.isneginf() for value in values]
     return (
         [value.masked_fill(none, 0.0) for value, none in zip(values, empty, strict=True)],

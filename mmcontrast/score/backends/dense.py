@@ -1,4 +1,4 @@
-"""The oracle: all scores of a block at once, reduced by plain operations whose gradients are autograd's."""
+"""The dense backend, the oracle: all scores of a block at once, reduced by plain operations with autograd's gradients."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,10 +13,11 @@ from mmcontrast.score.teachers import Teacher
 
 
 def reduce_rows(reduction: Reduction, scores: Tensor, same: Tensor, above: Tensor | None, targets: Tensor | None) -> Tensor:
-    """[n] from scores [n, m], of the candidates that the reduction takes.
+    """Return a reduction [n] of scores [n, m].
 
     Args:
-        same: bool [n, m], of the anchor's group. above: likewise, beyond its limit. targets: teachers' softmaxes.
+        same: bool [n, m], candidates of the anchor's group. above: bool [n, m], those above its limit. targets: teachers'
+            softmaxes.
     """
     dropped = {"negatives": same, "positives": ~same, "all": torch.zeros_like(same)}[reduction.over]
     if reduction.below and above is not None:
@@ -37,10 +38,10 @@ def reduce_rows(reduction: Reduction, scores: Tensor, same: Tensor, above: Tenso
 
 
 class _Side:
-    """One direction of a block: its anchors, one a row.
+    """One direction of a block, with its anchors as rows.
 
     Attributes:
-        turn: [n, m] → [anchors, candidates]. same, above, targets: as `reduce_rows` takes them. scale: [] or [anchors, 1].
+        turn: [n, m] → [anchors, candidates]. same, targets: as in `reduce_rows`. scale: [] or [anchors, 1].
     """
 
     def __init__(self, block: Block, rows: bool) -> None:
@@ -52,35 +53,37 @@ class _Side:
         self.guide = None
         if block.limits is not None and block.limits.guide is not None:
             self.guide = self.turn(_teacher_scores(block, block.limits.guide))
-        sums = [teacher.row_log_sums if rows else teacher.column_log_sums for teacher in block.teachers]
-        parts = [
-            (self.turn(_teacher_scores(block, teacher)) - one[:, None]).exp()
-            for teacher, one in zip(block.teachers, sums, strict=True)
-            if one is not None
-        ]
-        self.targets = torch.stack(parts).mean(0) if parts else None
+        softmaxes = []
+        for teacher in block.teachers:
+            log_sums = teacher.row_log_sums if rows else teacher.column_log_sums
+            if log_sums is not None:
+                softmaxes.append((self.turn(_teacher_scores(block, teacher)) - log_sums[:, None]).exp())
+        self.targets = torch.stack(softmaxes).mean(0) if softmaxes else None
 
     def scores(self, linked: Tensor) -> Tensor:
+        """Return the scores [anchors, candidates] of the link's values [n, m]."""
         return self.turn(linked) * self.scale + self.bias
 
     def reduce(self, reduction: Reduction, z: Tensor) -> Tensor:
+        """Return a reduction of the scores z."""
         compared = z.detach() if self.guide is None else self.guide
         above = None if self.limit is None else compared > self.limit[:, None]
         return reduce_rows(reduction, z, self.same, above, self.targets)
 
 
 def _teacher_scores(block: Block, teacher: Teacher) -> Tensor:
+    """Return a teacher's scores [n, m]."""
     return teacher.scale * (teacher.rows.to(block.dtype) @ teacher.columns.to(block.dtype).T)
 
 
 def _products(block: Block) -> tuple[Tensor, Tensor]:
-    """x·y [n, m], and its link's value."""
+    """Return x·y [n, m], and the link's values of it."""
     dots = block.x.to(block.dtype) @ block.y.to(block.dtype).T
     return dots, dots if block.link is None else block.link.value(dots)
 
 
 class Dense:
-    """Memory and time O(n·m), several times over."""
+    """The backend in O(n·m) memory; see `Backend`."""
 
     def lacks(self, x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
         return lacks_in_torch(x, reductions, link)
@@ -88,7 +91,7 @@ class Dense:
     def forward(self, block: Block) -> Statistics:
         linked = _products(block)[1]
         sides = [_Side(block, rows) for rows in (True, False)[: 1 + block.both]]
-        values = [[side.reduce(r, side.scores(linked)) for r in block.reductions] for side in sides]
+        values = [[side.reduce(reduction, side.scores(linked)) for reduction in block.reductions] for side in sides]
         return Statistics(values[0], values[1] if block.both else [])
 
     def backward(self, block: Block, final: Statistics, grads: Statistics, dx: Tensor | None) -> Gradients:
@@ -103,17 +106,17 @@ class Dense:
                 objective = 0.0 * z.sum()
                 for reduction, total, grad in zip(block.reductions, totals, upstream, strict=True):
                     part = side.reduce(reduction, z)
-                    if isinstance(reduction, LogSumExp):  # this block's share of the whole: ∂ total / ∂ part
+                    if isinstance(reduction, LogSumExp):  # this block's share of the total: ∂ total / ∂ part
                         grad = grad * (part.detach() - total).exp()
                     if part.requires_grad:
                         objective = objective + (torch.where(grad == 0, 0.0, part) * grad).sum()
-                (own,) = torch.autograd.grad(objective, z)
-            d_bias += own.sum()
+                (d_z,) = torch.autograd.grad(objective, z)
+            d_bias += d_z.sum()
             if block.folded:
-                by_scale = own * side.turn(linked)
+                by_scale = d_z * side.turn(linked)
                 d_scales.append(by_scale.sum(1) if block.row_scale.dim() else by_scale.sum())
-                own = own * side.scale
-            w += side.turn(own)
+                d_z = d_z * side.scale
+            w += side.turn(d_z)
         d_parameter = None
         if block.link is not None:
             slope, by_parameter = block.link.slopes(dots)

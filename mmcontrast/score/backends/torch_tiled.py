@@ -1,6 +1,6 @@
-"""Tiles in plain PyTorch, on any device: O(n + m) memory beside one tile, exact gradients by recomputation.
+"""The backend of tiles in plain PyTorch, on any device: O(n + m) memory beside one tile, exact gradients by recomputation.
 
-Per forward and backward: four score-sized products, and two exponentials where both directions can share them.
+Forward and backward take four score-sized products, and two exponentials if both directions can share them.
 Shapes: R, C rows and columns of a tile.
 """
 
@@ -16,15 +16,15 @@ from mmcontrast.score.links import Link
 from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction, SoftplusSum, Sum
 from mmcontrast.score.teachers import Teacher
 
-CPU_TILE = (2048, 1024)  # of (512 … 4096) × (256 … 2048) the fastest or near it at D = 256, 512 and 1,024
+CPU_TILE = (2048, 1024)  # about the fastest of (512 … 4096) × (256 … 2048) at D = 256, 512 and 1,024
 SAFE_RANGE = 60.0  # natural logarithm: within it of a common shift, fp32 exponentials neither overflow nor lose digits
-LINEAR = 40.0  # above it log(1 + exp(z)) = z to the last digit of float64
+LINEAR = 40.0  # above this log(1 + exp(z)) = z to the last digit of float64
 
-Sides = list[tuple[int, Tensor, Tensor]]  # (the tensor dimension that is reduced, values, upstream gradients)
+Sides = list[tuple[int, Tensor, Tensor]]  # (the reduced dimension, values, upstream gradients)
 
 
 class TorchTiled:
-    """See `Backend`."""
+    """The backend of tiles in plain PyTorch; see `Backend`."""
 
     def lacks(self, x: Tensor, reductions: Sequence[Reduction], link: Link | None) -> str | None:
         return lacks_in_torch(x, reductions, link)
@@ -40,7 +40,7 @@ class TorchTiled:
             for columns in cut(m, size[1]):
                 tile = scores.tile(rows, columns)
                 for dims in scores.views():
-                    tile.see(dims)
+                    tile.view(dims)
                     for k, reduction in enumerate(block.reductions):
                         for dim, part in zip(dims, _reduce(reduction, tile, dims, scores.work(0, tile.z)), strict=True):
                             total = out.rows[k][rows] if dim == 1 else out.columns[k][columns]
@@ -53,7 +53,7 @@ class TorchTiled:
         scores = _Scores(block)
 
         def derivative(tile: _Tile, dims: tuple[int, ...], grads: Statistics) -> Tensor:
-            """∂loss/∂z [R, C] by what the dims reduce."""
+            """Return ∂loss/∂z [R, C] through the reductions of dims."""
             total = None
             for k, reduction in enumerate(block.reductions):
                 if isinstance(reduction, Maximum):
@@ -66,43 +66,44 @@ class TorchTiled:
                 ]
                 part = _derivative(reduction, tile, sides, scores.work(1 if total is None else 2, tile.z))
                 total = part if total is None else total.add_(part)
-            return scores.work(1, tile.z).zero_() if total is None else total  # nothing but maxima
+            return scores.work(1, tile.z).zero_() if total is None else total  # only maxima
 
         def weights(rows: slice, columns: slice, grads: Statistics) -> Weights:
+            """Return the weights of a tile."""
             tile = scores.tile(rows, columns)
             plain = len(scores.views()) == 1 and not block.folded
             out = Weights(tile.product if plain else torch.zeros_like(tile.product))
             for dims in scores.views():
-                tile.see(dims)
-                own = derivative(tile, dims, grads)
+                tile.view(dims)
+                d_z = derivative(tile, dims, grads)
                 if block.bias is not None:
-                    out.bias = own.sum() if out.bias is None else out.bias + own.sum()
+                    out.bias = d_z.sum() if out.bias is None else out.bias + d_z.sum()
                 if plain:
-                    out.w = own
+                    out.w = d_z
                 elif not block.folded:
-                    out.w += own
+                    out.w += d_z
                 else:
-                    scale, by_scale = tile.scale(dims), own * tile.linked
+                    scale, by_scale = tile.scale(dims), d_z * tile.linked
                     if block.row_scale.dim() == 0:
                         out.row_scale = by_scale.sum() if out.row_scale is None else out.row_scale + by_scale.sum()
                     elif dims == (1,):
                         out.row_scale = by_scale.sum(1)
                     elif block.column_scale is not None:
                         out.column_scale = by_scale.sum(0)
-                    out.w.addcmul_(own, scale)
+                    out.w.addcmul_(d_z, scale)
             if block.link is not None:
                 slope, by_parameter = block.link.slopes(tile.product)
                 out.parameter = (out.w * by_parameter).sum()
                 out.w *= slope
             return out
 
-        given = Statistics(row_grads, column_grads)
-        return gradients_by_tiles(block, given, dx, tile_size(block), lambda grads: partial(weights, grads=grads))
+        finite_grads = Statistics(row_grads, column_grads)
+        return gradients_by_tiles(block, finite_grads, dx, tile_size(block), lambda grads: partial(weights, grads=grads))
 
 
 def tile_size(block: Block) -> tuple[int, int]:
-    """Rows and columns of a tile: what stays near the caches of a CPU; on a GPU, what keeps it busy while the five fp32
-    buffers of a tile take no more memory than the inputs (down to 4,096 rows: 320 MiB)."""
+    """Return the rows and columns of a tile: about what fits the caches of a CPU; on a GPU enough to keep it busy, while the
+    five fp32 buffers of a tile take no more memory than the inputs (down to 4,096 rows: 320 MiB)."""
     if block.tile_size is not None or block.x.device.type == "cpu":
         return block.tile_size or CPU_TILE
     bytes_of_inputs = (block.x.numel() + block.y.numel()) * block.x.element_size()
@@ -111,7 +112,7 @@ def tile_size(block: Block) -> tuple[int, int]:
 
 
 class _Scores:
-    """The tiles of a block's scores, and work space of their size: allocated once, used for every tile."""
+    """The tiles of a block's scores, with buffers of a tile's size that are allocated once and used for every tile."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -119,32 +120,33 @@ class _Scores:
         self.size = min(tile_size(block)[0], len(block.x)) * min(tile_size(block)[1], len(block.y))
 
     def work(self, number: int, like: Tensor) -> Tensor:
-        """The number-th buffer, of the shape of `like`; what was in it is lost."""
+        """Return the number-th buffer in the shape of `like`; its contents are overwritten."""
         if number not in self.buffers:
             self.buffers[number] = torch.empty(self.size, dtype=self.block.dtype, device=like.device)
         return self.buffers[number][: like.numel()].view(like.shape)
 
     def views(self) -> list[tuple[int, ...]]:
-        """The dimensions to reduce, together where both directions have the same scores and candidates."""
+        """Return the dimensions to reduce, together if both directions have the same scores and candidates."""
         if not self.block.both:
             return [(1,)]
         return [(1, 0)] if self.block.row_scale.dim() == 0 and self.block.limits is None else [(1,), (0,)]
 
     def tile(self, rows: slice, columns: slice) -> "_Tile":
+        """Compute a tile's products."""
         block, dtype = self.block, product_dtype(self.block)
         x, y = block.x[rows].to(dtype), block.y[columns].to(dtype)
         if -1 not in self.buffers:
             self.buffers[-1] = torch.empty(self.size, dtype=block.dtype, device=x.device)
         out = self.buffers[-1][: len(x) * len(y)].view(len(x), len(y))
-        found = torch.mm(x, y.T, out=out) if dtype == out.dtype else out.copy_(product(x, y.T, out.dtype))
-        return _Tile(self, rows, columns, found)
+        dots = torch.mm(x, y.T, out=out) if dtype == out.dtype else out.copy_(product(x, y.T, out.dtype))
+        return _Tile(self, rows, columns, dots)
 
 
 class _Tile:
-    """One tile, as one direction or both see it.
+    """One tile, viewed by one direction or both.
 
     Attributes:
-        product: x·y [R, C]. linked: φ of it. z: the scores of the dimensions that are seen.
+        product: x·y [R, C]. linked: φ of it. z: the scores of the current view. above: candidates above the limits.
     """
 
     def __init__(self, scores: _Scores, rows: slice, columns: slice, product: Tensor) -> None:
@@ -155,32 +157,34 @@ class _Tile:
         self.above: Tensor | None = None
 
     def scale(self, dims: tuple[int, ...]) -> Tensor:
-        """[], or of each anchor, to be multiplied with [R, C]."""
+        """Return the scale of a view, [] or per anchor, to be multiplied with [R, C]."""
         block = self.block
         if block.row_scale.dim() == 0:
             return block.row_scale
         by_row = dims == (1,) or block.column_scale is None
         return block.row_scale[self.rows, None] if by_row else block.column_scale[self.columns]  # type: ignore[index]
 
-    def see(self, dims: tuple[int, ...]) -> None:
-        """Turn to a view: z in place of the product where nothing else needs that, `above` of its limits."""
+    def view(self, dims: tuple[int, ...]) -> None:
+        """Compute z and `above` for a view; z overwrites the product if nothing else needs it."""
         block = self.block
-        alone = len(self.scores.views()) == 1 and not block.folded
-        self.z = torch.mul(self.linked, self.scale(dims), out=self.product if alone else self.scores.work(3, self.product))
+        in_place = len(self.scores.views()) == 1 and not block.folded
+        self.z = torch.mul(self.linked, self.scale(dims), out=self.product if in_place else self.scores.work(3, self.product))
         if block.bias is not None:
             self.z.add_(block.bias)
         if block.limits is not None:
             limits, guide = block.limits, block.limits.guide
             compared = self.z if guide is None else self.scores_of(guide)
-            at = limits.rows[self.rows, None] if dims == (1,) or limits.columns is None else limits.columns[self.columns]
-            self.above = compared > at
+            by_row = dims == (1,) or limits.columns is None
+            limit = limits.rows[self.rows, None] if by_row else limits.columns[self.columns]  # type: ignore[index]
+            self.above = compared > limit
 
     def scores_of(self, teacher: Teacher) -> Tensor:
+        """Return a teacher's scores of the tile."""
         u, v = teacher.rows[self.rows].to(self.block.dtype), teacher.columns[self.columns].to(self.block.dtype)
         return torch.mm(u, v.T).mul_(teacher.scale)
 
     def targets(self, dim: int) -> Tensor:
-        """[R, C]: the mean of the teachers' softmaxes along one dimension, over all candidates of all tiles."""
+        """Return the mean [R, C] of the teachers' softmaxes along one dimension, over all candidates of all tiles."""
         total = None
         for teacher in self.block.teachers:
             sums = teacher.row_log_sums if dim == 1 else teacher.column_log_sums
@@ -210,7 +214,7 @@ class _Tile:
 
 
 def _reduce(reduction: Reduction, tile: _Tile, dims: tuple[int, ...], work: Tensor) -> list[Tensor]:
-    """The reduction of z [R, C] along each of dims. z stays as it is."""
+    """Return the reduction of z [R, C] along each of dims. z is not changed."""
     z = tile.z
     match reduction:
         case LogSumExp(exponent=exponent):
@@ -236,14 +240,15 @@ def _reduce(reduction: Reduction, tile: _Tile, dims: tuple[int, ...], work: Tens
 
 
 def _log_sum_exp(z: Tensor, dim: int) -> Tensor:
-    """Along one dimension; overwrites z."""
+    """Return the log-sum-exp along one dimension. Overwrites z."""
     shift = z.amax(dim, keepdim=True)
     shift.masked_fill_(shift.isneginf(), 0.0)
     return z.sub_(shift).exp_().sum(dim).log_().add_(shift.squeeze(dim))
 
 
 def _shared_log_sum_exps(z: Tensor) -> list[Tensor] | None:
-    """Of rows and columns, from one exponential about the tile's maximum; None out of range. Overwrites z."""
+    """Return the log-sum-exps of rows and columns from one exponential relative to the tile's maximum; None if a value is out
+    of range. Overwrites z."""
     shift = z.amax()
     if shift == -torch.inf:
         return None
@@ -256,7 +261,7 @@ def _shared_log_sum_exps(z: Tensor) -> list[Tensor] | None:
 
 
 def _derivative(reduction: Reduction, tile: _Tile, sides: Sides, work: Tensor) -> Tensor:
-    """Σ over the sides of grad · ∂ reduction / ∂ z, [R, C], in `work`. z stays as it is."""
+    """Return Σ over the sides of grad · ∂ reduction / ∂ z, [R, C], in `work`. z is not changed."""
     z, scores = tile.z, tile.scores
     match reduction:
         case LogSumExp(exponent=exponent):
@@ -283,19 +288,19 @@ def _derivative(reduction: Reduction, tile: _Tile, sides: Sides, work: Tensor) -
 
 
 def _minus(z: Tensor, exponent: float, shift: Tensor, out: Tensor) -> Tensor:
-    """exponent · z − shift, in out."""
+    """Return exponent · z − shift, in `out`."""
     return torch.sub(z, shift, out=out) if exponent == 1 else torch.mul(z, exponent, out=out).sub_(shift)
 
 
 def _outer(sides: Sides, scores: _Scores, like: Tensor) -> Tensor:
-    """The sides' gradients, to be multiplied with [R, C]: their sum where there are two."""
+    """Return the sides' gradients, or the sum of two, to be multiplied with [R, C]."""
     if len(sides) == 1:
         return sides[0][2]
     return torch.add(sides[0][2], sides[1][2], out=scores.work(4, like))
 
 
 def _shared_shift(sides: Sides) -> Tensor | None:
-    """The largest of both sides' values, if none is out of range of it."""
+    """Return the largest of both sides' values; None if another value is out of range of it."""
     ends = [(value.amax(), value.amin()) for _, value, _ in sides]
     shift = torch.maximum(ends[0][0], ends[1][0])
     return shift if shift - min(ends[0][1], ends[1][1]) <= SAFE_RANGE else None

@@ -19,7 +19,7 @@ SMALL = tl.constexpr(0.03125)  # below it log(1 + u) by its series, exact to fp3
 
 @triton.jit
 def place(n, m, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """The tile of this program: GROUP rows of tiles are walked together, for the caches."""
+    """Return the tile of this program: GROUP rows of tiles are traversed together, for the caches."""
     pid = tl.program_id(0)
     tiles_n, tiles_m = tl.cdiv(n, BM), tl.cdiv(m, BN)
     first = pid // (GROUP * tiles_m) * GROUP
@@ -32,7 +32,7 @@ def place(n, m, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 def dot_products(
     x, y, row, column, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """x·y [BM, BN] in fp32 from a row and a column on; x and y are tensor descriptors, which read zeros outside."""
+    """Return x·y [BM, BN] in fp32 from a row and a column on; x and y are tensor descriptors, which read zeros outside."""
     dots = tl.zeros((BM, BN), tl.float32)
     for start in range(0, D, BK):
         dots = tl.dot(x.load([row, start]), y.load([column, start]).T, dots, input_precision=PRECISION)
@@ -41,7 +41,7 @@ def dot_products(
 
 @triton.jit
 def special(row_ids, column_ids, rows, columns, n, m):
-    """Whether the tile hangs over the edge, and whether a row and a column of it may be of one group."""
+    """Return whether the tile extends past the edge, and whether a row and a column of it may have the same group."""
     ids_n, ids_m = tl.load(row_ids + tl.minimum(rows, n - 1)), tl.load(column_ids + tl.minimum(columns, m - 1))
     meet = (tl.min(ids_n) <= tl.max(ids_m)) & (tl.min(ids_m) <= tl.max(ids_n))
     return (tl.max(rows) >= n) | (tl.max(columns) >= m), meet
@@ -49,7 +49,7 @@ def special(row_ids, column_ids, rows, columns, n, m):
 
 @triton.jit
 def keep(values, other, row_ids, column_ids, rows, columns, n, m, ragged, meet, OVER: tl.constexpr):
-    """values where a candidate counts, else `other`; most tiles have nothing to leave out, and load no ids."""
+    """Return values where a candidate counts, else `other`; most tiles leave nothing out, and load no ids."""
     if OVER == POSITIVES:
         if meet:
             ids_n = tl.load(row_ids + rows, mask=rows < n, other=0)
@@ -80,7 +80,7 @@ def softplus(z):
 def terms(
     z, row_ids, column_ids, rows, columns, n, m, ragged, meet, KIND: tl.constexpr, FACTOR: tl.constexpr, OVER: tl.constexpr
 ):  # fmt: skip
-    """What is reduced [BM, BN], in its identity where a candidate does not count; of log-sum-exps the binary exponents."""
+    """Return what is reduced [BM, BN], the identity where a candidate does not count; for log-sum-exps the binary exponents."""
     if KIND == LOG_SUM_EXP:
         t = keep(z * FACTOR, float("-inf"), row_ids, column_ids, rows, columns, n, m, ragged, meet, OVER)
     elif KIND == SOFTPLUS_SUM:
@@ -94,7 +94,7 @@ def terms(
 
 @triton.jit
 def reduce(t, DIM: tl.constexpr, KIND: tl.constexpr):
-    """Along one dimension."""
+    """Reduce along one dimension."""
     if KIND == LOG_SUM_EXP:
         top = tl.max(t, DIM)
         top = tl.where(top == float("-inf"), 0.0, top)
@@ -110,14 +110,15 @@ def reduce(t, DIM: tl.constexpr, KIND: tl.constexpr):
 def reduce_both(
     z, row_ids, column_ids, rows, columns, n, m, ragged, meet, KIND: tl.constexpr, FACTOR: tl.constexpr, OVER: tl.constexpr
 ):  # fmt: skip
-    """Along both; the two log-sum-exps from one exponential about the tile's maximum where all of them are in its range."""
+    """Reduce along both dimensions; both log-sum-exps from one exponential relative to the tile's maximum if all are in
+    range."""
     t = terms(z, row_ids, column_ids, rows, columns, n, m, ragged, meet, KIND, FACTOR, OVER)
     if KIND == LOG_SUM_EXP:
         row_top, column_top = tl.max(t, 1), tl.max(t, 0)
         top = tl.max(row_top)
         low_n = tl.min(tl.where(row_top == float("-inf"), top, row_top))
         low_m = tl.min(tl.where(column_top == float("-inf"), top, column_top))
-        if top - tl.minimum(low_n, low_m) <= SAFE_RANGE:  # not if nothing is kept: then it is NaN
+        if top - tl.minimum(low_n, low_m) <= SAFE_RANGE:  # false if nothing is kept: then it is NaN
             e = tl.exp2(t - top)
             row_part = (tl.log2(tl.sum(e, 1)) + top) * LN2
             column_part = (tl.log2(tl.sum(e, 0)) + top) * LN2
@@ -136,11 +137,11 @@ def reduce_tiles(
     BOTH: tl.constexpr, PER_ANCHOR: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """row_out [K, tiles of C, R] and column_out [K, tiles of R, C]: each tile's reductions, for the caller to merge."""
+    """Write each tile's reductions to row_out [K, tiles of C, R] and column_out [K, tiles of R, C], for the caller to merge."""
     R, C = n - row0, m - column0
     tile_n, tile_m = place(R, C, BM, BN, GROUP)
-    here, there = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
-    rows, columns = row0 + here, column0 + there
+    offsets_n, offsets_m = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    rows, columns = row0 + offsets_n, column0 + offsets_m
     some_rows, some_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
     ragged, meet = special(row_ids, column_ids, rows, columns, n, m)
     dots = dot_products(x, y, row0 + tile_n * BM, column0 + tile_m * BN, D, BM, BN, BK, PRECISION)
@@ -151,7 +152,7 @@ def reduce_tiles(
         z = dots * tl.load(row_scale)
     if BIAS:
         z += tl.load(bias)
-    row_at, column_at = row_out + tile_m * R + here, column_out + tile_n * C + there
+    row_at, column_at = row_out + tile_m * R + offsets_n, column_out + tile_n * C + offsets_m
     row_step, column_step = tl.cdiv(C, BN) * R, tl.cdiv(R, BM) * C
     zc = z
     if BOTH and PER_ANCHOR:
@@ -179,7 +180,7 @@ def derivative(
     z, value, grad, row_ids, column_ids, rows, columns, n, m, ragged, meet,
     KIND: tl.constexpr, FACTOR: tl.constexpr, OVER: tl.constexpr,
 ):  # fmt: skip
-    """grad · ∂ reduction / ∂ z of one direction [BM, BN]; value (LSE: binary) and grad broadcast to it."""
+    """Return grad · ∂ reduction / ∂ z of one direction [BM, BN]; value (LSE: binary) and grad broadcast to it."""
     if KIND == LOG_SUM_EXP:
         w = tl.exp2(z * FACTOR - value) * grad
     elif KIND == SOFTPLUS_SUM:
@@ -194,8 +195,8 @@ def derivative_of_both(
     z, value, grad, column_value, column_grad, row_ids, column_ids, rows, columns, n, m, ragged, meet,
     KIND: tl.constexpr, FACTOR: tl.constexpr, OVER: tl.constexpr,
 ):  # fmt: skip
-    """The directions' sum, values and gradients [BM] and [BN]; of log-sum-exps with one exponential, where the values of
-    the tile are in its range: e^{z−m} · (g_i e^{m−R_i} + h_j e^{m−C_j})."""
+    """Return the sum of both directions, with values and gradients [BM] and [BN]; for log-sum-exps from one exponential, if the
+    values of the tile are in its range: e^{z−m} · (g_i e^{m−R_i} + h_j e^{m−C_j})."""
     if KIND == LOG_SUM_EXP:
         top = tl.maximum(tl.max(value), tl.max(column_value))
         if top - tl.minimum(tl.min(value), tl.min(column_value)) <= SAFE_RANGE:
@@ -224,15 +225,15 @@ def weigh_tiles(
     BOTH: tl.constexpr, PER_ANCHOR: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w_out [R, C] = ∂loss/∂z (times the scales where they are per anchor), from the final values and their gradients
+    """Write w_out [R, C] = ∂loss/∂z (times the scales where they are per anchor), from the final values and their gradients
     [K, N] and [K, M] (of log-sum-exps: binary values, gradients times the exponent).
 
     And each tile's sums: bias_out [tiles of R, tiles of C], row_scale_out [tiles of C, R], column_scale_out [tiles of R, C].
     """
     R, C = n - row0, m - column0
     tile_n, tile_m = place(R, C, BM, BN, GROUP)
-    here, there = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
-    rows, columns = row0 + here, column0 + there
+    offsets_n, offsets_m = tile_n * BM + tl.arange(0, BM), tile_m * BN + tl.arange(0, BN)
+    rows, columns = row0 + offsets_n, column0 + offsets_m
     some_rows, some_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
     ragged, meet = special(row_ids, column_ids, rows, columns, n, m)
     dots = dot_products(x, y, row0 + tile_n * BM, column0 + tile_m * BN, D, BM, BN, BK, PRECISION)
@@ -251,7 +252,7 @@ def weigh_tiles(
             zc += tl.load(bias)
     w = tl.zeros((BM, BN), tl.float32)
     if PER_ANCHOR:
-        wc = tl.zeros((BM, BN), tl.float32)  # the columns' own, as their scales are
+        wc = tl.zeros((BM, BN), tl.float32)  # separate, as the columns have their own scales
     for r in tl.static_range(len(KINDS)):
         if KINDS[r] != MAXIMUM:
             value, grad = tl.load(row_values + r * N + some_rows), tl.load(row_grads + r * N + some_rows)
@@ -279,10 +280,10 @@ def weigh_tiles(
             d_bias += tl.sum(wc)
         tl.store(bias_out + tile_n * tl.cdiv(C, BN) + tile_m, d_bias)
     if PER_ANCHOR:
-        tl.store(row_scale_out + tile_m * R + here, tl.sum(w * dots, 1), mask=rows < n)
+        tl.store(row_scale_out + tile_m * R + offsets_n, tl.sum(w * dots, 1), mask=rows < n)
         w *= row_factor
         if BOTH:
-            tl.store(column_scale_out + tile_n * C + there, tl.sum(wc * dots, 0), mask=columns < m)
+            tl.store(column_scale_out + tile_n * C + offsets_m, tl.sum(wc * dots, 0), mask=columns < m)
             w += wc * column_factor
-    w_at = w_out + here.to(tl.int64)[:, None] * C + there[None, :]
+    w_at = w_out + offsets_n.to(tl.int64)[:, None] * C + offsets_m[None, :]
     tl.store(w_at, w.to(w_out.dtype.element_ty), mask=(rows < n)[:, None] & (columns < m)[None, :])
