@@ -235,15 +235,15 @@ def check_labels(options: EvaluationOptions, datasets: Mapping[str, ShardDataset
         return
     previews = {name: labels_ahead(dataset) for name, dataset in datasets.items()}
 
-    def check(place: str, split: str, task: ZeroShotOptions | ProbeOptions, classes: ClassLabels) -> None:
+    def check(task_name: str, split: str, task: ZeroShotOptions | ProbeOptions, classes: ClassLabels) -> None:
         metadata, complete = previews[split]
         if task.field not in datasets[split].modalities or (
             not any(task.label in entry for entry in metadata) and not complete
         ):
             return
-        matched = classes.match(entries_of(metadata, task.label, place), place)
+        matched = classes.match(entries_of(metadata, task.label, task_name), task_name)
         if complete and not (matched.numbers >= 0).any():
-            raise UserError(f"{place}: {classes.mismatch_message(matched.unmatched, {})}")
+            raise UserError(f"{task_name}: {classes.mismatch_message(matched.unmatched, {})}")
 
     for name, task in options.zero_shot.items():
         for split in task.splits or options.splits:
@@ -281,17 +281,17 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
     for name, language in options.languages.items():
         named += [(f"languages.{name}", field, []) for field in [*language.fields, language.candidate]]
     named += [(f"probes.{name}", probe_task.field, probe_task.splits) for name, probe_task in options.probes.items()]
-    for place, field, splits in named:
+    for option, field, splits in named:
         if field not in fields:
             missing = f"field {field!r}" if field else "field that it could ask or read"
-            raise UserError(f"evaluation.{place}: the model has no {missing}; it has {', '.join(fields)}")
+            raise UserError(f"evaluation.{option}: the model has no {missing}; it has {', '.join(fields)}")
         for split in splits:
             if split not in options.splits:
-                raise UserError(f"evaluation.{place}: no split {split!r}; {suggestion(split, options.splits)}")
+                raise UserError(f"evaluation.{option}: no split {split!r}; {suggestion(split, options.splits)}")
     texts = [(f"zero_shot.{name}: prompt_field", task.prompt_field) for name, task in options.zero_shot.items()]
-    for place, text in [*texts, *(("captions:", field) for field in captions)]:
+    for option, text in [*texts, *(("captions:", field) for field in captions)]:
         if not isinstance(model.modality(text or ""), TextModality):
-            raise UserError(f"evaluation.{place} {text!r} is not text")
+            raise UserError(f"evaluation.{option} {text!r} is not text")
     for option in ("scoring", "whiten"):
         if getattr(options, option) and not (options.retrieval or options.languages or (options.pairs and len(fields) > 1)):
             raise UserError(

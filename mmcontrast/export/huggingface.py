@@ -68,8 +68,8 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
             "transformers composes two towers in a VisionTextDualEncoderModel alone, which pools by pooler_output, a layer that"
             " these towers do not have: export onnx or safetensors"
         )
-    shown = " and ".join(tower.__name__ for tower in towers)
-    raise UserError(f"transformers has no model of a {shown}: export open_clip, onnx or safetensors")
+    class_names = " and ".join(tower.__name__ for tower in towers)
+    raise UserError(f"transformers has no model of a {class_names}: export open_clip, onnx or safetensors")
 
 
 def _write_transformers_model(model: ContrastiveModel, names: list[str], folder: Path, origin: Origin) -> list[str]:
