@@ -102,8 +102,8 @@ def drawn_metrics(curve: Curve, patterns: Sequence[str] = ()) -> dict[str, list[
 
 
 def curve_figure(curve: Curve, patterns: Sequence[str] = ()) -> Any:
-    """Return a matplotlib figure: above, each metric against α, a line a split, with its interval; below, where there are two
-    splits, the one against the other, so that what is gained on the new is seen beside what is lost on the old."""
+    """Return a matplotlib figure: above, each metric against α, one line a split, with its interval; below, if there are two
+    splits, one against the other, which shows the gain on the new beside the loss on the old."""
     from matplotlib.figure import Figure
 
     metrics = drawn_metrics(curve, patterns)
