@@ -132,7 +132,7 @@ def evaluate_embedder(
     """Evaluate a model that is open.
 
     Args:
-        datasets, options: as `open_splits` gives them.
+        datasets, options: as returned by `open_splits`.
         weights: its fingerprint: read cached embeddings of the same weights and data, and keep new ones; None: do not.
         group: ranks that share the work.
     """

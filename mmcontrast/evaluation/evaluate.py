@@ -44,7 +44,7 @@ def evaluate(
     """Evaluate a model.
 
     Args:
-        datasets, options: as `open_splits` gives them.
+        datasets, options: as returned by `open_splits`.
         group: its ranks share embedding and ranking; the first has the results, the others' are empty.
         embed: returns a split's table to the first rank; default: embed it now.
         autocast: the context in which the towers compute; everything else is in fp32 or more.
@@ -76,8 +76,8 @@ def evaluate(
             RetrievalTasks(
                 model, split, split_table, split_captions, options, device, progress, group, target, split_bank
             ).run()
-            for name, task in options.zero_shot.items() if first else ():
-                if split in (task.splits or options.splits):
+            for name, task in options.zero_shot.items():
+                if first and split in (task.splits or options.splits):
                     zero_shot(target, f"{split}/zero_shot/{name}", split_table, task, class_embeddings[name][width])
             if width:
                 evaluation.add_prefixes(target, width)
@@ -212,8 +212,8 @@ def open_splits(
                     f"{option}: {field!r} holds names of classes, of which no line is a caption: leave it out of captions"
                 )
             dataset.modalities[field] = modality.by_lines()
-        for field, modality in dataset.modalities.items() if name in rgb_splits else ():
-            if isinstance(modality, ImageModality):
+        for field, modality in dataset.modalities.items():
+            if name in rgb_splits and isinstance(modality, ImageModality):
                 dataset.modalities[field] = modality.as_rgb()
     check_labels(options, datasets)
     return options, datasets
@@ -297,8 +297,8 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
             raise UserError(
                 f"evaluation.{option}: it is of retrieval, and none is asked for: leave it out, or name a task of `retrieval`"
             )
-    for option in ("whiten", "scoring", "widths") if model.hyperbolic is not None else ():
-        if getattr(options, option):
+    for option in ("whiten", "scoring", "widths"):
+        if model.hyperbolic is not None and getattr(options, option):
             raise UserError(f"evaluation.{option}: it is of cosines, and the model's scores are hyperbolic: leave it out")
     if options.whiten and isinstance(options.scoring, BridgeOptions):
         raise UserError("evaluation.whiten: a bank's rows are not whitened with the split's: leave it out, or the bridge")
