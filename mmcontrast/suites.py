@@ -42,7 +42,7 @@ class Suite:
 
 def open_suite(
     model: str,
-    given: str | None,
+    source: str | None,
     overrides: Sequence[str],
     out: Path | None,
     checkpoint: str = "last",
@@ -52,7 +52,7 @@ def open_suite(
 
     Args:
         model, checkpoint, pretrained: as `load`.
-        given: a YAML file, or a folder in CLIP_benchmark's layout; None: the run's own evaluation.
+        source: a YAML file, or a folder in CLIP_benchmark's layout; None: the run's own evaluation.
         out: default: the run's folder for its own evaluation of its last checkpoint, RUN/evaluations/SUITE for another,
             evaluations/MODEL/SUITE for a model that is no run.
 
@@ -60,17 +60,17 @@ def open_suite(
         UserError: for an invalid suite; without one, if the model is no run.
     """
     run, step = run_of(model, checkpoint)
-    if given is None:
+    if source is None:
         if run is None:
             raise UserError(f"{model} is no run with an evaluation of its own: name a suite, like eval/glyphs/suite.yaml")
         default_out = run if step == "last" else run / "evaluations" / f"checkpoint-{step}"
         return Suite("", load_suite(load_config(run / CONFIG).evaluation, overrides), out or default_out)
-    folder, _, split = given.partition(":")
+    folder, _, split = source.partition(":")
     if in_layout(Path(folder)):
         name = Path(folder).name + (f"-{split}" if split else "")
-        options = load_suite(EvaluationOptions(splits={Path(folder).name: given}), overrides)
+        options = load_suite(EvaluationOptions(splits={Path(folder).name: source}), overrides)
     else:
-        name, options = Path(given).stem, load_suite(given, overrides)
+        name, options = Path(source).stem, load_suite(source, overrides)
     if run is not None:
         name += "" if step == "last" else f"-checkpoint-{step}"
         return Suite(name, options, out or run / "evaluations" / name)
@@ -132,7 +132,7 @@ def evaluate_embedder(
     """Evaluate a model that is open.
 
     Args:
-        datasets, options: as `open_splits` gives them.
+        datasets, options: as returned by `open_splits`.
         weights: its fingerprint: read cached embeddings of the same weights and data, and keep new ones; None: do not.
         group: ranks that share the work.
     """

@@ -102,30 +102,30 @@ def drawn_metrics(curve: Curve, patterns: Sequence[str] = ()) -> dict[str, list[
 
 
 def curve_figure(curve: Curve, patterns: Sequence[str] = ()) -> Any:
-    """Return a matplotlib figure: above, each metric against α, a line a split, with its interval; below, where there are two
-    splits, the one against the other, so that what is gained on the new is seen beside what is lost on the old."""
+    """Return a matplotlib figure: above, each metric against α, one line a split, with its interval; below, if there are two
+    splits, one against the other, which shows the gain on the new beside the loss on the old."""
     from matplotlib.figure import Figure
 
     metrics = drawn_metrics(curve, patterns)
     if not metrics:
         raise UserError("the evaluation has neither top-1 accuracy nor recall at 1: name what to draw with --metric")
-    against = any(len(splits) > 1 for splits in metrics.values())
-    figure = Figure(figsize=(3.6 * len(metrics), 3.2 * (1 + against)), layout="constrained")
-    axes = figure.subplots(1 + against, len(metrics), squeeze=False)
+    several_splits = any(len(splits) > 1 for splits in metrics.values())
+    figure = Figure(figsize=(3.6 * len(metrics), 3.2 * (1 + several_splits)), layout="constrained")
+    axes = figure.subplots(1 + several_splits, len(metrics), squeeze=False)
     for column, (metric, splits) in enumerate(metrics.items()):
         for number, split in enumerate(splits):
-            row = curve.results[f"{split}/{metric}"]
+            results = curve.results[f"{split}/{metric}"]
             style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-            axes[0, column].plot(curve.alphas, [one["value"] for one in row], label=split, **style)
-            if all("low" in one for one in row):
-                bounds = [one["low"] for one in row], [one["high"] for one in row]
+            axes[0, column].plot(curve.alphas, [result["value"] for result in results], label=split, **style)
+            if all("low" in result for result in results):
+                bounds = [result["low"] for result in results], [result["high"] for result in results]
                 axes[0, column].fill_between(curve.alphas, *bounds, color=style["color"], alpha=0.15, linewidth=0)
         axes[0, column].set_title(metric.replace("_to_", " → ").replace("_", " "), fontsize=9)
         axes[0, column].set_xlabel("α", fontsize=9)
         axes[0, column].legend(fontsize=8, frameon=False)
-        if against and len(splits) > 1:
+        if several_splits and len(splits) > 1:
             _draw_against(axes[1, column], curve, metric, splits[0], splits[1])
-        elif against:
+        elif several_splits:
             axes[1, column].set_axis_off()
     for axis in axes.flat:
         axis.grid(alpha=0.3)
@@ -135,11 +135,11 @@ def curve_figure(curve: Curve, patterns: Sequence[str] = ()) -> Any:
 
 
 def _draw_against(axis: Any, curve: Curve, metric: str, first: str, second: str) -> None:
-    x, y = ([one["value"] for one in curve.results[f"{split}/{metric}"]] for split in (first, second))
+    x, y = ([result["value"] for result in curve.results[f"{split}/{metric}"]] for split in (first, second))
     axis.plot(x, y, color=COLOURS[0], marker=MARKERS[0], markersize=4)
-    for place in (0, len(x) // 2, -1):
+    for index in (0, len(x) // 2, -1):
         axis.annotate(
-            f"α = {curve.alphas[place]:g}", (x[place], y[place]), textcoords="offset points", xytext=(4, 4), fontsize=8
+            f"α = {curve.alphas[index]:g}", (x[index], y[index]), textcoords="offset points", xytext=(4, 4), fontsize=8
         )
     axis.set_xlabel(first, fontsize=9)
     axis.set_ylabel(second, fontsize=9)

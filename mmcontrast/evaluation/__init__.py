@@ -1,4 +1,4 @@
-"""Evaluation: embedding tables, retrieval, zero-shot classification, and a page to look at."""
+"""Evaluation: embedding tables, retrieval, zero-shot classification, probes, and a report page."""
 
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_texts

@@ -60,7 +60,7 @@ def update_hash(digest: "hashlib.blake2b", value: Any, inside: tuple[int, ...] =
         digest.update(repr(sorted(map(repr, value))).encode())
     else:
         digest.update(f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}".encode())
-        if hasattr(value, "to_str"):  # of a tokenizer that is not made of Python's objects
+        if hasattr(value, "to_str"):  # a tokenizer in Rust
             digest.update(value.to_str().encode())
         elif not callable(value) or isinstance(value, torch.nn.Module) or not hasattr(value, "__qualname__"):
             with suppress(TypeError):  # objects that cannot be pickled have no state

@@ -89,9 +89,9 @@ def add_label_notes(evaluation: Evaluation, prefix: str, matched: MatchedLabels,
         notes.append(f"samples without a label are left out: {matched.unlabelled}")
     if matched.unmatched:
         evaluation.values[f"{prefix}/num_other_labels"] = number = matched.unmatched.total()
-        shown = ", ".join(f"{text[:40]!r} ({count})" for text, count in matched.unmatched.most_common(5))
-        shown += ", …" if len(matched.unmatched) > 5 else ""
-        notes.append(f"samples with labels that are no class are left out: {number}, of {shown}")
+        examples = ", ".join(f"{text[:40]!r} ({count})" for text, count in matched.unmatched.most_common(5))
+        examples += ", …" if len(matched.unmatched) > 5 else ""
+        notes.append(f"samples with labels that are no class are left out: {number}, of {examples}")
     if num_seen < num_classes:
         notes.append(f"classes without samples: {num_classes - num_seen} of {num_classes}")
     if notes:
@@ -149,18 +149,18 @@ def probe(evaluation: Evaluation, splits: dict[str, str], task: ProbeOptions, tr
             evaluation.values[f"{prefix}/few_shot_{shots}/top1_std_over_seeds"] = over_seeds(predicted, truth)[1]
 
 
-def trained_classes(metadata: Sequence[dict[str, Any]], task: ProbeOptions, place: str) -> ClassLabels:
+def trained_classes(metadata: Sequence[dict[str, Any]], task: ProbeOptions, task_name: str) -> ClassLabels:
     """Return the classes of the training samples' labels.
 
     Raises:
         UserError: if none of them has the label.
     """
-    values = entries_of(metadata, task.label, f"{place}, training samples")
+    values = entries_of(metadata, task.label, f"{task_name}, training samples")
     return ClassLabels(sorted({text for value in values if (text := label_text(value)) is not None}))
 
 
 def labelled_rows(
-    table: EmbeddingTable, field: str, label: str, classes: ClassLabels, place: str
+    table: EmbeddingTable, field: str, label: str, classes: ClassLabels, task_name: str
 ) -> tuple[Tensor, Tensor, MatchedLabels]:
     """Return (embeddings [N, D], numbers of classes [N]) of the samples that have the field and a label of the classes, and the
     labels of all that have the field.
@@ -168,12 +168,12 @@ def labelled_rows(
     Raises:
         UserError: as `ClassLabels.match`; if there is no such sample.
     """
-    values, present_rows = entries_of(table.metadata, label, place), table.present[field].nonzero().squeeze(1)
-    matched = classes.match([values[row] for row in present_rows.tolist()], place)
+    values, present_rows = entries_of(table.metadata, label, task_name), table.present[field].nonzero().squeeze(1)
+    matched = classes.match([values[row] for row in present_rows.tolist()], task_name)
     kept = matched.numbers >= 0
     if not kept.any():
         reason = f", {len(present_rows)} have the field"
         if matched.unmatched:
             reason = f"; {classes.mismatch_message(matched.unmatched, {})}"
-        raise UserError(f"{place}: no sample has the field {field!r} and a label {label!r} that is a class{reason}")
+        raise UserError(f"{task_name}: no sample has the field {field!r} and a label {label!r} that is a class{reason}")
     return table.fields[field][present_rows[kept]], matched.numbers[kept], matched

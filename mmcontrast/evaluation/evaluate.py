@@ -44,7 +44,7 @@ def evaluate(
     """Evaluate a model.
 
     Args:
-        datasets, options: as `open_splits` gives them.
+        datasets, options: as returned by `open_splits`.
         group: its ranks share embedding and ranking; the first has the results, the others' are empty.
         embed: returns a split's table to the first rank; default: embed it now.
         autocast: the context in which the towers compute; everything else is in fp32 or more.
@@ -77,8 +77,8 @@ def evaluate(
             RetrievalTasks(
                 model, split, split_table, split_captions, options, device, progress, group, target, split_bank
             ).run()
-            for name, task in options.zero_shot.items() if first else ():
-                if split in (task.splits or options.splits):
+            for name, task in options.zero_shot.items():
+                if first and split in (task.splits or options.splits):
                     zero_shot(target, f"{split}/zero_shot/{name}", split_table, task, class_embeddings[name][width])
             if width:
                 evaluation.add_prefixes(target, width)
@@ -213,8 +213,8 @@ def open_splits(
                     f"{option}: {field!r} holds names of classes, of which no line is a caption: leave it out of captions"
                 )
             dataset.modalities[field] = modality.by_lines()
-        for field, modality in dataset.modalities.items() if name in rgb_splits else ():
-            if isinstance(modality, ImageModality):
+        for field, modality in dataset.modalities.items():
+            if name in rgb_splits and isinstance(modality, ImageModality):
                 dataset.modalities[field] = modality.as_rgb()
     check_labels(options, datasets)
     return options, datasets
@@ -236,15 +236,15 @@ def check_labels(options: EvaluationOptions, datasets: Mapping[str, ShardDataset
         return
     previews = {name: labels_ahead(dataset) for name, dataset in datasets.items()}
 
-    def check(place: str, split: str, task: ZeroShotOptions | ProbeOptions, classes: ClassLabels) -> None:
+    def check(task_name: str, split: str, task: ZeroShotOptions | ProbeOptions, classes: ClassLabels) -> None:
         metadata, complete = previews[split]
         if task.field not in datasets[split].modalities or (
             not any(task.label in entry for entry in metadata) and not complete
         ):
             return
-        matched = classes.match(entries_of(metadata, task.label, place), place)
+        matched = classes.match(entries_of(metadata, task.label, task_name), task_name)
         if complete and not (matched.numbers >= 0).any():
-            raise UserError(f"{place}: {classes.mismatch_message(matched.unmatched, {})}")
+            raise UserError(f"{task_name}: {classes.mismatch_message(matched.unmatched, {})}")
 
     for name, task in options.zero_shot.items():
         for split in task.splits or options.splits:
@@ -282,24 +282,24 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
     for name, language in options.languages.items():
         named += [(f"languages.{name}", field, []) for field in [*language.fields, language.candidate]]
     named += [(f"probes.{name}", probe_task.field, probe_task.splits) for name, probe_task in options.probes.items()]
-    for place, field, splits in named:
+    for option, field, splits in named:
         if field not in fields:
             missing = f"field {field!r}" if field else "field that it could ask or read"
-            raise UserError(f"evaluation.{place}: the model has no {missing}; it has {', '.join(fields)}")
+            raise UserError(f"evaluation.{option}: the model has no {missing}; it has {', '.join(fields)}")
         for split in splits:
             if split not in options.splits:
-                raise UserError(f"evaluation.{place}: no split {split!r}; {suggestion(split, options.splits)}")
+                raise UserError(f"evaluation.{option}: no split {split!r}; {suggestion(split, options.splits)}")
     texts = [(f"zero_shot.{name}: prompt_field", task.prompt_field) for name, task in options.zero_shot.items()]
-    for place, text in [*texts, *(("captions:", field) for field in captions)]:
+    for option, text in [*texts, *(("captions:", field) for field in captions)]:
         if not isinstance(model.modality(text or ""), TextModality):
-            raise UserError(f"evaluation.{place} {text!r} is not text")
+            raise UserError(f"evaluation.{option} {text!r} is not text")
     for option in ("scoring", "whiten"):
         if getattr(options, option) and not (options.retrieval or options.languages or (options.pairs and len(fields) > 1)):
             raise UserError(
                 f"evaluation.{option}: it is of retrieval, and none is asked for: leave it out, or name a task of `retrieval`"
             )
-    for option in ("whiten", "scoring", "widths") if model.hyperbolic is not None else ():
-        if getattr(options, option):
+    for option in ("whiten", "scoring", "widths"):
+        if model.hyperbolic is not None and getattr(options, option):
             raise UserError(f"evaluation.{option}: it is of cosines, and the model's scores are hyperbolic: leave it out")
     if options.whiten and isinstance(options.scoring, BridgeOptions):
         raise UserError("evaluation.whiten: a bank's rows are not whitened with the split's: leave it out, or the bridge")

@@ -25,7 +25,8 @@ def uniformity(rows: Tensor) -> Estimate:
     """Compute the log of the mean of e^{−2 ‖x − y‖²} over all pairs of different rows of unit embeddings [N, D] (Wang and
     Isola, arXiv:2005.10242): 0 where all are one point, about −4 where they fill the sphere. NaN for one row.
 
-    Resamples have it to first order: a row's influence is twice what its own mean over the others lies above that of all."""
+    Resamples have it to first order: row i's influence is 2 (m_i / m − 1), with its mean m_i over the others and the mean m
+    of all."""
     if len(rows) < 2:
         return Estimate.of_mean(rows.new_full((1,), torch.nan))
     direction, _ = score_statistics(rows, rows, [LogSumExp()], scale=4.0, columns=False)

@@ -81,11 +81,11 @@ class ClassLabels:
                 return self.exact.get(str(int(text)))
         return number
 
-    def match(self, labels: Iterable[Any], place: str) -> "MatchedLabels":
+    def match(self, labels: Iterable[Any], task_name: str) -> "MatchedLabels":
         """Find the classes of labels.
 
         Args:
-            place: names the task, for messages.
+            task_name: for messages.
 
         Raises:
             UserError: for a label that is none of a list's numbers, or differs from a class in case, zeros or hyphens alone.
@@ -100,7 +100,7 @@ class ClassLabels:
         )
         meant = {text: self.by_loose_key[_loose_key(text)] for text in unmatched if _loose_key(text) in self.by_loose_key}
         if meant or (self.numbered and unmatched):
-            raise UserError(f"{place}: {self.mismatch_message(unmatched, meant)}")
+            raise UserError(f"{task_name}: {self.mismatch_message(unmatched, meant)}")
         return matched
 
     def mismatch_message(self, unmatched: Counter[str], meant: dict[str, str]) -> str:
@@ -136,7 +136,7 @@ class MatchedLabels:
     unmatched: Counter[str]
 
 
-def entries_of(metadata: Sequence[dict[str, Any]], label: str, place: str) -> list[Any]:
+def entries_of(metadata: Sequence[dict[str, Any]], label: str, task_name: str) -> list[Any]:
     """Return one entry of each sample's metadata.
 
     Raises:
@@ -145,17 +145,17 @@ def entries_of(metadata: Sequence[dict[str, Any]], label: str, place: str) -> li
     values = [entry.get(label) for entry in metadata]
     if values and all(label_text(value) is None for value in values):
         names = sorted({name for entry in metadata[:1000] for name in entry})
-        raise UserError(f"{place}: no sample has the label {label!r} in its json or columns; {suggestion(label, names)}")
+        raise UserError(f"{task_name}: no sample has the label {label!r} in its json or columns; {suggestion(label, names)}")
     return values
 
 
-def labels_ahead(dataset: ShardDataset, most: int = LOOKED_AT) -> tuple[list[dict[str, Any]], bool]:
-    """Read metadata before anything is embedded: (metadata of `most` samples, evenly spread, or of all; whether these are all).
+def labels_ahead(dataset: ShardDataset, limit: int = LOOKED_AT) -> tuple[list[dict[str, Any]], bool]:
+    """Read metadata before anything is embedded: (metadata of `limit` samples, evenly spread, or of all; whether it is all).
     Read nothing of remote shards, which are slow to read twice."""
     if dataset.remote:
         return [], False
     bare = copy.copy(dataset)
     bare.modalities, bare.keys = {}, {field: bare.keys[field] for field in bare.templates if field in bare.keys}  # labels alone
-    rows = np.unique(np.linspace(0, len(bare) - 1, min(len(bare), most)).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(bare) - 1, min(len(bare), limit)).astype(np.int64))
     samples = [bare[row] for row in rows.tolist()]
     return [sample.metadata for sample in samples if not sample.error], len(samples) == len(bare)

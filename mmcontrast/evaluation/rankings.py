@@ -20,7 +20,7 @@ ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # of products [R, T]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which candidates are relevant to which queries; a pair occurs once.
+    """The relevant pairs of queries and candidates; each occurs once.
 
     Attributes:
         queries, candidates: int64 [P], row indices.

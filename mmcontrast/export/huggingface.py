@@ -68,8 +68,8 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
             "transformers composes two towers in a VisionTextDualEncoderModel alone, which pools by pooler_output, a layer that"
             " these towers do not have: export onnx or safetensors"
         )
-    shown = " and ".join(tower.__name__ for tower in towers)
-    raise UserError(f"transformers has no model of a {shown}: export open_clip, onnx or safetensors")
+    class_names = " and ".join(tower.__name__ for tower in towers)
+    raise UserError(f"transformers has no model of a {class_names}: export open_clip, onnx or safetensors")
 
 
 def _write_transformers_model(model: ContrastiveModel, names: list[str], folder: Path, origin: Origin) -> list[str]:
@@ -77,8 +77,8 @@ def _write_transformers_model(model: ContrastiveModel, names: list[str], folder:
 
     networks: list[Any] = [model.towers[model.tower_of[name]].network for name in names]
     network, tensors = networks[0], dict(origin.rest)
-    for other in networks:
-        tensors |= other.state_dict()
+    for tower_network in networks:
+        tensors |= tower_network.state_dict()
     for name in names:
         if not isinstance(model.projections[model.tower_of[name]], nn.Identity):
             raise UserError(
@@ -89,7 +89,7 @@ def _write_transformers_model(model: ContrastiveModel, names: list[str], folder:
     if dual and (sorted(own_kinds) != sorted(kind_of(model, name) for name in names)):
         fields = ",".join(name for name in model.modalities if kind_of(model, name) in own_kinds)
         raise UserError(f"a {type(network).__name__} is exported whole, and alone: --fields {fields}")
-    if any(type(other) is not type(network) for other in networks):
+    if any(type(tower_network) is not type(network) for tower_network in networks):
         raise UserError(f"{', '.join(names)}: towers of different models of transformers are no one model: export onnx")
     if dual:
         network = type(network)(network.config)

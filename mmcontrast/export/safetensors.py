@@ -123,7 +123,7 @@ def _without_weights(tower: Tower, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tower's options that build it without pretrained weights: ours are loaded afterwards."""
     kind, options = spec["type"], {option: value for option, value in spec.items() if option not in WEIGHTS_FROM}
     if kind == "open_clip" and isinstance(spec["model"], str):
-        if quick_gelu(spec["model"], spec.get("pretrained")):  # the tag said so
+        if quick_gelu(spec["model"], spec.get("pretrained")):  # by its tag
             options.setdefault("force_quick_gelu", True)
         if "hf_model_name" in model_config(spec["model"]).get("text_cfg", {}):
             options["pretrained_text"] = False

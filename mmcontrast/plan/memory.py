@@ -94,8 +94,8 @@ def loss_memory(model: ContrastiveModel, samples: int, shape: tuple[int, int], s
     """
     rows = 4 * model.embed_dim * samples
     points = 0 if model.hyperbolic is None else 3 * fields
-    others = gathered_bytes(scheme, *shape, samples, model.embed_dim) if math.prod(shape) > 1 else 0
-    return rows * (2 * len(model.modalities) + fields + points) + others + LOSS_TILES
+    gathered = gathered_bytes(scheme, *shape, samples, model.embed_dim) if math.prod(shape) > 1 else 0
+    return rows * (2 * len(model.modalities) + fields + points) + gathered + LOSS_TILES
 
 
 def step_memory(fixed: dict[str, int], model: ContrastiveModel, samples: int, step: Bytes) -> dict[str, int]:

@@ -1,6 +1,6 @@
-"""Search in embedding tables: indexes of their fields, queries by text, picture and sound, and a page to search with.
+"""Search embedding tables: indexes of their fields, queries by text, picture and sound, and a page to search with.
 
-Names are imported when they are asked for: the commands' own file needs neither torch nor faiss.
+Names are imported at their first use: the commands' file needs neither torch nor faiss.
 """
 
 import importlib

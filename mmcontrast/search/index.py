@@ -107,8 +107,8 @@ def _read_table_bank(
     embedder = model_of(table.manifest, table.folder, device, trust_code)
     with embedder.autocast():
         bank = read_bank(embedder.model, source, through, scale, embedder.device, embedder.keys)
-    others = [field for field in table.fields if field != bank.field]
-    return replace(bank, scale=scale or scale_between(embedder.model, others, bank.field))
+    other_fields = [field for field in table.fields if field != bank.field]
+    return replace(bank, scale=scale or scale_between(embedder.model, other_fields, bank.field))
 
 
 def _write_bridge(table: StoredTable, bank: Bank, source: Path, folder: Path) -> dict[str, Any]:

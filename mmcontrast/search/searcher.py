@@ -94,7 +94,7 @@ class Searcher:
 
         Args:
             device, trust_code: of the model, as `mmcontrast.load`.
-            model: another one that asks, as `mmcontrast.load`.
+            model: another model that embeds the queries, as `mmcontrast.load`.
 
         Raises:
             UserError: as `SearchIndex` and `mmcontrast.load`.

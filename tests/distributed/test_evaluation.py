@@ -29,7 +29,7 @@ def make_parts(shard):
 
 
 def options_of(shard):
-    """Labels and keys that say what is relevant, and every line of a text a caption."""
+    """Return tasks whose relevance is by a label and by keys, and captions on every line of a text."""
     retrieval = {
         "kinds": {"query": "vector", "candidate": "text", "by": "kind"},
         "judged": {"query": "vector", "candidate": "vector", "relevance": str(shard.with_suffix(".qrels"))},
@@ -38,45 +38,46 @@ def options_of(shard):
     return EvaluationOptions(batch_size=2, splits={"val": str(shard)}, **tasks)
 
 
-def check_shared(table, rank):
-    """All have the first rank's tensors, and of the metadata what is asked for."""
-    whole = joined([None] * RANKS, table)
+def check_broadcast(table, rank):
+    """Check that all ranks have the first rank's tensors, and the requested entries of its metadata."""
+    first_table = gather_first([None] * RANKS, table)
     for entries in ((), ("kind", "nothing")):
-        found = broadcast_table(whole if rank == 0 else table, dist.group.WORLD, entries)
-        expected = [{name: entry[name] for name in entries if name in entry} for entry in whole.metadata]
-        assert found.metadata == (whole.metadata if rank == 0 else expected)
-        assert found.sample_ids.equal(whole.sample_ids) and found.group_ids.equal(whole.group_ids)
-        for field, rows in whole.fields.items():
-            assert found.fields[field].equal(rows) and found.present[field].equal(whole.present[field])
+        received = broadcast_table(first_table if rank == 0 else table, dist.group.WORLD, entries)
+        expected = [{name: entry[name] for name in entries if name in entry} for entry in first_table.metadata]
+        assert received.metadata == (first_table.metadata if rank == 0 else expected)
+        assert received.sample_ids.equal(first_table.sample_ids) and received.group_ids.equal(first_table.group_ids)
+        for field, rows in first_table.fields.items():
+            assert received.fields[field].equal(rows) and received.present[field].equal(first_table.present[field])
 
 
-def joined(tables, own):
-    """The whole table, on every rank, from what each has made or, on the first, from it."""
-    dist.all_gather_object(tables, own)
+def gather_first(tables, own_table):
+    """Return the first rank's table, which is complete, on every rank."""
+    dist.all_gather_object(tables, own_table)
     return tables[0]
 
 
 def work(rank, folder):
-    """Embed and evaluate every shard of a folder, and leave there what this rank got."""
+    """Embed and evaluate every shard of a folder, and write this rank's results there."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    folder, answers, read = Path(folder), [], []
+    folder, answers, read_positions = Path(folder), [], []
     members = ShardDataset.members
 
-    def counted(dataset, position, extensions):
-        read.append(position)
+    def counting_members(dataset, position, extensions):
+        read_positions.append(position)
         return members(dataset, position, extensions)
 
-    ShardDataset.members = counted
+    ShardDataset.members = counting_members
     try:
         for shard in sorted(folder.glob("*.tar")):
             model, dataset = make_parts(shard)
             options = options_of(shard)
             table = embed_together(model, dataset, dist.group.WORLD, batch_size=2)
-            check_shared(table, rank)
-            read.clear()
-            opened, datasets = open_splits(options, model, lambda _, whole=dataset: whole)
-            results = evaluate(model, datasets, opened, group=dist.group.WORLD).values
-            assert [sample for sample in read if sample < len(dataset)] == [*_rank_share(len(dataset), rank, RANKS)], "its own"
+            check_broadcast(table, rank)
+            read_positions.clear()
+            full_options, datasets = open_splits(options, model, lambda _, dataset=dataset: dataset)
+            results = evaluate(model, datasets, full_options, group=dist.group.WORLD).values
+            own_positions = [position for position in read_positions if position < len(dataset)]
+            assert own_positions == [*_rank_share(len(dataset), rank, RANKS)]
             answers.append((rank, shard.name, table, results))
         (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(answers))
     finally:
@@ -106,16 +107,16 @@ def test_the_table_and_the_results_are_those_of_one_process(folder):
     for rank, name, table, results in answers:
         model, dataset = make_parts(folder / name)
         options = options_of(folder / name)
-        whole = embed_dataset(model, dataset, batch_size=2)
+        expected_table = embed_dataset(model, dataset, batch_size=2)
         if rank:
-            assert not results and len(table) in (len(whole) // RANKS, len(whole) // RANKS + 1)
+            assert not results and len(table) in (len(expected_table) // RANKS, len(expected_table) // RANKS + 1)
             continue
-        assert [entry["key"] for entry in table.metadata] == [entry["key"] for entry in whole.metadata]
-        assert table.sample_ids.equal(whole.sample_ids) and table.group_ids.equal(whole.group_ids)
-        for field, rows in whole.fields.items():
+        assert [entry["key"] for entry in table.metadata] == [entry["key"] for entry in expected_table.metadata]
+        assert table.sample_ids.equal(expected_table.sample_ids) and table.group_ids.equal(expected_table.group_ids)
+        for field, rows in expected_table.fields.items():
             torch.testing.assert_close(table.fields[field], rows)
-            assert table.present[field].equal(whole.present[field])
-        opened, datasets = open_splits(options, model, lambda _, whole=dataset: whole)
-        expected = evaluate(model, datasets, opened).values
+            assert table.present[field].equal(expected_table.present[field])
+        full_options, datasets = open_splits(options, model, lambda _, dataset=dataset: dataset)
+        expected = evaluate(model, datasets, full_options).values
         assert results.keys() == expected.keys() and any("zero_shot/kind" in name for name in results)
         assert results == pytest.approx(expected, nan_ok=True, rel=1e-5)
