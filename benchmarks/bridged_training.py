@@ -42,7 +42,7 @@ QUERIES = (("image", "text"), ("audio", "text"), ("image", "audio"), ("audio", "
 @cache
 def captions() -> tuple[list[str], torch.Tensor]:
     """Return the different captions of the training set, and the group of each."""
-    found: dict[str, int] = {}
+    groups_of_captions: dict[str, int] = {}
     for shard in sorted(DATA.glob("train-*.tar")):
         texts, groups = {}, {}
         with tarfile.open(shard) as tar:
@@ -54,8 +54,8 @@ def captions() -> tuple[list[str], torch.Tensor]:
                         texts[key] = content.decode()
                     else:
                         groups[key] = json.load(io.BytesIO(content))["group_id"]
-        found |= {text: groups[key] for key, text in texts.items()}
-    return list(found), torch.tensor(list(found.values()))
+        groups_of_captions |= {text: groups[key] for key, text in texts.items()}
+    return list(groups_of_captions), torch.tensor(list(groups_of_captions.values()))
 
 
 def train(folder: Path, arm: str, seed: int) -> Recalls:

@@ -107,7 +107,7 @@ class Filter(Stage):
 
     def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
         rules = [
-            {"rule": rule.shown(), "removed": counts.get(f"{k} removed", 0), "alone": counts.get(f"{k} alone", 0)}
+            {"rule": rule.describe(), "removed": counts.get(f"{k} removed", 0), "alone": counts.get(f"{k} alone", 0)}
             for k, rule in enumerate(self.rules)
         ]
         return {"rules": rules}
