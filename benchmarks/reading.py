@@ -1,4 +1,4 @@
-"""Compares samples a second from shards to normalised batches: ours, and open_clip's `get_wds_dataset`, in turn, on the same shards.
+"""Compares samples a second from shards to normalised batches: ours and open_clip's `get_wds_dataset`, on the same shards.
 
     pip install --no-deps --target PEERS 'webdataset<=0.2.86' pandas python-dateutil pytz six
     python benchmarks/reading.py --checkouts PEERS        # without it: ours alone

@@ -1,4 +1,4 @@
-"""Measures time and memory of retrieval metrics in both directions: ours, dense ones by chunks of queries, and CLIP_benchmark's.
+"""Measures time and memory of retrieval metrics both ways: ours, dense ones by chunks of queries, and CLIP_benchmark's.
 
     python benchmarks/retrieval.py                                  # 50,000 × 50,000, width 256, three pairs of runs
     python benchmarks/retrieval.py --n 200000 --pairs 1

@@ -101,7 +101,8 @@ def index(options: argparse.Namespace, folder: Path) -> None:
             f" CPU {middle['cpu_s']:.2f});"
             f" a rank's own memory {middle['own']:.0f} MiB, mapped {middle['mapped']:.0f};"
             f" after {options.steps} steps {middle['own_later']:.0f}, {middle['mapped_later']:.0f};"
-            f" order {middle['first_order_s']:.2f} s, a step's places {middle['step_ms']:.0f} ms; checksum {middle['checksum']:.0f}",
+            f" order {middle['first_order_s']:.2f} s, a step's places {middle['step_ms']:.0f} ms;"
+            f" checksum {middle['checksum']:.0f}",
             flush=True,
         )
 
