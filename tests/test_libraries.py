@@ -19,7 +19,7 @@ from tests.models.conftest import architectures  # noqa: F401 - a fixture
 @pytest.fixture
 def told(monkeypatch, caplog):
     """The lines of our log."""
-    monkeypatch.setattr(libraries, "_told", set())
+    monkeypatch.setattr(libraries, "_logged", set())
     caplog.set_level(logging.WARNING, "mmcontrast")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "mmcontrast"]
 
@@ -32,7 +32,7 @@ def bert(tmp_path_factory):
     return folder
 
 
-def test_weights_that_are_not_there_are_told(bert, told, capfd, tmp_path):
+def test_weights_that_are_not_there_are_logged(bert, told, capfd, tmp_path):
     TransformersTower(str(bert), pretrained=True)
     assert told() == []  # the head that we do not take, the pooler that we drop
     weights = load_file(bert / "model.safetensors")
@@ -57,7 +57,7 @@ def test_random_weights_of_open_clip_are_told_once_where_they_stay(told, capfd, 
     assert "No pretrained" not in capfd.readouterr().out
 
 
-def test_a_quickgelu_mismatch_is_told(told, tmp_path, monkeypatch):
+def test_a_quickgelu_mismatch_is_logged(told, tmp_path, monkeypatch):
     """open_clip's own words, of a tag whose weights are at hand."""
     whole = open_clip.create_model("RN50", force_custom_text=False)
     save_file(whole.state_dict(), tmp_path / "weights.safetensors")

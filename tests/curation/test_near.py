@@ -122,7 +122,7 @@ def test_runs_that_were_killed_go_on(table, tmp_path, monkeypatch):
         "near": lambda out, epsilon=0.1: drop_near_duplicates(source, out, "a", epsilon, clusters=7, progress=False),
         "cluster": lambda out: cluster_table(source, out, "a", 7, progress=False),
     }
-    learnt, write = kmeans._learnt, Blocks.write
+    learnt, write = kmeans._learn, Blocks.write
 
     class Killed(BaseException):
         pass
@@ -136,7 +136,7 @@ def test_runs_that_were_killed_go_on(table, tmp_path, monkeypatch):
         stage(tmp_path / "whole" / name / "o.parquet")
         done.clear()
         monkeypatch.setattr(Blocks, "write", killed)
-        monkeypatch.setattr(kmeans, "_learnt", lambda *given: done.append("learnt") or learnt(*given))
+        monkeypatch.setattr(kmeans, "_learn", lambda *given: done.append("learnt") or learnt(*given))
         while not (tmp_path / "killed" / name / "o.parquet").exists():
             with suppress(Killed):
                 stage(tmp_path / "killed" / name / "o.parquet")
