@@ -68,17 +68,17 @@ def train(folder: Path, arm: str, seed: int) -> Recalls:
     texts, groups = captions()
     bank, scale = mean_rows(model.embed(texts=texts, progress=False), groups), model.scale_of_texts()
     bridge = Bridge(bank, bank, scale, scale)
-    found = {}
+    recalls_of_queries = {}
     for query, candidate in QUERIES:
         ways = [recall_at_1(table, query, candidate, None)]
         if "text" not in (query, candidate):
             ways.append(recall_at_1(table, query, candidate, bridge))
-        found[f"{query} → {candidate}"] = ways if len(ways) == 2 else ways * 2
-    return found
+        recalls_of_queries[f"{query} → {candidate}"] = ways if len(ways) == 2 else ways * 2
+    return recalls_of_queries
 
 
 def recall_at_1(table: EmbeddingTable, query: str, candidate: str, bridge: Bridge | None) -> float:
-    """Rows of one group belong together."""
+    """Return recall at 1; rows of one group belong together."""
     pairs = Pairs.of_groups(table.group_ids, table.group_ids)
     (ranking, _) = rank(table.fields[query], table.fields[candidate], pairs, both=True, bridge=bridge)
     first = torch.full((len(table),), 2**62).scatter_reduce(0, ranking.queries, ranking.ranks, "amin")
