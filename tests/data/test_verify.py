@@ -114,7 +114,7 @@ def test_a_manifest_tells_what_a_tar_cannot(tmp_path):
     (tmp_path / "all" / "manifest.json").write_text(json.dumps({"splits": {"train": {"samples": 6, "shards": [entry]}}}))
     assert not verify_shards(str(tmp_path / "all" / "*.tar"), 1, progress=False)["faults"]
     (tmp_path / "all" / "x.tar").write_bytes(data[1024:])
-    (reported,) = verify_shards(str(tmp_path / "all" / "*.tar"), 1, progress=False)["faults"]
+    (fault,) = verify_shards(str(tmp_path / "all" / "*.tar"), 1, progress=False)["faults"]
     assert "is not as it was written" in fault["error"]
 
 
