@@ -1,4 +1,4 @@
-"""Runs compared over seeds: each trained and embedded with the command line as a user would, then a table and a figure."""
+"""Compares runs over seeds: each is trained and embedded with the command line as a user would, then a table and a figure."""
 
 import argparse
 import json
@@ -14,9 +14,9 @@ Results = dict[str, dict[str, Recalls]]  # by arm and seed
 
 def mmcontrast(*arguments: object) -> None:
     command = [sys.executable, "-m", "mmcontrast", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"mmcontrast {' '.join(command[3:])}\n{done.stderr}")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"mmcontrast {' '.join(command[3:])}\n{result.stderr}")
 
 
 def parser_of(description: str | None, arms: Iterable[str], folder: str) -> argparse.ArgumentParser:
@@ -35,25 +35,25 @@ def compare(
     kinds: Sequence[tuple[str, str]],
     before: Callable[[int], None] = lambda seed: None,
 ) -> None:
-    """Runs every arm with every seed that results.json lacks; prints the table, draws the figure. kinds: (colour, label) of
-    each number of a query. before: what a seed needs first."""
+    """Run every arm with every seed that results.json lacks; print the table, draw the figure. kinds: (colour, label) of each
+    number of a query. before: prepares a seed."""
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / "results.json"
-    known: Results = json.loads(file.read_text()) if file.exists() else {}
+    all_results: Results = json.loads(file.read_text()) if file.exists() else {}
     for seed in options.seeds:
         before(seed)
         for arm in options.arms:
-            if str(seed) not in known.setdefault(arm, {}):
-                known[arm][str(seed)] = found = run(arm, seed)
-                file.write_text(json.dumps(known, indent=1, ensure_ascii=False))
-                print(f"{arm}, seed {seed}: {found}", flush=True)
-    results = {arm: {str(seed): known[arm][str(seed)] for seed in options.seeds} for arm in options.arms}
+            if str(seed) not in all_results.setdefault(arm, {}):
+                all_results[arm][str(seed)] = recalls = run(arm, seed)
+                file.write_text(json.dumps(all_results, indent=1, ensure_ascii=False))
+                print(f"{arm}, seed {seed}: {recalls}", flush=True)
+    results = {arm: {str(seed): all_results[arm][str(seed)] for seed in options.seeds} for arm in options.arms}
     labels = ", ".join(label for _, label in kinds)
     print(f"\n| recall at 1: {labels} | {' | '.join(queries)} |\n|---|{'---|' * len(queries)}")
     for arm, seeds in results.items():
         cells = []
         for query in queries:
-            numbers = zip(*(found[query] for found in seeds.values()), strict=True)
+            numbers = zip(*(recalls[query] for recalls in seeds.values()), strict=True)
             cells.append(" \\| ".join(f"{statistics.mean(values):.2f} ± {spread(values):.2f}" for values in numbers))
         print(f"| {arm} | {' | '.join(cells)} |")
     if options.plot:
@@ -61,7 +61,7 @@ def compare(
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half of the distance between the best and the worst seed."""
+    """Return half of the distance between the best and the worst seed."""
     return (max(values) - min(values)) / 2
 
 
@@ -73,7 +73,7 @@ def plot(results: Results, queries: Sequence[str], kinds: Sequence[tuple[str, st
     for axis, query in zip(axes, queries, strict=True):
         for number, seeds in enumerate(results.values()):
             for kind, (colour, label) in enumerate(kinds):
-                values = [found[query][kind] for found in seeds.values()]
+                values = [recalls[query][kind] for recalls in seeds.values()]
                 y = [number + 0.24 * (kind - (len(kinds) - 1) / 2)] * len(values)
                 axis.plot(values, y, "o", color=colour, markersize=4, alpha=0.8, label=label if number == 0 else None)
         axis.set_title(query, fontsize=10)

@@ -1,4 +1,4 @@
-"""Pictures and sounds that were never paired in training, compared by cosine and through a bridge of captions.
+"""Compares pictures and sounds that were never paired in training, by cosine and through a bridge of captions.
 
     make data
     for s in 0 1 2; do mmcontrast train configs/quickstart.yaml run.name=quick-$s train.seed=$s; done
@@ -34,7 +34,7 @@ from mmcontrast.evaluation.rankings import Pairs, rank
 DATA, SPLITS = "data/glyphs", ("val", "val_unseen")
 SIZES = (100, 1000)  # of smaller banks
 AT = (1, 5)
-Found = dict[str, dict[str, list[float]]]  # by way of comparison and by split and direction, a number a run
+Comparison = dict[str, dict[str, list[float]]]  # by way of comparison and by split and direction, a number a run
 
 
 def table_of(run: Path, split: str) -> EmbeddingTable:
@@ -46,21 +46,23 @@ def table_of(run: Path, split: str) -> EmbeddingTable:
 
 
 def recalls(images: EmbeddingTable, sounds: EmbeddingTable, **options: object) -> dict[str, list[float]]:
-    """Recall at 1 and 5, image → audio and back; rows of one group belong together."""
+    """Return recall at 1 and 5, image → audio and back; rows of one group belong together."""
     pairs = Pairs.of_groups(images.group_ids, sounds.group_ids)
-    expected: Bridge | None = options.pop("expected", None)  # type: ignore[assignment]
+    bridge: Bridge | None = options.pop("expected", None)  # type: ignore[assignment]
     x, y = images.fields["image"], sounds.fields["audio"]
-    if expected is not None:
-        x, y = expected.expected(x), expected.expected(y, candidates=True)
-    found = {}
+    if bridge is not None:
+        x, y = bridge.expected(x), bridge.expected(y, candidates=True)
+    values = {}
     for name, ranking in zip(("image → audio", "audio → image"), rank(x, y, pairs, both=True, **options), strict=True):  # type: ignore[arg-type]
-        first = torch.full((int(ranking.queries.max()) + 1,), 2**62).scatter_reduce(0, ranking.queries, ranking.ranks, "amin")
-        found[name] = [(first[first < 2**62] <= k).double().mean().item() for k in AT]
-    return found
+        best_ranks = torch.full((int(ranking.queries.max()) + 1,), 2**62).scatter_reduce(
+            0, ranking.queries, ranking.ranks, "amin"
+        )
+        values[name] = [(best_ranks[best_ranks < 2**62] <= k).double().mean().item() for k in AT]
+    return values
 
 
 def other_domain(number: int = 2000) -> list[str]:
-    """Lines of code: texts that have nothing to do with characters."""
+    """Return lines of code: texts that have nothing to do with characters."""
     lines = [
         line.strip()
         for module in (argparse, statistics, subprocess, inspect)
@@ -69,41 +71,42 @@ def other_domain(number: int = 2000) -> list[str]:
     return list(dict.fromkeys(line for line in lines if len(line) > 10))[:number]
 
 
-def compared(run: Path, other: Path | None = None) -> Found:
-    """Every way of comparing, on every split; `other`: the model of the sounds."""
-    heard = other or run
-    banks = [mean_rows(table.fields["text"], table.group_ids) for table in (table_of(one, "train") for one in (run, heard))]
-    models = [load(run, device="cpu"), load(heard, device="cpu")]
-    learnt = [model.scale_of_texts() for model in models]
+def compare_ways(run: Path, other: Path | None = None) -> Comparison:
+    """Return the recalls of every way of comparing, on every split; `other`: the model of the sounds."""
+    sound_run = other or run
+    tables = [table_of(run, "train"), table_of(sound_run, "train")]
+    banks = [mean_rows(table.fields["text"], table.group_ids) for table in tables]
+    models = [load(run, device="cpu"), load(sound_run, device="cpu")]
+    scales = [model.scale_of_texts() for model in models]
     generator, ways = torch.Generator().manual_seed(0), {}
     if other is None:
         ways["cosine"] = {}
-    ways[f"{len(banks[0]):,} captions, κ as learnt"] = {"bridge": Bridge(*banks, *learnt)}
+    ways[f"{len(banks[0]):,} captions, κ as learnt"] = {"bridge": Bridge(*banks, *scales)}
     for scale in (10.0, 20.0, 100.0, 200.0):
         ways[f"{len(banks[0]):,} captions, κ = {scale:g}"] = {"bridge": Bridge(*banks, scale, scale)}
-    ways["expected captions, κ as learnt"] = {"expected": Bridge(*banks, *learnt)}
+    ways["expected captions, κ as learnt"] = {"expected": Bridge(*banks, *scales)}
     for size in SIZES:
-        some = torch.randperm(len(banks[0]), generator=generator)[:size]
-        ways[f"{size:,} of the captions, κ as learnt"] = {"bridge": Bridge(banks[0][some], banks[1][some], *learnt)}
+        chosen = torch.randperm(len(banks[0]), generator=generator)[:size]
+        ways[f"{size:,} of the captions, κ as learnt"] = {"bridge": Bridge(banks[0][chosen], banks[1][chosen], *scales)}
     lines = other_domain()
-    wrong = [model.embed(texts=lines, progress=False) for model in models]
-    ways[f"{len(lines):,} lines of another domain, κ as learnt"] = {"bridge": Bridge(*wrong, *learnt)}
-    found: Found = {}
+    other_rows = [model.embed(texts=lines, progress=False) for model in models]
+    ways[f"{len(lines):,} lines of another domain, κ as learnt"] = {"bridge": Bridge(*other_rows, *scales)}
+    comparison: Comparison = {}
     for way, options in ways.items():
-        found[way] = {}
+        comparison[way] = {}
         for split in SPLITS:
-            for direction, values in recalls(table_of(run, split), table_of(heard, split), **dict(options)).items():
-                found[way][f"{split}, {direction}"] = values
-    return found
+            for direction, values in recalls(table_of(run, split), table_of(sound_run, split), **dict(options)).items():
+                comparison[way][f"{split}, {direction}"] = values
+    return comparison
 
 
-def show(results: list[Found], plot: Path | None) -> None:
+def show(results: list[Comparison], plot: Path | None) -> None:
     columns = list(next(iter(results[0].values())))
     print(f"\n| recall at 1 / at 5 | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for way in results[0]:
         cells = []
         for column in columns:
-            at = [[found[way][column][k] for found in results] for k in range(len(AT))]
+            at = [[comparison[way][column][k] for comparison in results] for k in range(len(AT))]
             cells.append(" / ".join(f"{statistics.mean(v):.3f}" + (f" ± {spread(v):.3f}" if len(v) > 1 else "") for v in at))
         print(f"| {way} | {' | '.join(cells)} |")
     if plot:
@@ -114,7 +117,11 @@ def show(results: list[Found], plot: Path | None) -> None:
         for axis, column in zip(axes, columns, strict=True):
             for number, way in enumerate(results[0]):
                 axis.plot(
-                    [found[way][column][0] for found in results], [number] * len(results), "o", color="#2166ac", markersize=4
+                    [comparison[way][column][0] for comparison in results],
+                    [number] * len(results),
+                    "o",
+                    color="#2166ac",
+                    markersize=4,
                 )
             axis.set_title(column, fontsize=10)
             axis.set_xlim(0, None)
@@ -125,19 +132,19 @@ def show(results: list[Found], plot: Path | None) -> None:
         figure.savefig(plot, dpi=110)
 
 
-def cost(n: int, entries: int, through: bool, dim: int = 192) -> tuple[float, int]:
-    """(seconds, peak bytes of the process) of exact ranks of n × n."""
+def cost(n: int, entries: int, bridged: bool, dim: int = 192) -> tuple[float, int]:
+    """Return (seconds, peak bytes of the process) of exact ranks of n × n."""
     import resource
 
     generator = torch.Generator().manual_seed(0)
     x, y, bank = (F.normalize(torch.randn(rows, dim, generator=generator), dim=1) for rows in (n, n, entries))
     pairs = Pairs.of_groups(torch.arange(n), torch.arange(n))
-    begun = time.perf_counter()
-    rank(x, y, pairs, both=True, bridge=Bridge(bank, bank, 50.0, 50.0) if through else None)
-    return time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start = time.perf_counter()
+    rank(x, y, pairs, both=True, bridge=Bridge(bank, bank, 50.0, 50.0) if bridged else None)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measured(function: Callable[..., tuple[float, int]], *arguments: object) -> tuple[float, int]:
+def run_in_process(function: Callable[..., tuple[float, int]], *arguments: object) -> tuple[float, int]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -151,14 +158,14 @@ def main() -> None:
     parser.add_argument("--bank", type=int, default=2000, help="entries of --cost's bank")
     options = parser.parse_args()
     if options.cost:
-        plain, bridged = (measured(cost, options.cost, options.bank, through) for through in (False, True))
+        plain, bridged = (run_in_process(cost, options.cost, options.bank, through) for through in (False, True))
         for name, (seconds, peak) in (("cosine", plain), ("bridge", bridged)):
             print(f"{name}: {seconds:.1f} s, peak {peak / 2**30:.2f} GiB")
         print(f"bridge / cosine: {bridged[0] / plain[0]:.1f} times the time; {options.bank} entries of 192 numbers")
     if options.runs:
-        show([compared(run) for run in options.runs], options.plot)
+        show([compare_ways(run) for run in options.runs], options.plot)
     if options.pair:
-        show([compared(*options.pair)], None)
+        show([compare_ways(*options.pair)], None)
 
 
 if __name__ == "__main__":

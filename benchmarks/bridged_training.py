@@ -42,7 +42,7 @@ QUERIES = (("image", "text"), ("audio", "text"), ("image", "audio"), ("audio", "
 @cache
 def captions() -> tuple[list[str], torch.Tensor]:
     """Return the different captions of the training set, and the group of each."""
-    found: dict[str, int] = {}
+    groups_of_captions: dict[str, int] = {}
     for shard in sorted(DATA.glob("train-*.tar")):
         texts, groups = {}, {}
         with tarfile.open(shard) as tar:
@@ -54,8 +54,8 @@ def captions() -> tuple[list[str], torch.Tensor]:
                         texts[key] = content.decode()
                     else:
                         groups[key] = json.load(io.BytesIO(content))["group_id"]
-        found |= {text: groups[key] for key, text in texts.items()}
-    return list(found), torch.tensor(list(found.values()))
+        groups_of_captions |= {text: groups[key] for key, text in texts.items()}
+    return list(groups_of_captions), torch.tensor(list(groups_of_captions.values()))
 
 
 def train(folder: Path, arm: str, seed: int) -> Recalls:
@@ -68,17 +68,17 @@ def train(folder: Path, arm: str, seed: int) -> Recalls:
     texts, groups = captions()
     bank, scale = mean_rows(model.embed(texts=texts, progress=False), groups), model.scale_of_texts()
     bridge = Bridge(bank, bank, scale, scale)
-    found = {}
+    recalls_of_queries = {}
     for query, candidate in QUERIES:
         ways = [recall_at_1(table, query, candidate, None)]
         if "text" not in (query, candidate):
             ways.append(recall_at_1(table, query, candidate, bridge))
-        found[f"{query} → {candidate}"] = ways if len(ways) == 2 else ways * 2
-    return found
+        recalls_of_queries[f"{query} → {candidate}"] = ways if len(ways) == 2 else ways * 2
+    return recalls_of_queries
 
 
 def recall_at_1(table: EmbeddingTable, query: str, candidate: str, bridge: Bridge | None) -> float:
-    """Rows of one group belong together."""
+    """Return recall at 1; rows of one group belong together."""
     pairs = Pairs.of_groups(table.group_ids, table.group_ids)
     (ranking, _) = rank(table.fields[query], table.fields[candidate], pairs, both=True, bridge=bridge)
     first = torch.full((len(table),), 2**62).scatter_reduce(0, ranking.queries, ranking.ranks, "amin")

@@ -1,4 +1,4 @@
-"""What checkpoints cost: a run that writes one every 20 steps, beside the training and in its way, and one that writes none.
+"""Measures the cost of checkpoints: a run that writes one every 20 steps, beside the training or in its way, and one without.
 
     make data && python benchmarks/checkpoints.py --pairs 3
 
@@ -30,22 +30,22 @@ def seconds(side: str, steps: int) -> float:
     from mmcontrast.training.loop import train
 
     keep_freed_memory()
-    began: list[float] = []
+    log_times: list[float] = []
     write = StepLog.write
 
-    def timed(log, values, device):  # the first logged step: data and memory are warm
-        began.append(time.perf_counter())
+    def write_timed(log, values, device):  # the first logged step: data and memory are warm
+        log_times.append(time.perf_counter())
         return write(log, values, device)
 
-    StepLog.write = timed  # type: ignore[method-assign]
+    StepLog.write = write_timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         options = [f"run.dir={folder}", f"train.steps={steps}", "evaluation.splits={}", "evaluation.zero_shot={}"]
         options += ["data.num_workers=0"]  # which would gain from every pause
         config = load_config("configs/quickstart.yaml", [*options, "train.log_every=10", *SIDES[side]])
-        job = make_run_context(config)
+        context = make_run_context(config)
         prepare_folder(config, overwrite=False)
-        train(job)
-    return began[-1] - began[0]
+        train(context)
+    return log_times[-1] - log_times[0]
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     if not Path("data/glyphs/manifest.json").exists():
         parser.error("no data/glyphs: run `make data` first")
     os.environ["OMP_WAIT_POLICY"] = (
-        "PASSIVE"  # as the command does: a second pool of threads would end the spinning of the first
+        "PASSIVE"  # as the command does: a second pool of threads would end the first one's spinning
     )
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(options.pairs):

@@ -1,4 +1,4 @@
-"""The two drivers beside each other over real processes on this machine: the ring, and one gather of all columns.
+"""Compares the two drivers over real processes on this machine: the ring, and one gather of all columns.
 
     python benchmarks/communication.py                     # 2 and 4 gloo ranks of one thread each, D = 512, fp32
 
@@ -26,7 +26,7 @@ def worker(rank: int, ranks: int, port: int, sizes: list[int], dim: int, repeats
         x, y = (F.normalize(torch.randn(n, dim, generator=generator), dim=1).requires_grad_() for _ in range(2))
         times: dict[str, list[float]] = {"ring": [], "gather": []}
         for _ in range(repeats + 1):
-            for driver, taken in times.items():
+            for driver, seconds in times.items():
                 dist.barrier()
                 start = time.perf_counter()
                 loss = contrastive_loss(
@@ -35,9 +35,9 @@ def worker(rank: int, ranks: int, port: int, sizes: list[int], dim: int, repeats
                 loss.backward()
                 slowest = torch.tensor(time.perf_counter() - start)
                 dist.all_reduce(slowest, dist.ReduceOp.MAX)
-                taken.append(slowest.item())
+                seconds.append(slowest.item())
         if rank == 0:
-            ring, gather = (statistics.median(taken[1:]) for taken in times.values())
+            ring, gather = (statistics.median(seconds[1:]) for seconds in times.values())
             size = ranks * n * dim * 8 / 2**20
             print(
                 f"{ranks} ranks of {n:,}: ring {ring * 1e3:.1f} ms, gather {gather * 1e3:.1f} ms,"

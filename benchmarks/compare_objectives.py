@@ -71,27 +71,27 @@ def lookalikes(codes: list[int]) -> torch.Tensor:
 def recalls(table: EmbeddingTable, multilinear: bool) -> Recalls:
     """Per query, recall at 1 of letters that look like no other, and of the others. Two fields are joined as they were trained:
     by the sum of their cosines, or by their product."""
-    twins, found = lookalikes(table.group_ids.tolist()), {}
+    twins, values = lookalikes(table.group_ids.tolist()), {}
     candidates = first_of_each_group(table.group_ids)
     for name, (fields, target) in QUERIES.items():
         rows = [table.fields[field] for field in fields]
         query = torch.stack(rows).prod(0) if multilinear else torch.stack(rows).sum(0)
         pairs = Pairs.of_groups(table.group_ids, table.group_ids[candidates])  # of each query one
         (ranking,) = rank(query, table.fields[target][candidates], pairs)
-        found[name] = [(ranking.ranks[kind] == 1).double().mean().item() for kind in (~twins, twins)]
-    return found
+        values[name] = [(ranking.ranks[kind] == 1).double().mean().item() for kind in (~twins, twins)]
+    return values
 
 
 def run(arm: str, seed: int, folder: Path, extra: list[str]) -> Recalls:
     """Return the recalls, and the seconds that training took."""
-    place = folder / f"{list(ARMS).index(arm):02d}-{seed}"
-    given = [option.replace("FOLDER", str(folder)) for option in ARMS[arm]]
-    options = [f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed}", *given, *extra]
+    run_folder = folder / f"{list(ARMS).index(arm):02d}-{seed}"
+    arm_options = [option.replace("FOLDER", str(folder)) for option in ARMS[arm]]
+    options = [f"run.dir={folder}", f"run.name={run_folder.name}", f"train.seed={seed}", *arm_options, *extra]
     began = time.perf_counter()
     mmcontrast("train", CONFIG, *options, "--overwrite")
     seconds = time.perf_counter() - began
-    mmcontrast("embed", place, "data/letters/val-*.tar", place / "table")
-    return recalls(EmbeddingTable.read(place / "table"), ARMS[arm] is PRODUCTS) | {"seconds": [seconds]}
+    mmcontrast("embed", run_folder, "data/letters/val-*.tar", run_folder / "table")
+    return recalls(EmbeddingTable.read(run_folder / "table"), ARMS[arm] is PRODUCTS) | {"seconds": [seconds]}
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from losses import (  # type: ignore[import-not-found]  # beside this file
 def errors(
     loss: Loss, objective: str, dim: int, dtype: torch.dtype, device: str, rows: int = 4096
 ) -> tuple[float, float]:  # fmt: skip
-    """Relative errors of the loss and of a gradient at N = rows against the same inputs in float64."""
+    """Return the relative errors of the loss and of a gradient at N = rows against the same inputs in float64."""
     leaves = inputs(rows, dim, dtype, device)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     value, truth = loss(*leaves), FORMS[objective]()(*exact)
@@ -43,19 +43,19 @@ def errors(
     return abs(value.item() / truth.item() - 1), ((grad - true_grad).norm() / true_grad.norm()).item()
 
 
-def shown(relative: tuple[float, float]) -> str:
+def format_errors(relative: tuple[float, float]) -> str:
     return f"{relative[0]:.0e} and {relative[1]:.0e}"
 
 
 def memory(name: str, n: int, dim: int, dtype: torch.dtype, device: str) -> float:
-    """MiB."""
+    """Return the MiB that one forward and backward adds to the peak."""
     if device == "cuda":
-        return measured_memory(name, n, dim, dtype, device, [])
+        return measure_memory(name, n, dim, dtype, device, [])
     with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(measured_memory, (name, n, dim, dtype, device, None))
+        return process.apply(measure_memory, (name, n, dim, dtype, device, None))
 
 
-def measured_memory(name, n, dim, dtype, device, running) -> float:
+def measure_memory(name, n, dim, dtype, device, running) -> float:
     if running is None:
         join_group(device)
     loss = OURS[name] if name in OURS else load(name)
@@ -76,8 +76,8 @@ def main() -> None:
     dtype, device = getattr(torch, options.dtype), options.device
     add_checkouts(options.checkouts)
     join_group(device)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{options.dtype}, {where}, torch {torch.__version__}")
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{options.dtype}, {hardware}, torch {torch.__version__}")
     for dim in options.dim:
         for n in options.n:
             rate = product_rate(dim, dtype, device)
@@ -88,13 +88,13 @@ def main() -> None:
 
 def compare(objective: str, n: int, dim: int, dtype: torch.dtype, options: argparse.Namespace, rate: float) -> None:
     device, leaves = options.device, inputs(n, dim, dtype, options.device)
-    mine = OURS[objective]
-    run(mine, leaves)
-    alone = statistics.median(run(mine, leaves) for _ in range(options.pairs))
-    useful = 8 * n**2 * dim
+    our_loss = OURS[objective]
+    run(our_loss, leaves)
+    alone = statistics.median(run(our_loss, leaves) for _ in range(options.pairs))
+    operations = 8 * n**2 * dim
     peak = memory(objective, n, dim, dtype, device)
-    report = f"{alone:.4g} s, {useful / alone / rate:.0%} of the product rate, {peak:.0f} MiB"
-    print(f"  {objective}: {report}, errors {shown(errors(mine, objective, dim, dtype, device))}", flush=True)
+    report = f"{alone:.4g} s, {operations / alone / rate:.0%} of the product rate, {peak:.0f} MiB"
+    print(f"  {objective}: {report}, errors {format_errors(errors(our_loss, objective, dim, dtype, device))}", flush=True)
     for name in options.peers:
         if PEERS[name][0] != objective:
             continue
@@ -104,15 +104,17 @@ def compare(objective: str, n: int, dim: int, dtype: torch.dtype, options: argpa
             continue
         try:
             run(loss, leaves)
-            pairs = [(run(mine, leaves), run(loss, leaves)) for _ in range(options.pairs)]
+            pairs = [(run(our_loss, leaves), run(loss, leaves)) for _ in range(options.pairs)]
             peak = memory(name, n, dim, dtype, device)
         except torch.OutOfMemoryError:
             print(f"    {name}: does not fit")
             continue
         ours, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
-        wrong = shown(errors(loss, objective, dim, dtype, device))
-        print(f"    {name}: {peer:.4g} s beside {ours:.4g} s, ratio {ratio:.2f}; {peak:.0f} MiB, errors {wrong}", flush=True)
+        error_text = format_errors(errors(loss, objective, dim, dtype, device))
+        print(
+            f"    {name}: {peer:.4g} s beside {ours:.4g} s, ratio {ratio:.2f}; {peak:.0f} MiB, errors {error_text}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counts what a piece of code asks of other ranks and of the device, below torch.distributed's Python."""
+"""Counts the collectives and device waits of a piece of code, below torch.distributed's Python."""
 
 from collections import Counter
 from typing import Any
@@ -15,7 +15,7 @@ WAITS = {Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.cp
 
 
 class Counted(TorchDispatchMode):
-    """Counts within it.
+    """A context that counts calls, bytes and waits.
 
     Attributes:
         calls: by kind; of moves the messages. sent: bytes that leave this rank, of a collective as its ring sends them.
@@ -28,7 +28,7 @@ class Counted(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.waits = 0
-        self.looking = _Looking(self)
+        self.looking = _CountWaits(self)
 
     def __enter__(self) -> "Counted":
         self.looking.__enter__()
@@ -59,7 +59,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Looking(TorchFunctionMode):
+class _CountWaits(TorchFunctionMode):
     def __init__(self, counted: Counted) -> None:
         super().__init__()
         self.counted = counted

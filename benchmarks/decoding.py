@@ -40,11 +40,11 @@ def jpegs(shards: str, count: int) -> Iterator[bytes]:
                     yield target.getvalue()
 
 
-def prepared(images: ImageModality, data: bytes, training: bool) -> tuple[Tensor, float]:
-    """A normalised tensor [3, 224, 224], and the milliseconds of CPU time that it took."""
-    began = time.thread_time()
+def prepare(images: ImageModality, data: bytes, training: bool) -> tuple[Tensor, float]:
+    """Return a normalised tensor [3, 224, 224], and the milliseconds of CPU time that it took."""
+    start = time.thread_time()
     pixels = images(images.collate([images.transform(images.decode(data), training)]))[0]
-    return pixels, 1000 * (time.thread_time() - began)
+    return pixels, 1000 * (time.thread_time() - start)
 
 
 def compare(name: str, model: ContrastiveModel, pictures: list[bytes]) -> str:
@@ -52,26 +52,33 @@ def compare(name: str, model: ContrastiveModel, pictures: list[bytes]) -> str:
     assert isinstance(library, ImageModality)
     ways, times = {"library": library, "ours": library.for_training()}, {}
     for training in (True, False):
-        taken: dict[str, list[float]] = {way: [] for way in ways}
+        milliseconds: dict[str, list[float]] = {way: [] for way in ways}
         for data in pictures:
             for way, images in ways.items():
-                taken[way].append(prepared(images, data, training)[1])
-        times[training] = [statistics.median(taken[way][WARM:]) for way in ways]
-    few = pictures[:: max(1, len(pictures) // COMPARED)]
-    theirs, mine = (torch.stack([prepared(images, data, False)[0] for data in few]) for images in ways.values())
+                milliseconds[way].append(prepare(images, data, training)[1])
+        times[training] = [statistics.median(milliseconds[way][WARM:]) for way in ways]
+    compared = pictures[:: max(1, len(pictures) // COMPARED)]
+    library_pixels, our_pixels = (
+        torch.stack([prepare(images, data, False)[0] for data in compared]) for images in ways.values()
+    )
     deviation = 255 * torch.tensor(ways["ours"].std).view(-1, 1, 1)
-    apart = ((theirs - mine) * deviation).abs()
+    levels = ((library_pixels - our_pixels) * deviation).abs()
     with torch.no_grad():
-        one, other = (torch.cat([model.encode("image", part) for part in pixels.split(32)]) for pixels in (theirs, mine))
-    cosines, between = (one * other).sum(1), (one @ one.T)[~torch.eye(len(one), dtype=torch.bool)]
+        library_rows, our_rows = (
+            torch.cat([model.encode("image", part) for part in pixels.split(32)]) for pixels in (library_pixels, our_pixels)
+        )
+    cosines, of_pairs = (
+        (library_rows * our_rows).sum(1),
+        (library_rows @ library_rows.T)[~torch.eye(len(library_rows), dtype=torch.bool)],
+    )
     rates = "; ".join(
         f"{'training' if training else 'evaluation'} {a:.2f} ms and {b:.2f} ms, {a / b:.2f} times as fast"
         for training, (a, b) in times.items()
     )
     return (
-        f"{name}: {rates}; of {len(few)}, pixels {apart.mean():.2f} of 255 levels apart (largest {apart.max():.0f});"
+        f"{name}: {rates}; of {len(compared)}, pixels {levels.mean():.2f} of 255 levels apart (largest {levels.max():.0f});"
         f" 1 − cosine: median {1 - cosines.median():.1e}, largest {1 - cosines.min():.1e},"
-        f" of two pictures {1 - between.median():.1e}"
+        f" of two pictures {1 - of_pairs.median():.1e}"
     )
 
 

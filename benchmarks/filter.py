@@ -1,4 +1,4 @@
-"""Samples a second that a filter looks at: `mmcontrast data filter`, and webdataset with Python over the json, in turn.
+"""Measures the samples a second of a filter: `mmcontrast data filter`, and webdataset with Python over the json, in turn.
 
     python benchmarks/filter.py                     # --pairs 5 --samples 40000
 
@@ -36,7 +36,7 @@ RULES = [
 
 
 def make(folder: Path, samples: int) -> None:
-    """Tars of pictures of sixteen sides, whose captions and scores differ."""
+    """Write tars of pictures of sixteen sizes, whose captions and scores differ."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
     pictures = []
@@ -52,55 +52,55 @@ def make(folder: Path, samples: int) -> None:
                 data, width, height = pictures[int(random.integers(16))]
                 caption = " ".join(random.choice(WORDS, int(random.integers(1, 12))))
                 key = f"{shard:05d}{row:04d}"
-                about = {"url": f"https://example.com/{key}.jpg", "caption": caption, "key": key, "status": "success"}
-                about |= {"width": width, "height": height, "similarity": round(float(random.normal(0.3, 0.05)), 4)}
-                about |= {"error_message": None, "exif": "{}", "sha256": f"{shard * EACH + row:064x}"}
-                writer.write({"__key__": key, "jpg": data, "txt": caption, "json": json.dumps(about).encode()})
+                metadata = {"url": f"https://example.com/{key}.jpg", "caption": caption, "key": key, "status": "success"}
+                metadata |= {"width": width, "height": height, "similarity": round(float(random.normal(0.3, 0.05)), 4)}
+                metadata |= {"error_message": None, "exif": "{}", "sha256": f"{shard * EACH + row:064x}"}
+                writer.write({"__key__": key, "jpg": data, "txt": caption, "json": json.dumps(metadata).encode()})
 
 
 def ours(folder: Path, headers: bool, cache: str) -> tuple[float, list[str]]:
-    """(seconds, keys that are kept)."""
+    """Run `mmcontrast data filter`; return (seconds, keys that are kept)."""
     os.environ["MMCONTRAST_CACHE"] = cache
     from mmcontrast.curation.filter import Filter
     from mmcontrast.curation.rules import parse_rules
     from mmcontrast.curation.run_stage import run_stage
 
-    named = {} if headers else {"width": "json:width", "height": "json:height"}
-    rules = [{**rule, **(named if rule.get("type") in ("pixels", "aspect") else {})} for rule in RULES]
+    sides = {} if headers else {"width": "json:width", "height": "json:height"}
+    rules = [{**rule, **(sides if rule.get("type") in ("pixels", "aspect") else {})} for rule in RULES]
     with tempfile.TemporaryDirectory() as out:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         run_stage(Filter(parse_rules({"rules": rules}, "rules")), str(folder / "*.tar"), Path(out) / "selection", workers=1)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         tables = [pq.read_table(part) for part in sorted((Path(out) / "selection" / "parts").iterdir())]
     return seconds, [key for table in tables for key in table.filter(table["keep"])["key"].to_pylist()]
 
 
 def baseline(folder: Path, headers: bool, cache: str) -> tuple[float, list[str]]:
-    """The obvious loop."""
+    """Run the obvious loop; return (seconds, keys that are kept)."""
     kept = []
     with tempfile.TemporaryDirectory() as out:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for sample in webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False):
-            about = json.loads(sample["json"])
+            metadata = json.loads(sample["json"])
             caption = sample["txt"].decode().strip()
             if headers:
                 with Image.open(io.BytesIO(sample["jpg"])) as image:
                     width, height = image.size
             else:
-                width, height = about["width"], about["height"]
+                width, height = metadata["width"], metadata["height"]
             if (
                 len(caption.split()) >= 3
                 and len(caption) >= 6
                 and min(width, height) >= 200
                 and max(width, height) / min(width, height) <= 3
-                and about["similarity"] >= 0.28
+                and metadata["similarity"] >= 0.28
             ):
-                kept.append(about["key"])
+                kept.append(metadata["key"])
         pq.write_table(pa.table({"key": kept}), Path(out) / "kept.parquet")
-        return time.perf_counter() - begun, kept
+        return time.perf_counter() - start, kept
 
 
-def measured(function: object, *arguments: object) -> tuple[float, list[str]]:
+def run_in_process(function: object, *arguments: object) -> tuple[float, list[str]]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()  # type: ignore[arg-type]
 
@@ -119,17 +119,17 @@ def main() -> None:
         rates: dict[str, list[float]] = {"first": [], "again": [], "webdataset": []}
         for _ in range(options.pairs):
             with tempfile.TemporaryDirectory() as cache:
-                found = {"webdataset": measured(baseline, folder, headers, cache)}
-                found["first"] = measured(ours, folder, headers, cache)
-                found["again"] = measured(ours, folder, headers, cache)
-            assert found["first"][1] == found["again"][1] == found["webdataset"][1], "they keep others"
-            for name, (seconds, _kept) in found.items():
+                results = {"webdataset": run_in_process(baseline, folder, headers, cache)}
+                results["first"] = run_in_process(ours, folder, headers, cache)
+                results["again"] = run_in_process(ours, folder, headers, cache)
+            assert results["first"][1] == results["again"][1] == results["webdataset"][1], "they keep others"
+            for name, (seconds, _kept) in results.items():
                 rates[name].append(samples / seconds)
-        print(f"sides by {'headers' if headers else 'the json'}: {len(found['first'][1])} of {samples} are kept")
-        for name, of in rates.items():
-            ratios = [one / other for one, other in zip(of, rates["webdataset"], strict=True)]
+        print(f"sides by {'headers' if headers else 'the json'}: {len(results['first'][1])} of {samples} are kept")
+        for name, values in rates.items():
+            ratios = [rate / baseline_rate for rate, baseline_rate in zip(values, rates["webdataset"], strict=True)]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-            print(f"  {name:12} {statistics.median(of):8.0f} samples/s, of webdataset's {spread}")
+            print(f"  {name:12} {statistics.median(values):8.0f} samples/s, of webdataset's {spread}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and memory of a fine-tuning step: all weights, a locked image tower, and low-rank updates, ours and peft's.
+"""Measures time and memory of a fine-tuning step: all weights, a locked image tower, and low-rank updates, ours and peft's.
 
     python benchmarks/finetuning.py                      # transformers' CLIP ViT-B/32 with random weights, 32 pairs, CPU, fp32
     python benchmarks/finetuning.py --batch 64 --rank 4 --rounds 5
@@ -63,10 +63,10 @@ class Model(nn.Module):
 
 
 def work(way: str, batch: int, rank: int, pipe: Connection) -> None:
-    """Train a step whenever asked: answers with its seconds; at the end with (learning weights, peak bytes)."""
+    """Train a step for each message, and send its seconds; at the end (trainable weights, peak bytes)."""
     model = Model(way, rank).train()
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-5)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5)
     torch.manual_seed(1)
     pictures, texts = torch.randn(batch, 3, 224, 224), torch.randint(1, 49000, (batch, 77))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
@@ -77,7 +77,7 @@ def work(way: str, batch: int, rank: int, pipe: Connection) -> None:
         optimizer.step()
         optimizer.zero_grad()
         pipe.send(time.perf_counter() - start)
-    pipe.send((sum(parameter.numel() for parameter in learning), resident("VmHWM") - before))
+    pipe.send((sum(parameter.numel() for parameter in trainable), resident("VmHWM") - before))
 
 
 def main() -> None:
@@ -85,28 +85,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each way that are timed, after one that is not")
-    given = parser.parse_args()
+    options = parser.parse_args()
     context, ways = multiprocessing.get_context("spawn"), [way for way in WAYS if "peft" not in way or find_spec("peft")]
     pipes = {}
     for way in ways:
         pipes[way], theirs = context.Pipe()
-        context.Process(target=work, args=(way, given.batch, given.rank, theirs), daemon=True).start()
+        context.Process(target=work, args=(way, options.batch, options.rank, theirs), daemon=True).start()
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(given.rounds + 1):
+    for _ in range(options.rounds + 1):
         for way, pipe in pipes.items():  # in turn: nothing else runs meanwhile
             pipe.send(True)
             seconds[way].append(pipe.recv())
-    print(
-        f"CLIP ViT-B/32, {given.batch} pairs, rank {given.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    versions = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"CLIP ViT-B/32, {options.batch} pairs, rank {options.rank}, {versions}")
     print(f"{'':20} {'learn':>10} {'s a step':>9} {'/ full':>18} {'peak':>10}")
     for way, pipe in pipes.items():
         pipe.send(False)
-        learning, peak = pipe.recv()
-        ratios = [own / full for own, full in zip(seconds[way][1:], seconds["full"][1:], strict=True)]
-        middle, spread = statistics.median(ratios), f"({min(ratios):.2f}–{max(ratios):.2f})"
-        once = statistics.median(seconds[way][1:])
-        print(f"{way:20} {learning / 1e6:>8.2f} M {once:>9.2f} {middle:>6.2f} {spread} {peak / 2**30:>6.2f} GiB")
+        trainable, peak = pipe.recv()
+        ratios = [seconds_of_way / full for seconds_of_way, full in zip(seconds[way][1:], seconds["full"][1:], strict=True)]
+        median, spread = statistics.median(ratios), f"({min(ratios):.2f}–{max(ratios):.2f})"
+        step_seconds = statistics.median(seconds[way][1:])
+        print(f"{way:20} {trainable / 1e6:>8.2f} M {step_seconds:>9.2f} {median:>6.2f} {spread} {peak / 2**30:>6.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ways to fine-tune, on a new domain and on the old one: what each gains and what it keeps. Three seeds.
+"""Compares ways to fine-tune, on a new domain and on the old one: the gain and the loss of each. Three seeds.
 
     mmcontrast data build data_pipelines/glyphs/glyphs.yaml
     mmcontrast data build data_pipelines/stamps/stamps.yaml              # its README says how to get the pictures
@@ -35,84 +35,95 @@ METRICS = {
     "stamps, mirrored": ("stamps_mirrored", 1),
     "stamps, new captions": ("stamps", 5),
 }
-Found = dict[str, dict[str, float]]
+WayMetrics = dict[str, dict[str, float]]
 
 
 def mmcontrast(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "mmcontrast", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"mmcontrast {' '.join(arguments)}\n{done.stderr}")
+    result = subprocess.run([sys.executable, "-m", "mmcontrast", *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"mmcontrast {' '.join(arguments)}\n{result.stderr}")
 
 
 def results_of(model: Path, out: Path) -> dict[str, float]:
     mmcontrast("evaluate", str(model), "--suite", SUITE, "--out", str(out), "--no-cache")
-    found: dict[str, Any] = json.loads((out / "results.json").read_text())["results"]
-    return summary({name: entry["value"] for name, entry in found.items()})
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())["results"]
+    return summary({name: entry["value"] for name, entry in results.items()})
 
 
 def summary(values: dict[str, float]) -> dict[str, float]:
-    """The mean of both directions of each metric."""
+    """Return the mean of both directions of each metric."""
     return {
         name: statistics.mean(values[f"{split}/retrieval/{way}/recall_at_{k}"] for way in ("image_to_text", "text_to_image"))
         for name, (split, k) in METRICS.items()
     }
 
 
-def run(seed: int, folder: Path) -> Found:
+def run(seed: int, folder: Path) -> WayMetrics:
     """Train, fine-tune in each way, blend: {way: {metric: value}}."""
-    place, seeded = folder / str(seed), [f"run.dir={folder / str(seed)}", f"train.seed={seed}"]
-    start = place / "start"
+    seed_folder, seed_options = folder / str(seed), [f"run.dir={folder / str(seed)}", f"train.seed={seed}"]
+    start = seed_folder / "start"
     if not (start / "results.json").exists():
-        mmcontrast("train", CONFIG, "run.name=start", *seeded, "--overwrite")
-    found = {"start": results_of(start, place / "results" / "start")}
+        mmcontrast("train", CONFIG, "run.name=start", *seed_options, "--overwrite")
+    metrics = {"start": results_of(start, seed_folder / "results" / "start")}
     steps = str(EPOCHS * 632 // BATCH)
-    alone = ["run.name=alone", f"data.train={TRAIN}", f"train.steps={steps}", f"train.batch_size={BATCH}", *seeded]
-    mmcontrast("train", CONFIG, *alone, "train.warmup_steps=20", "evaluation.splits.val=" + VAL, "--overwrite")
-    found["from random weights"] = results_of(place / "alone", place / "results" / "alone")
+    options_alone = [
+        "run.name=alone",
+        f"data.train={TRAIN}",
+        f"train.steps={steps}",
+        f"train.batch_size={BATCH}",
+        *seed_options,
+    ]
+    mmcontrast("train", CONFIG, *options_alone, "train.warmup_steps=20", "evaluation.splits.val=" + VAL, "--overwrite")
+    metrics["from random weights"] = results_of(seed_folder / "alone", seed_folder / "results" / "alone")
     runs: dict[str, Path] = {}
     for number, (arm, options) in enumerate(ARMS.items()):
-        runs[arm] = place / f"arm-{number}"
-        named = ["--name", runs[arm].name, "--overwrite"]
-        mmcontrast("finetune", str(start), TRAIN, *COMMON, *named, *options, *seeded)
-        found[arm] = results_of(runs[arm], place / "results" / runs[arm].name)
-    mmcontrast("blend", *(str(runs[arm]) for arm in SOUP), str(place / "soup"), "--soup", "uniform", "--overwrite")
-    found["soup of three rates"] = results_of(place / "soup", place / "results" / "soup")
-    mmcontrast("blend", str(start), str(runs["full"]), "--suite", SUITE, "--curve", "--out", str(place / "curve"), "--no-cache")
-    curve: dict[str, Any] = json.loads((place / "curve" / "curve.json").read_text())
+        runs[arm] = seed_folder / f"arm-{number}"
+        name_options = ["--name", runs[arm].name, "--overwrite"]
+        mmcontrast("finetune", str(start), TRAIN, *COMMON, *name_options, *options, *seed_options)
+        metrics[arm] = results_of(runs[arm], seed_folder / "results" / runs[arm].name)
+    mmcontrast("blend", *(str(runs[arm]) for arm in SOUP), str(seed_folder / "soup"), "--soup", "uniform", "--overwrite")
+    metrics["soup of three rates"] = results_of(seed_folder / "soup", seed_folder / "results" / "soup")
+    mmcontrast(
+        "blend", str(start), str(runs["full"]), "--suite", SUITE, "--curve", "--out", str(seed_folder / "curve"), "--no-cache"
+    )
+    curve: dict[str, Any] = json.loads((seed_folder / "curve" / "curve.json").read_text())
     for number, alpha in enumerate(curve["alphas"]):
-        found[f"WiSE-FT, α = {alpha:g}"] = summary({name: row[number]["value"] for name, row in curve["results"].items()})
-    return found
+        metrics[f"WiSE-FT, α = {alpha:g}"] = summary({name: row[number]["value"] for name, row in curve["results"].items()})
+    return metrics
 
 
-def write_table(results: dict[str, Found]) -> None:
+def write_table(results: dict[str, WayMetrics]) -> None:
     print(f"\n| | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
     for arm in next(iter(results.values())):
         cells = []
         for metric in METRICS:
-            values = [found[arm][metric] for found in results.values()]
+            values = [metrics[arm][metric] for metrics in results.values()]
             cells.append(f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}")
         print(f"| {arm} | {' | '.join(cells)} |")
 
 
-def plot(results: dict[str, Found], path: Path) -> None:
-    """The new domain against the old one: a marker a way, a line for the blends, bars from seed to seed."""
+def plot(results: dict[str, WayMetrics], path: Path) -> None:
+    """Draw the new domain against the old one: a marker a way, a line for the blends, bars from seed to seed."""
     from matplotlib.figure import Figure
 
     old, *new = METRICS
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axis, metric in zip(figure.subplots(1, len(new)), new, strict=True):
 
-        def places(arm: str, metric: str = metric) -> list[tuple[float, float, float]]:
-            """(mean, how far down, how far up) of the old and of the new metric."""
-            several = [[found[arm][name] for found in results.values()] for name in (old, metric)]
-            means = [statistics.mean(values) for values in several]
-            return [(mean, mean - min(values), max(values) - mean) for mean, values in zip(means, several, strict=True)]
+        def points_of(arm: str, metric: str = metric) -> list[tuple[float, float, float]]:
+            """Return (mean, distance to the least, distance to the largest) of the old and of the new metric."""
+            points = []
+            for name in (old, metric):
+                values = [metrics[arm][name] for metrics in results.values()]
+                mean = statistics.mean(values)
+                points.append((mean, mean - min(values), max(values) - mean))
+            return points
 
         arms = list(next(iter(results.values())))
-        line = [places(arm) for arm in arms if arm.startswith("WiSE")]
+        line = [points_of(arm) for arm in arms if arm.startswith("WiSE")]
         axis.plot(*zip(*((x[0], y[0]) for x, y in line), strict=True), "-o", color="#888888", markersize=3, label="WiSE-FT")
         for number, arm in enumerate(arm for arm in arms if not arm.startswith("WiSE")):
-            x, y = places(arm)
+            x, y = points_of(arm)
             bars = {"xerr": [[x[1]], [x[2]]], "yerr": [[y[1]], [y[2]]]}
             axis.errorbar(x[0], y[0], **bars, fmt="osD^v<>Pp*"[number % 10], color=f"C{number}", label=arm, elinewidth=0.8)
         k = METRICS[metric][1]
@@ -130,13 +141,13 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / "results.json"
-    known: dict[str, Found] = json.loads(file.read_text()) if file.exists() else {}
+    all_results: dict[str, WayMetrics] = json.loads(file.read_text()) if file.exists() else {}
     for seed in options.seeds:
-        if str(seed) not in known:
-            known[str(seed)] = run(seed, options.folder)
-            file.write_text(json.dumps(known, indent=1) + "\n")
-        print(f"seed {seed}: {known[str(seed)]}", flush=True)
-    results = {seed: known[seed] for seed in map(str, options.seeds)}
+        if str(seed) not in all_results:
+            all_results[str(seed)] = run(seed, options.folder)
+            file.write_text(json.dumps(all_results, indent=1) + "\n")
+        print(f"seed {seed}: {all_results[str(seed)]}", flush=True)
+    results = {seed: all_results[seed] for seed in map(str, options.seeds)}
     write_table(results)
     if options.plot:
         plot(results, options.plot)

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None, began: float | None = None) -> int:
 
 
 def use_wheels(wheels: Path | None, site: Path, checkouts: list[str]) -> None:
-    """Unpacks wheels and puts them and the checkouts before all else that is imported, here and in child processes."""
+    """Unpack wheels and put them and the checkouts first in the import path, here and in child processes."""
     for wheel in sorted(wheels.glob("*.whl")) if wheels else []:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)

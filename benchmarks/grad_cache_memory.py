@@ -1,4 +1,4 @@
-"""Peak memory of one step as the batch grows 16-fold: towers' activations kept, or gradient caching.
+"""Measures the peak memory of one step as the batch grows 16-fold: towers' activations kept, or gradient caching.
 
     python benchmarks/grad_cache_memory.py                         # ViT-S/16 and a 4-layer BERT, D = 512, fp32, CPU
     python benchmarks/grad_cache_memory.py --batches 64 128 --micro 16
@@ -36,8 +36,10 @@ def make_model() -> ContrastiveModel:
 def make_batch(n: int) -> Batch:
     images = torch.randint(256, (n, 3, 112, 112), dtype=torch.uint8)
     tokens = torch.randint(1, 49000, (n, 32))
-    here = torch.ones(n, dtype=torch.bool)
-    return Batch({"image": images, "text": tokens}, {"image": here, "text": here}, torch.arange(n), torch.arange(n), [{}] * n)
+    present = torch.ones(n, dtype=torch.bool)
+    return Batch(
+        {"image": images, "text": tokens}, {"image": present, "text": present}, torch.arange(n), torch.arange(n), [{}] * n
+    )
 
 
 def step(model: ContrastiveModel, batch: Batch, micro: int | None) -> None:
@@ -60,7 +62,7 @@ def peak(n: int, micro: int | None) -> int:
 
 
 def difference(n: int, micro: int) -> float:
-    """Without dropout, which differs between a batch and its micro-batches."""
+    """Return the relative difference of the gradients, without dropout, which differs between a batch and its micro-batches."""
     gradients = []
     for size in (None, micro):
         model = make_model().eval()

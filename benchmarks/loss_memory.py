@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward of each loss above its inputs, as the batch grows.
+"""Measures the peak memory of one forward and backward of each loss above its inputs, as the batch grows.
 
     python benchmarks/loss_memory.py                              # N = 8,192, 32,768, 131,072; D = 512; fp32, CPU
     python benchmarks/loss_memory.py --checkouts ../GradCache/src --results memory.json --plot docs/loss_memory.png
@@ -26,7 +26,7 @@ from losses import (  # type: ignore[import-not-found]  # beside this file
 )
 
 
-def measured(name: str, n: int, dim: int, checkouts: list[str]) -> int | str:
+def measure(name: str, n: int, dim: int, checkouts: list[str]) -> int | str:
     add_checkouts(checkouts)
     join_group("cpu")
     loss = OURS[name] if name in OURS else load(name)
@@ -34,7 +34,7 @@ def measured(name: str, n: int, dim: int, checkouts: list[str]) -> int | str:
 
 
 def available() -> int:
-    """Bytes this machine could still give."""
+    """Return the bytes of memory that are available."""
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":") for line in file)
     return int(lines["MemAvailable"].removesuffix("kB\n")) * 1024 + resident("VmRSS")
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--plot", help="a PNG of the table")
     options = parser.parse_args()
     print(f"MiB above the inputs, D = {options.dim}, fp32; N = {', '.join(f'{n:,}' for n in options.n)}")
-    known = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
+    figures_by_loss = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
     table: dict[str, list[tuple[int, float, bool]]] = {}
     for name in options.losses:
         cells: list[tuple[int, float, bool]] = []
@@ -60,19 +60,19 @@ def main() -> None:
             if cells and (not cells[-1][2] or (expected > 0.8 * available() and quadratic(cells))):
                 cells.append((n, expected, False))
                 continue
-            found = known.get(name, {}).get(str(n), "unknown")
-            if found is None:
+            figure = figures_by_loss.get(name, {}).get(str(n), "unknown")
+            if figure is None:
                 continue
-            if found == "unknown":
+            if figure == "unknown":
                 with multiprocessing.get_context("spawn").Pool(1) as process:
-                    found = process.apply(measured, (name, n, options.dim, options.checkouts))
-            if isinstance(found, str):
-                print(f"{name}: {found}", flush=True)
+                    figure = process.apply(measure, (name, n, options.dim, options.checkouts))
+            if isinstance(figure, str):
+                print(f"{name}: {figure}", flush=True)
                 break
-            cells.append((n, float(found), True))
-            known.setdefault(name, {})[str(n)] = found
+            cells.append((n, float(figure), True))
+            figures_by_loss.setdefault(name, {})[str(n)] = figure
             if options.results:
-                options.results.write_text(json.dumps(known, indent=1))
+                options.results.write_text(json.dumps(figures_by_loss, indent=1))
         else:
             table[name] = cells
             figures = " | ".join(f"{'' if sure else '~'}{size / 2**20:,.0f}" for _, size, sure in cells)
@@ -82,11 +82,11 @@ def main() -> None:
 
 
 def quadratic(cells: list[tuple[int, float, bool]]) -> bool:
-    """Whether it grew faster than N^1.5; unknown of one figure, and then assumed."""
+    """Return whether memory grew faster than N^1.5, which is assumed of a single figure."""
     if len(cells) < 2:
         return True
-    (n, size, _), (more, larger, _) = cells[-2:]
-    return larger / size > (more / n) ** 1.5
+    (n, size, _), (next_n, next_size, _) = cells[-2:]
+    return next_size / size > (next_n / n) ** 1.5
 
 
 def plot(table: dict[str, list[tuple[int, float, bool]]], path: str) -> None:
@@ -95,11 +95,11 @@ def plot(table: dict[str, list[tuple[int, float, bool]]], path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, cells in table.items():
         (line,) = axes.plot([], [], "o-" if name in OURS else "s--", label=f"{'ours, ' if name in OURS else ''}{name}")
-        for (n, size, _), (more, larger, known) in zip(cells, cells[1:], strict=False):
-            style = "-" if name in OURS else "--"
-            axes.plot([n, more], [size / 2**30, larger / 2**30], style if known else ":", color=line.get_color())
-        sure_ones = [(n, size / 2**30) for n, size, sure in cells if sure]
-        axes.plot(*zip(*sure_ones, strict=True), "o" if name in OURS else "s", color=line.get_color())
+        for (n, size, _), (next_n, next_size, is_measured) in zip(cells, cells[1:], strict=False):
+            style = ("-" if name in OURS else "--") if is_measured else ":"
+            axes.plot([n, next_n], [size / 2**30, next_size / 2**30], style, color=line.get_color())
+        points = [(n, size / 2**30) for n, size, is_measured in cells if is_measured]
+        axes.plot(*zip(*points, strict=True), "o" if name in OURS else "s", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="batch N", ylabel="GiB above the inputs (dotted: would need)")
     axes.set_xticks([n for n, *_ in next(iter(table.values()))], [f"{n:,}" for n, *_ in next(iter(table.values()))])
     axes.minorticks_off()

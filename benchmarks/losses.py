@@ -1,4 +1,4 @@
-"""Our losses and their peers', as functions of the same four tensors; what the benchmarks have in common."""
+"""Defines our losses and their peers' as functions of the same four tensors, and the measurements that benchmarks share."""
 
 import inspect
 import sys
@@ -42,12 +42,12 @@ def ours_lit(backend: str = "auto") -> Loss:
 
 
 def prefixes(dim: int) -> tuple[int, ...]:
-    """Widths of Matryoshka embeddings: about a quarter, a half, and all of it."""
+    """Return the widths of Matryoshka embeddings: about a quarter, a half, and all of it."""
     return (*(dim * quarters // 4 // 64 * 64 or dim // (4 // quarters) for quarters in (1, 2)), dim)
 
 
 def ours_matryoshka(backend: str = "auto") -> Loss:
-    """The sum of InfoNCE over prefixes of the embeddings (Matryoshka, arXiv:2205.13147)."""
+    """Return the sum of InfoNCE over prefixes of the embeddings (Matryoshka, arXiv:2205.13147)."""
     infonce = ours("infonce", backend)
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def chunked_siglip_loss() -> Loss:
 
 
 def grad_cache() -> Loss:
-    """One direction alone: its loss has no other."""
+    """Return GradCache's loss, which has one direction alone."""
     from grad_cache.loss import SimpleContrastiveLoss
 
     return lambda x, y, scale, bias: SimpleContrastiveLoss()(x * scale, y)
@@ -154,7 +154,7 @@ def inputs(n: int, dim: int, dtype: torch.dtype, device: str = "cpu") -> list[Te
 
 
 def run(loss: Loss, leaves: list[Tensor]) -> float:
-    """Seconds of one forward and backward."""
+    """Return the seconds of one forward and backward."""
     for leaf in leaves:
         leaf.grad = None
     wait(leaves[0])
@@ -176,7 +176,7 @@ def join_group(device: str) -> None:
 
 
 def peak_above_inputs(loss: Loss, n: int, dim: int, dtype: torch.dtype, device: str = "cpu") -> int:
-    """Bytes that one forward and backward adds to the peak. On a CPU, run it in a process of its own (Linux)."""
+    """Return the bytes that one forward and backward adds to the peak. On a CPU, run it in a process of its own (Linux)."""
     run(loss, inputs(min(n, 1024), dim, dtype, device))  # libraries load their buffers
     leaves = inputs(n, dim, dtype, device)
     if device == "cuda":
@@ -191,13 +191,13 @@ def peak_above_inputs(loss: Loss, n: int, dim: int, dtype: torch.dtype, device: 
 
 
 def resident(entry: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak."""
+    """Return bytes of this process: VmRSS now, VmHWM at its peak."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[entry].removesuffix("kB")) * 1024
 
 
 def product_rate(dim: int, dtype: torch.dtype, device: str) -> float:
-    """Operations a second of a large matrix product of that inner width, the best of five."""
+    """Return the operations a second of a large matrix product of that inner width, the best of five."""
     size = 16_384 if device == "cuda" else 4096
     a, b = (torch.randn(size, dim, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype, device=device)
@@ -212,7 +212,7 @@ def product_rate(dim: int, dtype: torch.dtype, device: str) -> float:
 
 
 def load(name: str) -> Loss | str:
-    """A peer's loss, or why it is not here."""
+    """Return a peer's loss, or why it cannot be measured."""
     try:
         return PEERS[name][1]()
     except ImportError as error:
@@ -220,5 +220,5 @@ def load(name: str) -> Loss | str:
 
 
 def add_checkouts(paths: list[str]) -> None:
-    """Peers that are checked out rather than installed."""
+    """Put folders of peers that are checked out, not installed, into the import path."""
     sys.path[:0] = paths

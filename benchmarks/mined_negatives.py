@@ -1,4 +1,4 @@
-"""Mined negatives, and batches of neighbours, beside in-batch negatives on letters that look alike, at equal compute.
+"""Compares mined negatives, and batches of neighbours, with in-batch negatives on letters that look alike, at equal compute.
 
     mmcontrast data build data_pipelines/glyphs/letters.yaml
     python benchmarks/mined_negatives.py --plot docs/mined_negatives.png   # 25 minutes on 2 cores; goes on where it was
@@ -49,16 +49,16 @@ ARMS: dict[str, tuple[str | None, list[str]]] = {  # the filter of what is mined
 
 @cache
 def costs() -> dict[str, float]:
-    """FLOPs of a forward of one sample, by field."""
+    """Return the FLOPs of a forward of one sample, by field."""
     from mmcontrast.plan import plan_run
 
     return {tower: plan.flops for tower, plan in plan_run(load_config(Path(CONFIG), [])).towers.items()}
 
 
 def steps_of(arm: str, samples: int, forward: Mapping[str, float]) -> int:
-    """As many as cost what the in-batch arm does: a backward is two forwards, an embedding one of two fields."""
-    whole, overrides = sum(forward.values()), ARMS[arm][1]
-    budget, step = STEPS * BATCH * 3 * whole, BATCH * 3 * whole
+    """Return how many steps cost what the in-batch arm does: a backward is two forwards, an embedding one of two fields."""
+    overrides, step = ARMS[arm][1], BATCH * 3 * sum(forward.values())
+    budget = STEPS * step
     if any("negatives" in override for override in overrides):
         step += BATCH * 3 * forward["text"]
     if AGAIN[0] in overrides:
@@ -67,57 +67,57 @@ def steps_of(arm: str, samples: int, forward: Mapping[str, float]) -> int:
 
 
 def base(seed: int, folder: Path) -> Path:
-    """The run that all arms of a seed go on from, with its training data embedded and mined."""
-    place = folder / f"base-{seed}"
-    if not (place / "results.json").exists():
-        mmcontrast("train", CONFIG, f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed}", "--overwrite")
-    if not (place / "train" / "manifest.json").exists():
-        mmcontrast("embed", str(place), TRAIN, str(place / "train"))
+    """Return the run that all arms of a seed start from, with its training data embedded and mined."""
+    base_run = folder / f"base-{seed}"
+    if not (base_run / "results.json").exists():
+        mmcontrast("train", CONFIG, f"run.dir={folder}", f"run.name={base_run.name}", f"train.seed={seed}", "--overwrite")
+    if not (base_run / "train" / "manifest.json").exists():
+        mmcontrast("embed", str(base_run), TRAIN, str(base_run / "train"))
     for name, options in FILTERS.items():
-        out = place / f"{name.replace(' ', '-')}.parquet"
+        out = base_run / f"{name.replace(' ', '-')}.parquet"
         if not out.exists():
             fields = [f"--{side}={field}" for side, field in MINED.items()]
-            mmcontrast("data", "mine", str(place / "train"), str(out), *fields, "--count", "16", *options)
-    return place
+            mmcontrast("data", "mine", str(base_run / "train"), str(out), *fields, "--count", "16", *options)
+    return base_run
 
 
-def false_negatives(place: Path) -> dict[str, tuple[float, float]]:
+def false_negatives(base_run: Path) -> dict[str, tuple[float, float]]:
     """By filter: the share of the first candidates that are drawn as the query is, and of queries that keep a candidate."""
     sys.path.insert(0, "")
     from data_pipelines.glyphs.glyphs import draw
 
-    table = EmbeddingTable.read(place / "train")
+    table = EmbeddingTable.read(base_run / "train")
     letter = dict(zip(table.sample_ids.tolist(), table.group_ids.tolist(), strict=True))
     drawn = {code: draw(chr(code), FONT, 40, 48).tobytes() for code in set(letter.values())}
-    found = {}
+    shares = {}
     for name in FILTERS:
-        rows = pq.read_table(place / f"{name.replace(' ', '-')}.parquet").to_pylist()
+        rows = pq.read_table(base_run / f"{name.replace(' ', '-')}.parquet").to_pylist()
         pairs = [(row["sample_id"], row["candidate_ids"][0]) for row in rows if row["candidate_ids"]]
-        alike = [drawn[letter[query]] == drawn[letter[candidate]] for query, candidate in pairs]
-        found[name] = sum(alike) / max(1, len(alike)), len(pairs) / len(rows)
-    return found
+        drawn_alike = [drawn[letter[query]] == drawn[letter[candidate]] for query, candidate in pairs]
+        shares[name] = sum(drawn_alike) / max(1, len(drawn_alike)), len(pairs) / len(rows)
+    return shares
 
 
 def run(arm: str, seed: int, folder: Path) -> Recalls:
     start, (mined, overrides) = base(seed, folder), ARMS[arm]
     steps = steps_of(arm, len(EmbeddingTable.read(start / "train")), costs())
-    place = folder / f"{list(ARMS).index(arm):02d}-{seed}"
+    run_folder = folder / f"{list(ARMS).index(arm):02d}-{seed}"
     table = start / f"{mined.replace(' ', '-')}.parquet" if mined else ""
-    given = [override if override in AGAIN else override.format(table=table) for override in overrides]
-    options = [f"run.dir={folder}", f"run.name={place.name}", f"train.seed={seed + 100}", f"train.init_from={start}"]
-    options += [f"train.steps={steps}", "train.lr=5e-3", "train.tower_lr={text: 1e-3}", "train.warmup_steps=10", *given]
+    formatted = [override if override in AGAIN else override.format(table=table) for override in overrides]
+    options = [f"run.dir={folder}", f"run.name={run_folder.name}", f"train.seed={seed + 100}", f"train.init_from={start}"]
+    options += [f"train.steps={steps}", "train.lr=5e-3", "train.tower_lr={text: 1e-3}", "train.warmup_steps=10", *formatted]
     mmcontrast("train", CONFIG, *options, "--overwrite")
-    mmcontrast("embed", place, "data/letters/val-*.tar", place / "table")
-    return recalls(EmbeddingTable.read(place / "table"), multilinear=False) | {"steps": [steps]}
+    mmcontrast("embed", run_folder, "data/letters/val-*.tar", run_folder / "table")
+    return recalls(EmbeddingTable.read(run_folder / "table"), multilinear=False) | {"steps": [steps]}
 
 
 def main() -> None:
     options = parser_of(__doc__, ARMS, "runs/mined").parse_args()
 
     def before(seed: int) -> None:
-        for name, (alike, kept) in false_negatives(base(seed, options.folder)).items():
+        for name, (share, kept) in false_negatives(base(seed, options.folder)).items():
             print(
-                f"seed {seed}, filter {name}: {alike:.3f} of first candidates are drawn alike, {kept:.3f} of queries have any"
+                f"seed {seed}, filter {name}: {share:.3f} of first candidates are drawn alike, {kept:.3f} of queries have any"
             )
 
     compare(options, lambda arm, seed: run(arm, seed, options.folder), list(QUERIES), KINDS, before)

@@ -1,4 +1,4 @@
-"""Time and peak memory of mining hard negatives from an embedding table, exactly and by IVF, as a multiple of the bare product.
+"""Measures time and peak memory of mining hard negatives from an embedding table, exactly and by IVF, against the bare product.
 
     python benchmarks/mining.py --rows 200000
     python benchmarks/mining.py --rows 1000000 --searches ivf
@@ -25,7 +25,7 @@ CLUSTER = 500  # rows
 
 
 def write_table(folder: Path, rows: int, dim: int) -> None:
-    """In parts, so that the whole is never in memory."""
+    """Write a table in parts, so that it is never in memory as a whole."""
     from mmcontrast.evaluation import EmbeddingTable, TableSlice
     from mmcontrast.evaluation.embed import PART_ROWS
 
@@ -38,17 +38,17 @@ def write_table(folder: Path, rows: int, dim: int) -> None:
         spread = torch.randn(n, dim, generator=generator) / dim**0.5
         image = F.normalize(centres[torch.randint(clusters, (n,), generator=generator)] + spread, dim=1)
         text = F.normalize(image + 0.5 * torch.randn(n, dim, generator=generator) / dim**0.5, dim=1)
-        ids, here = torch.arange(first, first + n), torch.ones(n, dtype=torch.bool)
+        ids, present = torch.arange(first, first + n), torch.ones(n, dtype=torch.bool)
         metadata = [{"key": f"k{row}"} for row in ids.tolist()]
-        return EmbeddingTable({"image": image, "text": text}, {"image": here, "text": here.clone()}, ids, ids, metadata)
+        return EmbeddingTable({"image": image, "text": text}, {"image": present, "text": present.clone()}, ids, ids, metadata)
 
-    whole = TableSlice(folder, 1, 1)
-    whole.write((table(first) for first in range(0, rows, PART_ROWS)), rows, {})
-    assert whole.complete()
+    table_slice = TableSlice(folder, 1, 1)
+    table_slice.write((table(first) for first in range(0, rows, PART_ROWS)), rows, {})
+    assert table_slice.complete()
 
 
 def product_rate(dim: int) -> float:
-    """Multiply-adds a second of tiles as the exact search has them."""
+    """Return the multiply-adds a second of tiles as the exact search has them."""
     from mmcontrast.curation.windows import QUERIES
     from mmcontrast.search.table import BLOCK_ROWS
 
@@ -56,9 +56,9 @@ def product_rate(dim: int) -> float:
     queries @ candidates
     seconds = []
     for _ in range(9):
-        began = time.perf_counter()
+        start = time.perf_counter()
         queries @ candidates
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return QUERIES * BLOCK_ROWS * dim / sorted(seconds)[4]
 
 
@@ -82,13 +82,13 @@ def run(folder: str, search: str, threads: int, answers: multiprocessing.Queue) 
     watcher = threading.Thread(target=watch)
     watcher.start()
     options = MiningOptions("image", "text", count=10, relative_margin=0.05, range_max=50, search=search)  # type: ignore[arg-type]
-    began = time.perf_counter()
+    start = time.perf_counter()
     summary = mine(Path(folder) / "table", Path(folder) / f"{search}.parquet", options)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    about = {"seconds": round(seconds, 1), "peak_mb": kilobytes("VmHWM") // 1000, "anon_mb": anon[0] // 1000}
-    answers.put(about | {"short_queries": summary["short_queries"], "search": summary["search"]})
+    measures = {"seconds": round(seconds, 1), "peak_mb": kilobytes("VmHWM") // 1000, "anon_mb": anon[0] // 1000}
+    answers.put(measures | {"short_queries": summary["short_queries"], "search": summary["search"]})
 
 
 def main() -> None:
@@ -97,21 +97,21 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--searches", default="exact,ivf")
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     folder = tempfile.mkdtemp(prefix="mining-")
     spawn = multiprocessing.get_context("spawn")
     try:
-        write_table(Path(folder) / "table", given.rows, given.dim)
-        ideal = given.rows**2 * given.dim / product_rate(given.dim)
-        for search in given.searches.split(","):
+        write_table(Path(folder) / "table", options.rows, options.dim)
+        ideal = options.rows**2 * options.dim / product_rate(options.dim)
+        for search in options.searches.split(","):
             answers = spawn.Queue()
-            process = spawn.Process(target=run, args=(folder, search, given.threads, answers))
+            process = spawn.Process(target=run, args=(folder, search, options.threads, answers))
             process.start()
-            found = answers.get()
+            result = answers.get()
             process.join()
-            found["of_product"] = round(found["seconds"] / ideal, 2)
-            print(json.dumps({"rows": given.rows, "dim": given.dim, "kind": search} | found), flush=True)
+            result["of_product"] = round(result["seconds"] / ideal, 2)
+            print(json.dumps({"rows": options.rows, "dim": options.dim, "kind": search} | result), flush=True)
     finally:
         shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""Time and memory of each objective and combination beside plain InfoNCE, on the same inputs.
+"""Measures time and memory of each objective and combination beside plain InfoNCE, on the same inputs.
 
     python benchmarks/objectives.py                          # times: N = 4,096, D = 512; a few minutes on 2 cores
     python benchmarks/objectives.py --memory 2048 4096 8192 16384 --plot docs/objectives_memory.png
@@ -28,14 +28,14 @@ def rows(n: int, dim: int, seed: int) -> Tensor:
     return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def loss_with(given: Callable[[int, int], dict[str, Any]], locked: bool = False) -> Any:
-    """A loss of (x, y, scale, bias); what is given beside them is made once a shape."""
-    made: dict[tuple[int, int], dict[str, Any]] = {}
+def loss_with(make_options: Callable[[int, int], dict[str, Any]], locked: bool = False) -> Any:
+    """Return a loss of (x, y, scale, bias); its further options are made once for each shape."""
+    options_of: dict[tuple[int, int], dict[str, Any]] = {}
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        if (shape := (len(x), x.shape[1])) not in made:
-            made[shape] = given(*shape)
-        options = made[shape]
+        if (shape := (len(x), x.shape[1])) not in options_of:
+            options_of[shape] = make_options(*shape)
+        options = options_of[shape]
         embeddings = {"image": x.detach() if locked else x, "text": y}
         biased = options.get("objective") == "siglip"
         return contrastive_loss(embeddings, logit_scale=scale, logit_bias=bias if biased else None, **options)
@@ -48,13 +48,13 @@ def plain(n: int, dim: int, **options: Any) -> dict[str, Any]:
 
 
 def taught(n: int, dim: int, teachers: int = 1, **objective: Any) -> dict[str, Any]:
-    given = [{"image": rows(n, dim, 2 * k), "text": rows(n, dim, 2 * k + 1)} for k in range(teachers)]
-    return {"objective": objective, "teacher": given}
+    teacher_rows = [{"image": rows(n, dim, 2 * k), "text": rows(n, dim, 2 * k + 1)} for k in range(teachers)]
+    return {"objective": objective, "teacher": teacher_rows}
 
 
 def with_own(n: int, dim: int) -> dict[str, Any]:
-    own = F.normalize(torch.randn(n, OWN, dim, generator=torch.Generator().manual_seed(0)), dim=2)
-    return {"own_negatives": {"text": own}}
+    own_negatives = F.normalize(torch.randn(n, OWN, dim, generator=torch.Generator().manual_seed(0)), dim=2)
+    return {"own_negatives": {"text": own_negatives}}
 
 
 def prefixes(n: int, dim: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def times(names: list[str], n: int, dim: int, rounds: int) -> None:
     leaves, ratios = inputs(n, dim, torch.float32), {name: [] for name in names}
     for name in names:
         run(FORMS[name][1], inputs(512, dim, torch.float32))
-        FORMS[name][1](*leaves)  # what is given is made
+        FORMS[name][1](*leaves)  # makes its options
     for _ in range(rounds):
         reference = run(FORMS["infonce"][1], leaves)
         for name in names:

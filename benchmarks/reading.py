@@ -1,4 +1,4 @@
-"""Samples a second from shards to normalised batches: ours, and open_clip's `get_wds_dataset`, in turn, on the same shards.
+"""Compares samples a second from shards to normalised batches: ours and open_clip's `get_wds_dataset`, on the same shards.
 
     pip install --no-deps --target PEERS 'webdataset<=0.2.86' pandas python-dateutil pytz six
     python benchmarks/reading.py --checkouts PEERS        # without it: ours alone
@@ -33,7 +33,7 @@ SHARDS, EACH = 8, 256
 
 
 def make(folder: Path, width: int, height: int, each: int = EACH) -> None:
-    """Shards of so many samples each. Pictures with colours, edges and noise: about a photograph's bytes."""
+    """Write shards of so many samples each: pictures with colours, edges and noise, of about a photograph's bytes."""
     from mmcontrast.data import write_shard
 
     generator = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def make(folder: Path, width: int, height: int, each: int = EACH) -> None:
 
 
 def batches(shards: str, workers: int, image: Any) -> Iterator[Any]:
-    """Decoded batches, without end; normalising their pictures is left to the device."""
+    """Yield decoded batches, without end; their pictures are normalised on the device."""
     from mmcontrast.data import SampleOrder, ShardDataset, training_batches
     from mmcontrast.modalities import TextModality
 
@@ -95,7 +95,7 @@ SIDES = {
 
 
 def rate(side: str, shards: str, workers: int, checkouts: list[str]) -> float:
-    """Samples a second."""
+    """Return the samples a second of a side."""
     sys.path[:0] = checkouts
     multiprocessing.set_start_method("fork", force=True)  # of workers; this process was spawned
     torch.set_num_threads(1)
@@ -104,10 +104,10 @@ def rate(side: str, shards: str, workers: int, checkouts: list[str]) -> float:
     batches = SIDES[side](shards, workers)
     for _ in range(WARM):
         next(batches)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(TIMED):
         assert next(batches).shape == (BATCH, 3, 224, 224)
-    return TIMED * BATCH / (time.perf_counter() - began)
+    return TIMED * BATCH / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -129,7 +129,7 @@ def main() -> None:
                     with ProcessPoolExecutor(1, mp_context=context) as pool:  # whose processes may have workers of their own
                         task = pool.submit(rate, side, str(options.folder / name / "*.tar"), workers, options.checkouts)
                         rates[side].append(task.result())
-            line = [f"{side} {statistics.median(found):,.0f}/s" for side, found in rates.items()]
+            line = [f"{side} {statistics.median(values):,.0f}/s" for side, values in rates.items()]
             for side in sides[:2] if options.checkouts else []:
                 ratios = [a / b for a, b in zip(rates[side], rates["open_clip"], strict=True)]
                 line.append(f"{side} / open_clip {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")

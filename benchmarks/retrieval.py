@@ -1,4 +1,4 @@
-"""Time and memory of retrieval metrics in both directions: ours, a dense version by chunks of queries, and CLIP_benchmark's.
+"""Measures time and memory of retrieval metrics both ways: ours, dense ones by chunks of queries, and CLIP_benchmark's.
 
     python benchmarks/retrieval.py                                  # 50,000 × 50,000, width 256, three pairs of runs
     python benchmarks/retrieval.py --n 200000 --pairs 1
@@ -25,7 +25,7 @@ Recalls = dict[str, list[float]]
 
 
 def inputs(n: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Unit rows [n, dim] of two fields, such that about a third of the samples are found first."""
+    """Return unit rows [n, dim] of two fields, such that about a third of the samples are found first."""
     generator = torch.Generator().manual_seed(0)
     first = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
     return first, F.normalize(first + 0.19 * torch.randn(n, dim, generator=generator), dim=1)
@@ -36,9 +36,9 @@ def ours(first: Tensor, second: Tensor) -> Recalls:
     from mmcontrast.evaluation.retrieval import retrieval_metrics
 
     groups = torch.arange(len(first))
-    found = rank(first, second, Pairs.of_groups(groups, groups), both=True)
-    metrics = [retrieval_metrics(ranking, AT) for ranking in found]
-    return {way: [of[f"recall_at_{k}"] for k in AT] for way, of in zip(("there", "back"), metrics, strict=True)}
+    rankings = rank(first, second, Pairs.of_groups(groups, groups), both=True)
+    metrics = [retrieval_metrics(ranking, AT) for ranking in rankings]
+    return {way: [values[f"recall_at_{k}"] for k in AT] for way, values in zip(("there", "back"), metrics, strict=True)}
 
 
 def counting(first: Tensor, second: Tensor) -> Recalls:
@@ -64,7 +64,7 @@ def topk(first: Tensor, second: Tensor) -> Recalls:
 
 
 def clip_benchmark(first: Tensor, second: Tensor) -> Recalls:
-    """As its zero-shot retrieval does with the embeddings of all batches of 64."""
+    """Return CLIP_benchmark's recalls, as its zero-shot retrieval computes them of the embeddings of all batches of 64."""
     from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
     scores = first @ second.T
@@ -77,17 +77,17 @@ def clip_benchmark(first: Tensor, second: Tensor) -> Recalls:
     return {"there": recalls(scores, positive), "back": recalls(scores.T, positive.T)}
 
 
-def measured(contender: Callable[[Tensor, Tensor], Recalls], n: int, dim: int, threads: int) -> tuple[float, int, Recalls]:
-    """(seconds, peak bytes of the process, recalls)"""
+def measure(contender: Callable[[Tensor, Tensor], Recalls], n: int, dim: int, threads: int) -> tuple[float, int, Recalls]:
+    """Return (seconds, peak bytes of the process, recalls)."""
     torch.set_num_threads(threads)
     first, second = inputs(n, dim)
     contender(first[:64], second[:64])  # imports, and the libraries' first use
     start = time.perf_counter()
-    found = contender(first, second)
+    recalls = contender(first, second)
     seconds = time.perf_counter() - start
     with open("/proc/self/status") as file:
         peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    return seconds, peak, found
+    return seconds, peak, recalls
 
 
 def main() -> None:
@@ -106,18 +106,18 @@ def main() -> None:
         reference: Recalls = {}
         for contender in contenders:
             with multiprocessing.get_context("spawn").Pool(1) as process:
-                seconds, peak, found = process.apply(measured, (contender, options.n, options.dim, options.threads))
+                seconds, peak, result = process.apply(measure, (contender, options.n, options.dim, options.threads))
             times[contender.__name__].append(seconds)
-            reference = reference or found
-            for way, recalls in found.items():  # near ties may fall either way where products are rounded otherwise
+            reference = reference or result
+            for way, recalls in result.items():  # near ties may fall either way where products are rounded otherwise
                 differences = [abs(a - b) for a, b in zip(recalls, reference[way], strict=True)]
-                assert max(differences) <= 3 / options.n, (found, reference)
-            shown = ", ".join(f"{value:.4f}" for value in found["there"])
+                assert max(differences) <= 3 / options.n, (result, reference)
+            shown = ", ".join(f"{value:.4f}" for value in result["there"])
             print(f"{contender.__name__:>15}: {seconds:8.1f} s, peak {peak / 2**30:5.2f} GiB, recall {shown}", flush=True)
     for contender in contenders[1:]:
         ratios = sorted(a / b for a, b in zip(times["ours"], times[contender.__name__], strict=True))
-        middle, span = statistics.median(ratios), f"{ratios[0]:.2f}–{ratios[-1]:.2f}"
-        print(f"ours / {contender.__name__}: {middle:.2f} ({span}, {len(ratios)} pairs)")
+        median, span = statistics.median(ratios), f"{ratios[0]:.2f}–{ratios[-1]:.2f}"
+        print(f"ours / {contender.__name__}: {median:.2f} ({span}, {len(ratios)} pairs)")
 
 
 if __name__ == "__main__":

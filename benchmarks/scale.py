@@ -1,4 +1,4 @@
-"""Counts what does not grow with ranks and samples, and extrapolates it: tables for docs/scale.md.
+"""Counts calls and bytes that do not depend on ranks and samples, and extrapolates them: tables for docs/scale.md.
 
     python benchmarks/scale.py                     # all parts, some minutes on 2 cores
     python benchmarks/scale.py --only calls        # --list: what there is
@@ -22,14 +22,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="some of the parts")
     parser.add_argument("--list", action="store_true", help="say what there is")
     options = parser.parse_args()
-    known = parts()
-    unknown = [name for name in options.only or () if name not in known]
+    all_parts = parts()
+    unknown = [name for name in options.only or () if name not in all_parts]
     if unknown:
-        parser.error(f"no part {', '.join(unknown)}; there is {', '.join(known)}")
-    for name in options.only or known:
-        what = (known[name].__doc__ or "").strip().splitlines()[0]
-        print(f"{name}: {what}" if options.list else f"## {name}: {what}\n", flush=True)
-        for line in () if options.list else known[name]():
+        parser.error(f"no part {', '.join(unknown)}; there is {', '.join(all_parts)}")
+    for name in options.only or all_parts:
+        description = (all_parts[name].__doc__ or "").strip().splitlines()[0]
+        print(f"{name}: {description}" if options.list else f"## {name}: {description}\n", flush=True)
+        for line in () if options.list else all_parts[name]():
             print(line, flush=True)
         print(end="" if options.list else "\n")
 

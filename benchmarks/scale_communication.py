@@ -1,4 +1,4 @@
-"""Communication of a loss, for benchmarks/scale.py: calls and bytes, the cost model beside measured steps, published rows."""
+"""Measures the communication of a loss, for benchmarks/scale.py: calls and bytes, the cost model against measured steps."""
 
 import os
 import socket
@@ -29,18 +29,18 @@ from mmcontrast.score.traffic import SCHEMES, Calls, Link, blocks_of, gathered_b
 CONFIGS = Path(__file__).parent.parent / "configs"
 RANKS, WITHIN = 8, 4  # two nodes of four, which are processes of this machine
 ROWS, WIDTH, REPEATS = 512, 256, 7
-CHAIN = 8  # equal calls in a row, of which each is timed
+CHAIN = 8  # equal calls in a row, of which each is time_in_turn
 Timed = dict[str, Callable[[], Any]]
 
 
-def started(function: Callable[..., None], *arguments: Any) -> Any:
+def run_on_ranks(function: Callable[..., None], *arguments: Any) -> Any:
     """Return what the first of RANKS forks of this process puts into a queue."""
     context = mp.get_context("fork")
     queue = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [context.Process(target=begun, args=(function, rank, port, queue, *arguments)) for rank in range(RANKS)]
+    ranks = [context.Process(target=run_rank, args=(function, rank, port, queue, *arguments)) for rank in range(RANKS)]
     for rank in ranks:
         rank.start()
     answer = queue.get()
@@ -49,7 +49,7 @@ def started(function: Callable[..., None], *arguments: Any) -> Any:
     return answer
 
 
-def begun(function: Callable[..., None], rank: int, port: int, queue: Any, *arguments: Any) -> None:
+def run_rank(function: Callable[..., None], rank: int, port: int, queue: Any, *arguments: Any) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = str(WITHIN)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
@@ -67,7 +67,7 @@ def unit_rows(rank: int, rows: int) -> list[Tensor]:
 
 def count_on(rank: int) -> dict[str, tuple[dict[str, int], dict[str, int], int]]:
     counts = {}
-    SameGroup._pairs = None  # as on a GPU, where nobody looks at ids
+    SameGroup._pairs = None  # as on a GPU, where ids are not compare_parts on the host
     for scheme in SCHEMES:
         x, y = unit_rows(rank, 64)
         ids = torch.arange(64) + 64 * rank
@@ -81,20 +81,20 @@ def count_on(rank: int) -> dict[str, tuple[dict[str, int], dict[str, int], int]]
 
 
 def calls() -> Iterator[str]:
-    """Calls, bytes and waits of a rank in one loss of two fields, by scheme."""
+    """Count the calls, bytes and waits of a rank in one loss of two fields, by scheme."""
     yield f"Counted on {RANKS} gloo ranks as {RANKS // WITHIN} nodes of {WITHIN}, 64 rows a rank, D = {WIDTH}, infonce with"
     yield "group ids, fp32 (by the formula in brackets). Messages: of moves one a tensor, of a collective of W ranks W − 1.\n"
     yield "| scheme | moves | collectives | messages | KiB sent | host waits |"
     yield "|---|---|---|---|---|---|"
-    for scheme, (number, sent, waits) in started(count_on).items():
+    for scheme, (number, sent, waits) in run_on_ranks(count_on).items():
         formula = loss_calls(scheme, RANKS // WITHIN, WITHIN, 64, passes(WIDTH))
         formula.append(Calls("all_gather", RANKS, 2, 1, 1, (RANKS - 1) * 4 * 8))
-        moves = sum(one.messages for one in formula if one.kind == "move")
-        collectives = sum(one.count for one in formula if one.kind != "move")
+        moves = sum(call.messages for call in formula if call.kind == "move")
+        collectives = sum(call.count for call in formula if call.kind != "move")
         counted = number.get("move", 0), sum(n for kind, n in number.items() if kind != "move")
         yield (
-            f"| {scheme} | {counted[0]} ({moves}) | {counted[1]} ({collectives}) | {sum(one.messages for one in formula)} |"
-            f" {sum(sent.values()) / 1024:.1f} ({sum(one.sent for one in formula) / 1024:.1f}) | {waits} |"
+            f"| {scheme} | {counted[0]} ({moves}) | {counted[1]} ({collectives}) | {sum(call.messages for call in formula)} |"
+            f" {sum(sent.values()) / 1024:.1f} ({sum(call.sent for call in formula) / 1024:.1f}) | {waits} |"
         )
     yield "\nBy the same formulas, D = 512, a batch of 524,288, 8 ranks a node, of a rank in a loss. Before: the host waited"
     yield "for each rank's size of each field.\n"
@@ -109,15 +109,15 @@ def calls() -> Iterator[str]:
             across, inside = traffic_of(scheme, formula, ranks)
             held = gathered_bytes(scheme, ranks // 8, 8, rows, 512)
             yield (
-                f"| {ranks:,} | {scheme} | {sum(one.count for one in formula) + 1:,} | {across / 2**20:,.0f} |"
+                f"| {ranks:,} | {scheme} | {sum(call.count for call in formula) + 1:,} | {across / 2**20:,.0f} |"
                 f" {inside / 2**20:,.0f} | {held / 2**20:,.0f} | {2 * ranks:,} | 1 |"
             )
 
 
 def traffic_of(scheme: str, formula: list[Calls], ranks: int) -> tuple[float, float]:
     """Return the bytes that leave a node's busiest device for others, and that stay within."""
-    moved = sum(one.sent for one in formula if one.kind == "move")
-    gathered = sum(one.sent for one in formula if one.kind != "move")
+    moved = sum(call.sent for call in formula if call.kind == "move")
+    gathered = sum(call.sent for call in formula if call.kind != "move")
     if ranks == 8:
         return 0, moved + gathered
     if scheme == "gather":
@@ -125,34 +125,34 @@ def traffic_of(scheme: str, formula: list[Calls], ranks: int) -> tuple[float, fl
     return moved, moved * (scheme == "ring") + gathered
 
 
-def timed(things: Timed, group: dist.ProcessGroup) -> list[dict[str, float]]:
-    """Return the seconds of each, the mean over the ranks, of every repeat, in which they are taken in turn."""
+def time_in_turn(works: Timed, group: dist.ProcessGroup) -> list[dict[str, float]]:
+    """Run each work in turn; return for every repeat the seconds of each, the mean over the ranks."""
     repeats = []
     for _ in range(REPEATS + 1):
-        taken = {}
-        for name, run in things.items():
+        seconds_of = {}
+        for name, run in works.items():
             dist.barrier(group)
             start = time.perf_counter()
             run()
             seconds = torch.tensor(time.perf_counter() - start)
             dist.all_reduce(seconds, group=group)
-            taken[name] = float(seconds) / dist.get_world_size(group)
-        repeats.append(taken)
+            seconds_of[name] = float(seconds) / dist.get_world_size(group)
+        repeats.append(seconds_of)
     return repeats[1:]
 
 
-def replayed(scheme: str, group: dist.ProcessGroup, ranks: int, within: int) -> Callable[[], None]:
-    """Return what sends all that a loss sends, and computes nothing."""
+def replay(scheme: str, group: dist.ProcessGroup, ranks: int, within: int) -> Callable[[], None]:
+    """Return a function that sends all that a loss sends, and computes nothing."""
 
     def run() -> None:
-        way = driver(group, [ROWS] * ranks, scheme, within, WIDTH, "cpu")
-        for one in passes(WIDTH):
-            columns = [torch.zeros(ROWS, n // 4) if n > 8 else torch.zeros(ROWS, dtype=dtype_of(n)) for n in one.out]
-            home, merge = way.accumulator(), [torch.add] * len((*one.home, *one.home_matrices))
-            for step, block in way.visits(columns):
-                found = [torch.zeros(len(block[0]), dtype=dtype_of(n)) for n in one.home]
-                found += [torch.zeros(len(block[0]), n // 4) for n in one.home_matrices]
-                home.add(step, merge, found)
+        loss_driver = driver(group, [ROWS] * ranks, scheme, within, WIDTH, "cpu")
+        for loss_pass in passes(WIDTH):
+            columns = [torch.zeros(ROWS, n // 4) if n > 8 else torch.zeros(ROWS, dtype=dtype_of(n)) for n in loss_pass.out]
+            home, merge = loss_driver.accumulator(), [torch.add] * len((*loss_pass.home, *loss_pass.home_matrices))
+            for step, block in loss_driver.visits(columns):
+                results = [torch.zeros(len(block[0]), dtype=dtype_of(n)) for n in loss_pass.home]
+                results += [torch.zeros(len(block[0]), n // 4) for n in loss_pass.home_matrices]
+                home.add(step, merge, results)
             home.home()
 
     return run
@@ -163,16 +163,16 @@ def dtype_of(size: int) -> torch.dtype:
 
 
 def calls_of_a_kind(group: dist.ProcessGroup, numbers: int) -> Timed:
-    """Return CHAIN calls of each kind, that send so many fp32 numbers to each other rank; of moves a few more beside them."""
+    """Return CHAIN calls of each kind that send so many fp32 numbers to each other rank; moves send a few more."""
     members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
     ranks = len(members)
     right, left = members[(rank + 1) % ranks], members[(rank - 1) % ranks]
-    own, every = torch.zeros(numbers), torch.zeros(numbers * ranks)
+    part, whole = torch.zeros(numbers), torch.zeros(numbers * ranks)
     columns = [torch.zeros(numbers), torch.zeros(SMALL)]
 
     def move() -> None:
-        arriving = [torch.empty_like(one) for one in columns]
-        sent = [dist.P2POp(dist.isend, one, right, group, k) for k, one in enumerate(columns)]
+        arriving = [torch.empty_like(tensor) for tensor in columns]
+        sent = [dist.P2POp(dist.isend, tensor, right, group, k) for k, tensor in enumerate(columns)]
         for work in dist.batch_isend_irecv(sent + [dist.P2POp(dist.irecv, o, left, group, k) for k, o in enumerate(arriving)]):
             work.wait()
 
@@ -181,9 +181,9 @@ def calls_of_a_kind(group: dist.ProcessGroup, numbers: int) -> Timed:
 
     return {
         "move": chain(move),
-        "all_gather": chain(lambda: ALL_GATHER(torch.empty_like(every), own, group=group)),
-        "all_to_all": chain(lambda: dist.all_to_all_single(torch.empty_like(every), every, group=group)),
-        "reduce_scatter": chain(lambda: REDUCE_SCATTER(torch.empty_like(own), every, group=group)),
+        "all_gather": chain(lambda: ALL_GATHER(torch.empty_like(whole), part, group=group)),
+        "all_to_all": chain(lambda: dist.all_to_all_single(torch.empty_like(whole), whole, group=group)),
+        "reduce_scatter": chain(lambda: REDUCE_SCATTER(torch.empty_like(part), whole, group=group)),
     }
 
 
@@ -191,18 +191,18 @@ SMALL, LARGE = 64, ROWS * WIDTH  # numbers of a call whose time is taken
 SHARES = 8, 2  # of the gradients
 
 
-def constants(taken: dict[str, float], ranks: int, gradients: int, where: str = "") -> dict[str, tuple[float, float]]:
-    """Return of each kind of call the seconds that it takes, and the seconds a byte that a rank sends."""
-    found = {}
+def constants(seconds_of: dict[str, float], ranks: int, gradients: int, where: str = "") -> dict[str, tuple[float, float]]:
+    """Return for each kind of call its seconds, and the seconds for each byte that a rank sends."""
+    costs = {}
     for kind in ("move", "all_gather", "all_to_all", "reduce_scatter"):
         factor = 1 if kind == "move" else ranks - 1
-        small, large = (taken[f"{where}{kind} of {n}"] / CHAIN for n in (SMALL, LARGE))
-        a_byte = max(0.0, (large - small) / (4 * (LARGE - SMALL) * factor))
-        found[kind] = max(0.0, small - 4 * SMALL * factor * a_byte), a_byte
-    small, large = (taken[f"all_reduce of 1/{share}"] for share in SHARES)
-    a_gradient = max(0.0, (large - small) / (gradients // SHARES[1] - gradients // SHARES[0]))
-    found["all_reduce"] = large - a_gradient * (gradients // SHARES[1]), a_gradient / (4 * 2 * (ranks - 1) / ranks)
-    return found
+        small, large = (seconds_of[f"{where}{kind} of {n}"] / CHAIN for n in (SMALL, LARGE))
+        per_byte = max(0.0, (large - small) / (4 * (LARGE - SMALL) * factor))
+        costs[kind] = max(0.0, small - 4 * SMALL * factor * per_byte), per_byte
+    small, large = (seconds_of[f"all_reduce of 1/{share}"] for share in SHARES)
+    per_gradient = max(0.0, (large - small) / (gradients // SHARES[1] - gradients // SHARES[0]))
+    costs["all_reduce"] = large - per_gradient * (gradients // SHARES[1]), per_gradient / (4 * 2 * (ranks - 1) / ranks)
+    return costs
 
 
 def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
@@ -223,7 +223,7 @@ def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
         if rank < ranks:
             x, y = unit_rows(rank, ROWS)
             z = F.normalize(torch.randn(ROWS * ranks, WIDTH), dim=1).requires_grad_()
-            more, few = unit_rows(rank, 2 * ROWS), unit_rows(rank, SMALL)
+            many, few = unit_rows(rank, 2 * ROWS), unit_rows(rank, SMALL)
             gradients = torch.zeros(numbers)
 
             def loss(scheme: str | None, x: Tensor = x, y: Tensor = y, group: dist.ProcessGroup = group) -> None:
@@ -239,24 +239,24 @@ def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
                 )
                 rows[LogSumExp()].sum().backward()
 
-            things: Timed = {"towers of 256": trained(256), "towers": trained(1024), "products": products}
-            for rows, (a, b) in (("many", more), ("few", few)):
-                things[f"products of {rows}"] = lambda a=a, b=b: products(a, b)
-                things[f"loss of {rows}"] = lambda a=a, b=b: loss(None, a, b)
+            works: Timed = {"towers of 256": trained(256), "towers": trained(1024), "products": products}
+            for rows, (a, b) in (("many", many), ("few", few)):
+                works[f"products of {rows}"] = lambda a=a, b=b: products(a, b)
+                works[f"loss of {rows}"] = lambda a=a, b=b: loss(None, a, b)
             if ranks > 1:
                 for n in (SMALL, LARGE):
-                    things |= {f"{kind} of {n}": run for kind, run in calls_of_a_kind(group, n).items()}
+                    works |= {f"{kind} of {n}": run for kind, run in calls_of_a_kind(group, n).items()}
                     if ranks > WITHIN:
-                        made = calls_of_a_kind(nodes[rank // WITHIN], n)
-                        things |= {f"in a node, {kind} of {n}": run for kind, run in made.items()}
+                        node_calls = calls_of_a_kind(nodes[rank // WITHIN], n)
+                        works |= {f"in a node, {kind} of {n}": run for kind, run in node_calls.items()}
                 for share in SHARES:
-                    some = torch.zeros(numbers // share)
-                    things[f"all_reduce of 1/{share}"] = lambda g=some, group=group: dist.all_reduce(g, group=group)
-                things["reduction of the gradients"] = lambda g=gradients, group=group: dist.all_reduce(g, group=group)
+                    part = torch.zeros(numbers // share)
+                    works[f"all_reduce of 1/{share}"] = lambda g=part, group=group: dist.all_reduce(g, group=group)
+                works["reduction of the gradients"] = lambda g=gradients, group=group: dist.all_reduce(g, group=group)
                 for scheme in schemes_of(ranks):
-                    things[f"sent by {scheme}"] = replayed(scheme, group, ranks, WITHIN)
-                    things[f"loss by {scheme}"] = lambda scheme=scheme, run=loss: run(scheme)
-            results.append((ranks, timed(things, group), counter.get_total_flops()))
+                    works[f"sent by {scheme}"] = replay(scheme, group, ranks, WITHIN)
+                    works[f"loss by {scheme}"] = lambda scheme=scheme, run=loss: run(scheme)
+            results.append((ranks, time_in_turn(works, group), counter.get_total_flops()))
         dist.barrier()
     return results
 
@@ -265,39 +265,42 @@ def schemes_of(ranks: int) -> list[str]:
     return [scheme for scheme in SCHEMES if scheme != "hierarchical" or ranks > WITHIN]
 
 
-def compared(ranks: int, taken: dict[str, float], flops: int) -> Iterator[tuple[str, float, float]]:
+def compare_parts(ranks: int, seconds_of: dict[str, float], flops: int) -> Iterator[tuple[str, float, float]]:
     """Yield (part, measured, predicted) of one repeat."""
-    scores = (2 * ROWS) ** 2  # of what is timed; fewer take a fixed time
-    block, fixed = taken["products of few"], taken["loss of few"]
-    a_score, a_score_of_both = (taken["products of many"] - block) / scores, (taken["loss of many"] - fixed) / scores
-    wanted = ROWS * ROWS * ranks
-    yield "towers", taken["towers"], 1024 / 256 * taken["towers of 256"]
-    yield "products", taken["products"], block + wanted * a_score
+    scores = (2 * ROWS) ** 2  # of what is time_in_turn; fewer take a fixed time
+    block, fixed = seconds_of["products of few"], seconds_of["loss of few"]
+    per_score, per_score_of_loss = (
+        (seconds_of["products of many"] - block) / scores,
+        (seconds_of["loss of many"] - fixed) / scores,
+    )
+    score_count = ROWS * ROWS * ranks
+    yield "towers", seconds_of["towers"], 1024 / 256 * seconds_of["towers of 256"]
+    yield "products", seconds_of["products"], block + score_count * per_score
     if ranks == 1:
         return
     gradients = flops // 6  # a weight is 6 FLOPs
-    known = {ranks: constants(taken, ranks, gradients)}
+    costs = {ranks: constants(seconds_of, ranks, gradients)}
     if ranks > WITHIN:  # of a ring of two nodes the moves are those of eight ranks
-        known |= {WITHIN: constants(taken, WITHIN, gradients, "in a node, "), ranks // WITHIN: known[ranks]}
+        costs |= {WITHIN: constants(seconds_of, WITHIN, gradients, "in a node, "), ranks // WITHIN: costs[ranks]}
 
-    def seconds(one: Calls) -> float:
-        each, a_byte = known[one.ranks][one.kind]
-        return one.count * each + one.sent * a_byte
+    def seconds(call: Calls) -> float:
+        per_call, per_byte = costs[call.ranks][call.kind]
+        return call.count * per_call + call.sent * per_byte
 
     reduction = seconds(Calls("all_reduce", ranks, 1, 1, 1, 2 * (ranks - 1) * 4 * gradients // ranks))
-    yield "reduction of the gradients", taken["reduction of the gradients"], reduction
+    yield "reduction of the gradients", seconds_of["reduction of the gradients"], reduction
     for scheme in schemes_of(ranks):
         nodes = max(1, ranks // WITHIN)
         formula = loss_calls(scheme, nodes, ranks // nodes, ROWS, passes(WIDTH))
-        alone = sum(seconds(one) for one in formula)
-        yield f"sent by {scheme}", taken[f"sent by {scheme}"], alone
-        whole = fixed + (blocks_of(scheme, nodes, ranks // nodes) - 1) * block + wanted * a_score_of_both + alone
-        whole += seconds(Calls("all_gather", ranks, 1, 1, 1, (ranks - 1) * 32))
-        yield f"loss by {scheme}", taken[f"loss by {scheme}"], whole
+        alone = sum(seconds(call) for call in formula)
+        yield f"sent by {scheme}", seconds_of[f"sent by {scheme}"], alone
+        predicted = fixed + (blocks_of(scheme, nodes, ranks // nodes) - 1) * block + score_count * per_score_of_loss + alone
+        predicted += seconds(Calls("all_gather", ranks, 1, 1, 1, (ranks - 1) * 32))
+        yield f"loss by {scheme}", seconds_of[f"loss by {scheme}"], predicted
 
 
 def model() -> Iterator[str]:
-    """The cost model beside what is measured here, by parts, on 1, 2, 4 and 8 ranks."""
+    """Compare the cost model with measurements on this machine, by parts, on 1, 2, 4 and 8 ranks."""
     yield f"{ROWS} rows a rank, D = {WIDTH}; towers of 1,024 samples; ms, means of the ranks. In turn with them are taken,"
     yield f"on as many ranks at once: towers of 256 samples, a loss of {2 * ROWS} rows and one of {SMALL} alone, small and"
     yield f"large calls of each kind. Medians of {REPEATS} repeats, of model / measured as well."
@@ -305,17 +308,17 @@ def model() -> Iterator[str]:
     yield "| ranks | part | measured | model / measured | of single repeats |"
     yield "|---|---|---|---|---|"
     errors: dict[str, list[float]] = {}
-    for ranks, repeats, flops in started(measure_on):
-        rows = zip(*(compared(ranks, taken, flops) for taken in repeats), strict=True)
-        for of_a_part in rows:
-            (name, *_), *_ = of_a_part
-            ratios = sorted(predicted / measured for _, measured, predicted in of_a_part)
-            ratio, measured = statistics.median(ratios), statistics.median(measured for _, measured, _ in of_a_part)
+    for ranks, repeats, flops in run_on_ranks(measure_on):
+        rows = zip(*(compare_parts(ranks, seconds_of, flops) for seconds_of in repeats), strict=True)
+        for of_part in rows:
+            (name, *_), *_ = of_part
+            ratios = sorted(predicted / measured for _, measured, predicted in of_part)
+            ratio, measured = statistics.median(ratios), statistics.median(measured for _, measured, _ in of_part)
             errors.setdefault(name.split(" by ")[0], []).append(abs(ratio - 1))
             yield f"| {ranks} | {name} | {measured * 1e3:.1f} | {ratio:.2f} | {ratios[0]:.2f}–{ratios[-1]:.2f} |"
-    said = ", ".join(f"{kind} {statistics.median(values):.0%}" for kind, values in errors.items())
+    by_kind = ", ".join(f"{kind} {statistics.median(values):.0%}" for kind, values in errors.items())
     every = [error for values in errors.values() for error in values]
-    yield f"\nMedian error: {said}; of all {statistics.median(every):.0%}, the worst {max(every):.0%}."
+    yield f"\nMedian error: {by_kind}; of all {statistics.median(every):.0%}, the worst {max(every):.0%}."
 
 
 A800 = Cluster(gpu="A800", within=Link(2e-6, 200e9), link=Link(5e-6, 50e9))
@@ -325,7 +328,7 @@ TABLE_2 = [(8, 4096), (32, 12_288)]  # with inputs on the host, as ours
 
 
 def published() -> Iterator[str]:
-    """Inf-CL's published rows beside `mmcontrast plan`'s, for A800s of 80 GB in nodes of 8."""
+    """Compare Inf-CL's published rows with `mmcontrast plan`'s, for A800s of 80 GB in nodes of 8."""
     yield "arXiv:2410.17243, figure 4 and tables 1 and 2 (ViT-L/14, gradient caching of 128 samples); ours computed, not run.\n"
     yield "| | published | plan | plan / published |"
     yield "|---|---|---|---|"
@@ -337,14 +340,14 @@ def published() -> Iterator[str]:
         return plan_run(load_config(CONFIGS / "clip-vit-l-14.yaml", overrides), gpus, 80 * GIB, cluster)
 
     for batch, seconds in FIGURE_4.items():
-        found = planned(8, batch).time.total
-        yield f"| a step of {batch}k on 8 | {seconds} s | {found:.1f} s | {found / seconds:.2f} |"
+        planned_value = planned(8, batch).time.total
+        yield f"| a step of {batch}k on 8 | {seconds} s | {planned_value:.1f} s | {planned_value / seconds:.2f} |"
     for gpus, batch, size in TABLE_1:
-        found = planned(gpus, batch).memory["embeddings and loss"] / GIB
-        yield f"| memory of the loss at {batch}k on {gpus} | {size} GB | {found:.2f} GiB | {found / size:.2f} |"
+        planned_value = planned(gpus, batch).memory["embeddings and loss"] / GIB
+        yield f"| memory of the loss at {batch}k on {gpus} | {size} GB | {planned_value:.2f} GiB | {planned_value / size:.2f} |"
     for gpus, batch in TABLE_2:
-        found = planned(gpus, 1024).largest_batch // 1024
-        yield f"| largest batch on {gpus}, inputs on the host | {batch}k | {found}k | {found / batch:.2f} |"
+        planned_value = planned(gpus, 1024).largest_batch // 1024
+        yield f"| largest batch on {gpus}, inputs on the host | {batch}k | {planned_value}k | {planned_value / batch:.2f} |"
 
 
 PARTS = {"calls": calls, "model": model, "published": published}

@@ -1,4 +1,4 @@
-"""Counts, on this machine, what each rank holds and waits for besides the loss: the index of many samples, opening files, …
+"""Measures, on this machine, the memory and time of each rank besides the loss: the index of many samples, opening files, …
 
     python benchmarks/scale_state.py --only index --samples 10000000 --ranks 4
 
@@ -25,20 +25,20 @@ EXTENSIONS = ("jpg", "json", "txt")
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process: its own, and of files that it has mapped, which all processes of a node share."""
+    """Return the MiB of this process: its own, and of files that it has mapped, which all processes of a node share."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     kib = {words[0].rstrip(":"): int(words[1]) for words in lines if words[0].startswith("Rss")}
     return {"own": (kib["RssAnon"] + kib["RssShmem"]) / 1024, "mapped": kib["RssFile"] / 1024}
 
 
 def in_processes(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Return what each of several processes, started together, makes of (its number, arguments)."""
+    """Return what `work` returns in each of several processes, started together, of (its number, arguments)."""
     with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         return [task.result() for task in [pool.submit(work, rank, *arguments) for rank in range(ranks)]]
 
 
 def make_index(folder: Path, samples: int) -> None:
-    """Sparse shards in `folder`, with the index of members that are not there in the cache."""
+    """Write sparse shards into `folder`, and an index of members that they do not hold into the cache."""
     from mmcontrast.data import tar
     from mmcontrast.data.files import open_file
     from mmcontrast.data.shard import Members
@@ -58,32 +58,33 @@ def make_index(folder: Path, samples: int) -> None:
 
 
 def open_index(rank: int, shards: str, steps: int) -> dict[str, float]:
-    """Seconds and MiB that a rank needs until its data are open, and after the order of some steps and their places."""
+    """Return the seconds and MiB of a rank until its data are open, and after the order of some steps and their places."""
     from mmcontrast.data import SampleOrder, ShardDataset
     from mmcontrast.modalities import ImageModality, TextModality
 
     os.environ["RANK"] = str(rank)
     modalities: Any = {"image": ImageModality(224), "text": TextModality()}
     ShardDataset(shards.replace("*", "000000"), modalities, {}, training=True)  # what it imports
-    before, began, worked = memory(), time.perf_counter(), time.process_time()
+    before, start, cpu_seconds = memory(), time.perf_counter(), time.process_time()
     dataset = ShardDataset(shards, modalities, {}, training=True)
-    taken, worked = time.perf_counter() - began, time.process_time() - worked
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_seconds
     opened = memory()
     order = SampleOrder(tuple(map(len, dataset.shards)), 4096, 0, 64, 256, 8192, dataset.digest)
-    at, checksum = time.perf_counter(), 0
+    step_start, checksum = time.perf_counter(), 0
     order.batch(0)
-    first = time.perf_counter() - at
-    at = time.perf_counter()
+    first = time.perf_counter() - step_start
+    step_start = time.perf_counter()
     for step in range(steps):
         for position in order.batch(step, rank, 4)[1].tolist():
             shard, row = dataset.locate(position)
             checksum += sum(place for place, _, _ in shard.wanted(row, EXTENSIONS))  # type: ignore[attr-defined]
-    walked = (time.perf_counter() - at) / steps
+    seconds_per_step = (time.perf_counter() - step_start) / steps
     after = memory()
     return {
-        "open_s": taken, "cpu_s": worked, "own": opened["own"] - before["own"], "mapped": opened["mapped"] - before["mapped"],
+        "open_s": seconds, "cpu_s": cpu_seconds,
+        "own": opened["own"] - before["own"], "mapped": opened["mapped"] - before["mapped"],
         "own_later": after["own"] - before["own"], "mapped_later": after["mapped"] - before["mapped"],
-        "first_order_s": first, "step_ms": 1000 * walked, "checksum": checksum,
+        "first_order_s": first, "step_ms": 1000 * seconds_per_step, "checksum": checksum,
     }  # fmt: skip
 
 
@@ -91,16 +92,17 @@ def index(options: argparse.Namespace, folder: Path) -> None:
     shards = folder / f"shards-{options.samples}"
     if not shards.exists():
         make_index(shards, options.samples)
-    for turn in ("first start", "again"):
-        found = in_processes(open_index, options.ranks, str(shards / "*.tar"), options.steps)
-        each = {name: statistics.median(of[name] for of in found) for name in found[0]}
-        slowest = max(of["open_s"] for of in found)
+    for attempt in ("first start", "again"):
+        results = in_processes(open_index, options.ranks, str(shards / "*.tar"), options.steps)
+        middle = {name: statistics.median(result[name] for result in results) for name in results[0]}
+        slowest = max(result["open_s"] for result in results)
         print(
-            f"index, {options.samples:,} samples, {turn}: open {each['open_s']:.2f} s (slowest rank {slowest:.2f},"
-            f" CPU {each['cpu_s']:.2f});"
-            f" a rank's own memory {each['own']:.0f} MiB, mapped {each['mapped']:.0f};"
-            f" after {options.steps} steps {each['own_later']:.0f}, {each['mapped_later']:.0f};"
-            f" order {each['first_order_s']:.2f} s, a step's places {each['step_ms']:.0f} ms; checksum {each['checksum']:.0f}",
+            f"index, {options.samples:,} samples, {attempt}: open {middle['open_s']:.2f} s (slowest rank {slowest:.2f},"
+            f" CPU {middle['cpu_s']:.2f});"
+            f" a rank's own memory {middle['own']:.0f} MiB, mapped {middle['mapped']:.0f};"
+            f" after {options.steps} steps {middle['own_later']:.0f}, {middle['mapped_later']:.0f};"
+            f" order {middle['first_order_s']:.2f} s, a step's places {middle['step_ms']:.0f} ms;"
+            f" checksum {middle['checksum']:.0f}",
             flush=True,
         )
 
@@ -114,7 +116,7 @@ def joined(rank: int, ranks: int, store: str) -> None:
 
 
 def learner_in_shards(ranks: int, width: int, blocks: int) -> Any:
-    """A model of `blocks` square weights of `width` in shards, with an optimizer that has taken a step."""
+    """Return a model of `blocks` square weights of `width` in shards, with an optimizer that has taken a step."""
     import torch
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
@@ -133,7 +135,7 @@ def learner_in_shards(ranks: int, width: int, blocks: int) -> Any:
 
 
 def peak_reset() -> float:
-    """Forget the most memory so far; MiB at hand."""
+    """Reset the peak of memory; return the MiB in use."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
@@ -144,7 +146,7 @@ def peak() -> float:
 
 
 def save_shards(rank: int, ranks: int, folder: str, width: int, blocks: int, beside: bool) -> dict[str, float]:
-    """The most memory of a save above that of the training, in parameters; what a resume reads, as a part of the checkpoint."""
+    """Return a save's peak memory above the training's, in parameters, and the share of the checkpoint that a resume reads."""
     import gc
 
     import torch
@@ -157,7 +159,7 @@ def save_shards(rank: int, ranks: int, folder: str, width: int, blocks: int, bes
     model, optimizer = learner_in_shards(ranks, width, blocks)
     saver = Saver(Path(folder) / f"run-{beside}", 9, 0, beside, rank, dist.new_group(backend="gloo"))
     parameter = width * width * 4 / MIB
-    found = {}
+    peaks = {}
     for step in (1, 2):  # the first one imports
         state = model.state_dict()
         shards = {f"exp_avg/{name}": optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
@@ -168,7 +170,7 @@ def save_shards(rank: int, ranks: int, folder: str, width: int, blocks: int, bes
         else:
             contents = Contents({name: tensor.full_tensor() for name, tensor in state.items()}, {}, {"step": 1}, "", shards)
         saver.save(step, contents)
-        found = {"save": (peak() - before) / parameter}
+        peaks = {"save": (peak() - before) / parameter}
         saver.wait()
         del contents, state, shards
         dist.barrier()
@@ -179,28 +181,28 @@ def save_shards(rank: int, ranks: int, folder: str, width: int, blocks: int, bes
         from mmcontrast.training.tensors import read_parts
 
         checkpoint.check(last, dist.group.WORLD)
-        own = read_parts(last / checkpoint.WEIGHTS, model.state_dict(), dist.group.WORLD, torch.device("cpu"))
-        mapped = sum(part.to_local().nbytes for part in own.values())  # type: ignore[attr-defined]
+        parts = read_parts(last / checkpoint.WEIGHTS, model.state_dict(), dist.group.WORLD, torch.device("cpu"))
+        mapped = sum(part.to_local().nbytes for part in parts.values())  # type: ignore[attr-defined]
     else:
         checkpoint.check(last)
         mapped = sum(tensor.nbytes for tensor in checkpoint.load_weights(last).values())
     read = int(Path("/proc/self/io").read_text().split()[1]) - before_read
     dist.barrier()
     dist.destroy_process_group()
-    return found | {"read": (read + mapped) / total, "checkpoint_mib": total / MIB, "parameter_mib": parameter}
+    return peaks | {"read": (read + mapped) / total, "checkpoint_mib": total / MIB, "parameter_mib": parameter}
 
 
 def save(options: argparse.Namespace, folder: Path) -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # what is freed is the system's again, and is seen when it is taken anew
     for beside in (True, False):
         with tempfile.TemporaryDirectory(dir=folder) as run:
-            found = in_processes(save_shards, options.ranks, options.ranks, run, options.width, options.blocks, beside)
-        peaks = ", ".join(f"{of['save']:.2f}" for of in found)
-        read = ", ".join(f"{of['read']:.2f}" for of in found)
+            results = in_processes(save_shards, options.ranks, options.ranks, run, options.width, options.blocks, beside)
+        peaks = ", ".join(f"{result['save']:.2f}" for result in results)
+        read = ", ".join(f"{result['read']:.2f}" for result in results)
         print(
-            f"save of {options.blocks} parameters of {found[0]['parameter_mib']:.0f} MiB in shards of {options.ranks} ranks,"
+            f"save of {options.blocks} parameters of {results[0]['parameter_mib']:.0f} MiB in shards of {options.ranks} ranks,"
             f" {'beside the training' if beside else 'in its way'}: most memory above the training's, in parameters, by rank:"
-            f" {peaks}; a resume reads of the checkpoint's {found[0]['checkpoint_mib']:.0f} MiB, by rank: {read}",
+            f" {peaks}; a resume reads of the checkpoint's {results[0]['checkpoint_mib']:.0f} MiB, by rank: {read}",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""Samples a second of whole training steps: ours, and open_clip's own trainer (`open_clip_train`), in turn, on the same shards.
+"""Compares samples a second of whole training steps: ours, and open_clip's trainer (`open_clip_train`), on the same shards.
 
     pip install --no-deps --target PEERS 'webdataset<=0.2.86' pandas python-dateutil pytz six
     python benchmarks/training.py --checkouts PEERS --pairs 5       # nothing else may run
@@ -74,22 +74,22 @@ class Enough(BaseException):
 
 
 def clock(warm: int, timed: int) -> list[float]:
-    """When each step of any optimizer was done; after the last one the run is stopped."""
+    """Return the list of times at which steps of any optimizer end; after the last one the run is stopped."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     times: list[float] = []
 
-    def done(*_: object) -> None:
+    def record(*_: object) -> None:
         times.append(time.perf_counter())
         if len(times) > warm + timed:
             raise Enough
 
-    register_optimizer_step_post_hook(done)
+    register_optimizer_step_post_hook(record)
     return times
 
 
 def bare_tower(model: str, part: str) -> Any:
-    """A tower of open_clip without its projection."""
+    """Return a tower of open_clip without its projection."""
     from mmcontrast.models.open_clip import OpenClipTower
 
     tower = OpenClipTower(model, part)  # type: ignore[arg-type]
@@ -131,15 +131,15 @@ def open_clip(case: Case, shards: Path, folder: Path, workers: int, threads: int
         "precision": "fp32", "device": "cpu", "lr": 1e-4, "wd": 0.1, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "warmup": 0,
         "grad-clip-norm": 1.0, "log-every-n-steps": 10, "logs": folder, "name": "open_clip",
     }  # fmt: skip
-    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    main([*given, "--dataset-resampled", "--force-custom-text"])
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    main([*arguments, "--dataset-resampled", "--force-custom-text"])
 
 
 SIDES = {"ours": ours, "open_clip": open_clip}
 
 
 def rate(side: str, case: Case, shards: Path, workers: int, threads: int, checkouts: list[str]) -> float:
-    """Samples a second; in a process of its own."""
+    """Return the samples a second of a side, in a process of its own."""
     sys.path[:0] = checkouts if side == "open_clip" else []
     multiprocessing.set_start_method("fork", force=True)  # of workers; this process was spawned
     if side == "ours":
@@ -176,15 +176,15 @@ def main() -> None:
         shards = options.folder / f"{case.picture[0]}x{case.picture[1]}"
         if not shards.exists():
             make(shards, *case.picture, case.each)
-        given = case, shards.absolute(), options.workers, options.threads, options.checkouts
+        arguments = case, shards.absolute(), options.workers, options.threads, options.checkouts
         rates: dict[str, list[float]] = {side: [] for side in SIDES}
         for _ in range(options.pairs):
             for side in SIDES:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    rates[side].append(pool.submit(rate, side, *given).result())
+                    rates[side].append(pool.submit(rate, side, *arguments).result())
                 print(f"{name}: {side} {rates[side][-1]:,.1f} samples/s", file=sys.stderr, flush=True)
         ratios = [a / b for a, b in zip(rates["ours"], rates["open_clip"], strict=True)]
-        medians = ", ".join(f"{side} {statistics.median(found):,.1f} samples/s" for side, found in rates.items())
+        medians = ", ".join(f"{side} {statistics.median(values):,.1f} samples/s" for side, values in rates.items())
         pairs = " ".join(f"{ratio:.2f}" for ratio in ratios)
         print(
             f"{name}, batch {case.batch}: {medians}; ours / open_clip {statistics.median(ratios):.2f}"

@@ -1,4 +1,4 @@
-"""Measures what wrong captions cost and a filter by a model's own scores wins back, on letters with a fifth of them shuffled.
+"""Measures the cost of wrong captions, and the gain of a filter by a model's own scores, on letters with a fifth shuffled.
 
     mmcontrast data build data_pipelines/glyphs/letters.yaml
     python benchmarks/wrong_captions.py --plot docs/wrong_captions.png     # 20 minutes on 2 cores; goes on where it was
@@ -41,7 +41,7 @@ def plant(folder: Path, seed: int) -> list[int]:
                     labels[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
     keys = sorted(name.removesuffix(".txt") for name in labels if name.endswith(".txt"))
     chosen = random.Random(seed).sample(keys, round(WRONG * len(keys)))
-    taken = dict(zip(chosen, chosen[1:] + chosen[:1], strict=True))
+    caption_of = dict(zip(chosen, chosen[1:] + chosen[:1], strict=True))
     wrong = []
     folder.mkdir(parents=True, exist_ok=True)
     for shard in sorted(DATA.glob("train-*.tar")):
@@ -50,48 +50,47 @@ def plant(folder: Path, seed: int) -> list[int]:
                 key, ending = member.name.split(".", 1)
                 file = source.extractfile(member)
                 assert file is not None
-                content = labels[f"{taken.get(key, key)}.txt"] if ending == "txt" else file.read()
-                if ending == "json" and key in taken:
-                    own, other = json.loads(content), json.loads(labels[f"{taken[key]}.json"])
-                    if own["group_id"] != other["group_id"]:
-                        wrong.append(own["sample_id"])
-                    content = json.dumps(own | {"group_id": other["group_id"]}).encode()
+                content = labels[f"{caption_of.get(key, key)}.txt"] if ending == "txt" else file.read()
+                if ending == "json" and key in caption_of:
+                    metadata, other_metadata = json.loads(content), json.loads(labels[f"{caption_of[key]}.json"])
+                    if metadata["group_id"] != other_metadata["group_id"]:
+                        wrong.append(metadata["sample_id"])
+                    content = json.dumps(metadata | {"group_id": other_metadata["group_id"]}).encode()
                 member.size = len(content)
                 planted.addfile(member, io.BytesIO(content))
     return wrong
 
 
 @cache
-def prepared(seed: int, folder: Path) -> Path:
-    """The planted shards of a seed, the run on all of them, its scores and the selections."""
-    place = folder / f"planted-{seed}"
-    if not (place / "wrong.json").exists():
-        (place / "wrong.json").write_text(json.dumps(plant(place, seed)))
-    wrong = set(json.loads((place / "wrong.json").read_text()))
-    start, table = folder / f"00-{seed}", place / "table"
+def prepare(seed: int, folder: Path) -> Path:
+    """Return the folder of a seed with planted shards, the run on all of them, its scores and the selections."""
+    planted_folder = folder / f"planted-{seed}"
+    if not (planted_folder / "wrong.json").exists():
+        (planted_folder / "wrong.json").write_text(json.dumps(plant(planted_folder, seed)))
+    wrong = set(json.loads((planted_folder / "wrong.json").read_text()))
+    start, table = folder / f"00-{seed}", planted_folder / "table"
     if not (start / "results.json").exists():
-        train(start, seed, str(place / "train-*.tar"))
+        train(start, seed, str(planted_folder / "train-*.tar"))
     if not (table / "manifest.json").exists():
-        mmcontrast("embed", start, place / "train-*.tar", table)
+        mmcontrast("embed", start, planted_folder / "train-*.tar", table)
     for arm in ARMS[1:3]:
         share = int(arm.split()[1]) / 100
-        if not (out := selection(place, arm)).exists():
+        if not (out := selection(planted_folder, arm)).exists():
             mmcontrast("data", "score", table, out, "--pair", "image", "text", "--top", share)
         rows = pq.read_table(out, columns=["sample_id", "keep"]).to_pylist()
         dropped = [row["sample_id"] for row in rows if not row["keep"]]
-        bad = sum(sample in wrong for sample in dropped)
-        print(
-            f"seed {seed}, {arm}: drops {bad / len(wrong):.3f} of the wrong, {bad / len(dropped):.3f} of what it drops is wrong"
-        )
-    if not (out := selection(place, "perfect filter")).exists():
-        scores = pq.read_table(selection(place, ARMS[1]))
+        dropped_wrong = sum(sample in wrong for sample in dropped)
+        recall, precision = dropped_wrong / len(wrong), dropped_wrong / len(dropped)
+        print(f"seed {seed}, {arm}: drops {recall:.3f} of the wrong, {precision:.3f} of what it drops is wrong")
+    if not (out := selection(planted_folder, "perfect filter")).exists():
+        scores = pq.read_table(selection(planted_folder, ARMS[1]))
         kept = [sample not in wrong for sample in scores["sample_id"].to_pylist()]
         pq.write_table(scores.select(["sample_id"]).append_column("keep", [kept]), out)
-    return place
+    return planted_folder
 
 
-def selection(place: Path, arm: str) -> Path:
-    return place / f"{arm.replace(' ', '-').replace('%', 'percent')}.parquet"
+def selection(planted_folder: Path, arm: str) -> Path:
+    return planted_folder / f"{arm.replace(' ', '-').replace('%', 'percent')}.parquet"
 
 
 def train(run: Path, seed: int, shards: str, *overrides: str) -> None:
@@ -103,13 +102,13 @@ def train(run: Path, seed: int, shards: str, *overrides: str) -> None:
 
 
 def run(arm: str, seed: int, folder: Path) -> Recalls:
-    place, here = prepared(seed, folder), folder / f"{ARMS.index(arm):02d}-{seed}"
+    planted_folder, run_folder = prepare(seed, folder), folder / f"{ARMS.index(arm):02d}-{seed}"
     if arm == "nothing planted":
-        train(here, seed, str(DATA / "train-*.tar"))
+        train(run_folder, seed, str(DATA / "train-*.tar"))
     elif arm != "planted":
-        train(here, seed, str(place / "train-*.tar"), f"data.select={selection(place, arm)}")
-    mmcontrast("embed", here, VAL, here / "table")
-    table = EmbeddingTable.read(here / "table")
+        train(run_folder, seed, str(planted_folder / "train-*.tar"), f"data.select={selection(planted_folder, arm)}")
+    mmcontrast("embed", run_folder, VAL, run_folder / "table")
+    table = EmbeddingTable.read(run_folder / "table")
     letters, twins = first_of_each_group(table.group_ids), lookalikes(table.group_ids.tolist())
     pairs = Pairs.of_groups(table.group_ids, table.group_ids[letters])
     (ranking,) = rank(table.fields["image"], table.fields["text"][letters], pairs)

@@ -1,4 +1,4 @@
-"""The `mmcontrast` command. Each command parses, builds, runs; mistakes are one line and exit code 2."""
+"""Defines the `mmcontrast` command. Each command parses, builds, runs; mistakes are one line and exit code 2."""
 
 import ctypes
 import math
@@ -53,7 +53,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; defaul
 
 
 def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose user's mistakes end in one line instead of a traceback."""
+    """Return a decorator that makes a command of a function; a user's mistakes end it with one line instead of a traceback."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
@@ -108,14 +108,15 @@ def evaluate(
     from mmcontrast.evaluation import results_table
     from mmcontrast.suites import open_suite, run_suite
 
-    opened = open_suite(model, suite, overrides or (), out, checkpoint, pretrained)
-    found = run_suite(
-        model, opened, checkpoint=checkpoint, pretrained=pretrained, device=device, precision=precision, cached=cache,
+    opened_suite = open_suite(model, suite, overrides or (), out, checkpoint, pretrained)
+    results = run_suite(
+        model, opened_suite, checkpoint=checkpoint, pretrained=pretrained, device=device, precision=precision, cached=cache,
         trust_code=trust_code,
     )  # fmt: skip
-    if found.values:
-        console.print(results_table(found))
-        console.print(f"results: {opened.out / 'results.json'}\npage:    {opened.out / 'report.html'}", highlight=False)
+    if results.values:
+        console.print(results_table(results))
+        folder = opened_suite.out
+        console.print(f"results: {folder / 'results.json'}\npage:    {folder / 'report.html'}", highlight=False)
 
 
 @command(app, "compare")
@@ -137,19 +138,20 @@ def compare(
     from mmcontrast.evaluation.compare_figure import write_page, write_picture
     from mmcontrast.strict_json import dumps
 
-    found = compare_runs(runs, match)
+    comparison = compare_runs(runs, match)
     if png:
-        write_picture(found, png)
+        write_picture(comparison, png)
     if html:
-        write_page(found, html)
+        write_page(comparison, html)
     if as_json:
-        print(dumps(found.to_json(), indent=1))
+        print(dumps(comparison.to_json(), indent=1))
     else:
-        shown = found if everything or match else found.headline()
+        shown = comparison if everything or match else comparison.headline()
         Console(width=None if sys.stdout.isatty() else 1000).print(comparison_table(shown), highlight=False)
-        if shown is not found:
-            console.print(f"{len(shown.names)} of {len(found.names)} results: --all prints the others too", highlight=False)
-    for warning in found.warnings():
+        if shown is not comparison:
+            counts = f"{len(shown.names)} of {len(comparison.names)}"
+            console.print(f"{counts} results: --all prints the others too", highlight=False)
+    for warning in comparison.warnings():
         console.print(f"[bold red]warning:[/] {_escape(warning)}; do not compare", highlight=False)
 
 
@@ -352,14 +354,14 @@ def plan(
     devices = devices or (8 * nodes if nodes > 1 else 1)
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which are meant
     try:
-        found = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None, cluster)
+        run_plan = plan_run(load_config(config, overrides or ()), devices, round(memory * GIB) if memory else None, cluster)
     finally:
         logging.disable(logging.NOTSET)
     if as_json:
-        print(dumps(found.to_json(), indent=1))
+        print(dumps(run_plan.to_json(), indent=1))
     else:
-        Console(soft_wrap=True).print(plan_table(found), highlight=False)
-    if not found.fits:
+        Console(soft_wrap=True).print(plan_table(run_plan), highlight=False)
+    if not run_plan.fits:
         raise typer.Exit(1)
 
 
@@ -377,8 +379,8 @@ for name in ("mine", "score", "cluster", "dedup-near"):
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library reuse what is freed instead of giving it back: on a CPU the first touch of new memory takes longer
-    than most of what is done with a batch in it. Does nothing where that library is not glibc."""
+    """Let the C library reuse freed memory instead of giving it back: on a CPU the first touch of new memory takes longer than
+    most of the work on a batch in it. Does nothing where that library is not glibc."""
     with suppress(AttributeError, OSError):
         for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, value)

@@ -1,4 +1,4 @@
-"""The commands of data: build a corpus of shards, index, look into, and verify shards."""
+"""Defines the commands of data: build a corpus of shards; index, inspect and verify shards."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +42,8 @@ def index(shards: Shards) -> None:
     from mmcontrast.data import open_shards
     from mmcontrast.data.range_cache import cache_root
 
-    found = open_shards(shards, progress=True)
-    console.print(f"{len(found)} shards, {sum(map(len, found))} samples; indexes in {cache_root()}", highlight=False)
+    indexes = open_shards(shards, progress=True)
+    console.print(f"{len(indexes)} shards, {sum(map(len, indexes))} samples; indexes in {cache_root()}", highlight=False)
 
 
 def inspect(
@@ -97,7 +97,8 @@ def verify(
 
 
 def _reading(keys: Sequence[str], files: str | None) -> "Reading":
-    """
+    """Return how shards are read with the keys of a command line.
+
     Raises:
         UserError: for keys that are not of the form FIELD=KEY,KEY.
     """
@@ -105,14 +106,14 @@ def _reading(keys: Sequence[str], files: str | None) -> "Reading":
     from mmcontrast.data.verify import Reading
     from mmcontrast.modalities import AudioModality, ImageModality, TextModality
 
-    known = {"image": ImageModality, "text": TextModality, "audio": AudioModality}
-    given = read_keys(keys)
-    modalities = {field: known[field](**({"size": 224} if field == "image" else {})) for field in given if field in known}
-    return Reading(modalities, given, files)
+    kinds = {"image": ImageModality, "text": TextModality, "audio": AudioModality}
+    field_keys = read_keys(keys)
+    modalities = {field: kinds[field](**({"size": 224} if field == "image" else {})) for field in field_keys if field in kinds}
+    return Reading(modalities, field_keys, files)
 
 
 def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Patterns, Reading]], list[str]]":
-    """What a run reads, by name; and which of it takes a sample_id for the same sample.
+    """Return the sources and splits that a run reads, by name; and those whose equal sample_ids are the same sample.
 
     Raises:
         UserError: if the config is wrong.
@@ -128,25 +129,25 @@ def _sources(config: str, overrides: Sequence[str]) -> "tuple[dict[str, tuple[Pa
 
     run = load_config(config, overrides)
     modalities = modalities_of(run)
-    keys = {field: of.keys for field, of in run.fields.items() if of.keys}
+    keys = {field: options.keys for field, options in run.fields.items() if options.keys}
     sources: dict[str, tuple[Patterns, Reading]] = {}
     shared: list[str] = []
     stored = [teacher.stored for teacher in run.train.teachers if isinstance(teacher, StoredTeacherOptions)]
-    taught: dict[str, Keys] = {f"train.teacher: {member}": [member] for members in stored for member in members.values()}
-    embeddings = {name: StoredEmbeddings() for name in taught}
+    teacher_keys: dict[str, Keys] = {f"train.teacher: {member}": [member] for members in stored for member in members.values()}
+    embeddings = {name: StoredEmbeddings() for name in teacher_keys}
     train = run.data.train
     for name, source in train.items() if isinstance(train, dict) else ():
-        of_source = source_modalities(name, source, run.fields, modalities)
+        source_fields = source_modalities(name, source, run.fields, modalities)
         select = source.select or run.data.select
-        reading = Reading(of_source | embeddings, keys | source.keys | taught, source.files, True, select)
+        reading = Reading(source_fields | embeddings, keys | source.keys | teacher_keys, source.files, True, select)
         sources[f"data.train.{name}"] = source.shards, reading
         shared += [] if source.own_ids else [f"data.train.{name}"]
     if not isinstance(train, dict):
-        sources["data.train"] = train, Reading(modalities | embeddings, keys | taught, None, True, run.data.select)
+        sources["data.train"] = train, Reading(modalities | embeddings, keys | teacher_keys, None, True, run.data.select)
     for name, split in with_layouts(run.evaluation, "", "").splits.items():
-        given = ShardOptions.of(split)
-        if given.held_out and run.data.held_out:
-            continue  # it is read as a part of what is trained on
-        reading = Reading(modalities, keys | given.keys, given.files, True, given.select)
-        sources[f"evaluation.splits.{name}"] = given.shards, reading
+        split_options = ShardOptions.of(split)
+        if split_options.held_out and run.data.held_out:
+            continue  # it is read as a part of the training data
+        reading = Reading(modalities, keys | split_options.keys, split_options.files, True, split_options.select)
+        sources[f"evaluation.splits.{name}"] = split_options.shards, reading
     return sources, shared

@@ -1,6 +1,6 @@
-"""`mmcontrast finetune MODEL DATA`: a complete config for a model that is there and data of one's own; `train` runs it.
+"""`mmcontrast finetune MODEL DATA`: makes a complete config for an existing model and one's own data; `train` runs it.
 
-What is chosen and why is listed beside it, and each choice is an option of the config, which an override sets.
+The choices are listed with their reasons, and each is an option of the config, which an override sets.
 """
 
 import math
@@ -37,7 +37,7 @@ EPOCHS, HELD_OUT = 10, 0.1
 TEMPLATE = "a photo of a {}."
 MOST_LABELS = 200_000  # samples that are read for the names of their classes
 LEAST = 2  # fields are contrasted
-SAMPLED = 16  # rows whose columns are looked into
+SAMPLED = 16  # rows whose values show what a column holds
 PICTURES = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 MAGIC: dict[tuple[bytes, ...], type[Modality]] = {
     (JPEG_START, PNG_START): ImageModality,
@@ -48,19 +48,21 @@ SOUNDS = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a)$", re.IGNORECASE)
 
 @dataclass
 class Choices:
-    """What was chosen for a run, in the order of its making: (option, value, why)."""
+    """The choices for a run, in their order: (option, value, why)."""
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
     def add(self, option: str, value: Any, why: str) -> None:
         self.rows.append((option, f"{value:g}" if isinstance(value, float) else str(value), why))
 
-    def but(self, overrides: Sequence[str]) -> "Choices":
-        """Return them with what a user has asked for in the place of what was chosen."""
-        asked = {option: value for option, _, value in (override.partition("=") for override in overrides)}
-        return Choices([(o, asked[o], "as asked") if o in asked else (o, value, why) for o, value, why in self.rows])
+    def with_overrides(self, overrides: Sequence[str]) -> "Choices":
+        """Return the choices with the user's values in the place of those that are overridden."""
+        given = {option: value for option, _, value in (override.partition("=") for override in overrides)}
+        rows = [(row[0], given[row[0]], "as asked") if row[0] in given else row for row in self.rows]
+        return Choices(rows)
 
     def table(self) -> Table:
+        """Return the choices as a table for the console."""
         table = Table("option", "value", "why", title="chosen; override any of them as OPTION=VALUE", title_justify="left")
         for row in self.rows:
             table.add_row(*row)
@@ -69,18 +71,18 @@ class Choices:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for.
+    """The request of a user.
 
     Attributes:
         model: a name that `mmcontrast.load` takes; with `architecture`, the file of its weights.
         data, val: shards, a folder, or a table, with `keys` and `files` as `ShardOptions`.
         beside: a second half, as a text tower beside timm's pictures.
         lora: the rank of low-rank updates.
-        lock: fields whose towers do not learn.
-        classes: the column or extension that names classes, in the place of texts; "folder": the folder that it lies in.
-        templates: what prompts are made of them: texts with {}, or the name of a list of open_clip's.
-        image_size, context_length, new_tokens: of `model.start`, where they are to be others than its own.
-        probe_epochs: in which the projections learn alone, before the towers do (LP-FT, arXiv:2202.10054).
+        lock: fields whose towers are not trained.
+        classes: the column or extension that names classes, in the place of texts; "folder": the folder that a sample lies in.
+        templates: of the prompts that are made of them: texts with {}, or the name of a list of open_clip's.
+        image_size, context_length, new_tokens: of `model.start`, where they differ from its own.
+        probe_epochs: in which the projections are trained alone, before the towers (LP-FT, arXiv:2202.10054).
     """
 
     model: str
@@ -104,104 +106,105 @@ class Request:
 
 
 def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
-    """Make the config of a fine-tuning run, with what was chosen for it.
+    """Make the config of a fine-tuning run, and return it with the choices that were made.
 
     Raises:
-        UserError: for a model or data that cannot be opened, columns that cannot be told apart, or what does not go together.
+        UserError: for a model or data that cannot be opened, columns that cannot be told apart, or options that contradict each
+            other.
     """
-    chosen = Choices()
+    choices = Choices()
     start = start_of(request)
     name = request.name or name_of(request)
     draft: dict[str, Any] = {"run": {"name": name}, "model": {"start": start}, "data": {"train": request.data}}
     draft |= {"train": {"epochs": request.epochs, "batch_size": 2}}
     model = model_of(config_of(draft), tokenizers=False, weights=False)
     templates = templates_of(request, model)
-    keys, absent = keys_of(request, model, chosen, templates)
+    keys, absent = keys_of(request, model, choices, templates)
     data: dict[str, Any] = {"shards": request.data, "keys": keys, "files": request.files, "templates": templates}
     samples = len(open_split(data, model))
     if absent:
-        taken = [name for name in model.modalities if name not in absent]
-        draft["model"]["start"] = {**({"model": start} if isinstance(start, str) else start), "fields": taken}
-        chosen.add("model.start.fields", ", ".join(taken), f"the data has no {', '.join(absent)}")
-    of_its_own = request.files or templates
-    draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if of_its_own else request.data}
-    draft["fields"] = {of: {"keys": names} for of, names in keys.items()}
-    held = 0.0 if request.val else HELD_OUT
+        kept_fields = [name for name in model.modalities if name not in absent]
+        draft["model"]["start"] = {**({"model": start} if isinstance(start, str) else start), "fields": kept_fields}
+        choices.add("model.start.fields", ", ".join(kept_fields), f"the data has no {', '.join(absent)}")
+    has_options = request.files or templates
+    draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if has_options else request.data}
+    draft["fields"] = {field: {"keys": names} for field, names in keys.items()}
+    held_out = 0.0 if request.val else HELD_OUT
     if request.val:
         draft["evaluation"] = {"splits": {"val": {k: v for k, v in (data | {"shards": request.val}).items() if v}}}
     else:
-        draft["data"]["held_out"] = held
-        chosen.add("data.held_out", held, "no --val: this share is evaluated, and not trained on")
+        draft["data"]["held_out"] = held_out
+        choices.add("data.held_out", held_out, "no --val: this share is evaluated, and not trained on")
     if templates:
         splits = [data, data | {"shards": request.val}] if request.val else [data]
         task = zero_shot_of(request, model, templates, splits)
-        chosen.add("evaluation.zero_shot", f"{len(task['classes'])} classes", "accuracy by prompts, before and after")
+        choices.add("evaluation.zero_shot", f"{len(task['classes'])} classes", "accuracy by prompts, before and after")
         best = f"{'val' if request.val else 'data'}/zero_shot/classes/top1"
         draft["evaluation"] = draft.get("evaluation", {}) | {"zero_shot": {"classes": task}, "best": best}
-    learnt = samples * (1 - held)
-    batch = min(LARGEST_BATCH, 2 ** int(math.log2(max(2.0, learnt / PARTS))))
-    chosen.add("train.batch_size", batch, f"of {learnt:.0f} samples, at most a quarter, and {LARGEST_BATCH}")
+    training_samples = samples * (1 - held_out)
+    batch = min(LARGEST_BATCH, 2 ** int(math.log2(max(2.0, training_samples / PARTS))))
+    choices.add("train.batch_size", batch, f"of {training_samples:.0f} samples, at most a quarter, and {LARGEST_BATCH}")
     draft["train"]["batch_size"] = batch
-    asked = config_of(draft, overrides).train
-    an_epoch = max(1, int(learnt // asked.batch_size))
-    steps = asked.steps or (asked.epochs or request.epochs) * an_epoch
-    chosen.add("train.epochs", request.epochs, f"about {steps:.0f} steps")
+    train_options = config_of(draft, overrides).train
+    steps_per_epoch = max(1, int(training_samples // train_options.batch_size))
+    steps = train_options.steps or (train_options.epochs or request.epochs) * steps_per_epoch
+    choices.add("train.epochs", request.epochs, f"about {steps:.0f} steps")
     lr = LORA_LR if request.lora else FULL_LR
-    chosen.add("train.lr", lr, "low-rank updates learn" if request.lora else "the weights themselves learn")
+    choices.add("train.lr", lr, "low-rank updates learn" if request.lora else "the weights themselves learn")
     warmup = min(MOST_WARMUP, int(WARMUP_SHARE * steps))
-    chosen.add("train.warmup_steps", warmup, f"a tenth of the steps, at most {MOST_WARMUP}")
-    biased = model.logit_bias is not None
-    draft["objective"] = "siglip" if biased else "infonce"
-    chosen.add("objective", draft["objective"], "the model has a logit bias" if biased else "the model has no logit bias")
+    choices.add("train.warmup_steps", warmup, f"a tenth of the steps, at most {MOST_WARMUP}")
+    has_bias = model.logit_bias is not None
+    draft["objective"] = "siglip" if has_bias else "infonce"
+    choices.add("objective", draft["objective"], "the model has a logit bias" if has_bias else "the model has no logit bias")
     precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    chosen.add("train.precision", precision, "on a GPU that has it" if precision == "bf16" else "no GPU with bf16")
+    choices.add("train.precision", precision, "on a GPU that has it" if precision == "bf16" else "no GPU with bf16")
     workers = max(0, min(4, (os.cpu_count() or 1) - 1))
     draft["data"]["num_workers"] = workers
-    frozen = locked(request, model)
+    frozen = freeze_patterns(request, model)
     if request.probe_epochs and not request.beside:
         raise UserError("--probe-epochs: the model has no new projection that could learn alone: leave it out")
     if request.probe_epochs:
-        frozen |= {"towers.*": max(1, round(request.probe_epochs * an_epoch))}
-        chosen.add("train.freeze", frozen, "the projections learn alone until then")
+        frozen |= {"towers.*": max(1, round(request.probe_epochs * steps_per_epoch))}
+        choices.add("train.freeze", frozen, "the projections learn alone until then")
     draft["train"] |= {"lr": lr, "warmup_steps": warmup, "precision": precision, "freeze": frozen}
     draft["train"] |= {"evaluate_first": True, "weight_decay": 0.1}
     if request.lora:
         draft["model"]["lora"] = {"rank": request.lora}
-        chosen.add("model.lora", f"rank {request.lora}", "all linear layers of blocks and attention pools; alpha is the rank")
+        choices.add("model.lora", f"rank {request.lora}", "all linear layers of blocks and attention pools; alpha is the rank")
     config = config_of(draft, overrides)
     try:
-        found = plan_run(config, available=memory())
+        run_plan = plan_run(config, available=memory())
     except CannotBePlanned as error:
-        chosen.add("train.micro_batch_size", "none", f"not known to fit: {error}")
-        return config, chosen.but(overrides)
-    if not found.fits and found.largest:
-        draft["train"]["micro_batch_size"] = found.largest
-        chosen.add("train.micro_batch_size", found.largest, "what fits into memory: the same loss, a second forward")
+        choices.add("train.micro_batch_size", "none", f"not known to fit: {error}")
+        return config, choices.with_overrides(overrides)
+    if not run_plan.fits and run_plan.largest:
+        draft["train"]["micro_batch_size"] = run_plan.largest
+        choices.add("train.micro_batch_size", run_plan.largest, "what fits into memory: the same loss, a second forward")
         config = config_of(draft, overrides)
-    return config, chosen.but(overrides)
+    return config, choices.with_overrides(overrides)
 
 
-def made_once(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
+def make_config_once(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
     """Make the config on the first rank, for all: what fits into memory may differ between them.
 
     Raises:
         UserError: as `make_config`.
     """
     state = join_processes()
-    made: list[Any] = [None]
+    result: list[Any] = [None]
     if state.is_main_process:
         try:
-            made = [make_config(request, overrides)]
+            result = [make_config(request, overrides)]
         except UserError as error:
-            made = [error]
+            result = [error]
     if state.num_processes > 1:
-        broadcast_object_list(made)
-    if isinstance(made[0], UserError):
-        raise made[0]
-    return made[0]
+        broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
 
 
-def resumed(request: Request, overrides: Sequence[str] = ()) -> RunConfig:
+def config_to_resume(request: Request, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config that a run was started with.
 
     Raises:
@@ -216,7 +219,7 @@ def resumed(request: Request, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def start_of(request: Request) -> Any:
-    """Return what `model.start` says.
+    """Return the value of `model.start`.
 
     Raises:
         UserError: for a file of weights without its architecture.
@@ -224,18 +227,17 @@ def start_of(request: Request) -> Any:
     if request.architecture:
         if not Path(request.model).is_file():
             raise UserError(f"--architecture {request.architecture}: {request.model} must be the file of its weights")
-        first: Any = {"model": request.architecture, "pretrained": str(Path(request.model).absolute())}
+        start: Any = {"model": request.architecture, "pretrained": str(Path(request.model).absolute())}
     elif Path(request.model).is_file():
         raise UserError(f"{request.model} is a file of weights: name their architecture, as --architecture ViT-B-32")
     else:
-        here = Path(request.model).exists()
-        first = str(Path(request.model).absolute()) if here else request.model
-        first = {"model": first, "pretrained": request.pretrained} if request.pretrained else first
+        start = str(Path(request.model).absolute()) if Path(request.model).exists() else request.model
+        start = {"model": start, "pretrained": request.pretrained} if request.pretrained else start
     sizes: dict[str, Any] = {"image_size": request.image_size, "context_length": request.context_length}
     sizes["new_tokens"] = list(request.new_tokens)
-    if given := {option: value for option, value in sizes.items() if value}:
-        first = ({"model": first} if isinstance(first, str) else first) | given
-    return [first, request.beside] if request.beside else first
+    if options := {option: value for option, value in sizes.items() if value}:
+        start = ({"model": start} if isinstance(start, str) else start) | options
+    return [start, request.beside] if request.beside else start
 
 
 def name_of(request: Request) -> str:
@@ -244,10 +246,11 @@ def name_of(request: Request) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-") or "tuned"
 
 
-def locked(request: Request, model: ContrastiveModel) -> dict[str, int | None]:
-    """
+def freeze_patterns(request: Request, model: ContrastiveModel) -> dict[str, int | None]:
+    """Return the patterns of `train.freeze` that lock the towers of the request.
+
     Raises:
-        UserError: for a field that there is not; where nothing would learn.
+        UserError: for a field that does not exist; if no weight would be trained.
     """
     for name in request.lock:
         if name not in model.tower_of:
@@ -258,10 +261,10 @@ def locked(request: Request, model: ContrastiveModel) -> dict[str, int | None]:
 
 
 def templates_of(request: Request, model: ContrastiveModel) -> dict[str, list[str]]:
-    """Return, of the field of texts, what prompts are made of names of classes; nothing where the data has no --classes.
+    """Return the templates of the field of texts, with which prompts are made of names of classes; none without --classes.
 
     Raises:
-        UserError: for a model without texts, or with several; for templates that cannot be filled in, or are none.
+        UserError: for a model without texts, or with several; for templates that cannot be filled in, or have no placeholder.
     """
     if not request.classes:
         if request.templates:
@@ -278,9 +281,9 @@ def templates_of(request: Request, model: ContrastiveModel) -> dict[str, list[st
         raise UserError(
             f"--classes {request.classes} and --keys {fields[0]}=…: both say what its texts are: leave out one of them"
         )
-    templates = [
-        one for given in request.templates or [TEMPLATE] for one in (named_templates(given) if given in TEMPLATES else [given])
-    ]
+    templates: list[str] = []
+    for name in request.templates or [TEMPLATE]:
+        templates += named_templates(name) if name in TEMPLATES else [name]
     for template in templates:
         try:
             check_template(template)
@@ -300,15 +303,15 @@ def zero_shot_of(
     names: set[str] = set()
     for data in splits:
         samples, _ = labels_ahead(open_split(data, model), MOST_LABELS)
-        names |= {about[CLASS_NAME] for about in samples if CLASS_NAME in about}
+        names |= {metadata[CLASS_NAME] for metadata in samples if CLASS_NAME in metadata}
     if names and all(name.lstrip("+-").isdecimal() for name in names):
         raise UserError(
             f"--classes {request.classes}: {request.data} has numbers there ({', '.join(sorted(names)[:3])}, …), of which a"
             " text tower knows nothing: write the names of the classes in a column"
         )
     if len(names) < LEAST:
-        there = f"one class, {min(names)!r}" if names else "no name of a class that is read ahead"
-        raise UserError(f"--classes {request.classes}: {request.data} has {there}; there must be two or more, on a disk")
+        problem = f"one class, {min(names)!r}" if names else "no name of a class that is read ahead"
+        raise UserError(f"--classes {request.classes}: {request.data} has {problem}; there must be two or more, on a disk")
     (text,) = templates
     field = next((name for name in model.modalities if name != text), text)
     task = {"label": CLASS_NAME, "field": field, "prompt_field": text, "templates": templates[text]}
@@ -316,13 +319,13 @@ def zero_shot_of(
 
 
 def keys_of(
-    request: Request, model: ContrastiveModel, chosen: Choices, templates: Mapping[str, Any]
+    request: Request, model: ContrastiveModel, choices: Choices, templates: Mapping[str, Any]
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """Return the columns or extensions of fields where these have not the names that a modality looks for; and the fields that
-    the data has not, of a model that has two others.
+    """Return the columns or extensions of fields that do not have the usual names of their modality; and the fields that the
+    data lacks, of a model that has two others.
 
     Raises:
-        UserError: where the one that is meant cannot be told.
+        UserError: if a field could be several columns, or none.
     """
     fields = {name: model.modality(name) for name in model.modalities}
     for name in request.keys:
@@ -331,10 +334,13 @@ def keys_of(
     keys = {name: list(columns) for name, columns in request.keys.items()}
     keys |= {name: [request.classes] for name in templates}
     shards = open_shards(request.data, files=request.files)
-    there = {extension for shard in shards for extension in shard.extensions}
-    open_fields = {n: m for n, m in fields.items() if n not in keys and not there & set(m.extensions)}
+    extensions = {extension for shard in shards for extension in shard.extensions}
+    open_fields = {
+        name: modality for name, modality in fields.items() if name not in keys and not extensions & set(modality.extensions)
+    }
     used = {column for columns in keys.values() for column in columns}
-    used |= {e for n, m in fields.items() if n not in open_fields for e in m.extensions}
+    for name in fields.keys() - open_fields.keys():
+        used |= set(fields[name].extensions)
     kinds = {column: kind_of(shards[0], column) for column in shards[0].extensions if column not in {*used, *LABELS}}
     absent: list[str] = []
     for name, modality in open_fields.items():
@@ -343,10 +349,10 @@ def keys_of(
             absent.append(name)
             continue
         if len(fitting) != 1:
-            said = f"any of {', '.join(fitting)}" if fitting else f"none of {', '.join(sorted(there))}"
-            raise UserError(f"{request.data}: the field {name!r} could be {said}: say which, as --keys {name}=COLUMN")
+            candidates = f"any of {', '.join(fitting)}" if fitting else f"none of {', '.join(sorted(extensions))}"
+            raise UserError(f"{request.data}: the field {name!r} could be {candidates}: say which, as --keys {name}=COLUMN")
         keys[name] = fitting
-        chosen.add(f"fields.{name}.keys", fitting[0], "the only column that looks like it")
+        choices.add(f"fields.{name}.keys", fitting[0], "the only column that looks like it")
     return keys, absent
 
 
@@ -370,7 +376,8 @@ def kind_of(shard: ShardIndex, column: str) -> type[Modality] | None:
 
 
 def open_split(data: Mapping[str, Any], model: ContrastiveModel) -> ShardDataset:
-    """
+    """Open data for the fields of a model that it has.
+
     Raises:
         UserError: for data that cannot be opened.
     """
@@ -379,7 +386,7 @@ def open_split(data: Mapping[str, Any], model: ContrastiveModel) -> ShardDataset
 
 
 def memory() -> int | None:
-    """Return the bytes that a step may take without a GPU: what Linux says is available; None where nothing says it."""
+    """Return the bytes that a step may take without a GPU, the available memory by Linux; None where that is not known."""
     if torch.cuda.is_available():
         return None
     try:

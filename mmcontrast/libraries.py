@@ -1,4 +1,4 @@
-"""Other libraries at work: what they log that matters is a line of our log, what they raise is an error of one line."""
+"""Wraps calls of other libraries: their messages that matter become lines of our log, their exceptions errors of one line."""
 
 import importlib
 import importlib.util
@@ -23,13 +23,13 @@ NOISE = re.compile(
     r"LOAD REPORT|newly initialized|were not used when|unauthenticated requests|hf_xet|Xet Storage|symlinks|use_fast"
     r"|fast (image )?processor|torch_dtype|deprecated",
     re.IGNORECASE,
-)  # the first three: whoever opens the model looks at the tensors themselves
+)  # the first three: the code that opens a model checks the tensors itself
 RANDOM = re.compile(r"No pretrained weights loaded|initialized (partially|randomly)", re.IGNORECASE)
 
 PARTS = "open_clip_parts"  # a package of open_clip's files whose own first lines are not run
 
 logger = logging.getLogger("mmcontrast")
-_told: set[str] = set()
+_logged: set[str] = set()  # lines
 _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 
 
@@ -44,39 +44,40 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def library_messages(name: object) -> Iterator[None]:
-    """Collect what libraries log and warn of, and pass on what matters when it is over.
+    """Collect what libraries log and warn of, and log the lines that matter at the end.
 
     Args:
-        name: what is opened, with which a line begins.
+        name: of the opened model, with which a line begins.
     """
     collector = _Collector()
     loggers = [logging.getLogger(library or None) for library in LIBRARIES]
-    before = [one.handlers for one in loggers]
-    for one in loggers:
-        one.handlers = [collector] if one.handlers or one is logging.root else []
+    handlers_before = [library_logger.handlers for library_logger in loggers]
+    for library_logger in loggers:
+        has_handlers = library_logger.handlers or library_logger is logging.root
+        library_logger.handlers = [collector] if has_handlers else []
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             yield
     finally:
-        for one, handlers in zip(loggers, before, strict=True):
-            one.handlers = handlers
-        seen = collector.messages + [str(one.message) for one in warned if not issubclass(one.category, NOISE_KINDS)]
-        for message in seen:
+        for library_logger, handlers in zip(loggers, handlers_before, strict=True):
+            library_logger.handlers = handlers
+        kept_warnings = [str(warning.message) for warning in warned if not issubclass(warning.category, NOISE_KINDS)]
+        for message in collector.messages + kept_warnings:
             tell(f"{name}: {' '.join(message.split())[:300]}")
 
 
 def tell(line: str) -> None:
     """Log a line that matters, on the first rank, if it was not logged before."""
     noise = NOISE.search(line) or (_weights_follow.get() and RANDOM.search(line))
-    if not noise and line not in _told and os.environ.get("RANK", "0") == "0":
-        _told.add(line)
+    if not noise and line not in _logged and os.environ.get("RANK", "0") == "0":
+        _logged.add(line)
         logger.warning("warning: %s", line)
 
 
 @contextmanager
 def weights_follow() -> Iterator[None]:
-    """Networks are made with random weights, which a checkpoint then replaces: nobody need hear of that."""
+    """Log no warnings of random weights, which a checkpoint replaces afterwards."""
     token = _weights_follow.set(True)
     try:
         yield
@@ -86,11 +87,11 @@ def weights_follow() -> Iterator[None]:
 
 @contextmanager
 def opening(what: object, logged_as: object = None, runs_transformers: bool = True) -> Iterator[None]:
-    """Open a model of another library: no code that lies beside it is run, what matters of the library's log is passed on, and
-    what it raises becomes a UserError of one line.
+    """Open a model of another library: no code that lies beside it is run, lines of the library's log that matter are logged,
+    and its exceptions become a UserError of one line.
 
     Args:
-        what: what an error begins with. logged_as: what a line of the log begins with; default: the same.
+        what: the beginning of an error. logged_as: the beginning of a line of the log; default: the same.
         runs_transformers: the library may call transformers, which is imported for that.
     """
     with library_messages(logged_as or what), library_errors(what), library_code_refused(what, runs_transformers):
@@ -99,10 +100,10 @@ def opening(what: object, logged_as: object = None, runs_transformers: bool = Tr
 
 @contextmanager
 def library_errors(what: object) -> Iterator[None]:
-    """Turn what a library raises into a UserError of one line.
+    """Turn a library's exceptions into a UserError of one line.
 
     Args:
-        what: what the message begins with.
+        what: the beginning of the message.
     """
     try:
         yield
@@ -118,7 +119,7 @@ def library_errors(what: object) -> Iterator[None]:
 
 
 def refused() -> tuple[type[Exception], ...]:
-    """Return what libraries raise for a value, a name or a file that they cannot work with."""
+    """Return the exceptions of libraries for a value, a name or a file that they cannot work with."""
     import huggingface_hub.errors
     from safetensors import SafetensorError
 
@@ -128,7 +129,7 @@ def refused() -> tuple[type[Exception], ...]:
 
 
 def not_reached() -> tuple[type[Exception], ...]:
-    """Return what huggingface_hub raises for what it has not and cannot get."""
+    """Return the exceptions of huggingface_hub for files that it does not have and cannot get."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     return LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError
@@ -145,13 +146,13 @@ def _short(error: BaseException, length: int) -> str:
 
 
 def part_of_open_clip(name: str) -> ModuleType:
-    """Return a module of open_clip's without importing the whole, which imports transformers: "tokenizer", "transformer"."""
+    """Return a module of open_clip, as "tokenizer", without importing the package, which imports transformers."""
     if "open_clip" in sys.modules:
         return importlib.import_module(f"open_clip.{name}")
     if PARTS not in sys.modules:
-        whole = importlib.util.find_spec("open_clip")
-        assert whole
+        spec = importlib.util.find_spec("open_clip")
+        assert spec
         package = ModuleSpec(PARTS, None, is_package=True)
-        package.submodule_search_locations = whole.submodule_search_locations
+        package.submodule_search_locations = spec.submodule_search_locations
         sys.modules[PARTS] = importlib.util.module_from_spec(package)
     return importlib.import_module(f"{PARTS}.{name}")

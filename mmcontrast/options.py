@@ -1,4 +1,4 @@
-"""The base of all options that a config file sets: typed, frozen, unknown keys refused."""
+"""Defines the base of all options that a config file sets: typed, frozen, unknown keys refused."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Options(BaseModel):
-    """See `mmcontrast.config` for the whole tree and for the errors."""
+    """The base class of options. See `mmcontrast.config` for the whole tree and for the errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 

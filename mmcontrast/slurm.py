@@ -1,4 +1,4 @@
-"""Jobs for Slurm: a script made from a template in slurm/, a folder with all that it was launched with, and sbatch."""
+"""Launches jobs of Slurm: a script made from a template in slurm/, a folder with all that the job needs, and sbatch."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from mmcontrast.runs import CONFIG, check_components, never_began
 from mmcontrast.training import checkpoint
 
 PACKAGE = Path(mmcontrast.__file__).parent
-OURS = (  # what a script relies on, or an option says
+OURS = (  # options of sbatch that a script relies on, or that the command has itself
     *("job-name", "chdir", "output", "open-mode", "array", "requeue", "signal", "dependency", "ntasks-per-node"),
     *("ntasks", "gpus", "gres", "gpus-per-task", "ntasks-per-gpu", "tasks-per-node", "no-requeue"),
     *("time", "nodes", "cpus-per-task", "gpus-per-node", "partition", "account"),
@@ -34,14 +34,14 @@ OURS = (  # what a script relies on, or an option says
 
 
 class Script(Template):
-    """With @@names, as the shell has its own use for $ and @."""
+    """A template with @@names, as the shell has its own use for $ and @."""
 
     delimiter = "@@"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for.
+    """The resources of a job.
 
     Attributes:
         time: its limit, HH:MM:SS or D-HH:MM:SS.
@@ -58,9 +58,10 @@ class Resources:
     further: Sequence[str] = ()
 
     def directives(self) -> Iterator[tuple[str, Any]]:
-        """
+        """Yield the options of sbatch, (name, value).
+
         Raises:
-            UserError: for a time that is none, or options that are not sbatch's or not free.
+            UserError: for an invalid time, or options that are not sbatch's or that the command sets.
         """
         limit_seconds(self.time)
         yield "time", self.time
@@ -82,10 +83,15 @@ class Resources:
 
 
 def limit_seconds(limit: str) -> int:
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", limit)
-    if not found:
+    """Return a time limit in seconds.
+
+    Raises:
+        UserError: if it is not of the form HH:MM:SS or D-HH:MM:SS.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", limit)
+    if not match:
         raise UserError(f"--time {limit!r} is not of the form HH:MM:SS or D-HH:MM:SS")
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
@@ -107,7 +113,7 @@ class Launch:
             self.folder = self.folder.with_name(f"{self.folder.name}-")
 
     def add_script(self, name: str, directives: Mapping[str, Any], values: Mapping[str, Any], log: str = "%j") -> None:
-        """The script of a template, in which every value is one word of the shell's."""
+        """Add the script of a template, in which every value is one word of the shell."""
         common = {
             "job-name": self.target.name,
             "chdir": Path.cwd(),
@@ -125,10 +131,10 @@ class Launch:
         self.files[f"{name}.sbatch"] = text.substitute(quoted, directives="\n".join(lines), python=python)
 
     def submit(self, *names: str) -> list[str]:
-        """Writes the folder and gives its scripts to sbatch, each to wait for the success of the one before. Returns the jobs.
+        """Write the folder and give its scripts to sbatch, each to wait for the success of the one before; return the jobs.
 
         Raises:
-            UserError: if sbatch is not there, or refuses a script; if the first, nothing is left.
+            UserError: if sbatch is not installed, or refuses a script; if it is the first, no folder is left.
         """
         if not shutil.which("sbatch"):
             raise UserError("sbatch is not found: submit where Slurm is installed, or look at the script with --dry-run")
@@ -139,31 +145,31 @@ class Launch:
         for name in names:
             after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
             command = ["sbatch", "--parsable", *after, str(self.folder / f"{name}.sbatch")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
                 if not jobs:
                     shutil.rmtree(self.folder)
                     with suppress(OSError):  # others' launches
                         self.folder.parent.rmdir()
-                said = " ".join(done.stderr.replace("sbatch: error: ", "").split()) or f"exit code {done.returncode}"
+                reason = " ".join(result.stderr.replace("sbatch: error: ", "").split()) or f"exit code {result.returncode}"
                 waiting = f"; job {', '.join(jobs)} is submitted: cancel it with scancel, or leave it" if jobs else ""
-                raise UserError(f"sbatch refused {name}.sbatch: {said}{waiting}")
-            jobs.append(done.stdout.strip().partition(";")[0])
+                raise UserError(f"sbatch refused {name}.sbatch: {reason}{waiting}")
+            jobs.append(result.stdout.strip().partition(";")[0])
         (self.folder / "jobs").write_text("\n".join(jobs) + "\n")
         return jobs
 
 
 def template(name: str) -> Path:
-    """slurm/NAME.sbatch: of the checkout that the package is imported from, else where pip has put it."""
-    places = PACKAGE.parent / "slurm", Path(sysconfig.get_path("data")) / "share" / "mmcontrast" / "slurm"
-    for place in places:
-        if (place / f"{name}.sbatch").is_file():
-            return place / f"{name}.sbatch"
-    raise UserError(f"no template {name}.sbatch in {' or '.join(map(str, places))}: install mmcontrast again")
+    """Return the path of slurm/NAME.sbatch: of the checkout that the package is imported from, else where pip has put it."""
+    folders = PACKAGE.parent / "slurm", Path(sysconfig.get_path("data")) / "share" / "mmcontrast" / "slurm"
+    for folder in folders:
+        if (folder / f"{name}.sbatch").is_file():
+            return folder / f"{name}.sbatch"
+    raise UserError(f"no template {name}.sbatch in {' or '.join(map(str, folders))}: install mmcontrast again")
 
 
 def code_version() -> dict[str, str]:
-    """code.json; and, if the package lies in a git checkout of its own, code.diff with what differs from its commit."""
+    """Return code.json; and, if the package lies in a git checkout of its own, code.diff, its changes since the commit."""
 
     def git(*arguments: str) -> str:
         try:
@@ -172,11 +178,12 @@ def code_version() -> dict[str, str]:
         except (OSError, subprocess.CalledProcessError):
             return ""
 
-    about: dict[str, Any] = {"mmcontrast": mmcontrast.__version__, "python": sys.version.split()[0]}
-    if not git("ls-files", "--", f"{PACKAGE.name}/__init__.py"):  # none, or a checkout of something else around it
-        return {"code.json": json.dumps(about, indent=1)}
-    about |= {"commit": git("rev-parse", "HEAD").strip(), "untracked": git("ls-files", "-o", "--exclude-standard").splitlines()}
-    return {"code.json": json.dumps(about, indent=1), "code.diff": git("diff", "HEAD")}
+    version: dict[str, Any] = {"mmcontrast": mmcontrast.__version__, "python": sys.version.split()[0]}
+    if not git("ls-files", "--", f"{PACKAGE.name}/__init__.py"):  # no checkout, or one of something else around it
+        return {"code.json": json.dumps(version, indent=1)}
+    version["commit"] = git("rev-parse", "HEAD").strip()
+    version["untracked"] = git("ls-files", "-o", "--exclude-standard").splitlines()
+    return {"code.json": json.dumps(version, indent=1), "code.diff": git("diff", "HEAD")}
 
 
 def training_launch(
@@ -188,16 +195,16 @@ def training_launch(
     evaluate_after: bool = False,
     resume: bool = False,
 ) -> Launch:
-    """What `submit` gives to sbatch, after the checks that need no data and no model.
+    """Return the launch of a training run, after the checks that need no data and no model.
 
     Args:
         processes: on each node.
         warn: seconds before the time limit in which the run is saved.
-        evaluate_after: with a second script, to be run after the first.
+        evaluate_after: add a second script, to be run after the first.
         resume: continue a run that has another config.
 
     Raises:
-        UserError: for anything that does not fit.
+        UserError: for a config or resources that do not fit.
     """
     config = load_config(config_path, overrides)
     check_components(config)
@@ -216,16 +223,17 @@ def training_launch(
     values = {"launch": launch.folder, "run": config.folder.absolute(), "processes": processes}
     launch.add_script("train", {"requeue": None, "signal": f"B:USR1@{warn}"} | dict(resources.directives()), values)
     if evaluate_after:
-        alone = dict(resources.directives()) | {"nodes": 1}
-        alone |= {"gpus-per-node": 1} if resources.gpus_per_node else {}
-        launch.add_script("evaluate", alone, {"run": config.folder.absolute()})
+        directives = dict(resources.directives()) | {"nodes": 1}
+        directives |= {"gpus-per-node": 1} if resources.gpus_per_node else {}
+        launch.add_script("evaluate", directives, {"run": config.folder.absolute()})
     return launch
 
 
 def check_run(config: RunConfig, resume: bool) -> None:
-    """
+    """Check that a job can start or continue a run.
+
     Raises:
-        UserError: if a job could not start or continue the run.
+        UserError: if it cannot.
     """
     folder = config.folder
     if not folder.exists():
@@ -234,17 +242,17 @@ def check_run(config: RunConfig, resume: bool) -> None:
         raise UserError(f"{folder} exists, but is not a run's folder (no {CONFIG}): set run.name")
     if never_began(folder):
         return
-    there, here = (one.model_dump(mode="json") for one in (load_config(folder / CONFIG), config))
-    if there != here and not resume:
+    existing, new = load_config(folder / CONFIG).model_dump(mode="json"), config.model_dump(mode="json")
+    if existing != new and not resume:
         raise UserError(
-            f"{folder} exists with another config ({' and '.join(difference(there, here))}):"
+            f"{folder} exists with another config ({' and '.join(difference(existing, new))}):"
             " continue it with this one by --resume, or set run.name"
         )
-    done = [int(saved.name.removeprefix("step-")) for saved in checkpoint.complete(folder / "checkpoints")]
-    if done and config.train.steps and max(done) >= config.train.steps:
-        raise UserError(f"{folder} already has its {max(done)} steps: raise train.steps, or `mmcontrast evaluate`")
-    if done and there == here and max(done) == completed_step(folder):  # how many steps epochs have is not known here
-        raise UserError(f"{folder} is complete, at step {max(done)}: raise train.epochs, or `mmcontrast evaluate`")
+    saved = [int(path.name.removeprefix("step-")) for path in checkpoint.complete(folder / "checkpoints")]
+    if saved and config.train.steps and max(saved) >= config.train.steps:
+        raise UserError(f"{folder} already has its {max(saved)} steps: raise train.steps, or `mmcontrast evaluate`")
+    if saved and existing == new and max(saved) == completed_step(folder):  # the steps of train.epochs are not known here
+        raise UserError(f"{folder} is complete, at step {max(saved)}: raise train.epochs, or `mmcontrast evaluate`")
 
 
 def completed_step(folder: Path) -> int | None:
@@ -256,13 +264,13 @@ def completed_step(folder: Path) -> int | None:
     return int(step)
 
 
-def difference(there: Any, here: Any, place: str = "") -> tuple[str, str]:
-    """The first difference between two trees, as what is there and what is here."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*here, *there]:
-            if there.get(key) != here.get(key):
-                return difference(there.get(key), here.get(key), f"{place}.{key}".lstrip("."))
-    return f"{place}={str(there)[:60]} there", f"{str(here)[:60]} here"
+def difference(existing: Any, new: Any, path: str = "") -> tuple[str, str]:
+    """Return the first difference between two trees, in words of the existing and of the new one."""
+    if isinstance(existing, dict) and isinstance(new, dict):
+        for key in [*new, *existing]:
+            if existing.get(key) != new.get(key):
+                return difference(existing.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    return f"{path}={str(existing)[:60]} there", f"{str(new)[:60]} here"
 
 
 def embedding_launch(
@@ -276,7 +284,7 @@ def embedding_launch(
     num_workers: int,
     trust_code: bool = False,
 ) -> Launch | None:
-    """What `submit-embed` gives to sbatch: an array of the slices that are not there yet; None if none is missing.
+    """Return the launch of an embedding table: an array of the slices that are missing; None if none is.
 
     Raises:
         UserError: if there is no such checkpoint or data, or `out` holds another table.
@@ -284,17 +292,17 @@ def embedding_launch(
     expand_shards(data)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder")
-    about = about_model(model, which) | {"shards": data}  # whether the samples are the same, tasks see: it may take long
+    table_info = about_model(model, which) | {"shards": data}  # tasks check that the samples are the same: it may take long
     slices = TableSlice.all(out, tasks)
-    slices[0].check(about)
+    slices[0].check(table_info)
     missing = [part.number for part in slices if not part.record.exists()]
     if not missing:
         TableSlice(out, tasks, tasks).complete()
         return None
     launch = Launch(out)
     array = f"1-{tasks}" if len(missing) == tasks else ",".join(map(str, missing))
-    values = {"model": about["model"], "data": data, "out": out.absolute(), "tasks": tasks}
-    values |= {"checkpoint": about["checkpoint"] or "last"}
+    values = {"model": table_info["model"], "data": data, "out": out.absolute(), "tasks": tasks}
+    values |= {"checkpoint": table_info["checkpoint"] or "last"}
     values |= {"batch_size": batch_size, "num_workers": num_workers}
     values |= {"trust_code": "--trust-code" if trust_code else "--no-trust-code"}
     launch.add_script("embed", {"array": array, "requeue": None} | dict(resources.directives()), values, log="%A_%a")

@@ -1,4 +1,4 @@
-"""JSON that every parser reads: a number that does not exist is null, never a bare NaN or Infinity."""
+"""Writes JSON that every parser reads: NaN and infinity are null."""
 
 import json
 import math

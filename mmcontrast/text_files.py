@@ -1,4 +1,4 @@
-"""Small text files that a user has written or was given: class names, templates, relevance."""
+"""Reads small text files of a user: class names, templates, relevance."""
 
 from pathlib import Path
 

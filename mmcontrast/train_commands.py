@@ -1,4 +1,4 @@
-"""The commands `train` and `finetune`: a run of a config, and of one that is made for a model and data."""
+"""Defines the commands `train` and `finetune`: run a config, or one that is made for a model and data."""
 
 import os
 from pathlib import Path
@@ -32,13 +32,13 @@ def train(
     """
     from mmcontrast.training.preemption import preemptible
 
-    with preemptible() as preemption:  # a scheduler's warning is heard from the beginning on
+    with preemptible() as preemption:  # from the start, so that no warning of a scheduler is missed
         from mmcontrast.config import load_config
 
         _run(load_config(config, overrides or ()), resume, overwrite, preemption)
 
 
-def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
+def _run(config: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
     """Train the run of a config."""
     from mmcontrast.runs import check_folder, lock_folder, make_run_context, prepare_folder, remove_failed_start
     from mmcontrast.training.distributed import join_processes
@@ -47,30 +47,30 @@ def _run(loaded: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
 
     state = join_processes()
     if state.is_main_process:
-        check_folder(loaded, resume, overwrite)
-        console.print(f"preparing [bold]{loaded.run.name}[/]: model and data", highlight=False)
+        check_folder(config, resume, overwrite)
+        console.print(f"preparing [bold]{config.run.name}[/]: model and data", highlight=False)
     miner = None
-    if loaded.train.mine:
+    if config.train.mine:
         from mmcontrast.curation.mine import training_miner
 
-        miner = training_miner(mining_options(loaded.train.mine, loaded.data))
-    job = make_run_context(loaded, resume)
+        miner = training_miner(mining_options(config.train.mine, config.data))
+    context = make_run_context(config, resume)
     if state.is_main_process:
-        lock = lock_folder(loaded)
+        lock = lock_folder(config)
         if not resume:
-            prepare_folder(loaded, overwrite, job.config)
+            prepare_folder(config, overwrite, context.config)
     state.wait_for_everyone()
     try:
-        run_training(job, resume, preemption, miner)
+        run_training(context, resume, preemption, miner)
     except UserError:
         if state.is_main_process and not resume:
-            remove_failed_start(job.folder)
+            remove_failed_start(context.folder)
         raise
     if state.is_main_process:
-        places = {"checkpoint": "checkpoints", "results": "results.json", "page": "report.html", "log": "metrics.jsonl"}
-        for name, file in places.items():
-            if (job.folder / file).exists():
-                console.print(f"{f'{name}:':12}{job.folder / file}", highlight=False)
+        outputs = {"checkpoint": "checkpoints", "results": "results.json", "page": "report.html", "log": "metrics.jsonl"}
+        for name, file in outputs.items():
+            if (context.folder / file).exists():
+                console.print(f"{f'{name}:':12}{context.folder / file}", highlight=False)
         lock.close()
 
 
@@ -123,16 +123,16 @@ def finetune(
 
     with preemptible() as preemption:
         from mmcontrast.data import read_keys
-        from mmcontrast.finetune import Request, made_once, resumed
+        from mmcontrast.finetune import Request, config_to_resume, make_config_once
 
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
             read_keys(keys or ()), files, image_size, context_length, classes, tuple(templates or ()), tuple(new_tokens or ()),
         )  # fmt: skip
         if resume:
-            config = resumed(request, overrides or ())
+            config = config_to_resume(request, overrides or ())
         else:
-            config, chosen = made_once(request, overrides or ())
+            config, chosen = make_config_once(request, overrides or ())
             if os.environ.get("RANK", "0") == "0":
                 console.print(chosen.table(), highlight=False)
         if dry_run:

@@ -1,7 +1,7 @@
-"""What a folder from elsewhere may do: it is data, and none of its code runs. docs/models.md says what is trusted.
+"""Keeps code of a folder from elsewhere from running: such a folder is data. docs/models.md says what is trusted.
 
-Two ways lead to code: a config may name a component by its import path (`import_paths`), and libraries run what lies beside
-weights or is pickled in them (`library_code_refused`).
+Code could run in two ways: a config may name a component by its import path (`import_paths`), and libraries run code that lies
+beside weights or is pickled in them (`library_code_refused`).
 """
 
 import importlib
@@ -25,8 +25,8 @@ NEVER_RUN = (
 
 _untrusted: ContextVar[str | None] = ContextVar("untrusted", default=None)
 _lock = threading.Lock()
-_inside = 0  # of `library_code_refused`, in all threads
-_restore: list[tuple[Any, str, Any]] = []  # what the first of them has replaced: (module, name, value)
+_inside = 0  # how many times `library_code_refused` is entered, in all threads
+_restore: list[tuple[Any, str, Any]] = []  # (module, name, value) that the first of them has replaced
 
 
 @contextmanager
@@ -44,10 +44,10 @@ def import_paths(source: object, trusted: bool) -> Iterator[None]:
 
 
 def import_by_path(path: str, kind: str) -> Any:
-    """Return the object named `package.module:attribute`, of what is installed or lies in the working directory.
+    """Return the object named `package.module:attribute`, of an installed package or of the working directory.
 
     Raises:
-        UserError: if the module or the attribute is not there; if it is named by a folder that is not trusted.
+        UserError: if the module or the attribute does not exist; if it is named by a folder that is not trusted.
     """
     if source := _untrusted.get():
         raise UserError(
@@ -56,7 +56,7 @@ def import_by_path(path: str, kind: str) -> Any:
         )
     module_name, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as the last: nothing there stands in for an installed package
+        sys.path.append(os.getcwd())  # as the last, so that nothing there hides an installed package
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -73,7 +73,7 @@ def library_code_refused(name: object, runs_transformers: bool = True) -> Iterat
         runs_transformers: the library may call transformers, which is imported for that.
 
     Raises:
-        UserError: in the place of what would run code.
+        UserError: instead of running code.
     """
     global _inside
     remote = importlib.import_module("transformers.dynamic_module_utils") if runs_transformers else None
@@ -81,7 +81,7 @@ def library_code_refused(name: object, runs_transformers: bool = True) -> Iterat
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise UserError(f"{name}: {NEVER_RUN}")
 
-    # 0 seconds: it asks nobody
+    # with a timeout of 0 seconds it asks nobody
     replaced = {"get_cached_module_file": refuse, "_raise_timeout_error": refuse, "TIME_OUT_REMOTE_CODE": 0}
     with _lock:
         if remote and not any(module is remote for module, _, _ in _restore):
@@ -105,13 +105,14 @@ def library_code_refused(name: object, runs_transformers: bool = True) -> Iterat
         with _lock:
             _inside -= 1
             while not _inside and _restore:
-                _put_back(*_restore.pop())
+                _restore_value(*_restore.pop())
 
 
 def refuse_hub_attention(name: object, config: Any) -> None:
-    """
+    """Refuse a config that names a repository whose kernels compute the attention.
+
     Args:
-        config: a PretrainedConfig of transformers, which may name a repository whose kernels compute the attention.
+        config: a PretrainedConfig of transformers.
 
     Raises:
         UserError: if it or a part of it does.
@@ -122,7 +123,7 @@ def refuse_hub_attention(name: object, config: Any) -> None:
             raise UserError(f"{name}: its config names {part._attn_implementation!r} for its attention: {NEVER_RUN}")
 
 
-def _put_back(target: Any, name: str, value: Any) -> None:
+def _restore_value(target: Any, name: str, value: Any) -> None:
     if target is not os.environ:
         setattr(target, name, value)
     elif value is None:

@@ -1,4 +1,4 @@
-"""YAML as people mean it: `1e-3` is a number, a key that stands twice is a mistake, and a file is no bomb."""
+"""Reads YAML as people mean it: `1e-3` is a number, a repeated key is a mistake, and a file cannot expand without limit."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ import yaml
 from mmcontrast.errors import UserError
 
 DEEPEST = 64  # levels of mappings and lists in each other
-MOST_VALUES = 1_000_000  # of a file, where what an anchor names counts as often as it is named
-# what PyYAML's constructors raise for values that are none, such as a day 99, or digits beyond Python's limit
+MOST_VALUES = 1_000_000  # of a file, where an anchor's values count each time that it is named
+# exceptions of PyYAML's constructors for invalid values, such as a day 99, or digits beyond Python's limit
 WRONG = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -45,9 +45,10 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """
+    """Parse a YAML document.
+
     Raises:
-        yaml.YAMLError: for whatever is wrong with it.
+        yaml.YAMLError: for any mistake in it.
     """
     loader = _Loader(text)
     try:
@@ -55,7 +56,7 @@ def parse_yaml(text: str) -> Any:
         if node is None:
             return None
         _count(node, {}, set())
-        return _apart(loader.construct_document(node))
+        return _unshare(loader.construct_document(node))
     except yaml.YAMLError:
         raise
     except WRONG as error:
@@ -64,15 +65,15 @@ def parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _apart(value: Any) -> Any:
-    """Return a value in which nothing is shared: what one anchor names in two places can then be changed in one."""
+def _unshare(value: Any) -> Any:
+    """Return a copy in which nothing is shared, so that a value that an anchor names twice can be changed in one place."""
     if isinstance(value, dict):
-        return {key: _apart(one) for key, one in value.items()}
-    return [_apart(one) for one in value] if isinstance(value, list) else value
+        return {key: _unshare(entry) for key, entry in value.items()}
+    return [_unshare(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _count(node: yaml.Node, counted: dict[yaml.Node, int], inside: set[yaml.Node]) -> int:
-    """Return how many values a node has, written out without anchors.
+    """Count the values of a node, written out without anchors.
 
     Raises:
         yaml.YAMLError: if they are too many, or if it holds itself.
@@ -93,9 +94,10 @@ def _count(node: yaml.Node, counted: dict[yaml.Node, int], inside: set[yaml.Node
 
 
 def read_yaml(path: str | Path) -> Any:
-    """
+    """Parse a YAML file.
+
     Raises:
-        UserError: if the file cannot be read or is not YAML.
+        UserError: if it cannot be read or is not YAML.
     """
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))

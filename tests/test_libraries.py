@@ -1,4 +1,4 @@
-"""What open_clip, transformers and others say of a model: what matters is told once, the rest is not."""
+"""Messages of open_clip, transformers and others on a model: those that matter are logged once, the rest are not."""
 
 import logging
 import warnings
@@ -17,9 +17,9 @@ from tests.models.conftest import architectures  # noqa: F401 - a fixture
 
 
 @pytest.fixture
-def told(monkeypatch, caplog):
+def logged(monkeypatch, caplog):
     """The lines of our log."""
-    monkeypatch.setattr(libraries, "_told", set())
+    monkeypatch.setattr(libraries, "_logged", set())
     caplog.set_level(logging.WARNING, "mmcontrast")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "mmcontrast"]
 
@@ -32,43 +32,43 @@ def bert(tmp_path_factory):
     return folder
 
 
-def test_weights_that_are_not_there_are_told(bert, told, capfd, tmp_path):
+def test_weights_that_are_not_there_are_logged(bert, logged, capfd, tmp_path):
     TransformersTower(str(bert), pretrained=True)
-    assert told() == []  # the head that we do not take, the pooler that we drop
+    assert logged() == []  # the head that we do not take, the pooler that we drop
     weights = load_file(bert / "model.safetensors")
-    gone = next(name for name in weights if "attention" in name and name.endswith("query.weight"))
+    missing = next(name for name in weights if "attention" in name and name.endswith("query.weight"))
     (tmp_path / "config.json").write_text((bert / "config.json").read_text())
-    save_file({k: v for k, v in weights.items() if k != gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file({k: v for k, v in weights.items() if k != missing}, tmp_path / "model.safetensors", {"format": "pt"})
     for _ in range(2):
         TransformersTower(str(tmp_path), pretrained=True)
-    (line,) = told()
-    assert f"{tmp_path}: 1 tensors are not in its checkpoint and start random" in line and gone.removeprefix("bert.") in line
+    (line,) = logged()
+    assert f"{tmp_path}: 1 tensors are not in its checkpoint and start random" in line and missing.removeprefix("bert.") in line
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 
 
-def test_random_weights_of_open_clip_are_told_once_where_they_stay(told, capfd, architectures):  # noqa: F811
+def test_random_weights_of_open_clip_are_told_once_where_they_stay(logged, capfd, architectures):  # noqa: F811
     with weights_follow():  # as where a run is opened
         OpenClipTower("tiny-resnet", "text")
-    assert told() == []
+    assert logged() == []
     for part in ("image", "text"):
         OpenClipTower("tiny-resnet", part)
-    (line,) = told()
+    (line,) = logged()
     assert line.startswith("warning: open_clip tower tiny-resnet: No pretrained weights loaded")
     assert "No pretrained" not in capfd.readouterr().out
 
 
-def test_a_quickgelu_mismatch_is_told(told, tmp_path, monkeypatch):
+def test_a_quickgelu_mismatch_is_logged(logged, tmp_path, monkeypatch):
     """open_clip's own words, of a tag whose weights are at hand."""
-    whole = open_clip.create_model("RN50", force_custom_text=False)
-    save_file(whole.state_dict(), tmp_path / "weights.safetensors")
+    model = open_clip.create_model("RN50", force_custom_text=False)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "weights.safetensors"))
     with collected("RN50"):
         open_clip.create_model("RN50", pretrained="openai", force_custom_text=False)
-    (line,) = told()
+    (line,) = logged()
     assert line.startswith("warning: RN50: QuickGELU mismatch between final model config")
 
 
-def test_noise_is_not_told_and_all_is_as_before(told, capfd):
+def test_noise_is_not_told_and_all_is_as_before(logged, capfd):
     before = [(logging.getLogger(name or None), list(logging.getLogger(name or None).handlers)) for name in libraries.LIBRARIES]
     with suppress(KeyError), collected("a model"):
         warnings.warn("an old name", DeprecationWarning, stacklevel=1)
@@ -79,9 +79,9 @@ def test_noise_is_not_told_and_all_is_as_before(told, capfd):
         logging.info("nothing")
         warnings.warn("a size that does not fit", UserWarning, stacklevel=1)
         raise KeyError
-    assert told() == [
+    assert logged() == [
         "warning: a model: No checkpoint found of the head",
         "warning: a model: something of the root",
         "warning: a model: a size that does not fit",
     ]
-    assert [(one, list(one.handlers)) for one, _ in before] == before
+    assert [(library_logger, list(library_logger.handlers)) for library_logger, _ in before] == before

@@ -1,10 +1,10 @@
-"""The parts of `benchmarks/gpu.py`, in the order of their value: a module each, with `run(context)` and `table(records)`."""
+"""Lists the parts of `benchmarks/gpu.py`, most valuable first: a module each, with `run(context)` and `table(records)`."""
 
 from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    seconds: float  # of its first turn; what the others leave is shared out in a second one
+    seconds: float  # of its first turn; time that is left is shared in a second one
     what: str
 
 

@@ -1,4 +1,4 @@
-"""Samples a second that this machine's cores decode, as benchmarks/reading.py reads them, beside those that a step takes."""
+"""Measures the samples a second that this machine's cores decode, against those that a training step takes."""
 
 import itertools
 import os
@@ -39,20 +39,20 @@ def figures(context: Context, workers: int, scaled: bool) -> dict[str, Any]:
     for _ in range(6 + 2 * workers):  # what workers have prepared meanwhile does not count
         next(stream)
     timed = max(TIMED[context.device], (6 if context.device == "cuda" else 1) * workers)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(timed):
         next(stream)
-    return {"workers": workers, "scaled": scaled, "rate": timed * BATCH / (time.perf_counter() - began)}
+    return {"workers": workers, "scaled": scaled, "rate": timed * BATCH / (time.perf_counter() - start)}
 
 
 def shards(context: Context) -> Path:
     from reading import make
 
-    (width, height), each = PICTURES[context.device]
-    folder, whole = context.scratch / "shards", context.scratch / "shards" / "whole"
-    if not whole.exists():
-        make(folder, width, height, each)
-        whole.touch()
+    (width, height), samples = PICTURES[context.device]
+    folder, complete_mark = context.scratch / "shards", context.scratch / "shards" / "whole"
+    if not complete_mark.exists():
+        make(folder, width, height, samples)
+        complete_mark.touch()
     return folder
 
 
@@ -66,5 +66,5 @@ def table(records: list[Record], results: Results) -> str:
         rows.append([str(values["workers"]), size, f"{values['rate']:,.0f}", share])
     head = ["workers", "decoding", "samples/s", "of what our fastest step of ViT-B/32 takes"]
     (width, height), _ = PICTURES[results.device]
-    what = f"JPEGs of {width}×{height} to training crops, and captions to tokens; normalised later, on the card."
-    return f"{what}\n\n{markdown(head, rows)}"
+    description = f"JPEGs of {width}×{height} to training crops, and captions to tokens; normalised later, on the card."
+    return f"{description}\n\n{markdown(head, rows)}"

@@ -1,4 +1,4 @@
-"""Exact retrieval metrics in both directions on the card: ours and the dense versions of benchmarks/retrieval.py."""
+"""Measures exact retrieval metrics in both directions on the card: ours and the dense versions of benchmarks/retrieval.py."""
 
 import statistics
 import time
@@ -38,24 +38,24 @@ def figures(context: Context, contender: str, n: int, expected: float) -> dict[s
     times = []
     for _ in range(3 if expected < 3 else 1):
         wait(first)
-        began = time.perf_counter()
+        start = time.perf_counter()
         recalls = function(first, second)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() - before if context.device == "cuda" else 0
     ours = context.values(f"ours {n}")
     if ours:  # near ties may fall either way where products are rounded otherwise
         for way, values in recalls.items():
-            apart = max(abs(a - b) for a, b in zip(values, ours["recalls"][way], strict=True))
-            if apart > max(3 / n, 5e-4):
+            difference = max(abs(a - b) for a, b in zip(values, ours["recalls"][way], strict=True))
+            if difference > max(3 / n, 5e-4):
                 raise ValueError(f"recall {values}, where ours is {ours['recalls'][way]}")
     return {"n": n, "name": contender, "seconds": statistics.median(times), "bytes": peak, "recalls": recalls}
 
 
 def table(records: list[Record], results: Results) -> str:
-    found = [record["values"] for record in records]
-    ours = {v["n"]: v["seconds"] for v in found if v["name"] == "ours"}
+    figures_of_all = [record["values"] for record in records]
+    ours = {v["n"]: v["seconds"] for v in figures_of_all if v["name"] == "ours"}
     rows = []
-    for v in found:
+    for v in figures_of_all:
         ratio = f"{ours[v['n']] / v['seconds']:.2f}" if v["n"] in ours and v["name"] != "ours" else ""
         recall = ", ".join(f"{value:.4f}" for value in v["recalls"]["there"])
         rows.append([f"{v['n']:,}", v["name"], f"{v['seconds']:.3f}", f"{v['bytes'] / 2**20:,.0f}", ratio, recall])

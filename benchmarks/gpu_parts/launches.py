@@ -1,4 +1,4 @@
-"""Launches of the kernels, each checked against the torch backend and timed in its place; the fastest as a patch."""
+"""Times launches of the kernels, each relative_error against the torch backend, and writes the fastest as a patch."""
 
 import dataclasses
 import difflib
@@ -34,14 +34,14 @@ PREPARING = 40  # seconds at most in which all launches are compiled side by sid
 DTYPES = {"half": {"cuda": torch.bfloat16, "cpu": torch.float16}}  # else fp32
 ROWS = {"cuda": {"half": 32_768, "tf32": 16_384, "ieee": 8192}, "cpu": {"half": 48, "tf32": 48, "ieee": 48}}
 WIDTHS = {"cuda": (512, 768, 1152), "cpu": (16,)}
-CHECKED = {"cuda": 1040, "cpu": 48}  # rows: of 16 a multiple, so that what is timed is what is checked; of no tile
+CHECKED = {"cuda": 1040, "cpu": 48}  # rows: of 16 a multiple, so that what is timed is what is relative_error; of no tile
 BYTES = {"half": 2, "tf32": 4, "ieee": 4}
 BLOCKS = {"cuda": ([8192, 32_768, 131_072], [None, 2048, 4096, 8192, 16_384]), "cpu": ([48], [32])}
 HEAD_START = 1_000_000  # cycles, in which the host gets a kernel and its events into the queue: only the device is timed
 
 
 def candidates(product: str, device: str) -> list[Launch]:
-    """The one of LAUNCHES first."""
+    """Return the launches to try, the one of LAUNCHES first."""
     tiles, steps = {
         "half": (
             [(128, 128, 8), (128, 256, 8), (128, 128, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 256, 4), (64, 64, 4)],
@@ -52,8 +52,10 @@ def candidates(product: str, device: str) -> list[Launch]:
     }[product]
     if device == "cpu":
         tiles, steps = [(32, 64, 1)] * (product == "half"), [(16, 1)]
-    made = [Launch(m, n, k, warps, stages) for (k, stages), (m, n, warps) in itertools.product(steps, tiles)]
-    fitting = [one for one in made if (one.BM + one.BN) * one.BK * BYTES[product] * one.stages <= LARGEST_SHARED]
+    launches = [Launch(m, n, k, warps, stages) for (k, stages), (m, n, warps) in itertools.product(steps, tiles)]
+    fitting = [
+        launch for launch in launches if (launch.BM + launch.BN) * launch.BK * BYTES[product] * launch.stages <= LARGEST_SHARED
+    ]
     return list(dict.fromkeys([triton_tiled.LAUNCHES[product], *fitting]))
 
 
@@ -74,7 +76,7 @@ def run(context: Context) -> None:
 
 
 def tune(context: Context, product: str) -> None:
-    """All launches with infonce; the pinned one and the fastest, also of those that a patch may take, with siglip too."""
+    """Measure all launches with infonce; with siglip too the pinned one, the fastest, and the fastest that a patch may take."""
     launches = candidates(product, context.device)
     for launch in launches:
         measure(context, product, "infonce", launch)
@@ -85,7 +87,7 @@ def tune(context: Context, product: str) -> None:
 
 
 def block_figures(n: int, block: int | None, device: str) -> dict[str, Any]:
-    """Seconds and peak bytes of infonce where the backward writes the weights of so many rows and columns at a time."""
+    """Return the seconds and peak bytes of infonce whose backward writes the weights of so many rows and columns at a time."""
     width = WIDTHS[device][0]
 
     def loss(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -104,7 +106,7 @@ def measure(context: Context, product: str, objective: str, launch: Launch) -> N
 
 @contextmanager
 def launched(product: str, launch: Launch) -> Iterator[dict[str, list[Any]]]:
-    """With this launch in LAUNCHES; what every start of a kernel took: (before, after, the compiled kernel)."""
+    """Put this launch into LAUNCHES; yield a list that gets (before, after, compiled kernel) of every start of a kernel."""
     from mmcontrast.score.backends import triton_kernels
 
     kernels = {name: getattr(triton_kernels, name) for name in KERNELS}
@@ -124,7 +126,7 @@ def launched(product: str, launch: Launch) -> Iterator[dict[str, list[Any]]]:
 
 
 class Timed:
-    """In a kernel's place: starts it between two events of the device."""
+    """Stands in for a kernel, and starts it between two events of the device."""
 
     def __init__(self, kernel: Any, starts: list[Any]) -> None:
         self.kernel, self.starts = kernel, starts
@@ -153,12 +155,12 @@ def milliseconds(before: Any, after: Any) -> float:
 
 
 def figures(product: str, objective: str, launch: Launch, device: str) -> dict[str, Any]:
-    """Milliseconds of each kernel in one forward and backward, by width, and what it takes of a multiprocessor."""
-    error, allowed = checked(product, objective, launch, device)
+    """Return the milliseconds of each kernel in one forward and backward, by width, and its use of a multiprocessor."""
+    error, allowed = relative_error(product, objective, launch, device)
     if not error <= allowed:
         raise ValueError(f"wrong: a relative error of {error:.1e} where {allowed:.1e} is allowed")
-    found: dict[str, Any] = {"product": product, "objective": objective, "launch": dataclasses.astuple(launch), "error": error}
-    taken: dict[str, dict[str, float]] = {name: {} for name in KERNELS}
+    result: dict[str, Any] = {"product": product, "objective": objective, "launch": dataclasses.astuple(launch), "error": error}
+    medians: dict[str, dict[str, float]] = {name: {} for name in KERNELS}
     loss = losses.FORMS[objective]("triton")
     for width in WIDTHS[device]:
         leaves = losses.inputs(ROWS[device][product], width, dtype_of(product, device), device)
@@ -170,35 +172,35 @@ def figures(product: str, objective: str, launch: Launch, device: str) -> dict[s
                 losses.run(loss, leaves)
                 sums.append([sum(milliseconds(*times[:2]) for times in starts[name]) for name in KERNELS])
             for name, column in zip(KERNELS, zip(*(sums[1:] or sums), strict=True), strict=True):
-                taken[name][str(width)] = statistics.median(column)
+                medians[name][str(width)] = statistics.median(column)
             built = {name: starts[name][-1][2] for name in KERNELS}
-    found["ms"] = taken
-    found["shared_bytes"] = max((b.metadata.shared for b in built.values() if b is not None), default=0)
+    result["ms"] = medians
+    result["shared_bytes"] = max((b.metadata.shared for b in built.values() if b is not None), default=0)
     for what, attribute in (("registers", "n_regs"), ("spills", "n_spills")):
-        found[what] = max((getattr(b, attribute, None) or 0 for b in built.values()), default=0)
-    return found
+        result[what] = max((getattr(b, attribute, None) or 0 for b in built.values()), default=0)
+    return result
 
 
 def dtype_of(product: str, device: str) -> torch.dtype:
     return DTYPES.get(product, {}).get(device, torch.float32)
 
 
-def checked(product: str, objective: str, launch: Launch, device: str) -> tuple[float, float]:
-    """The largest relative error of the value and the gradients, against the torch backend in float64; and what is allowed:
-    twice that of the torch backend in the inputs' dtype, and a quarter of a rounding step."""
+def relative_error(product: str, objective: str, launch: Launch, device: str) -> tuple[float, float]:
+    """Return the largest relative error of the value and the gradients, against the torch backend in float64; and the
+    allowed one: twice that of the torch backend in the inputs' dtype, and a quarter of a rounding step."""
     dtype, width = dtype_of(product, device), WIDTHS[device][0]
     leaves = losses.inputs(CHECKED[device], width, dtype, device)
     exact = values(losses.FORMS[objective]("torch"), [leaf.detach().double() for leaf in leaves])
     with launched(product, launch):  # with tf32 where it has that
         reference = values(losses.FORMS[objective]("torch"), leaves)
-        found = values(losses.FORMS[objective]("triton"), leaves)
+        kernel_values = values(losses.FORMS[objective]("triton"), leaves)
 
-    def error(got: list[torch.Tensor]) -> float:
-        pairs = zip(got, exact, strict=True)
+    def error(computed: list[torch.Tensor]) -> float:
+        pairs = zip(computed, exact, strict=True)
         return max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).nan_to_num(math.inf).item() for a, b in pairs)
 
     step = max(torch.finfo(dtype).eps / 4, 1e-2 if product == "tf32" else 1e-5)  # the scale's gradient cancels
-    return error(found), 2 * error(reference) + step
+    return error(kernel_values), 2 * error(reference) + step
 
 
 def values(loss: losses.Loss, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -209,7 +211,7 @@ def values(loss: losses.Loss, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def compile_side_by_side(every: list[tuple[str, Launch]], seconds: float) -> None:
-    """Puts compiled kernels into Triton's cache, by as many processes as there are cores. This one has not started CUDA yet."""
+    """Put compiled kernels into Triton's cache, by a process for each core. This process has not started CUDA yet."""
     assert not torch.cuda.is_initialized()
     number = min(8, len(os.sched_getaffinity(0)))
     context = multiprocessing.get_context("fork")
@@ -224,17 +226,17 @@ def compile_side_by_side(every: list[tuple[str, Launch]], seconds: float) -> Non
             process.join()
 
 
-def compile_some(some: list[tuple[str, Launch]]) -> None:
-    for product, launch in some:
+def compile_some(launches: list[tuple[str, Launch]]) -> None:
+    for product, launch in launches:
         try:
-            checked(product, "infonce", launch, "cuda")
+            relative_error(product, "infonce", launch, "cuda")
         except Exception as error:  # it is measured, and recorded, in its turn
             print(f"{product} {launch}: {type(error).__name__}", flush=True)
 
 
 def ranking(product: str, records: list[Record]) -> list[dict[str, Any]]:
-    """Return what was measured of a product, fastest first: by the mean, over objectives, kernels and widths, of the
-    time beside that of the pinned launch. A launch whose siglip was measured counts with it; one that was not stands behind."""
+    """Return the measurements of a product, fastest first: by the mean, over objectives, kernels and widths, of the ratio of
+    the time to the pinned launch's. A launch that was measured with siglip too comes before those that were not."""
     done = [r["values"] for r in records if r["state"] == "done" and r["values"].get("product") == product]
     pinned = {v["objective"]: v for v in done if v["launch"] == list(dataclasses.astuple(triton_tiled.LAUNCHES[product]))}
     by_launch: dict[tuple[int, ...], list[dict[str, Any]]] = {}
@@ -249,7 +251,7 @@ def ranking(product: str, records: list[Record]) -> list[dict[str, Any]]:
 
 
 def score(group: list[dict[str, Any]], pinned: dict[str, dict[str, Any]]) -> float:
-    """Below 1: faster than the pinned one."""
+    """Return the mean ratio of times to the pinned launch's: below 1 it is faster."""
     ratios = []
     for v in group:
         base = pinned[v["objective"]]["ms"]
@@ -273,7 +275,7 @@ def chosen(records: list[Record]) -> dict[str, Launch]:
 
 
 def patch(best: dict[str, Launch], where: str) -> str:
-    """A diff for `git apply`; empty if the pinned launches are the best."""
+    """Return a diff for `git apply`; empty if the pinned launches are the best."""
     old = (Path(__file__).resolve().parents[2] / SOURCE).read_text()
     new = old
     for product, launch in best.items():
@@ -301,13 +303,13 @@ def table(records: list[Record], results: Results) -> str:
         for v in ranking(product, records):
             launch = ", ".join(map(str, v["launch"]))
             times = [" / ".join(f"{ms:.3g}" for ms in v["ms"][kernel].values()) for kernel in KERNELS]
-            about = [f"{v['shared_bytes'] / 1024:.0f} KiB", str(v["registers"]), str(v["spills"])]
-            rows.append([product, launch, f"{v['score']:.3f}", *times, *about, f"{v['error']:.0e}"])
+            resources = [f"{v['shared_bytes'] / 1024:.0f} KiB", str(v["registers"]), str(v["spills"])]
+            rows.append([product, launch, f"{v['score']:.3f}", *times, *resources, f"{v['error']:.0e}"])
     head = ["product", "BM, BN, BK, warps, stages", "time / pinned", *(f"{kernel}, ms" for kernel in KERNELS)]
     head += ["shared", "registers", "spills", "error"]
     best = chosen(records)
     rows_of = ", ".join(f"{n:,} ({product})" for product, n in ROWS[results.device].items())
-    says = [
+    lines = [
         f"N = {rows_of}, D = {' / '.join(map(str, WIDTHS[results.device]))}; the kernels' own time in one forward and backward"
         " of infonce. The score is the mean over kernels, widths and, for the fastest, siglip too."
     ]
@@ -315,17 +317,17 @@ def table(records: list[Record], results: Results) -> str:
         now = triton_tiled.LAUNCHES[product]
         verdict = "stays" if launch == now else f"becomes `{launch}`"
         fastest = ranking(product, records)[0]
-        says.append(f"- `{product}`: `{now}` {verdict}")
+        lines.append(f"- `{product}`: `{now}` {verdict}")
         if tuple(fastest["launch"]) != dataclasses.astuple(launch):
-            says[-1] += f"; {fastest['launch']} is faster here, but does not fit every card"
+            lines[-1] += f"; {fastest['launch']} is faster here, but does not fit every card"
         for kernel in KERNELS:
             alone = min(ranking(product, records), key=lambda v: sum(v["ms"][kernel].values()))
             if tuple(alone["launch"]) != dataclasses.astuple(launch):
-                says[-1] += f"; fastest for {kernel} alone: {alone['launch']}"
+                lines[-1] += f"; fastest for {kernel} alone: {alone['launch']}"
     blocks = [r["values"] for r in records if "block" in r["values"]]
     cells = [
         [f"{v['n']:,}", str(v["block"] or "as they are"), f"{v['seconds'] * 1e3:,.2f}", f"{v['bytes'] / 2**20:,.0f}"]
         for v in blocks
     ]
-    of_blocks = markdown(["N", "rows and columns whose weights are written at a time", "ms", "MiB above inputs"], cells)
-    return "\n\n".join([says[0], "\n".join(says[1:]), markdown(head, rows), of_blocks])
+    block_table = markdown(["N", "rows and columns whose weights are written at a time", "ms", "MiB above inputs"], cells)
+    return "\n\n".join([lines[0], "\n".join(lines[1:]), markdown(head, rows), block_table])

@@ -1,4 +1,4 @@
-"""Describe this machine: the card, its driver, the versions, the cores."""
+"""Describes this machine: the card, its driver, the versions, the cores."""
 
 import datetime
 import json
@@ -15,23 +15,23 @@ PACKAGES = ("torch", "triton", "timm", "transformers", "open_clip_torch", "memef
 
 
 def describe(path: Path) -> None:
-    """Writes it to a file. Starts CUDA, so it runs in a process of its own."""
-    about: dict[str, Any] = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-    if about["device"] == "cuda":
+    """Write the description to a file. It starts CUDA, so it runs in a process of its own."""
+    description: dict[str, Any] = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    if description["device"] == "cuda":
         properties = torch.cuda.get_device_properties(0)
         (torch.ones(8, device="cuda") + 1).sum().item()
-        about |= {
+        description |= {
             "card": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "memory": properties.total_memory,
             "driver": driver(),
             "cuda": torch.version.cuda,
         }
-    about["versions"] = {name: found for name in PACKAGES if (found := installed(name))}
-    about |= {"python": platform.python_version(), "cpu": processor(), "cores": len(os.sched_getaffinity(0))}
-    about["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    description["versions"] = {name: number for name in PACKAGES if (number := installed(name))}
+    description |= {"python": platform.python_version(), "cpu": processor(), "cores": len(os.sched_getaffinity(0))}
+    description["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(about))
+    partial.write_text(json.dumps(description))
     partial.rename(path)
 
 
@@ -39,10 +39,10 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def identity(about: dict[str, Any]) -> str:
-    """Return what figures of one table must have in common."""
-    versions = about["versions"]
-    return f"{about.get('card', about['cpu'])}, torch {versions.get('torch')}, Triton {versions.get('triton')}"
+def identity(description: dict[str, Any]) -> str:
+    """Return the card and versions that figures of one table must have in common."""
+    versions = description["versions"]
+    return f"{description.get('card', description['cpu'])}, torch {versions.get('torch')}, Triton {versions.get('triton')}"
 
 
 def installed(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes each test's outcome to the file of results, and leaves out those that are there."""
+"""A plugin of pytest that writes each test's outcome to the file of results, and skips tests that have one."""
 
 import os
 import time
@@ -28,9 +28,9 @@ class Outcomes:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed and not self.is_worker:
-            why = report.longreprtext.strip().splitlines()[-1].removeprefix("E").strip()[:300]
-            state = "missing" if "ModuleNotFoundError" in why else "failed"
-            self.results.add("tests", report.nodeid, state, reason=why)
+            reason = report.longreprtext.strip().splitlines()[-1].removeprefix("E").strip()[:300]
+            state = "missing" if "ModuleNotFoundError" in reason else "failed"
+            self.results.add("tests", report.nodeid, state, reason=reason)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         if not self.is_worker:

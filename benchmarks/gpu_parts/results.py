@@ -1,4 +1,4 @@
-"""The file of results: a line of JSON for each measurement that begins or ends, in one write; the last of a key counts."""
+"""Keeps the file of results: a line of JSON for each measurement that begins or ends; the last line of a key counts."""
 
 import json
 import os
@@ -28,9 +28,9 @@ class Results:
         with self.path.open("rb") as file:
             file.seek(self._read)
             new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
+        complete_lines = new[: new.rfind(b"\n") + 1]
+        self._read += len(complete_lines)
+        for line in complete_lines.splitlines():
             try:
                 record = json.loads(line)
                 self.records[record["part"], record["key"]] = record
@@ -49,8 +49,8 @@ class Results:
         self.reload()
 
     def of(self, part: str) -> list[Record]:
-        """Return what has ended of a part, in the order in which it was first begun."""
-        records = [record for (of, key), record in self.records.items() if of == part and key != COMPLETE]
+        """Return the ended measurements of a part, in the order of their first begin."""
+        records = [record for (name, key), record in self.records.items() if name == part and key != COMPLETE]
         return [record for record in records if record["state"] not in ("started", "again")]
 
     def state(self, part: str, key: str) -> str | None:
@@ -66,10 +66,10 @@ class Results:
         return self.state(part, COMPLETE) == "complete"
 
     def pending(self, part: str) -> list[Record]:
-        return [record for (of, _), record in self.records.items() if of == part and record["state"] == "started"]
+        return [record for (name, _), record in self.records.items() if name == part and record["state"] == "started"]
 
     def end_pending(self, part: str, state: str, reason: str) -> None:
-        """Records how what had begun came to an end. What is cut off twice took too long."""
+        """Record the end of measurements that had begun. One that is cut off twice took too long."""
         for record in self.pending(part):
             cuts = record.get("cuts", 0) + (state == "cut")
             final = "timed out" if cuts > 1 else state
@@ -77,14 +77,14 @@ class Results:
             self.add(part, record["key"], final, reason=reason, seconds=seconds, cuts=cuts)
 
     def forgive(self, parts: Sequence[str], everything: bool) -> None:
-        """Lets the next call measure again what was missing, and with `everything` what had failed too."""
-        again = {"missing"} | (TROUBLE if everything else set())
+        """Let the next call repeat measurements that were missing, and with `everything` those that failed too."""
+        repeated = {"missing"} | (TROUBLE if everything else set())
         for (part, key), record in list(self.records.items()):
             if part not in parts:
                 continue
             if record["state"] == "started":  # the whole call was ended
                 self.end_pending(part, "cut", "the call was ended")
-            elif record["state"] in again:
+            elif record["state"] in repeated:
                 self.add(part, key, "again")
                 if self.is_complete(part):
                     self.add(part, COMPLETE, "again")

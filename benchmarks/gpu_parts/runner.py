@@ -1,4 +1,4 @@
-"""Runs parts, each in a forked process, and ends what takes too long; a part runs its measurements by its `Context`."""
+"""Runs parts, each in a forked process, and ends those that take too long; a part measures through its `Context`."""
 
 import faulthandler
 import gc
@@ -23,11 +23,11 @@ from gpu_parts.summary import write_summary
 
 
 class Missing(Exception):
-    """A peer is not here; the reason."""
+    """A peer is not installed; the message is the reason."""
 
 
 class Skip(Exception):
-    """It would not fit; the reason."""
+    """A measurement would not fit; the message is the reason."""
 
 
 class OutOfTime(Exception):
@@ -35,12 +35,12 @@ class OutOfTime(Exception):
 
 
 class Broken(Exception):
-    """CUDA is of no more use in this process."""
+    """CUDA cannot be used any more in this process."""
 
 
 @dataclass
 class Context:
-    """What a part runs with.
+    """The context of a part.
 
     Attributes:
         part: its name.
@@ -62,16 +62,16 @@ class Context:
         return self.deadline - time.monotonic()
 
     def values(self, key: str, part: str | None = None) -> dict[str, Any] | None:
-        """What was measured under a key, if it was."""
+        """Return the values that were measured under a key, None if there are none."""
         record = self.results.records.get((part or self.part, key))
         return record["values"] if record and record["state"] == "done" else None
 
     def measure(self, key: str, function: Callable[[], dict[str, Any]], limit: float = 60, expected: float = 1) -> None:
-        """Measures what is not known yet: at most `limit` seconds, and not if `expected` seconds are not left.
+        """Measure a key that has no values yet: for at most `limit` seconds, and only if `expected` seconds are left.
 
         Raises:
             OutOfTime: if the part has to end.
-        Broken: if it left CUDA in a state that only a new process mends.
+            Broken: if CUDA is in a state that only a new process mends.
         """
         if self.results.state(self.part, key) in ENDED:
             return
@@ -79,7 +79,7 @@ class Context:
             raise OutOfTime
         cuts = self.results.records.get((self.part, key), {}).get("cuts", 0)
         self.results.add(self.part, key, "started", limit=limit, since=time.time(), cuts=cuts)
-        began, state, reason, values = time.monotonic(), "done", None, None
+        start, state, reason, values = time.monotonic(), "done", None, None
         try:
             values = function()
         except (Missing, ImportError) as error:
@@ -91,9 +91,9 @@ class Context:
         except Exception as error:
             traceback.print_exc()
             state, reason = "failed", f"{type(error).__name__}: {one_line(error)}"
-        found = {"seconds": round(time.monotonic() - began, 2)}
-        found |= {} if values is None else {"values": values}
-        self.results.add(self.part, key, state, **found, **({} if reason is None else {"reason": reason}))
+        entries = {"seconds": round(time.monotonic() - start, 2)}
+        entries |= {} if values is None else {"values": values}
+        self.results.add(self.part, key, state, **entries, **({} if reason is None else {"reason": reason}))
         print(f"{self.part}: {key}: {state} {reason or values}", flush=True)
         if state not in ("done", "skipped"):
             gc.collect()
@@ -121,23 +121,23 @@ class Runner:
         self.out, self.results, self.scratch, self.device = out, results, scratch, "cpu"
 
     def find_machine(self) -> str | None:
-        """Learns, in a process of its own, what machine this is; what is wrong, if OUT or CUDA is."""
+        """Describe this machine in a process of its own; return what is wrong, if OUT or CUDA is."""
         assert not torch.cuda.is_initialized(), "processes that are forked from here could not use the GPU"
         before = (self.results.records.get(("machine", "machine")) or {}).get("values")
-        found = self.scratch / "machine.json"
-        process = self._start(machine.describe, found)
+        file = self.scratch / "machine.json"
+        process = self._start(machine.describe, file)
         process.join(120)
         if process.is_alive():
             self._kill(process)
-        here = machine.read(found)
-        if here is None:
+        description = machine.read(file)
+        if description is None:
             return f"the GPU did not answer (exit code {process.exitcode}): see {self.out / 'log.txt'}"
-        if before and machine.identity(before) != machine.identity(here):
-            was, now = machine.identity(before), machine.identity(here)
+        if before and machine.identity(before) != machine.identity(description):
+            was, now = machine.identity(before), machine.identity(description)
             return f"{self.out} holds results of another machine ({was}; this is {now}): take another folder"
         if before is None:
-            self.results.add("machine", "machine", "done", values=here)
-        self.device = here["device"]
+            self.results.add("machine", "machine", "done", values=description)
+        self.device = description["device"]
         if self.device == "cpu":
             os.environ["TRITON_INTERPRET"] = "1"  # before a part imports Triton
         else:
@@ -145,7 +145,7 @@ class Runner:
         return None
 
     def run(self, part: str, end: float) -> None:
-        """A part until it is complete or `end`; after a crash again, if the last process measured anything."""
+        """Run a part until it is complete or `end`; after a crash again, if the last process measured anything."""
         while not self.results.is_complete(part) and time.monotonic() < end - 1:
             ended = len(self.results.of(part))
             code = self._watch(self._start(run_part, part, self.device, self.out, self.scratch, end), part, end)
@@ -161,7 +161,7 @@ class Runner:
             print(f"{part} has more to do; see log.txt if it should not", file=sys.stderr)
 
     def _watch(self, process: Any, part: str, end: float) -> int:
-        """Its exit code; it is killed when a measurement exceeds its limit, or at the end of the box."""
+        """Wait for a process and return its exit code; kill it when a measurement exceeds its limit, or at the part's end."""
         try:
             while process.is_alive():
                 process.join(0.2)
@@ -186,7 +186,7 @@ class Runner:
 
     @staticmethod
     def _kill(process: Any) -> None:
-        """With the processes that it started."""
+        """Kill a process and those that it started."""
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""faiss on the card: its exact search beside our `nearest`, and an ivf_pq index whose lists are learnt there or on the host."""
+"""Measures faiss on the card: exact search against our `nearest`, and an ivf_pq index learnt there or on the host."""
 
 import shutil
 import statistics
@@ -19,7 +19,7 @@ AT = 10
 
 
 def run(context: Context) -> None:
-    from faiss import get_num_gpus  # of another, it is told that faiss is missing
+    from faiss import get_num_gpus  # an ImportError ends the part: faiss is missing
 
     gpus = get_num_gpus() if context.device == "cuda" else 0
     for name in ("ours", "faiss"):
@@ -29,7 +29,7 @@ def run(context: Context) -> None:
 
 
 def exact(context: Context, name: str, gpus: int) -> dict[str, Any]:
-    """Seconds of a search, its rows already where they are searched; and the share of places that are ours."""
+    """Return the seconds of a search, with its rows on the device, and the share of places that are the same as ours."""
     from mmcontrast.evaluation.neighbours import nearest
 
     rows, number, width = SIZES[context.device]
@@ -41,15 +41,15 @@ def exact(context: Context, name: str, gpus: int) -> dict[str, Any]:
     def our_search() -> torch.Tensor:
         return nearest(queries, table, AT)[1].cpu()
 
-    places = our_search()
+    our_places = our_search()
     search = our_search if name == "ours" else faiss_search(context, table, queries, gpus)
     search()
     times = []
     for _ in range(3):
-        began = time.perf_counter()
-        found = search()
-        times.append(time.perf_counter() - began)
-    same = (found.sort(1).values == places.sort(1).values).double().mean().item()
+        start = time.perf_counter()
+        found_places = search()
+        times.append(time.perf_counter() - start)
+    same = (found_places.sort(1).values == our_places.sort(1).values).double().mean().item()
     return {"seconds": statistics.median(times), "rows": rows, "queries": number, "width": width, "same": same}
 
 
@@ -61,12 +61,12 @@ def faiss_search(context: Context, table: torch.Tensor, queries: torch.Tensor, g
     index = faiss.IndexFlatIP(table.shape[1])
     index = faiss.index_cpu_to_all_gpus(index) if gpus else index
     index.add(table.cpu().numpy())
-    asked = queries.cpu().numpy()
-    return lambda: torch.from_numpy(index.search(asked, AT)[1])
+    query_rows = queries.cpu().numpy()
+    return lambda: torch.from_numpy(index.search(query_rows, AT)[1])
 
 
 def index(context: Context, where: str, gpus: int) -> dict[str, Any]:
-    """`build_index` of random clusters: its seconds and its measured recall."""
+    """Return the seconds and the measured recall of `build_index` on random clusters."""
     from mmcontrast.evaluation import EmbeddingTable
     from mmcontrast.search import build_index
 
@@ -78,14 +78,14 @@ def index(context: Context, where: str, gpus: int) -> dict[str, Any]:
     nearby = centres[torch.randint(64, (rows,), generator=generator)] + torch.randn(rows, width, generator=generator)
     folder, numbers = context.scratch / "table", torch.arange(rows)
     shutil.rmtree(folder, ignore_errors=True)
-    here = {"image": torch.ones(rows, dtype=torch.bool)}
+    present = {"image": torch.ones(rows, dtype=torch.bool)}
     metadata = [{"key": str(number)} for number in range(rows)]
-    table = EmbeddingTable({"image": F.normalize(nearby, dim=1)}, here, numbers, numbers, metadata)
+    table = EmbeddingTable({"image": F.normalize(nearby, dim=1)}, present, numbers, numbers, metadata)
     table.write(folder, {"model": "none", "checkpoint": "none", "shards": "none"})
-    began = time.perf_counter()
-    about = build_index(folder, kind="ivf_pq", device="cpu" if where == "host" else None, progress=False)
-    seconds = time.perf_counter() - began
-    recall = about["fields"]["image"]["recall"]["value"]
+    start = time.perf_counter()
+    description = build_index(folder, kind="ivf_pq", device="cpu" if where == "host" else None, progress=False)
+    seconds = time.perf_counter() - start
+    recall = description["fields"]["image"]["recall"]["value"]
     return {"where": where, "rows": rows, "width": width, "seconds": seconds, "recall": recall}
 
 

@@ -1,4 +1,4 @@
-"""Training steps of ViT-B/32 in bf16: ours by `training_step`, open_clip's by its own `train_one_epoch`, on the same towers."""
+"""Measures training steps of ViT-B/32 in bf16: ours by `training_step`, open_clip's by `train_one_epoch`, on equal towers."""
 
 import gc
 import json
@@ -43,7 +43,7 @@ def run(context: Context) -> None:
 
 @dataclass
 class Run:
-    """So many steps on one batch of random pictures and texts, which lies in pinned memory as a loader gives it."""
+    """A run of so many steps on one batch of random pictures and texts, which lies in pinned memory as a loader gives it."""
 
     device: str
     batch: int
@@ -61,14 +61,14 @@ class Run:
         return tensor.pin_memory() if self.device == "cuda" else tensor
 
     def timed(self, batch: T) -> Iterator[T]:
-        """The batch for every step. The clock runs from the first step after the warm-up to the end of the last."""
+        """Yield the batch for every step. The clock runs from the first step after the warm-up to the end of the last."""
         for step in range(self.steps):
             if step == WARM[self.device]:
                 wait(self.pictures.new_empty(0, device=self.device))
-                began = time.perf_counter()
+                start = time.perf_counter()
             yield batch
         wait(self.pictures.new_empty(0, device=self.device))
-        self.seconds = time.perf_counter() - began
+        self.seconds = time.perf_counter() - start
 
 
 def open_clip_config(device: str) -> dict[str, Any]:
@@ -103,22 +103,22 @@ def ours(run: Run) -> None:
         accelerator.prepare_optimizer(make_optimizer(model, options)), accelerator, options, {},
     )  # fmt: skip
     values = {"image": run.pinned(run.pictures), "text": run.pinned(run.texts)}
-    numbers, here = torch.arange(run.batch), torch.ones(run.batch, dtype=torch.bool)
-    batch = Batch(values, dict.fromkeys(values, here), numbers, numbers, [{}] * run.batch)
+    numbers, present = torch.arange(run.batch), torch.ones(run.batch, dtype=torch.bool)
+    batch = Batch(values, dict.fromkeys(values, present), numbers, numbers, [{}] * run.batch)
     learner.model.train()
     for step, samples in enumerate(run.timed(batch)):
         training_step(step, samples, learner)
 
 
 def open_clip(run: Run) -> None:
-    """Its loader normalises pictures on the host; weight decay, clipping and bf16 as in its `main`."""
+    """Train by open_clip's loop. Its loader normalises on the host; weight decay, clipping and bf16 are as in its `main`."""
     from open_clip import create_loss, create_model
     from open_clip_train.train import train_one_epoch
 
     model = create_model(MODEL[run.device], precision="amp_bf16", device=run.device, output_dict=True)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
+    not_decayed = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": not_decayed, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
     options = Namespace(
         device=run.device, precision="amp_bf16", distill=False, model=MODEL[run.device], siglip=False, local_loss=False,
@@ -156,12 +156,12 @@ def figures(device: str, side: str, batch: int) -> dict[str, Any]:
 
 
 def rates(records: list[Record]) -> dict[tuple[int, str], float]:
-    """Median samples a second, by batch and side."""
-    found: dict[tuple[int, str], list[float]] = {}
+    """Return the median samples a second, by batch and side."""
+    rates_of: dict[tuple[int, str], list[float]] = {}
     for record in records:
         values = record["values"]
-        found.setdefault((values["batch"], values["side"]), []).append(values["rate"])
-    return {key: statistics.median(values) for key, values in found.items()}
+        rates_of.setdefault((values["batch"], values["side"]), []).append(values["rate"])
+    return {key: statistics.median(values) for key, values in rates_of.items()}
 
 
 def table(records: list[Record], results: Results) -> str:
@@ -171,8 +171,8 @@ def table(records: list[Record], results: Results) -> str:
         cells = [f"{batch:,}"]
         for side in SIDES:
             peaks = [r["values"]["bytes"] for r in records if (r["values"]["batch"], r["values"]["side"]) == (batch, side)]
-            there = (batch, side) in medians
-            cells += [f"{medians[batch, side]:,.0f}", f"{max(peaks) / 2**30:.1f}"] if there else ["–", "–"]
+            is_measured = (batch, side) in medians
+            cells += [f"{medians[batch, side]:,.0f}", f"{max(peaks) / 2**30:.1f}"] if is_measured else ["–", "–"]
         both = all((batch, side) in medians for side in SIDES)
         rows.append([*cells, f"{medians[batch, 'ours'] / medians[batch, 'open_clip']:.2f}" if both else ""])
     head = ["batch", *(f"{side}, {what}" for side in SIDES for what in ("samples/s", "GiB")), "ours / open_clip"]

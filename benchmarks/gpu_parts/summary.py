@@ -1,4 +1,4 @@
-"""OUT/summary.md: a table a part, as the part's module makes it, and what did not come to an end."""
+"""Writes OUT/summary.md: a table of each part, as its module makes it, and the measurements that did not finish."""
 
 import importlib
 from pathlib import Path
@@ -16,27 +16,27 @@ def write_summary(out: Path, results: Results) -> None:
     machine = results.records.get(("machine", "machine"))
     if machine is None:
         return
-    about = machine["values"]
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    if about["device"] == "cuda":
-        memory = about["memory"] / 2**30
-        where = f"{about['card']} (compute capability {about['capability']}, {memory:.0f} GiB, driver {about['driver']})"
-        head = ["# GPU benchmarks", f"{where}, CUDA {about['cuda']}"]
+    details = machine["values"]
+    versions = ", ".join(f"{name} {number}" for name, number in details["versions"].items())
+    if details["device"] == "cuda":
+        memory = details["memory"] / 2**30
+        card = f"{details['card']} (compute capability {details['capability']}, {memory:.0f} GiB, driver {details['driver']})"
+        head = ["# GPU benchmarks", f"{card}, CUDA {details['cuda']}"]
     else:
         head = ["# GPU benchmarks without a GPU", NO_GPU]
-    head += [f"{about['cores']} cores of {about['cpu']}; Python {about['python']}, {versions}; {about['date']}."]
+    head += [f"{details['cores']} cores of {details['cpu']}; Python {details['python']}, {versions}; {details['date']}."]
     lines = ["\n\n".join(head)]
-    for part, (_, what) in PARTS.items():
+    for part, (_, title) in PARTS.items():
         records = results.of(part)
         if not records:
             continue
         unfinished = "" if results.is_complete(part) else " (not all of it)"
         table = importlib.import_module(f"gpu_parts.{part}").table
-        lines.append(f"## {part}: {what}{unfinished}")
+        lines.append(f"## {part}: {title}{unfinished}")
         done = [record for record in records if record["state"] == "done"]
         lines.append(table(done, results) if done else "")
-        others = [f"- {r['key']}: {r['state']}: {r.get('reason')}" for r in records if r["state"] != "done"]
-        lines.append("\n".join(others))
+        unfinished_lines = [f"- {r['key']}: {r['state']}: {r.get('reason')}" for r in records if r["state"] != "done"]
+        lines.append("\n".join(unfinished_lines))
     text = "\n\n".join(line for line in lines if line) + "\n"
     partial = out / ".summary.partial"
     partial.write_text(text)
@@ -44,18 +44,18 @@ def write_summary(out: Path, results: Results) -> None:
 
 
 def progress(results: Results) -> str:
-    """A line a part: how many measurements ended how."""
+    """Return a line for each part: how many measurements ended how."""
     lines = []
-    for part, (seconds, what) in PARTS.items():
+    for part, (seconds, title) in PARTS.items():
         states = [record["state"] for record in results.of(part)]
         counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "nothing yet"
-        whole = "complete" if results.is_complete(part) else "to do"
-        lines.append(f"{part:<11} {seconds:>4.0f} s  {whole:<9} {counted}\n{'':>19}{what}")
+        state_of_part = "complete" if results.is_complete(part) else "to do"
+        lines.append(f"{part:<11} {seconds:>4.0f} s  {state_of_part:<9} {counted}\n{'':>19}{title}")
     return "\n".join(lines)
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table; nothing of no rows."""
+    """Return a table in Markdown, "" without rows."""
     if not rows:
         return ""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))

@@ -1,4 +1,4 @@
-"""tests/gpu by pytest: every test is a measurement, known as soon as it has ended."""
+"""Runs tests/gpu by pytest: every test is a measurement, recorded as soon as it has ended."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ FILES = [f"tests/gpu/test_{name}.py" for name in ("training", "objectives", "eva
 
 
 def run(context: Context) -> None:
-    """In this process, which is one of its own. Without tests/conftest.py, which is about a corpus that no GPU needs."""
+    """Run the tests in this process, without tests/conftest.py, which makes a corpus that no GPU test needs."""
     import pytest
 
     os.chdir(ROOT)

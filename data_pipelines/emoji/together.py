@@ -1,4 +1,4 @@
-"""A task for three fields together, of emoji: `mmcontrast data build data_pipelines/emoji/together.yaml`."""
+"""Makes a task for three fields together, of emoji: `mmcontrast data build data_pipelines/emoji/together.yaml`."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from mmcontrast.data.writer import Sample
 
 
 class Together:
-    """Samples of three fields whose picture is told by text and speech together alone (as in Symile's M3, arXiv:2411.01053).
+    """A source of samples whose picture follows from text and speech together alone (as in Symile's M3, arXiv:2411.01053).
 
     The text has the names of several emoji, one in each of `languages`; spoken is the name of yet another emoji, in one of
     them; the picture is of the emoji that the text names in that language. So speech and picture are independent, and the text
@@ -30,19 +30,19 @@ class Together:
         return {"train": range(self.numbers["train"]), "val": range(self.numbers["train"], sum(self.numbers.values()))}
 
     def make_sample(self, split: str, number: int) -> Sample:
-        called = names(self.font, self.annotations, self.languages)
-        chosen = sorted(called)[:: max(1, len(called) // self.emoji)][: self.emoji]
+        name_of = names(self.font, self.annotations, self.languages)
+        chosen = sorted(name_of)[:: max(1, len(name_of) // self.emoji)][: self.emoji]
         rng = np.random.default_rng([self.seed, number])
-        *told, heard = rng.choice(chosen, len(self.languages) + 1, replace=False).tolist()
-        spoken = int(rng.integers(len(self.languages)))
-        shown, language = told[spoken], self.languages[spoken]
-        texts = [called[emoji][of] for emoji, of in zip(told, self.languages, strict=True)]
+        *named, spoken_emoji = rng.choice(chosen, len(self.languages) + 1, replace=False).tolist()
+        place = int(rng.integers(len(self.languages)))
+        pictured, language = named[place], self.languages[place]
+        texts = [name_of[emoji][text_language] for emoji, text_language in zip(named, self.languages, strict=True)]
         text = ", ".join(texts[k] for k in rng.permutation(len(texts)))
-        about = {"sample_id": number, "group_id": number, "shown": shown, "language": language, "heard": heard}
+        metadata = {"sample_id": number, "group_id": number, "shown": pictured, "language": language, "heard": spoken_emoji}
         return {
             "__key__": f"{split}-{number:06d}",
-            "png": draw(shown, self.font, self.side, rng),
-            "flac": say(called[heard][language], language, split == "val", rng),
+            "png": draw(pictured, self.font, self.side, rng),
+            "flac": say(name_of[spoken_emoji][language], language, split == "val", rng),
             "txt": text,
-            "json": about,
+            "json": metadata,
         }

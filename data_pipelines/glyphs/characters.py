@@ -1,4 +1,4 @@
-"""Which characters the corpus draws, what they are called, and in which font files: Unicode's names are the captions."""
+"""Chooses the characters of the corpus, their names and their font files: Unicode's names are the captions."""
 
 import unicodedata
 import zlib
@@ -61,24 +61,24 @@ class Character:
 
     @property
     def unseen(self) -> bool:
-        """One character in ten, chosen by a checksum, is never trained on."""
+        """Return whether the character is never trained on: one in ten, chosen by a checksum."""
         return zlib.crc32(str(self.code).encode()) % 10 == 0
 
     @property
     def kind(self) -> str:
-        """ "Greek small letter", or "mathematical symbol" for a character of no script."""
+        """Return "Greek small letter", or "mathematical symbol" for a character of no script."""
         return self.category if self.script == COMMON else f"{self.script} {self.category}"
 
     def caption(self, rng: np.random.Generator, specific: bool) -> str:
-        """In one of a few natural templates; one in ten says only of what kind the character is, unless `specific`."""
+        """Return a caption of one of a few natural templates; one in ten names only the character's kind, unless `specific`."""
         templates = SPECIFIC if specific or rng.random() < 0.9 else GENERIC
         return templates[rng.integers(len(templates))].format(name=self.name, kind=self.kind)
 
 
 @cache
 def characters_of(font: str) -> frozenset[int]:
-    """Code points that a font file draws: letters of the scripts, numbers, punctuation and symbols. No modifiers, which
-    are other letters made small, and no braille, whose dots are a code more than a shape."""
+    """Return the code points that a font file draws: letters of the scripts, numbers, punctuation and symbols. No modifiers,
+    which are other letters made small, and no braille, whose dots are a code more than a shape."""
     codes = TTFont(FONT_FOLDER / f"{font}.ttf").getBestCmap()
     return frozenset(
         code
@@ -90,7 +90,7 @@ def characters_of(font: str) -> frozenset[int]:
 
 
 def splits() -> dict[str, list[tuple[Character, str]]]:
-    """(character, font file) of every sample of every split: one picture each."""
+    """Return (character, font file) of every sample of every split: one picture each."""
     symbols = characters_of("DejaVuSansMono") & characters_of("DejaVuSans") & frozenset(SYMBOLS) - characters_of("DejaVuSerif")
     trained = sorted(characters_of("DejaVuSerif") & characters_of("DejaVuSans") | symbols)
     seen = [Character(code) for code in trained if not Character(code).unseen]

@@ -1,4 +1,4 @@
-"""Spoken names: espeak-ng, whose library and voices ship in the wheel `espeakng-loader`, called through ctypes."""
+"""Speaks names by espeak-ng, whose library and voices ship in the wheel `espeakng-loader`, called through ctypes."""
 
 import ctypes
 from functools import cache
@@ -19,8 +19,8 @@ _SYNCHRONOUS, _UTF8, _RATE, _SUCCESS = 2, 1, 1, 0  # constants of speak_lib.h
 
 
 class Speaker:
-    """`say(text, voice, words_per_minute)` returns the speech as int16 at `SAMPLE_RATE`. One per process: the library
-    is not re-entrant."""
+    """A voice whose `say(text, voice, words_per_minute)` returns the speech as int16 at `SAMPLE_RATE`. One per process: the
+    library is not re-entrant."""
 
     def __init__(self) -> None:
         self.chunks: list[np.ndarray] = []

@@ -90,8 +90,8 @@ def limit_of_tail(counts: np.ndarray, tail: float) -> int:
     matched = np.sort(counts[counts > 0])
     if not len(matched):
         raise ValueError("no text matches any entry")
-    place = int(np.searchsorted(np.cumsum(matched), tail * matched.sum(), side="left"))
-    return int(matched[min(place, len(matched) - 1)])
+    number = int(np.searchsorted(np.cumsum(matched), tail * matched.sum(), side="left"))
+    return int(matched[min(number, len(matched) - 1)])
 
 
 @cache

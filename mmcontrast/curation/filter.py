@@ -24,25 +24,25 @@ class Filter(Stage):
     """A stage of rules; the first that drops a sample is its reason.
 
     Attributes:
-        given: the rules, and the keys of those that have none.
+        config: the rules, and the keys of those that have none.
         files: the folder of files that tables name.
     """
 
-    given: Rules
+    config: Rules
     files: str | None = None
     name = "filter"
 
     @property
     def options(self) -> dict[str, Any]:
-        return {**self.given.model_dump(mode="json", by_alias=True, exclude_defaults=True), "files": self.files}
+        return {**self.config.model_dump(mode="json", by_alias=True, exclude_defaults=True), "files": self.files}
 
     @property
     def rules(self) -> list[Rule]:
-        return list(self.given.rules)
+        return list(self.config.rules)
 
     @cached_property
     def fields(self) -> dict[str, list[str]]:
-        return {str(field): list(keys) for field, keys in self.given.keys.items()}
+        return {str(field): list(keys) for field, keys in self.config.keys.items()}
 
     @property
     def two_passes(self) -> bool:  # type: ignore[override]
@@ -107,7 +107,7 @@ class Filter(Stage):
 
     def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
         rules = [
-            {"rule": rule.shown(), "removed": counts.get(f"{k} removed", 0), "alone": counts.get(f"{k} alone", 0)}
+            {"rule": rule.describe(), "removed": counts.get(f"{k} removed", 0), "alone": counts.get(f"{k} alone", 0)}
             for k, rule in enumerate(self.rules)
         ]
         return {"rules": rules}

@@ -136,7 +136,7 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
     recall_measures: dict[str, Any] | None = None
     number = len(stored.present(options.query))
     shown, examples = set(stored.present(options.query)[spread(SHOWN, number)].tolist()), []
-    removed, sums = Counter[str](dict.fromkeys(RULES, 0)), Counter[str]()
+    totals, sums = Counter[str](dict.fromkeys(RULES, 0)), Counter[str]()
     sizes = np.zeros(options.count + 1, dtype=np.int64)
     with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
         index: Any = None
@@ -148,19 +148,19 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
         for block, rows in _mine_blocks(stored, search, index, blocks, ids, options, shown):
             table_of_block, counts = blocks.read(MINED, block)
             writer.write_table(table_of_block)
-            removed.update(counts["counted"])
+            totals.update(counts["counted"])
             sums.update(counts["sums"])
             sizes += np.array(counts["sizes"])
             examples += counts["examples"]
             bar.advance(task, rows)
         stored.check_unchanged()
-        if not removed["candidates"]:
+        if not totals["candidates"]:
             blocks.remove()
             raise UserError(
                 f"{table}: every sample with the field {options.candidate!r} is of the query's own group: there are no"
                 " negatives"
             )
-        summary = _summary(stored, options, removed, sums, sizes, recall_measures)
+        summary = _summary(stored, options, totals, sums, sizes, recall_measures)
         finish(out, writer, summary, _sections(summary, examples))
     blocks.remove()
     return summary
@@ -299,7 +299,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def _summary(
     table: StoredTable,
     options: MiningOptions,
-    removed: Counter[str],
+    totals: Counter[str],
     sums: Counter[str],
     sizes: np.ndarray,
     recall_measures: dict[str, Any] | None,
@@ -318,11 +318,11 @@ def _summary(
         "short_queries": queries - int(sizes[-1]),
         "empty_queries": int(sizes[0]),
         "queries_by_negatives": {str(number): int(size) for number, size in enumerate(sizes)},
-        "without_positive": removed["without_positive"],
-        "window_short": removed["window_short"],
-        "same_group_pairs": removed["same_group"],
-        "candidates": removed["candidates"],
-        "removed": {rule: removed[rule] for rule in (*RULES, "range_min")},
+        "without_positive": totals["without_positive"],
+        "window_short": totals["window_short"],
+        "same_group_pairs": totals["same_group"],
+        "candidates": totals["candidates"],
+        "removed": {rule: totals[rule] for rule in (*RULES, "range_min")},
         "mean_positive_score": mean("positives", sums["with_positive"]),
         "mean_negative_score": mean("negatives", negatives),
         "mean_gap": mean("gap", sums["gaps"]),

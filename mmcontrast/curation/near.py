@@ -110,11 +110,8 @@ def drop_near_duplicates(
         start = 0
         for part in stored.columns("key"):
             span = slice(start, start := start + len(part))
-            is_dropped, part_clusters, part_similarities = (
-                dropped[span],
-                cluster_of[span],
-                similarities[span],
-            )
+            is_dropped, part_clusters = dropped[span], cluster_of[span]
+            part_similarities = similarities[span]
             columns = [
                 pa.array(ids[span]),
                 part["key"],

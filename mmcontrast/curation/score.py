@@ -145,7 +145,7 @@ def _sections(table: StoredTable, scores: np.ndarray, keep: np.ndarray, summary:
     axis.set_xlabel("score")
     axis.legend(fontsize=8)
     ordered = scored[np.argsort(scores[scored], kind="stable")]
-    examples = [ordered[place] for place in spread(SHOWN, len(ordered))]
+    examples = [ordered[number] for number in spread(SHOWN, len(ordered))]
     cells = "".join(sample_cell(table, int(row), f"{scores[row]:.3f}{'' if keep[row] else ', dropped'}") for row in examples)
     counts = {name.replace("_", " "): summary[name] for name in ("samples", "kept", "without_score", "least_score_kept")}
     counts |= {f"quantile {name}": value for name, value in summary["quantiles"].items()}

@@ -82,10 +82,8 @@ class WindowSearch:
             top = _TopCandidates(len(rows), self.size + SLACK)
             queries = torch.from_numpy(vectors).to(self.device)
             for numbers, block in self.table.blocks(self.candidate):
-                candidates, group_pairs = (
-                    torch.from_numpy(block).to(self.device).T,
-                    _GroupPairs(self.groups[numbers]),
-                )
+                candidates = torch.from_numpy(block).to(self.device).T
+                group_pairs = _GroupPairs(self.groups[numbers])
                 for first in range(0, len(rows), QUERIES):
                     part = slice(first, min(first + QUERIES, len(rows)))
                     scores = queries[part] @ candidates

@@ -24,7 +24,7 @@ def build_corpus(config: Path, out: Path | None = None, workers: int | None = No
         raise UserError(f"{config}: a corpus needs the keys 'out' and 'source' (and may have 'samples_per_shard')")
     if unknown := description.keys() - {"out", "source", "samples_per_shard"}:
         raise UserError(f"{config}: unknown key {sorted(unknown)[0]!r}; there is: out, samples_per_shard, source")
-    folder, about = out or Path(description["out"]), {"built_from": description}
+    folder, origin = out or Path(description["out"]), {"built_from": description}
     manifest = folder / MANIFEST
     if manifest.exists() and not overwrite:
         if json.loads(manifest.read_text()).get("built_from") == description:
@@ -33,7 +33,7 @@ def build_corpus(config: Path, out: Path | None = None, workers: int | None = No
     source = build(description["source"], {}, f"{config}: source", Source)
     manifest.unlink(missing_ok=True)  # until the new one is complete
     new_manifest = write_corpus(
-        folder, source, samples_per_shard=description.get("samples_per_shard", 1000), workers=workers, about=about
+        folder, source, samples_per_shard=description.get("samples_per_shard", 1000), workers=workers, about=origin
     )
     counts = ", ".join(f"{split} {entry['samples']}" for split, entry in new_manifest["splits"].items())
     return f"{folder}: {counts} samples"

@@ -25,7 +25,7 @@ from mmcontrast.modalities.parts import check_parts
 
 MEASURED, SHOWN = 2000, 24  # samples, evenly spread over the shards: those that are measured, and shown on the page
 ALPHA = "alpha"  # a measure that is counted, and has no quantiles
-Measures = dict[tuple[str, str], list[float]]  # of (member, what): its values
+Measures = dict[tuple[str, str], list[float]]  # of (member, measure): its values
 
 
 def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[Table | str]:
@@ -51,10 +51,10 @@ def inspect_shards(patterns: Sequence[str], to: Path | None = None) -> Iterator[
             members.add_row(f".{extension}", str(len(present)), share, median, str(present.max()))
     yield members
     yield from (f"{shard.name}: {note}" for shard in shards for note in shard.notes)
-    known = {e for e in extensions if e.rpartition(".")[2] in {*MEASURES, *VectorModality.extensions}}
+    with_fields = {e for e in extensions if e.rpartition(".")[2] in {*MEASURES, *VectorModality.extensions}}
     lacking = samples
     for shard in shards:
-        lacking -= int(sum((shard.has(e) for e in known & set(shard.extensions)), np.zeros(len(shard), dtype=bool)).sum())
+        lacking -= int(sum((shard.has(e) for e in with_fields & set(shard.extensions)), np.zeros(len(shard), dtype=bool)).sum())
     if lacking:
         yield f"{lacking} samples have no picture, text, sound or vector, by the names of their members"
 
@@ -104,8 +104,8 @@ def _measure(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]
                     group_id = read_json(data).get("group_id")
                     groups.update([id_of("group_id", group_id, 0)] if group_id is not None else [])
                 elif measure:
-                    for what, value in measure(data).items():
-                        measures[f".{extension}", what].append(value)
+                    for name, value in measure(data).items():
+                        measures[f".{extension}", name].append(value)
             except (OSError, SyntaxError, ValueError, TypeError, RuntimeError, DecodeError):
                 faults += 1
     return measures, groups, faults
@@ -137,9 +137,9 @@ MEASURES: dict[str, Callable[[bytes], dict[str, float]]] = {
 
 def _quantiles(measures: Measures) -> Table:
     table = Table("member", "", "least", "5 %", "median", "95 %", "most")
-    for (member, what), values in measures.items():
+    for (member, measure), values in measures.items():
         cells = np.quantile(values, (0, 0.05, 0.5, 0.95, 1))
-        table.add_row(member, what, *(f"{cell:.6g}" for cell in cells))
+        table.add_row(member, measure, *(f"{cell:.6g}" for cell in cells))
     return table
 
 
@@ -152,9 +152,9 @@ def _histograms(measures: Measures) -> str:
         return ""
     figure = Figure(figsize=(11, 2.2 * -(-len(shown) // 4)), layout="constrained")
     axes = list(figure.subplots(-(-len(shown) // 4), 4, squeeze=False).flat)
-    for axis, ((member, what), values) in zip(axes, shown, strict=False):
+    for axis, ((member, measure), values) in zip(axes, shown, strict=False):
         axis.hist(values, bins=30)
-        axis.set_title(f"{member}: {what}", fontsize=10)
+        axis.set_title(f"{member}: {measure}", fontsize=10)
         axis.tick_params(labelsize=8)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()

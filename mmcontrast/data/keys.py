@@ -1,4 +1,4 @@
-"""Which member of a sample, or entry of its json, a field is read from."""
+"""Finds the member of a sample, or the entry of its json, that a field is read from."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast

@@ -80,7 +80,7 @@ class MixtureOrder:
         starts = [0, *accumulate(order.samples for order in self.orders)]
         streams: dict[int, Iterator[tuple[int, int]]] = {}
         for source, order in enumerate(self.orders):
-            numbers = [number for of, number in chosen if of == source]
+            numbers = [number for chosen_source, number in chosen if chosen_source == source]
             if numbers:
                 streams[source] = iter(order.endless_lane(lane, numbers[0], numbers[-1] + 1))
         places = []

@@ -41,7 +41,7 @@ logger = logging.getLogger("mmcontrast")
 
 
 class Selection(ABC):
-    """Which samples of shards are kept."""
+    """A choice of the samples of shards that are kept."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""The sequential mode: tars read from their beginning to their end, through the webdataset package, for what cannot be indexed.
+"""Reads tars sequentially, from their beginning to their end, through the webdataset package, where they cannot be indexed.
 
 It promises less than the exact order: shards are drawn with replacement, each worker of each rank for itself, so no epoch
 shows each sample once, batches depend on the numbers of ranks and workers, and a resumed run goes on with other samples.

@@ -139,9 +139,10 @@ class TableIndex(ShardIndex):
         return value.as_buffer().size if hasattr(value, "as_buffer") else 8
 
     def read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
-        """
+        """Return the bytes of those of the wanted members that the row has.
+
         Raises:
-            DecodeError: for a value that cannot be read, or a file that is not there.
+            DecodeError: for a value that cannot be read, or a file that does not exist.
         """
         try:
             return self._read(sample, extensions)

@@ -35,7 +35,7 @@ VERSION = 3  # of what the cache holds
 
 @dataclass(frozen=True)
 class TarIndex(MemberIndex):
-    """`places` are offsets in the file, in bytes."""
+    """The index of a tar. `places` are offsets in the file, in bytes."""
 
     file: LocalFile | RemoteFile
 
@@ -102,7 +102,7 @@ def index_tar(name: str, scan: bool = False, file: LocalFile | RemoteFile | None
     if members is None:
         left_out = LeftOut()
         members = Members.collect(name, _scan(file, left_out), left_out)
-        _save(cached, file.fingerprint, members)
+        _keep(cached, file.fingerprint, members)
     arrays = members.places, members.sizes
     return TarIndex(name, members.keys, members.extensions, members.digest, *arrays, file, notes=members.notes)
 
@@ -125,7 +125,7 @@ def _load(cached: Path, fingerprint: str) -> Members | None:
     return None
 
 
-def _save(cached: Path, fingerprint: str, members: Members) -> None:
+def _keep(cached: Path, fingerprint: str, members: Members) -> None:
     entry = {"text": members.keys.text, "ends": members.keys.ends, "places": members.places, "sizes": members.sizes}
     entry["notes"] = np.array(members.notes, dtype="U")
     extensions, stamp = np.array(members.extensions, dtype="U"), f"{VERSION} {fingerprint}"

@@ -79,7 +79,7 @@ class Reading:
 
 @dataclass
 class Decoded:
-    """What a worker found in some samples.
+    """The findings of a worker in some samples.
 
     Attributes:
         members: how many were decoded.

@@ -1,4 +1,4 @@
-"""`mmcontrast doctor`: is this machine ready, and does a config fit it? What is found, how it is judged, what to do then."""
+"""`mmcontrast doctor`: checks whether this machine is ready and a config fits it, and says what to do if not."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,16 +14,16 @@ COLOURS = {OK: "green", WARNING: "yellow", BAD: "bold red"}
 
 
 def examine(config: Path | None, overrides: Sequence[str] = (), rate: float | None = None) -> Iterator[Check]:
-    """Packages, devices, the machine; with a config also its data and what it writes. Nothing is trained, and nothing is left.
+    """Check packages, devices, the machine; with a config also its data and its disks. Nothing is trained, and no file is left.
 
     Args:
-        rate: samples a second that the training takes, on all processes: how many workers feed it is told.
+        rate: samples a second that the training takes, on all processes: the check says how many workers feed it.
     """
     yield from package_checks()
     from mmcontrast.doctor.devices import device_checks
 
     yield from device_checks()
-    try:  # these need all packages: which are missing has been told
+    try:  # these need all packages; missing ones are reported above
         from mmcontrast.doctor.host import host_checks
         from mmcontrast.doctor.run import run_checks
     except ImportError as error:
@@ -36,6 +36,7 @@ def examine(config: Path | None, overrides: Sequence[str] = (), rate: float | No
 
 
 def table_of(checks: Sequence[Check]) -> Table:
+    """Return the checks as a table for the console."""
     table = Table("check", "found", "", "what to do")
     for check in checks:
         table.add_row(check.name, Text(check.found), Text(check.state, COLOURS[check.state]), Text(check.remedy))

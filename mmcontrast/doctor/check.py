@@ -1,4 +1,4 @@
-"""One row of the doctor's table."""
+"""Defines a check, one row of the doctor's table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ OK, WARNING, BAD = "ok", "warning", "bad"
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, what was found, and how it is judged.
+    """A check: its subject, its finding, and the judgement.
 
     Attributes:
         state: ok; warning: a run works, but not as it could; bad: it fails, or is not what it seems.
-        remedy: what to do about it, where it is not ok.
-        numbers: what was measured, by name and unit.
+        remedy: what to do, where it is not ok.
+        numbers: the measures, by name and unit.
     """
 
     name: str
@@ -27,10 +27,10 @@ class Check:
 
 
 def size(number: float) -> str:
-    """Bytes, as 1.5 GiB."""
+    """Return bytes as a person reads them: 1.5 GiB."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def one_line(error: object) -> str:
-    """What an error says, or its kind where it says nothing."""
+    """Return an error's message in one line, or its type where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

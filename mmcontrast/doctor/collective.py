@@ -1,4 +1,4 @@
-"""One rank of the doctor's all-reduce: python -m mmcontrast.doctor.collective BACKEND FILE WORLD_SIZE RANK"""
+"""Runs one rank of the doctor's all-reduce: python -m mmcontrast.doctor.collective BACKEND FILE WORLD_SIZE RANK"""
 
 import statistics
 import sys
@@ -12,23 +12,23 @@ NUMBERS = {"gloo": 4 * 2**20, "nccl": 64 * 2**20}  # that are reduced, fp32
 TIMES = 5
 
 
-def main(backend: str, meeting: str, world_size: int, rank: int) -> None:
+def main(backend: str, rendezvous: str, world_size: int, rank: int) -> None:
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        backend, init_method=f"file://{meeting}", world_size=world_size, rank=rank, timeout=timedelta(seconds=60)
+        backend, init_method=f"file://{rendezvous}", world_size=world_size, rank=rank, timeout=timedelta(seconds=60)
     )
     times = []
     for _ in range(1 + TIMES):
         numbers = torch.full((NUMBERS[backend],), rank + 1.0, device=device)
         dist.barrier()
-        began = time.perf_counter()
+        start = time.perf_counter()
         dist.all_reduce(numbers)
-        found = float(numbers.sum(dtype=torch.float64)) / len(numbers)  # waits for it
-        times.append(time.perf_counter() - began)
-        if found != world_size * (world_size + 1) / 2:
-            sys.exit(f"rank {rank}: the sum is {found}, not {world_size * (world_size + 1) / 2}")
+        mean = float(numbers.sum(dtype=torch.float64)) / len(numbers)  # waits for it
+        times.append(time.perf_counter() - start)
+        if mean != world_size * (world_size + 1) / 2:
+            sys.exit(f"rank {rank}: the sum is {mean}, not {world_size * (world_size + 1) / 2}")
     seconds = statistics.median(times[1:])
     if rank == 0:  # bytes that each rank sends, of a ring
         print(f"seconds={seconds} gb_per_second={2 * (world_size - 1) / world_size * 4 * NUMBERS[backend] / seconds / 1e9}")

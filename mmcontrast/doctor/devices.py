@@ -1,4 +1,4 @@
-"""GPUs and what torch makes of them: the build against the driver, memory, a real all-reduce, the speed of a product."""
+"""Checks GPUs as torch sees them: the build against the driver, memory, a real all-reduce, the speed of a product."""
 
 import os
 import statistics
@@ -15,7 +15,7 @@ import torch
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.training.cost import peak_flops
 
-IN_USE = 0.1  # share of a GPU's memory that another process holds, from which it is worth a word
+IN_USE = 0.1  # share of a GPU's memory that another process holds, from which a warning is given
 MEETING_SECONDS = 90  # in which all processes have started and reduced
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # side of the matrices
 COPIED = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # bytes
@@ -24,6 +24,7 @@ SLOW = 0.5  # of the data sheet's rate: healthy ones reach two thirds and more
 
 
 def device_checks() -> Iterator[Check]:
+    """Yield the checks of torch and of each device."""
     yield torch_build()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for number in range(gpus):
@@ -36,32 +37,32 @@ def device_checks() -> Iterator[Check]:
 
 
 def torch_build() -> Check:
-    """torch's build against the driver: a GPU that is there and not seen is worse than none."""
+    """Check torch's build against the driver: a GPU that torch does not see is worse than none."""
     build = f"{torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}"
-    driver, trouble = nvidia_driver()
+    driver, problem = nvidia_driver()
     if torch.cuda.is_available():
         return Check("torch", f"{build}; {driver or 'driver unknown'}, {torch.cuda.device_count()} GPUs")
-    if not driver and not trouble:
+    if not driver and not problem:
         return Check("torch", f"{build}; no NVIDIA driver: runs on the CPU")
-    if trouble:
-        return Check("torch", f"{build}; {trouble}", BAD, "repair or reload the NVIDIA driver until nvidia-smi lists the GPUs")
+    if problem:
+        return Check("torch", f"{build}; {problem}", BAD, "repair or reload the NVIDIA driver until nvidia-smi lists the GPUs")
     if not torch.version.cuda:
         return Check("torch", f"{build}; {driver}", BAD, "install a build of torch for CUDA, no newer than the driver's")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
         return Check(
-            "torch", f"{build}; {driver}; hidden by CUDA_VISIBLE_DEVICES={hidden!r}", BAD, "unset CUDA_VISIBLE_DEVICES"
+            "torch", f"{build}; {driver}; hidden by CUDA_VISIBLE_DEVICES={visible!r}", BAD, "unset CUDA_VISIBLE_DEVICES"
         )
     try:
         torch.cuda.init()
-        why = "torch says no more"
+        reason = "torch says no more"
     except (RuntimeError, AssertionError) as error:
-        why = one_line(error)
-    return Check("torch", f"{build}; {driver}; not seen: {why}", BAD, "a newer driver, or a build of torch for this one")
+        reason = one_line(error)
+    return Check("torch", f"{build}; {driver}; not seen: {reason}", BAD, "a newer driver, or a build of torch for this one")
 
 
 def nvidia_driver() -> tuple[str, str]:
-    """(driver and GPUs, what is wrong with them) in nvidia-smi's words; nothing, where there is none."""
+    """Return (driver and GPUs, what is wrong with them) in nvidia-smi's words; empty where there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=30)
@@ -77,14 +78,16 @@ def nvidia_driver() -> tuple[str, str]:
 
 
 def gpu(number: int) -> Check:
-    about = torch.cuda.get_device_properties(number)
-    name, capability = f"GPU {number}", f"compute capability {about.major}.{about.minor}"
+    """Check a GPU: its memory, and whether it has bf16."""
+    properties = torch.cuda.get_device_properties(number)
+    name, capability = f"GPU {number}", f"compute capability {properties.major}.{properties.minor}"
     try:
         free, total = torch.cuda.mem_get_info(number)
     except RuntimeError as error:
-        return Check(name, f"{about.name}: {one_line(error)}", BAD, "look at it with nvidia-smi; reset it, or leave it out")
+        remedy = "look at it with nvidia-smi; reset it, or leave it out"
+        return Check(name, f"{properties.name}: {one_line(error)}", BAD, remedy)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    found = f"{about.name}, {size(total)}, {size(total - free)} in use, {capability}, {'bf16' if bf16 else 'no bf16'}"
+    found = f"{properties.name}, {size(total)}, {size(total - free)} in use, {capability}, {'bf16' if bf16 else 'no bf16'}"
     numbers = {"memory_bytes": total, "in_use_bytes": total - free}
     if (total - free) / total > IN_USE:
         return Check(name, found, WARNING, "another process holds memory of it (nvidia-smi names it): end it", numbers)
@@ -94,12 +97,12 @@ def gpu(number: int) -> Check:
 
 
 def collective(gpus: int) -> Check:
-    """A real all-reduce over all GPUs of this machine; without one, over two processes."""
+    """Run a real all-reduce over all GPUs of this machine; without one, over two processes."""
     world, backend = (gpus, "nccl") if gpus else (2, "gloo")
-    name, who = f"all-reduce, {backend}", f"{world} {'GPUs' if gpus else 'processes'}"
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as told:
-        place = [sys.executable, "-m", "mmcontrast.doctor.collective", backend, f"{folder}/meeting", str(world)]
-        ranks = [subprocess.Popen([*place, str(rank)], stdout=told, stderr=told) for rank in range(world)]
+    name, members = f"all-reduce, {backend}", f"{world} {'GPUs' if gpus else 'processes'}"
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+        command = [sys.executable, "-m", "mmcontrast.doctor.collective", backend, f"{folder}/meeting", str(world)]
+        ranks = [subprocess.Popen([*command, str(rank)], stdout=output, stderr=output) for rank in range(world)]
         deadline = time.monotonic() + MEETING_SECONDS
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
             if time.monotonic() > deadline:
@@ -109,27 +112,31 @@ def collective(gpus: int) -> Check:
         for rank in ranks:
             rank.kill()
             rank.wait()
-        told.seek(0)
-        text = told.read().strip()
+        output.seek(0)
+        text = output.read().strip()
     if any(codes) or None in codes:
-        why = (text.splitlines() or ["it said nothing"])[-1] if any(codes) else f"not done after {MEETING_SECONDS} s"
-        more = "NCCL_DEBUG=INFO and NCCL_P2P_DISABLE=1 tell more" if gpus else "GLOO_SOCKET_IFNAME=lo, and a name for this host"
-        return Check(name, f"fails over {who}: {one_line(why)}", BAD, more)
+        reason = (text.splitlines() or ["it said nothing"])[-1] if any(codes) else f"not done after {MEETING_SECONDS} s"
+        if gpus:
+            remedy = "NCCL_DEBUG=INFO and NCCL_P2P_DISABLE=1 tell more"
+        else:
+            remedy = "GLOO_SOCKET_IFNAME=lo, and a name for this host"
+        return Check(name, f"fails over {members}: {one_line(reason)}", BAD, remedy)
     numbers = {key: float(value) for key, _, value in (part.partition("=") for part in text.splitlines()[-1].split())}
-    speed_of = f", {numbers['gb_per_second']:.2f} GB/s" if world > 1 else ""
+    rate = f", {numbers['gb_per_second']:.2f} GB/s" if world > 1 else ""
     version = ".".join(map(str, torch.cuda.nccl.version())) if gpus else ""
-    return Check(name, f"{version + ': ' if version else ''}{who}{speed_of}", numbers=numbers)
+    return Check(name, f"{version + ': ' if version else ''}{members}{rate}", numbers=numbers)
 
 
 def speed(device: torch.device) -> Check:
-    """TFLOP/s of one product of square matrices, and GB/s that a copy reads and writes; medians."""
+    """Measure the TFLOP/s of one product of square matrices, and the GB/s that a copy reads and writes; medians."""
     kind = device.type
     name = f"speed of GPU {device.index}" if kind == "cuda" else f"speed of the CPU, {torch.get_num_threads()} threads"
     numbers = {}
     try:
-        for dtype, of in (("fp32", torch.float32), *([("bf16", torch.bfloat16)] if kind == "cuda" else [])):
-            a, b = torch.randn(2, PRODUCT[kind], PRODUCT[kind], device=device).to(of)
-            numbers[f"{dtype}_tflops"] = 2 * PRODUCT[kind] ** 3 / _seconds(partial(torch.matmul, a, b), device) / 1e12
+        dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if kind == "cuda" else {})
+        for dtype_name, dtype in dtypes.items():
+            a, b = torch.randn(2, PRODUCT[kind], PRODUCT[kind], device=device).to(dtype)
+            numbers[f"{dtype_name}_tflops"] = 2 * PRODUCT[kind] ** 3 / _seconds(partial(torch.matmul, a, b), device) / 1e12
         source = torch.zeros(COPIED[kind] // 4, device=device)
         target = torch.ones_like(source)
         numbers["gb_per_second"] = 2 * COPIED[kind] / _seconds(partial(target.copy_, source), device) / 1e9
@@ -149,12 +156,12 @@ def speed(device: torch.device) -> Check:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median, after a first time."""
+    """Return the median of several times, after a first one."""
     times = []
     for _ in range(1 + TIMES):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

@@ -1,4 +1,4 @@
-"""The machine around the devices: cores and their limits, open files, shared memory, disks."""
+"""Checks the machine around the devices: cores and their limits, open files, shared memory, disks."""
 
 import math
 import os
@@ -17,12 +17,12 @@ from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 WRITTEN = 64 * 2**20  # bytes of a disk's probe
-LITTLE_SHARED, LITTLE_DISK = 2**30, 10 * 2**30  # bytes below which it is worth a word, where no config says more
+LITTLE_SHARED, LITTLE_DISK = 2**30, 10 * 2**30  # bytes below which a warning is given, without a config
 FILES = 256  # that a process has open beside its batches, with some to spare
 
 
 def host_checks() -> Iterator[Check]:
-    """Without a config."""
+    """Yield the checks that need no config."""
     yield cores(0, None)
     yield open_files(0, 0)
     yield shared_memory(LITTLE_SHARED)
@@ -31,33 +31,34 @@ def host_checks() -> Iterator[Check]:
 
 
 def processes() -> int:
-    """Training processes on this machine: as launched, or one for each GPU."""
+    """Return the number of training processes on this machine: as launched, or one for each GPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or gpus or 1
 
 
 def cores(workers: int, threads: int | None) -> Check:
-    """Those that this process may use, against what a run starts.
+    """Check the cores that this process may use against the threads and workers of a run.
 
     Args:
         workers: data.num_workers. threads: train.threads.
     """
-    own, of, limit = len(os.sched_getaffinity(0)), os.cpu_count() or 1, cgroup_cores()
-    usable, ranks = min(own, math.ceil(limit or own)), processes()
-    threads, each = threads or torch.get_num_threads(), usable // ranks
-    found = f"{own} of {of} cores{f', limited to {limit:g} by the cgroup' if limit else ''}; {threads} threads of torch"
+    allowed, total, limit = len(os.sched_getaffinity(0)), os.cpu_count() or 1, cgroup_cores()
+    usable, ranks = min(allowed, math.ceil(limit or allowed)), processes()
+    threads, cores_of_rank = threads or torch.get_num_threads(), usable // ranks
+    found = f"{allowed} of {total} cores{f', limited to {limit:g} by the cgroup' if limit else ''}; {threads} threads of torch"
     numbers = {"cores": usable, "threads": threads, "workers": workers, "processes": ranks}
     if threads * ranks > usable:
-        told = f"{found} in each of {ranks} processes"
-        return Check("CPU", told, WARNING, f"set train.threads or OMP_NUM_THREADS to {max(1, each)}", numbers)
+        found += f" in each of {ranks} processes"
+        return Check("CPU", found, WARNING, f"set train.threads or OMP_NUM_THREADS to {max(1, cores_of_rank)}", numbers)
     if workers and (workers + 1) * ranks > usable:
-        told = f"{found}; {ranks} × ({workers} workers + 1)"
-        return Check("CPU", told, WARNING, f"set data.num_workers to {max(0, each - 1)}, or ask for more cores", numbers)
+        found += f"; {ranks} × ({workers} workers + 1)"
+        remedy = f"set data.num_workers to {max(0, cores_of_rank - 1)}, or ask for more cores"
+        return Check("CPU", found, WARNING, remedy, numbers)
     return Check("CPU", found, numbers=numbers)
 
 
 def cgroup_cores(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
-    """The least quota of this process's control groups, in cores; None: no limit. Both versions of them."""
+    """Return the least quota of this process's control groups, of version 1 or 2, in cores; None: no limit."""
     quotas = []
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -81,26 +82,26 @@ def _quota(group: Path) -> float | None:
 
 
 def open_files(workers: int, fields: int) -> Check:
-    """A batch in shared memory is an open file for each of its tensors."""
+    """Check the limit of open files: a batch in shared memory is an open file for each of its tensors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES + workers * PREFETCHED * (2 * fields + 2)
     found, numbers = f"at most {soft}, {needed} needed", {"limit": soft, "needed": needed}
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return Check("open files", found, numbers=numbers)
-    more = f"ulimit -n {hard if hard != resource.RLIM_INFINITY else 65536}"
-    return Check("open files", found, BAD, more if hard >= needed else f"raise the hard limit, now {hard}", numbers)
+    remedy = f"ulimit -n {hard if hard != resource.RLIM_INFINITY else 65536}"
+    return Check("open files", found, BAD, remedy if hard >= needed else f"raise the hard limit, now {hard}", numbers)
 
 
 def shared_memory(needed: int, why: str = "") -> Check:
-    """Workers hand their batches over through /dev/shm; a container's is 64 MiB unless it is told otherwise."""
+    """Check the space of /dev/shm, through which workers hand over batches; a container's is 64 MiB by default."""
     if not SHARED.is_dir():
         return Check("/dev/shm", "not there", BAD, "mount a tmpfs there, or set data.num_workers=0")
     free = shutil.disk_usage(SHARED).free
     found, numbers = f"{size(free)} free{why}", {"free_bytes": free, "needed_bytes": needed}
     if free >= needed:
         return Check("/dev/shm", found, numbers=numbers)
-    more = f"--shm-size={math.ceil(needed / 2**30)}g, or --ipc=host"
-    remedy = f"give the container more ({more}), or lower data.prefetch and data.num_workers"
+    option = f"--shm-size={math.ceil(needed / 2**30)}g, or --ipc=host"
+    remedy = f"give the container more ({option}), or lower data.prefetch and data.num_workers"
     return Check("/dev/shm", found, BAD if why else WARNING, remedy, numbers)
 
 
@@ -109,27 +110,28 @@ def cache_disk() -> Check:
 
 
 def disk(name: str, folder: Path, needed: float, remedy: str, worst: str = BAD, why: str = "") -> Check:
-    """Free space, and the speed of a file that is written and flushed, where a folder is or will be.
+    """Check the free space, and the speed of a file that is written and flushed, where a folder is or will be.
 
     Args:
-        worst: how it is judged if nothing can be written.
-        why: what needs the space; with it too little is bad, else a warning.
+        worst: the state if nothing can be written.
+        why: what needs the space; with it too little space is bad, else a warning.
     """
-    there = folder.absolute()
+    existing = folder.absolute()
     try:
-        there = next(path for path in (there, *there.parents) if path.exists())
-        free = shutil.disk_usage(there).free
+        existing = next(path for path in (existing, *existing.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
         block, number = os.urandom(2**20), max(1, min(WRITTEN, free // 4) // 2**20)
-        with tempfile.TemporaryFile(dir=there) as file:
-            began = time.perf_counter()
+        with tempfile.TemporaryFile(dir=existing) as file:
+            start = time.perf_counter()
             for _ in range(number):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            rate = number * 2**20 / (time.perf_counter() - began)
+            rate = number * 2**20 / (time.perf_counter() - start)
     except OSError as error:
-        return Check(name, f"{there}: {one_line(error.strerror or error)}", worst, remedy)
-    found, numbers = f"{there}: {size(free)} free{why}; {rate / 1e6:.0f} MB/s", {"free_bytes": free, "bytes_per_second": rate}
+        return Check(name, f"{existing}: {one_line(error.strerror or error)}", worst, remedy)
+    found = f"{existing}: {size(free)} free{why}; {rate / 1e6:.0f} MB/s"
+    numbers = {"free_bytes": free, "bytes_per_second": rate}
     if free >= needed:
         return Check(name, found, numbers=numbers)
     return Check(name, found, BAD if why else WARNING, remedy, numbers)

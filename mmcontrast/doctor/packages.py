@@ -1,4 +1,4 @@
-"""Python and the packages: there, new enough, and importable. The bounds are those of the installed package's own metadata."""
+"""Checks Python and the packages: installed, new enough, and importable. The bounds are those of the package's own metadata."""
 
 import importlib
 import platform
@@ -10,26 +10,27 @@ from packaging.specifiers import SpecifierSet
 
 from mmcontrast.doctor.check import BAD, WARNING, Check, one_line
 
-NAMED = ("torch", "torchvision", "timm", "transformers", "open_clip_torch", "accelerate")  # whose versions are told
-UNTOLD = ("dev", "all")  # extras that no run needs, and their sum
+NAMED = ("torch", "torchvision", "timm", "transformers", "open_clip_torch", "accelerate")  # whose versions are shown
+UNCHECKED = ("dev", "all")  # extras that no run needs, and their sum
 EITHER = {"cpu", "gpu"}  # bring the same module
 
 
 def package_checks() -> Iterator[Check]:
+    """Yield the checks of Python, of required packages, and of extras."""
     try:
-        about = distribution("mmcontrast")
+        package = distribution("mmcontrast")
     except PackageNotFoundError:
         found, remedy = "mmcontrast is not installed: its requirements are not known", "pip install -e . where its source is"
         yield Check("packages", found, WARNING, remedy)
         return
-    found, allowed = platform.python_version(), about.metadata["Requires-Python"]
+    found, allowed = platform.python_version(), package.metadata["Requires-Python"]
     if SpecifierSet(allowed).contains(found, prereleases=True):
         yield Check("python", found)
     else:
         yield Check("python", f"{found}; needed: {allowed}", BAD, f"make an environment with python {allowed}")
-    requirements = [Requirement(line) for line in about.requires or ()]
+    requirements = [Requirement(line) for line in package.requires or ()]
     yield _required([r for r in requirements if _needed(r, "")])
-    yield _extras(requirements, [e for e in about.metadata.get_all("Provides-Extra") or () if e not in UNTOLD])
+    yield _extras(requirements, [e for e in package.metadata.get_all("Provides-Extra") or () if e not in UNCHECKED])
 
 
 def _needed(requirement: Requirement, extra: str) -> bool:
@@ -46,19 +47,19 @@ def _required(requirements: list[Requirement]) -> Check:
 
 
 def _extras(requirements: list[Requirement], extras: list[str]) -> Check:
-    """Those that are not there are named, and are no fault."""
+    """Check the extras; missing ones are named, and are no fault."""
     missing = {}
     for extra in extras:
         names = [r.name for r in requirements if not _needed(r, "") and _needed(r, extra) and not _installed(r.name)]
         if names:
             missing[extra] = f"{extra} ({', '.join(names)})"
-    other = EITHER & missing.keys() if EITHER - missing.keys() else set()
-    missing = {extra: names for extra, names in missing.items() if extra not in other}
-    there = ", ".join(extra for extra in extras if extra not in missing and extra not in other) or "none"
+    alternative = EITHER & missing.keys() if EITHER - missing.keys() else set()
+    missing = {extra: names for extra, names in missing.items() if extra not in alternative}
+    installed = ", ".join(extra for extra in extras if extra not in missing and extra not in alternative) or "none"
     if not missing:
-        return Check("extras", there)
+        return Check("extras", installed)
     example = f"pip install 'mmcontrast[{next(iter(missing))}]'"
-    return Check("extras", f"{there}; not there: {', '.join(missing.values())}; {example}")
+    return Check("extras", f"{installed}; not there: {', '.join(missing.values())}; {example}")
 
 
 def _installed(name: str) -> Distribution | None:
@@ -69,24 +70,26 @@ def _installed(name: str) -> Distribution | None:
 
 
 def _fault(requirement: Requirement) -> str:
-    """What is wrong with a package; nothing, if it is as required."""
-    about = _installed(requirement.name)
-    if about is None:
+    """Return what is wrong with a package, "" if it is as required."""
+    package = _installed(requirement.name)
+    if package is None:
         return f"{requirement.name} is not installed"
-    if not requirement.specifier.contains(about.version, prereleases=True):
-        return f"{requirement.name} is {about.version}, not {requirement.specifier}"
-    for module in _modules(about, requirement.name):
+    if not requirement.specifier.contains(package.version, prereleases=True):
+        return f"{requirement.name} is {package.version}, not {requirement.specifier}"
+    for module in _modules(package, requirement.name):
         try:
             importlib.import_module(module)
         except Exception as error:  # a library for another torch, CUDA or numpy fails in any way
-            return f"{requirement.name} {about.version} cannot be imported: {type(error).__name__}: {one_line(error)}"
+            return f"{requirement.name} {package.version} cannot be imported: {type(error).__name__}: {one_line(error)}"
     return ""
 
 
-def _modules(about: Distribution, name: str) -> list[str]:
-    """The one of the package's own name, or those that it brings at the top."""
-    files = [file for file in about.files or () if file.suffix == ".py"]
+def _modules(package: Distribution, name: str) -> list[str]:
+    """Return the module of the package's own name, or else all of its top-level modules."""
+    files = [file for file in package.files or () if file.suffix == ".py"]
     modules = {f.parts[0] for f in files if f.name == "__init__.py" and len(f.parts) == 2}
     modules |= {f.stem for f in files if len(f.parts) == 1}
-    own = name.lower().replace("-", "_")
-    return [own] if own in modules else sorted(module for module in modules if module.isidentifier() and module[0] != "_")
+    own_name = name.lower().replace("-", "_")
+    if own_name in modules:
+        return [own_name]
+    return sorted(module for module in modules if module.isidentifier() and module[0] != "_")

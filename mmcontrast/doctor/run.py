@@ -1,4 +1,4 @@
-"""What a config needs, against what is here: its shards open, its samples decode, its checkpoints fit."""
+"""Checks a config on this machine: its shards open, its samples decode, its checkpoints fit."""
 
 import math
 import time
@@ -29,6 +29,7 @@ SAMPLES, SECONDS, AT_A_TIME = 200, 5.0, 8  # that are decoded, at most
 
 
 def run_checks(path: Path, overrides: Sequence[str], rate: float | None) -> Iterator[Check]:
+    """Yield the checks of a config: of the machine for its run, its checkpoints, its shards and its samples."""
     try:
         config = load_config(path, overrides)
         check_components(config)
@@ -48,11 +49,11 @@ def run_checks(path: Path, overrides: Sequence[str], rate: float | None) -> Iter
         bytes_each += [check.numbers["bytes_each"]] if check.numbers else []
         yield check
     if workers and bytes_each:
-        yield _prefetched(max(bytes_each), config)
+        yield _check_prefetch(max(bytes_each), config)
 
 
-def _prefetched(bytes_each: float, config: RunConfig) -> Check:
-    """Return whether the batches that workers have ready fit, of a sample's bytes."""
+def _check_prefetch(bytes_each: float, config: RunConfig) -> Check:
+    """Check whether the batches that workers have ready fit into shared memory, by a sample's bytes."""
     workers, ranks, share = config.data.num_workers, processes(), config.train.batch_size // processes()
     if config.data.prefetch:
         ahead = max(1, config.data.prefetch // (workers * max(1, share)))
@@ -66,20 +67,20 @@ def _prefetched(bytes_each: float, config: RunConfig) -> Check:
 
 
 def checkpoints(config: RunConfig) -> Check:
-    """Those that are kept, and one that is being written, against the free space."""
+    """Check the free space for the checkpoints that are kept, and one that is being written."""
     name, remedy = "disk of the run", "make room, lower train.keep_checkpoints, or set run.dir to another disk"
     try:
-        each = checkpoint_bytes(config)
+        checkpoint_size = checkpoint_bytes(config)
     except UserError as error:
         return Check(name, f"the model cannot be built: {one_line(error)}", BAD, "correct the config")
     kept = config.train.keep_checkpoints + 2  # the best, and the one that is being written
     if config.train.keep_every and config.train.steps:
         kept += config.train.steps // config.train.keep_every
-    why = f"; {kept} checkpoints of {size(each)} at most"
+    reason = f"; {kept} checkpoints of {size(checkpoint_size)} at most"
     if config.train.keep_every and not config.train.steps:
-        why += ", and those of every keep_every-th step: how many steps its epochs have, the data tell in training"
-    check = disk(name, config.folder, kept * each, remedy, why=why)
-    return Check(check.name, check.found, check.state, check.remedy, {**check.numbers, "checkpoint_bytes": each})
+        reason += ", and those of every keep_every-th step: how many steps its epochs have, the data tell in training"
+    check = disk(name, config.folder, kept * checkpoint_size, remedy, why=reason)
+    return Check(check.name, check.found, check.state, check.remedy, {**check.numbers, "checkpoint_bytes": checkpoint_size})
 
 
 def length_of(config: RunConfig) -> str:
@@ -88,25 +89,25 @@ def length_of(config: RunConfig) -> str:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Of weights, averages, a queue's encoder and embeddings, and two moments for each weight that learns (AdamW's). The model
-    takes no memory where its towers allow that, and pretrained weights are not loaded.
+    """Return the bytes of a checkpoint: weights, averages, a queue's encoder and embeddings, and two moments for each trainable
+    weight (AdamW's). The model takes no memory where its towers allow that, and pretrained weights are not loaded.
 
     Raises:
         UserError: for towers or patterns that do not fit.
     """
     towers = {name: _without_weights(spec) for name, spec in config.towers.items()}
-    made = partial(model_of, config.model_copy(update={"towers": towers}), weights=False)
+    make_model = partial(model_of, config.model_copy(update={"towers": towers}), weights=False)
     try:
         with torch.device("meta"):
-            model = made()
-    except RuntimeError:  # a tower that computes while it is made
-        model = made()
+            model = make_model()
+    except RuntimeError:  # a tower that computes when it is built
+        model = make_model()
     freeze(model, config.train.freeze)
     weights = sum(p.nbytes for p in model.state_dict().values())
-    learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     queue = config.train.queue_size * len(model.modalities) * (4 * model.embed_dim + 8)
     copies = 1 + bool(config.train.ema_decay) + bool(config.train.queue_size)
-    return copies * weights + 2 * learning + queue
+    return copies * weights + 2 * trainable + queue
 
 
 def _without_weights(spec: Component) -> Component:
@@ -114,18 +115,17 @@ def _without_weights(spec: Component) -> Component:
 
 
 def sources(config: RunConfig) -> Mapping[str, SourceOptions]:
-    """What is trained on, by name."""
+    """Return the sources of the training data, by name."""
     train = config.data.train
     return train if isinstance(train, dict) else {"train": SourceOptions(shards=train)}
 
 
 def shards(config: RunConfig) -> Iterator[Check]:
-    """Every pattern matches; the first and the last shard of each set open."""
-    sets = {name: (f"data.{name}", of.shards) for name, of in sources(config).items()}
-    sets |= {
-        f"{name} ": (f"evaluation.splits.{name}", ShardOptions.of(of).shards) for name, of in config.evaluation.splits.items()
-    }
-    for name, patterns in sets.values():
+    """Check that every pattern matches, and that the first and the last shard of each set open."""
+    sets = {f"data.{name}": source.shards for name, source in sources(config).items()}
+    for name, split in config.evaluation.splits.items():
+        sets[f"evaluation.splits.{name}"] = ShardOptions.of(split).shards
+    for name, patterns in sets.items():
         try:
             names = expand_shards(patterns)
             for shard in dict.fromkeys((names[0], names[-1])):
@@ -137,7 +137,7 @@ def shards(config: RunConfig) -> Iterator[Check]:
 
 
 def _open(shard: str, sequential: bool) -> None:
-    """Indexed where that costs little; else its first byte is read."""
+    """Index a shard where that costs little, else read its first byte."""
     if is_remote(shard) or sequential:
         file = open_file(shard)
         file.read(0, min(1, file.size))
@@ -146,8 +146,9 @@ def _open(shard: str, sequential: bool) -> None:
 
 
 def samples(name: str, source: SourceOptions, config: RunConfig, rate: float | None) -> Check:
-    """Decodes and transforms some, from the first and the last shard, on one thread as a worker does."""
-    title, keys = f"samples of data.{name}", {field: of.keys for field, of in config.fields.items() if of.keys}
+    """Decode and transform some samples, from the first and the last shard, on one thread as a worker does."""
+    title = f"samples of data.{name}"
+    keys = {field: options.keys for field, options in config.fields.items() if options.keys}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -156,41 +157,41 @@ def samples(name: str, source: SourceOptions, config: RunConfig, rate: float | N
         modalities = ContrastiveModel(modalities_of(config), {}, {}, 1)
         dataset: ShardDataset | StreamDataset
         if config.data.sequential:
-            of_fields = training_modalities(config.fields, modalities)
-            dataset = StreamDataset(source.shards, of_fields, keys, config.train.seed)
+            field_modalities = training_modalities(config.fields, modalities)
+            dataset = StreamDataset(source.shards, field_modalities, keys, config.train.seed)
         elif isinstance(config.data.train, dict):
             dataset = make_source(name, ends, config.fields, modalities, config.train.seed)
         else:
             dataset = make_dataset(ends.shards, config.fields, modalities, seed=config.train.seed, training=True)
-        seen, seconds = _timed(_some(dataset))
+        seen, seconds = _time_batches(_sample_batches(dataset))
         if isinstance(problem := dataset.collate(seen), str):
             return Check(title, problem, BAD, "repair it, or correct `fields`")
     except UserError as error:
         return Check(title, one_line(error), BAD, "correct the path or `fields`, or repair the shard")
     finally:
         torch.set_num_threads(threads)
-    return _judged(title, seen, seconds, config, rate)
+    return _judge_samples(title, seen, seconds, config, rate)
 
 
-def _judged(title: str, seen: Sequence[Sample], seconds: float, config: RunConfig, rate: float | None) -> Check:
-    each, bad = len(seen) / seconds, sum(len(sample.replaces) for sample in seen)
-    numbers = {"per_second_and_worker": each, "samples": len(seen), "bad": bad}
+def _judge_samples(title: str, seen: Sequence[Sample], seconds: float, config: RunConfig, rate: float | None) -> Check:
+    rate_of_worker, bad = len(seen) / seconds, sum(len(sample.replaces) for sample in seen)
+    numbers = {"per_second_and_worker": rate_of_worker, "samples": len(seen), "bad": bad}
     numbers["bytes_each"] = sum(value.nbytes for sample in seen for value in sample.values.values()) / len(seen)
-    found, workers, ranks = f"{each:.0f}/s with one worker, of {len(seen)}", config.data.num_workers, processes()
+    found, workers, ranks = f"{rate_of_worker:.0f}/s with one worker, of {len(seen)}", config.data.num_workers, processes()
     if bad:
         first = next(sample.replaces[0]["error"] for sample in seen if sample.replaces)
         state = BAD if bad > config.data.max_bad_share * (len(seen) + bad) else WARNING
         found = f"{bad} of {len(seen) + bad} are bad: {first}"
         return Check(title, found, state, "`mmcontrast data verify` lists all", numbers)
     if rate:
-        needed = math.ceil(rate / (each * ranks))
+        needed = math.ceil(rate / (rate_of_worker * ranks))
         found += f"; {rate:g}/s over {ranks} processes take {needed} workers each, there are {workers}"
         if needed > max(1, workers):
             return Check(title, found, WARNING, f"set data.num_workers to {needed}", numbers)
     return Check(title, found, numbers=numbers)
 
 
-def _some(dataset: ShardDataset | StreamDataset) -> Iterator[list[Sample]]:
+def _sample_batches(dataset: ShardDataset | StreamDataset) -> Iterator[list[Sample]]:
     if isinstance(dataset, StreamDataset):
         stream = iter(dataset.starting(0, 0))
         yield from iter(lambda: list(islice(stream, AT_A_TIME)), [])
@@ -200,19 +201,19 @@ def _some(dataset: ShardDataset | StreamDataset) -> Iterator[list[Sample]]:
         yield dataset.__getitems__([int(place) for place in places[start : start + AT_A_TIME]])
 
 
-def _timed(some: Iterator[list[Sample]]) -> tuple[list[Sample], float]:
-    """(samples, seconds) of up to `SAMPLES`, within `SECONDS`. What the first ones load, as a tokenizer, does not count if
-    there are others."""
-    began = time.perf_counter()
+def _time_batches(batches: Iterator[list[Sample]]) -> tuple[list[Sample], float]:
+    """Return up to `SAMPLES` samples, within `SECONDS`, and the seconds that they took. The first batch, which may load a
+    tokenizer, does not count if there are others."""
+    start = time.perf_counter()
     seen: list[Sample] = []
-    warm = 0
-    for part in some:
-        seen += part
+    warm_up = 0
+    for batch in batches:
+        seen += batch
         now = time.perf_counter()
-        if not warm:
-            warm, began, first = len(part), now, now - began
-        if len(seen) >= SAMPLES or now - began > SECONDS:
+        if not warm_up:
+            warm_up, start, first = len(batch), now, now - start
+        if len(seen) >= SAMPLES or now - start > SECONDS:
             break
     if not seen:
         raise UserError("there is no sample in the shards")
-    return seen, (now - began) * len(seen) / (len(seen) - warm) if len(seen) > warm else first
+    return seen, (now - start) * len(seen) / (len(seen) - warm_up) if len(seen) > warm_up else first

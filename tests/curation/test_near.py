@@ -40,9 +40,9 @@ def dense(x, order):
     """The largest similarity of each with those before it in the order, float64; −inf of the first."""
     scores = x[order].double() @ x[order].double().T
     scores[torch.ones_like(scores, dtype=torch.bool).tril()] = -torch.inf
-    found = torch.empty(len(x), dtype=torch.float64)
-    found[order] = scores.max(0).values
-    return found
+    largest = torch.empty(len(x), dtype=torch.float64)
+    largest[order] = scores.max(0).values
+    return largest
 
 
 @FAST
@@ -122,13 +122,13 @@ def test_runs_that_were_killed_go_on(table, tmp_path, monkeypatch):
         "near": lambda out, epsilon=0.1: drop_near_duplicates(source, out, "a", epsilon, clusters=7, progress=False),
         "cluster": lambda out: cluster_table(source, out, "a", 7, progress=False),
     }
-    learnt, write = kmeans._learnt, Blocks.write
+    learn, write = kmeans._learn, Blocks.write
 
     class Killed(BaseException):
         pass
 
-    def killed(blocks, kind, number, *made):
-        write(blocks, kind, number, *made)
+    def killed(blocks, kind, number, *blocks_done):
+        write(blocks, kind, number, *blocks_done)
         done.append((kind, number))
         raise Killed
 
@@ -136,7 +136,7 @@ def test_runs_that_were_killed_go_on(table, tmp_path, monkeypatch):
         stage(tmp_path / "whole" / name / "o.parquet")
         done.clear()
         monkeypatch.setattr(Blocks, "write", killed)
-        monkeypatch.setattr(kmeans, "_learnt", lambda *given: done.append("learnt") or learnt(*given))
+        monkeypatch.setattr(kmeans, "_learn", lambda *given: done.append("learnt") or learn(*given))
         while not (tmp_path / "killed" / name / "o.parquet").exists():
             with suppress(Killed):
                 stage(tmp_path / "killed" / name / "o.parquet")
@@ -185,8 +185,8 @@ def test_planted_near_duplicates_of_real_pictures(tmp_path):
     rows = F.normalize(torch.stack([pixels(picture) for picture in (*whole, *planted)]))
     write_table(tmp_path / "table", {"a": rows}, worth=[1.0] * len(whole) + [0.0] * len(planted))
     found, _ = dropped(tmp_path, epsilon=0.05, best="worth")
-    gone = np.array([not row["keep"] for row in found])
-    recall, precision = gone[len(whole) :].mean(), gone[len(whole) :].sum() / gone.sum()
+    is_dropped = np.array([not row["keep"] for row in found])
+    recall, precision = is_dropped[len(whole) :].mean(), is_dropped[len(whole) :].sum() / is_dropped.sum()
     assert len(whole) > 60 and recall >= 0.99 and precision >= 0.95, (len(whole), recall, precision)
 
 
@@ -195,8 +195,8 @@ def test_the_command(table, tmp_path):
     done = mmcontrast("data", "dedup-near", tmp_path / "table", out, "--field", "a", "--epsilon", 0.1)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "n.summary.json").read_text())
-    said = " ".join(done.stderr.split())
-    assert f"{summary['kept']:,} of 600 samples are kept" in said and "50 samples lack the field 'a' and are kept" in said
+    output = " ".join(done.stderr.split())
+    assert f"{summary['kept']:,} of 600 samples are kept" in output and "50 samples lack the field 'a' and are kept" in output
     assert json.loads(pq.read_metadata(out).metadata[b"mmcontrast"]) == summary and summary["options"]["clusters"] == 1
     assert "dropped, 0.9" in (tmp_path / "n.report.html").read_text()
 

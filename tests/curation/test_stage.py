@@ -8,7 +8,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from mmcontrast.curation import stage as stage_file
+from mmcontrast.curation import whole_files
 from mmcontrast.curation.filter import Filter
 from mmcontrast.curation.rules import parse_rules
 from mmcontrast.curation.run_stage import run_stage, share_of_this_process
@@ -76,14 +76,14 @@ def test_what_was_interrupted_anywhere_goes_on(tmp_path, rules, monkeypatch):
                 raise Killed
             replace(source, target)
 
-        monkeypatch.setattr(stage_file.os, "replace", put)
+        monkeypatch.setattr(whole_files.os, "replace", put)
         try:
             outcome = run(folder / "*.tar", out, rules)
             break
         except Killed:
             times += 1
     assert outcome.complete and times >= 3
-    monkeypatch.setattr(stage_file.os, "replace", replace)
+    monkeypatch.setattr(whole_files.os, "replace", replace)
     assert bytes_of(out) == expected
     run(folder / "*.tar", out, rules)
     assert bytes_of(out) == expected

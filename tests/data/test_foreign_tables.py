@@ -77,8 +77,8 @@ def test_captions_stay_as_they_stand(tmp_path, how):
     write(pd.DataFrame({"seconds": ["1"] * 303, **columns}), path, how)
     (shard,) = open_shards(str(path))
     for k, odd in enumerate(ODD):
-        wanted = [odd.encode(), b"17", odd.encode(), None]
-        assert [shard.read(row, [f"c{k}"]).get(f"c{k}") for row in (0, 1, 301, 302)] == wanted
+        expected = [odd.encode(), b"17", odd.encode(), None]
+        assert [shard.read(row, [f"c{k}"]).get(f"c{k}") for row in (0, 1, 301, 302)] == expected
     assert texts(path, ["c0"])[0][:2] == ["007", "17"]
 
 
@@ -98,11 +98,11 @@ def test_any_caption_column_of_pandas_round_trips(tmp_path_factory, data):
     write(frame, path, how)
     (shard,) = open_shards(str(path))
     got = [shard.read(row, ["text"]).get("text") for row in range(len(shard))]
-    wanted = [value.encode() if value or (value == "" and path.suffix == ".parquet") else None for value in values]
-    assert got == wanted
-    about = [json.loads(shard.read(row, ["json"])["json"]) for row in range(len(shard))]
-    assert [entry["n"] for entry in about] == list(range(len(values)))
-    for value, entry in zip(values, about, strict=True):
+    expected = [value.encode() if value or (value == "" and path.suffix == ".parquet") else None for value in values]
+    assert got == expected
+    metadata = [json.loads(shard.read(row, ["json"])["json"]) for row in range(len(shard))]
+    assert [entry["n"] for entry in metadata] == list(range(len(values)))
+    for value, entry in zip(values, metadata, strict=True):
         assert str(entry.get("text", "")) == (value or ""), "a number is one only where its text is that of it"
 
 
@@ -113,8 +113,8 @@ def test_numbers_are_metadata_where_they_are_safe(tmp_path):
     }  # fmt: skip
     pd.DataFrame(rows | {"text": ["a", "b", "c"]}).to_csv(tmp_path / "x.csv", index=False)
     for _ in range(2):  # the second time from the copy
-        _, found = texts(tmp_path / "x.csv")
-        assert [[about.get(name) for about in found] for name in rows] == [
+        _, read = texts(tmp_path / "x.csv")
+        assert [[metadata.get(name) for metadata in read] for name in rows] == [
             [1, -2, None], [0.5, None, 1e-05], [1, 2.5, None], ["01", "2", "3"], ["1.50", "2.0", "3.0"],
             [str(2**64), "1", "2"], ["true", "NA", "1"], [None, None, 7],
         ]  # fmt: skip
@@ -159,12 +159,12 @@ def test_columns_of_every_type_are_metadata(tmp_path, values, kind):
         with pytest.raises(UserError, match="x.parquet cannot be read as a table"):
             texts(tmp_path / "x.parquet")
         return
-    found = [about.get("extra") for about in texts(tmp_path / "x.parquet")[1]]
+    read = [metadata.get("extra") for metadata in texts(tmp_path / "x.parquet")[1]]
     if pa.types.is_binary_view(kind):
-        assert found == [None] * 3
+        assert read == [None] * 3
         assert verify_shards(str(tmp_path / "x.parquet"), 1, progress=False)["notes"] == ["2 members .extra"]
         return
-    assert found[0] is not None or values[0] != values[0]
+    assert read[0] is not None or values[0] != values[0]
     expected = {
         pa.float32(): values,
         pa.timestamp("ns"): ["2020-01-02 03:04:05.000000007", None, None],
@@ -175,10 +175,10 @@ def test_columns_of_every_type_are_metadata(tmp_path, values, kind):
         pa.uuid(): [str(uuid.UUID(int=5)), None, None],
     }.get(kind)
     if expected:
-        assert found == expected
+        assert read == expected
     elif isinstance(values[0], str | list | bool | int | float | dict) and not pa.types.is_map(kind):
-        assert found == values
-    assert json.dumps(found, allow_nan=False)
+        assert read == values
+    assert json.dumps(read, allow_nan=False)
     sizes = open_shards(str(tmp_path / "x.parquet"))[0]
     assert sizes.has("extra").tolist() == [value is not None for value in values]
     assert (sizes.sizes_of("extra") >= 0).tolist() == sizes.has("extra").tolist()
@@ -188,8 +188,8 @@ def test_columns_of_every_type_are_metadata(tmp_path, values, kind):
 @pytest.mark.parametrize("kind", [pa.dictionary(pa.int8(), pa.string()), pa.string_view(), pa.large_string()], ids=str)
 def test_captions_and_keys_of_every_type_of_text(tmp_path, kind):
     pq.write_table(pa.table({"key": pa.array(["k", "l"], kind), "text": pa.array(["007", None], kind)}), tmp_path / "x.parquet")
-    found, about = texts(tmp_path / "x.parquet")
-    assert found == ["007", None] and [entry["key"] for entry in about] == ["k", "l"]
+    read, metadata = texts(tmp_path / "x.parquet")
+    assert read == ["007", None] and [entry["key"] for entry in metadata] == ["k", "l"]
     assert open_shards(str(tmp_path / "x.parquet"))[0].sizes_of("text").tolist() == [3, -1]
 
 

@@ -82,8 +82,8 @@ def test_every_bad_member_is_found(tmp_path, fault):
     good = [("a.png", picture()), ("a.txt", b"fine"), ("a.flac", sound()), ("a.json", b"{}")]
     tar_of(tmp_path / "x.tar", [*good, (f"b.{extension}", data), ("c.txt", b"fine")])
     report = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)
-    (found,) = report["faults"]
-    assert (found["sample"], found["member"]) == ("b", extension) and message in found["error"]
+    (reported,) = report["faults"]
+    assert (reported["sample"], reported["member"]) == ("b", extension) and message in reported["error"]
     assert (report["shards"], report["samples"], report["members"]) == (1, 3, 6)
 
 
@@ -168,11 +168,11 @@ def test_a_mutated_shard_is_reported_or_whole(whole, mutations):
         if error:
             assert str(path) in error and "\n" not in error
             return
-        found = decode_rows((str(path), 0))
+        decoded = decode_rows((str(path), 0))
         with tarfile.open(path, ignore_zeros=True) as tar:  # beyond holes too
             names = [entry.name for entry in tar if entry.isfile() and re.match(r"[^/.]+\.", entry.name)]
-        members = found.members + found.untried.total()
-        assert found.faults or (members == len(names) and number == len({sample_of(name)[0] for name in names}))
+        members = decoded.members + decoded.untried.total()
+        assert decoded.faults or (members == len(names) and number == len({sample_of(name)[0] for name in names}))
     finally:
         path.unlink()
 
@@ -203,8 +203,8 @@ def test_worse_members_are_found_and_survived(tmp_path, fault):
     extension, data, message = WORSE_MEMBERS[fault]
     good = [("a.png", picture()), ("a.txt", b"fine"), ("a.flac", sound()), ("a.json", b"{}")]
     tar_of(tmp_path / "x.tar", [*good, (f"b.{extension}", data), ("b.txt", b"fine")] if extension != "txt" else good)
-    (found,) = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
-    assert (found["sample"], found["member"]) == ("b", extension) and message in found["error"]
+    (reported,) = verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
+    assert (reported["sample"], reported["member"]) == ("b", extension) and message in reported["error"]
     modalities = {"image": ImageModality(224), "text": TextModality(), "audio": AudioModality(), "vector": VectorModality(2)}
     if extension != "npy":
         del modalities["vector"]
@@ -219,10 +219,10 @@ def test_pictures_with_alpha_are_counted_and_endless_sounds_looked_into(tmp_path
     endless[18:26] = (int.from_bytes(endless[18:26], "big") >> 36 << 36).to_bytes(8, "big")
     members = [(f"p{k}.png", data) for k, data in enumerate(pictures)]
     tar_of(tmp_path / "x.tar", [*members, ("s.flac", bytes(endless)), ("t.flac", sound())])
-    told = [line for line in inspect_shards([str(tmp_path / "x.tar")], tmp_path / "page.html") if isinstance(line, str)]
+    output = [line for line in inspect_shards([str(tmp_path / "x.tar")], tmp_path / "page.html") if isinstance(line, str)]
     alpha = sum(Image.open(io.BytesIO(data)).has_transparency_data for data in pictures)
-    assert [line for line in told if f"{alpha} of {len(pictures)} pictures have alpha" in line] and 0 < alpha < len(pictures)
-    assert not [line for line in told if "cannot be read" in line]
+    assert [line for line in output if f"{alpha} of {len(pictures)} pictures have alpha" in line] and 0 < alpha < len(pictures)
+    assert not [line for line in output if "cannot be read" in line]
     assert not verify_shards(str(tmp_path / "x.tar"), workers=1, progress=False)["faults"]
 
 
@@ -253,8 +253,8 @@ def test_a_config_is_verified_as_it_is_read(config_file, corpus, tmp_path, capsy
     report = json.loads((tmp_path / "r.json").read_text())
     faults = [(fault["sample"], fault["member"]) for fault in report["faults"]]
     assert faults == [("x-0", "photo"), ("x-2", "words"), ("x-3", "spoken")]
-    told = capsys.readouterr().err
-    assert "row 0, sample 'x-0', member .photo (0.png)" in told and "4.flac cannot be read: No such file" in told
+    output = capsys.readouterr().err
+    assert "row 0, sample 'x-0', member .photo (0.png)" in output and "4.flac cannot be read: No such file" in output
 
 
 def test_what_training_would_suffer_is_found_of_a_config(config_file, tmp_path, capsys):
@@ -270,8 +270,8 @@ def test_what_training_would_suffer_is_found_of_a_config(config_file, tmp_path, 
     with pytest.raises(UserError, match="unknown key 'nonsense'"):
         _sources(str(config_file), ["nonsense=1"])
     verify([str(tmp_path / "?.tar")], workers=1)
-    told = capsys.readouterr().err
-    assert "not decoded: 3 members .dat" in told and "2 shards, 4 samples, 7 members: what was decoded is well" in told
+    output = capsys.readouterr().err
+    assert "not decoded: 3 members .dat" in output and "2 shards, 4 samples, 7 members: what was decoded is well" in output
 
 
 def test_keys_that_are_wrong_are_refused(tmp_path):
