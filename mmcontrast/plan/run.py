@@ -117,9 +117,10 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None, 
         largest = None if fits else largest_that_fits(model, options, shares.per_loss, fixed, available)
         largest_batch = None
         if micro_batch := shares.at_a_time if fits else largest:
-            micro_step = step if micro_batch == shares.at_a_time else part_memory(model, micro_batch, options, several=True)
-            if not shares.in_parts:  # as a micro-batch it finds the gradients of those before it
-                micro_step = Bytes(micro_step.saved, micro_step.peak + work.gradients)
+            if micro_batch != shares.at_a_time:
+                micro_step = part_memory(model, micro_batch, options, several=True)
+            else:  # as one of several it finds the gradients of those before it
+                micro_step = Bytes(step.saved, step.peak + (0 if shares.in_parts else work.gradients))
             rows = largest_batch_that_fits(model, micro_batch, micro_step, fixed, shares.per_loss, available)
             largest_batch = devices * options.accumulation_steps * rows
     notes += plan_notes(config, shares, objective, teacher_flops, bool(teacher_bytes), memory["inputs"])
