@@ -8,8 +8,8 @@
 
 Recall at 1 and 5 of image → audio and back on two splits of the quickstart: characters of the training set in a font and voices
 that were not trained on (val), and characters that neither the training set nor the bank has (val_unseen). The bank is the
-training captions, a mean row a character; fewer of them; and lines of another domain, on purpose. Means and half-spreads over
-the runs.
+training set's captions, each once; fewer of them; a mean row a character of the training samples' captions; and lines of
+another domain, on purpose. Means and half-spreads over the runs.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from arms import spread  # type: ignore[import-not-found]  # beside this file
 
 from mmcontrast import load
 from mmcontrast.evaluation import EmbeddingTable
+from mmcontrast.evaluation.banks import read_bank
 from mmcontrast.evaluation.bridge import Bridge, mean_rows
 from mmcontrast.evaluation.rankings import Pairs, rank
 
@@ -74,9 +75,8 @@ def other_domain(number: int = 2000) -> list[str]:
 def compare_ways(run: Path, other: Path | None = None) -> Comparison:
     """Return the recalls of every way of comparing, on every split; `other`: the model of the sounds."""
     sound_run = other or run
-    tables = [table_of(run, "train"), table_of(sound_run, "train")]
-    banks = [mean_rows(table.fields["text"], table.group_ids) for table in tables]
     models = [load(run, device="cpu"), load(sound_run, device="cpu")]
+    banks = [read_bank(model.model, f"{DATA}/train-*.tar", None, None, model.device, {}).rows for model in models]
     scales = [model.scale_of_texts() for model in models]
     generator, ways = torch.Generator().manual_seed(0), {}
     if other is None:
@@ -88,6 +88,9 @@ def compare_ways(run: Path, other: Path | None = None) -> Comparison:
     for size in SIZES:
         chosen = torch.randperm(len(banks[0]), generator=generator)[:size]
         ways[f"{size:,} of the captions, κ as learnt"] = {"bridge": Bridge(banks[0][chosen], banks[1][chosen], *scales)}
+    tables = [table_of(run, "train"), table_of(sound_run, "train")]
+    means = [mean_rows(table.fields["text"], table.group_ids) for table in tables]
+    ways[f"{len(means[0]):,} mean rows of characters, κ as learnt"] = {"bridge": Bridge(*means, *scales)}
     lines = other_domain()
     other_rows = [model.embed(texts=lines, progress=False) for model in models]
     ways[f"{len(lines):,} lines of another domain, κ as learnt"] = {"bridge": Bridge(*other_rows, *scales)}

@@ -5,13 +5,9 @@
 
 Every arm is `configs/quickstart.yaml` with equal steps and seeds: anchored to texts alone; with a bridge's targets for pictures
 and sounds (`train.bridge`), early and late, weak and strong; and with their pairs (`all_pairs`), which an anchored corpus may
-lack, alone and with both. The bank is the training captions, a mean row a character. Recall at 1 on `val`.
+lack, alone and with both. The bank is the training set's captions, each once. Recall at 1 on `val`.
 """
 
-import io
-import json
-import tarfile
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,7 +15,8 @@ from arms import Recalls, compare, mmcontrast, parser_of  # type: ignore[import-
 
 from mmcontrast import load
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.evaluation.bridge import Bridge, mean_rows
+from mmcontrast.evaluation.banks import read_bank
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.rankings import Pairs, rank
 
 DATA = Path("data/glyphs")
@@ -39,25 +36,6 @@ ARMS: dict[str, list[str]] = {
 QUERIES = (("image", "text"), ("audio", "text"), ("image", "audio"), ("audio", "image"))
 
 
-@cache
-def captions() -> tuple[list[str], torch.Tensor]:
-    """Return the different captions of the training set, and the group of each."""
-    groups_of_captions: dict[str, int] = {}
-    for shard in sorted(DATA.glob("train-*.tar")):
-        texts, groups = {}, {}
-        with tarfile.open(shard) as tar:
-            for member in tar.getmembers():
-                key, ending = member.name.split(".", 1)
-                if ending in ("txt", "json"):
-                    content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    if ending == "txt":
-                        texts[key] = content.decode()
-                    else:
-                        groups[key] = json.load(io.BytesIO(content))["group_id"]
-        groups_of_captions |= {text: groups[key] for key, text in texts.items()}
-    return list(groups_of_captions), torch.tensor(list(groups_of_captions.values()))
-
-
 def train(folder: Path, arm: str, seed: int) -> Recalls:
     run = folder / f"{list(ARMS).index(arm):02d}-{seed}"
     if not (run / "val" / "manifest.json").exists():
@@ -65,8 +43,7 @@ def train(folder: Path, arm: str, seed: int) -> Recalls:
         mmcontrast("train", "configs/quickstart.yaml", "--overwrite", *WITHOUT_EVALUATION, *options)
         mmcontrast("embed", run, DATA / "val-*.tar", run / "val")
     table, model = EmbeddingTable.read(run / "val"), load(str(run), device="cpu")
-    texts, groups = captions()
-    bank, scale = mean_rows(model.embed(texts=texts, progress=False), groups), model.scale_of_texts()
+    bank, scale = read_bank(model.model, str(DATA / "train-*.tar"), None, None, model.device, {}).rows, model.scale_of_texts()
     bridge = Bridge(bank, bank, scale, scale)
     recalls_of_queries = {}
     for query, candidate in QUERIES:
