@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset
-from mmcontrast.data.page import svg
+from mmcontrast.data.page import folded, svg
+from mmcontrast.evaluation.compare import HEADLINES
 from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable
 from mmcontrast.evaluation.gallery import candidates_of, drawn, galleries, row_of_hits, sample_as_html
 from mmcontrast.evaluation.neighbours import nearest
@@ -121,11 +122,11 @@ def _courses(lines: list[dict[str, Any]]) -> str:
 
 
 def _differences(first: Mapping[str, float], evaluation: Evaluation, splits: list[str]) -> str:
-    """Return a table of results at step 0, now, and their differences."""
+    """Return a table of results at step 0, now, and their differences: the main ones, and all of them folded."""
     _, rows = shown_results(evaluation)
     names = [name for name, *_ in rows if not name.startswith("geometry/")]
     head = "".join(f"<th>{html.escape(split)}: before</th><th>after</th><th>difference</th>" for split in splits)
-    body = []
+    body, main = [], []
     for name in names:
         cells = []
         for split in splits:
@@ -137,7 +138,12 @@ def _differences(first: Mapping[str, float], evaluation: Evaluation, splits: lis
             difference = round(after - before, digits) + 0.0  # no −0
             cells += [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{difference:+.{digits}f}"]
         body.append(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f"<table><tr><th></th>{head}</tr>{''.join(body)}</table>"
+        if name.rpartition("/")[2] in HEADLINES:
+            main.append(body[-1])
+    tables = [f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>" for rows in (main, body) if rows]
+    if len(main) in (0, len(body)):
+        return f'<div class="wide">{tables[-1]}</div>'
+    return f'<div class="wide">{tables[0]}</div>{folded("All results before and after", tables[1])}'
 
 
 def first_hits(query: str, candidate: str, model: ContrastiveModel, table: EmbeddingTable) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.data.page import folded, heat_map, page, svg
 from mmcontrast.evaluation.before import before_and_after, report_split
 from mmcontrast.evaluation.classification import Report
+from mmcontrast.evaluation.compare import HEADLINES
 from mmcontrast.evaluation.embed import write_json
 from mmcontrast.evaluation.gallery import galleries, gallery
 from mmcontrast.evaluation.options import EvaluationOptions
@@ -21,7 +22,6 @@ from mmcontrast.models import ContrastiveModel
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
 CLASSES, PICTURED = 100, 40  # that a table lists, and that a matrix of confusion can show
 PAIR = re.compile(r"retrieval/(?P<query>[^/]+)_to_(?P<candidate>[^/]+)/recall_at_1")
-HEADLINE = re.compile(r"mean_recall_at_\d+$|/top1$|mean_rank_variance$")  # of the first table
 
 
 def write_report(
@@ -68,7 +68,10 @@ def _summary(found: Evaluation) -> str:
                     low, high = found.intervals[name]
                     notes[place] = f"{low:.3f} to {high:.3f}"
             matrices.append(heat_map(f"{split}: recall at 1", fields, [f"→ {field}" for field in fields], shares, notes))
-    headlines = [row for row in shown_results(found)[1] if HEADLINE.search(row[0])]
+    headlines = []
+    for row in shown_results(found)[1]:
+        if row[0].rpartition("/")[2] in HEADLINES and not PAIR.fullmatch(row[0]):
+            headlines.append(row)
     if headlines:
         table = _table(splits, headlines)
     return f'<div class="side">{"".join(matrices)}</div>{table}' if matrices or table else _results(found)
