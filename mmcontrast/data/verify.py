@@ -148,6 +148,7 @@ def _repeated_ids(results: Mapping[str, Decoded]) -> list[Fault]:
     order = np.argsort(ids, kind="stable")
     repeats = np.flatnonzero(np.diff(ids[order]) == 0) + 1
     faults: list[Fault] = []
+    open_shard.cache_clear()  # of this process, in which a shard may have been written anew since
     first_of = {int(ids[order[k]]): int(order[k - 1]) for k in repeats[::-1]}  # id: its first sample
     for sample in order[repeats[:SHOWN_REPEATS]].tolist():
         first = first_of[int(ids[sample])]
