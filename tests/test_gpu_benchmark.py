@@ -233,7 +233,7 @@ def test_a_candidate_that_is_wrong_or_does_not_compile_does_not_count(gpu, monke
         with pytest.raises(Exception, match="power of 2"):
             launches.figures("half", "infonce", tiled.Launch(48, 64, 16, 1, 1), "cpu")
     assert pinned == tiled.LAUNCHES and kernels.reduce_tiles is kernel
-    monkeypatch.setattr(tiled, "merged", lambda reduction, parts: parts.logsumexp(0) + 0.05)
+    monkeypatch.setattr(tiled, "merge_tiles", lambda reduction, parts: parts.logsumexp(0) + 0.05)
     with pytest.raises(ValueError, match="wrong: a relative error of"):
         launches.figures("ieee", "infonce", tiled.Launch(64, 64, 16, 4, 1), "cuda" if torch.cuda.is_available() else "cpu")
 

@@ -46,7 +46,7 @@ def test_composed_models_need_nothing_but_their_folder(tmp_path):
         again = mmcontrast.load(folder)
         assert torch.equal(again.embed(**values), model.embed(**values))
         assert torch.equal(again.embed(texts=TEXTS), model.embed(texts=TEXTS))
-        assert again._keys == {"text": ["json:caption"]}
+        assert again.keys == {"text": ["json:caption"]}
     same(mmcontrast.load(tmp_path / "elsewhere").model.state_dict(), model.model.state_dict())
     pair = model.model.pairs.index(("image", "text"))
     torch.testing.assert_close(again.model.log_logit_scale, model.model.log_logit_scale[[pair]])
