@@ -12,7 +12,7 @@ TESTS := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 .PHONY: help env data quickstart test test-slow test-gpu test-lowest docs check clean
 
 help:
-	@echo "make quickstart   train, evaluate and look at a model of pictures, captions and speech (6 minutes on 2 cores)"
+	@echo "make quickstart   train, evaluate and look at a model of pictures, captions and speech (7 to 10 minutes on 2 cores)"
 	@echo "make data         build its corpus, data/glyphs"
 	@echo "make test         the test suite;  make test-slow: the longer part of it"
 	@echo "make test-gpu     what needs a GPU, which the others leave alone"

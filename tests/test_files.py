@@ -70,7 +70,6 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "evaluation/clip_benchmark_layout.py": ("evaluation/test_suites.py", "layout"),
     "evaluation/options.py": ("evaluation/test_suites.py", "EvaluationOptions"),
     "evaluation/prompts.py": ("evaluation/test_labels.py", "prompts"),
-    "evaluation/report.py": ("training/test_training.py", "report.html"),
     "evaluation/results.py": ("evaluation/test_labels.py", "evaluation.results"),
     "evaluation/retrieval.py": ("evaluation/test_rankings.py", "evaluation.retrieval"),
     "evaluation/retrieval_tasks.py": ("evaluation/test_suites.py", "retrieval.graded"),

@@ -1,4 +1,4 @@
-"""Pages to look at: one self-contained HTML file, with pictures and sounds in it."""
+"""Make pages to look at: one self-contained HTML file, with pictures and sounds in it."""
 
 import base64
 import html
@@ -35,7 +35,7 @@ summary{cursor:pointer;margin:.6rem 0;font-weight:600}
 
 
 def page(title: str, sections: Iterable[str]) -> str:
-    """The document. `sections` are HTML, the title is not."""
+    """Return the document. `sections` are HTML, the title is not."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
@@ -44,13 +44,13 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def media_type(data: bytes) -> str | None:
-    """Of a picture or a sound, by its first bytes; None for anything else."""
+    """Return the media type of a picture or a sound, by its first bytes; None for anything else."""
     kind = RIFF_TYPES.get(data[8:12]) if data[:4] == b"RIFF" else None
     return kind or next((kind for start, kind in TYPES.items() if data.startswith(start)), None)
 
 
 def media(data: bytes, caption: str = "") -> str:
-    """A member as HTML: a picture or a sound with its bytes embedded, anything else as text."""
+    """Return a member as HTML: a picture or a sound with its bytes embedded, anything else as text."""
     kind = media_type(data)
     if kind is None:
         return html.escape(data[:1200].decode("utf-8", "replace")[:300])
@@ -97,7 +97,7 @@ def folded(title: str, content: str) -> str:
 
 
 def svg(figure: Any) -> str:
-    """A matplotlib figure as a part of a page."""
+    """Return a matplotlib figure as HTML."""
     target = io.StringIO()
     figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = target.getvalue()

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset
-from mmcontrast.data.dataset import FieldKeys
+from mmcontrast.data.keys import FieldKeys, chosen
 from mmcontrast.data.tables import is_table
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.bridge import Bridge, mean_rows
 from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable, embed_texts
-from mmcontrast.modalities import TextModality
+from mmcontrast.modalities import DecodeError, TextModality
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.text_files import read_text
 
@@ -91,18 +91,28 @@ def read_texts(source: str | Path) -> list[str]:
 
 
 def texts_of_shards(model: ContrastiveModel, field: str, shards: str, keys: Mapping[str, FieldKeys]) -> list[str]:
-    """Return the different texts that a field has in shards, each as one line, in their order.
+    """Return the distinct texts that a field reads in shards, in their order, each as one line; of a field whose captions are
+    lines, all lines.
 
     Raises:
-        UserError: for shards that cannot be opened, or have none.
+        UserError: for shards that cannot be opened, a text that cannot be read, or no text at all.
     """
     modality = model.modality(field)
     assert isinstance(modality, TextModality)
     dataset = ShardDataset(shards, {field: modality}, keys)
     texts: dict[str, None] = {}
     for position in range(len(dataset)):
-        for member in dataset.members(position, dataset.keys[field]).values():
-            texts[" ".join(modality.decode(member).splitlines())] = None
+        try:
+            members = dataset.members(position, dataset.keys[field])
+            if key := chosen(dataset.choices[field], members, training=False):
+                text = modality.decode(members[key])
+                shown = modality.lines(text) if modality.captions == "lines" else [modality.shown(text, training=False)]
+                texts |= {" ".join(line.split()): None for line in shown if line}
+        except DecodeError as error:
+            shard, row = dataset.locate(position)
+            raise UserError(f"bank: shard {shard.name}, {shard.describe(row)}: {error}: mend it, or leave it out") from error
+    if not texts:
+        raise UserError(f"bank {shards}: no sample has a text for field {field!r} (.{', .'.join(dataset.keys[field])})")
     return list(texts)
 
 

@@ -140,10 +140,10 @@ def _differences(first: Mapping[str, float], evaluation: Evaluation, splits: lis
         body.append(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
         if name.rpartition("/")[2] in HEADLINES:
             main.append(body[-1])
-    tables = [f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>" for rows in (main, body) if rows]
+    of_main, of_all = (f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>" for rows in (main, body))
     if len(main) in (0, len(body)):
-        return f'<div class="wide">{tables[-1]}</div>'
-    return f'<div class="wide">{tables[0]}</div>{folded("All results before and after", tables[1])}'
+        return f'<div class="wide">{of_all}</div>'
+    return f'<div class="wide">{of_main}</div>{folded("All results before and after", of_all)}'
 
 
 def first_hits(query: str, candidate: str, model: ContrastiveModel, table: EmbeddingTable) -> tuple[Tensor, Tensor]:

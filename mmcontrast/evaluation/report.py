@@ -1,4 +1,4 @@
-"""A run as one self-contained page: its curves, its results, and galleries of what it finds."""
+"""Write a run's results as JSON and as one self-contained page: results, galleries, curves, details."""
 
 import html
 import json
@@ -20,65 +20,67 @@ from mmcontrast.evaluation.results import Evaluation, shown_results
 from mmcontrast.models import ContrastiveModel
 
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
-CLASSES, PICTURED = 100, 40  # that a table lists, and that a matrix of confusion can show
+LISTED, MATRIX = 100, 40  # the most classes of a table, and of a matrix of confusion
 PAIR = re.compile(r"retrieval/(?P<query>[^/]+)_to_(?P<candidate>[^/]+)/recall_at_1")
 
 
 def write_report(
     path: Path,
     name: str,
-    found: Evaluation,
+    evaluation: Evaluation,
     log: Sequence[dict[str, Any]],
     step: int | None,
     model: ContrastiveModel,
     datasets: Mapping[str, ShardDataset],
     options: EvaluationOptions,
 ) -> None:
-    """Writes the page. `log` are the lines of metrics.jsonl; `step`: that of results that evaluations.jsonl lacks."""
+    """Write the page. `log` are the lines of metrics.jsonl; `step`: that of results that evaluations.jsonl lacks."""
     split = report_split(options)
-    table, dataset = found.tables[split], datasets[split]
+    table, dataset = evaluation.tables[split], datasets[split]
     sections = [
-        f"<h2>Results</h2>{_summary(found)}",
-        *before_and_after(path.parent, found, step, model, datasets, options),
-        *(gallery(query, candidate, split, model, dataset, table, found.bank) for query, candidate in galleries(model, table)),
+        f"<h2>Results</h2>{_summary(evaluation)}",
+        *before_and_after(path.parent, evaluation, step, model, datasets, options),
+        *(
+            gallery(query, candidate, split, model, dataset, table, evaluation.bank)
+            for query, candidate in galleries(model, table)
+        ),
         f"<h2>Training</h2>{_curves(log)}" if log else "",
         "<h2>Details</h2>",
-        *(_classes(place, *report) for place, report in found.reports.items()),
-        folded("All results", _results(found)),
+        *(_classes(task, *report) for task, report in evaluation.reports.items()),
+        folded("All results", _results(evaluation)),
     ]
     path.write_text(page(name, sections), encoding="utf-8")
 
 
-def _summary(found: Evaluation) -> str:
-    """Return the numbers that matter first: recall at 1 of every pair of fields as a matrix, and the accuracy of each task."""
-    splits = list(dict.fromkeys(name.partition("/")[0] for name in found.values))
-    matrices, table = [], ""
-    for split in splits:
-        pairs = {}
-        for name in found.values:
-            if match := PAIR.fullmatch(name.removeprefix(f"{split}/")):
-                pairs[match["query"], match["candidate"]] = name
-        if pairs:
-            fields = sorted({field for pair in pairs for field in pair})
-            places = {(fields.index(query), fields.index(candidate)): name for (query, candidate), name in pairs.items()}
-            shares = {place: found.values[name] for place, name in places.items() if not math.isnan(found.values[name])}
-            notes = {}
-            for place, name in places.items():
-                if name in found.intervals:
-                    low, high = found.intervals[name]
-                    notes[place] = f"{low:.3f} to {high:.3f}"
-            matrices.append(heat_map(f"{split}: recall at 1", fields, [f"→ {field}" for field in fields], shares, notes))
-    headlines = []
-    for row in shown_results(found)[1]:
-        if row[0].rpartition("/")[2] in HEADLINES and not PAIR.fullmatch(row[0]):
-            headlines.append(row)
-    if headlines:
-        table = _table(splits, headlines)
-    return f'<div class="side">{"".join(matrices)}</div>{table}' if matrices or table else _results(found)
+def _summary(evaluation: Evaluation) -> str:
+    """Return the main numbers: recall at 1 of every pair of fields as a matrix a split, and the headline of each task."""
+    splits, rows = shown_results(evaluation)
+    matrices = [matrix for split in splits if (matrix := _recall_matrix(evaluation, split))]
+    headlines = [row for row in rows if row[0].rpartition("/")[2] in HEADLINES and not PAIR.fullmatch(row[0])]
+    if not matrices and not headlines:
+        return _results(evaluation)
+    return f'<div class="side">{"".join(matrices)}</div>{_table(splits, headlines) if headlines else ""}'
+
+
+def _recall_matrix(evaluation: Evaluation, split: str) -> str:
+    """Return recall at 1 from every field to every other, with intervals; nothing where no pair was evaluated."""
+    names = {}
+    for name in evaluation.values:
+        if match := PAIR.fullmatch(name.removeprefix(f"{split}/")):
+            names[match["query"], match["candidate"]] = name
+    fields = sorted({field for pair in names for field in pair})
+    shares, intervals = {}, {}
+    for (query, candidate), name in names.items():
+        cell = fields.index(query), fields.index(candidate)
+        if not math.isnan(evaluation.values[name]):
+            shares[cell] = evaluation.values[name]
+        if name in evaluation.intervals:
+            intervals[cell] = "{:.3f} to {:.3f}".format(*evaluation.intervals[name])
+    return heat_map(f"{split}: recall at 1", fields, [f"→ {field}" for field in fields], shares, intervals) if names else ""
 
 
 def _curves(log: Sequence[dict[str, Any]]) -> str:
-    """Loss, logit scale, learning rate and speed by step, and the signals of pairs and directions, as one SVG."""
+    """Plot loss, logit scale, learning rate and speed by step, and the signals of pairs and directions, as one SVG."""
     from matplotlib.figure import Figure
 
     rows = [["loss", "logit_scale", "lr", "samples_per_second"]]
@@ -109,41 +111,41 @@ def _curves(log: Sequence[dict[str, Any]]) -> str:
 def write_results(
     folder: Path,
     name: str,
-    found: Evaluation,
+    evaluation: Evaluation,
     model: ContrastiveModel,
     datasets: Mapping[str, ShardDataset],
     options: EvaluationOptions,
-    about: Mapping[str, Any],
+    description: Mapping[str, Any],
 ) -> None:
-    """results.json and report.html. `about` says which model it was."""
+    """Write results.json and report.html. `description` says which model it was."""
     data = {
         split: {
             "shards": ShardOptions.of(options.splits[split]).shown(),
             "digest": datasets[split].digest,
             "samples": len(table),
         }
-        for split, table in found.tables.items()
+        for split, table in evaluation.tables.items()
     }
-    write_json(folder / RESULTS, found.to_json({**about, "data": data, "options": options.model_dump(mode="json")}))
-    step = about.get("training", {}).get("step")
-    write_report(folder / REPORT, name, found, read_log(folder / LOG), step, model, datasets, options)
+    write_json(folder / RESULTS, evaluation.to_json({**description, "data": data, "options": options.model_dump(mode="json")}))
+    step = description.get("training", {}).get("step")
+    write_report(folder / REPORT, name, evaluation, read_log(folder / LOG), step, model, datasets, options)
 
 
-def _classes(place: str, report: Report, classes: Sequence[str]) -> str:
-    """What each class is taken for: its numbers, and the classes that it is mistaken for most."""
+def _classes(task: str, report: Report, classes: Sequence[str]) -> str:
+    """Return a folded table of each class's numbers and of the classes that it is mistaken for most, and their confusion."""
     lines = []
-    for k in report.f1.argsort()[:CLASSES].tolist():
+    for k in report.f1.argsort()[:LISTED].tolist():
         others = report.confusion[k].clone()
         others[k] = 0
         mistaken = [f"{classes[o]} ({int(others[o])})" for o in others.argsort(descending=True)[:3].tolist() if others[o]]
-        numbers = [f"{float(of[k]):.3f}" for of in (report.precision, report.recall, report.f1)]
+        numbers = [f"{float(values[k]):.3f}" for values in (report.precision, report.recall, report.f1)]
         cells = [classes[k], *numbers, str(int(report.support[k])), ", ".join(mistaken)]
         lines.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("", "precision", "recall", "F1", "samples", "mistaken for"))
-    picture = _confusion(report, classes) if len(classes) <= PICTURED else ""
-    shown = "" if len(classes) <= CLASSES else f", the {CLASSES} of {len(classes)} with the least F1"
+    confusion = _confusion(report, classes) if len(classes) <= MATRIX else ""
+    extent = "" if len(classes) <= LISTED else f", the {LISTED} of {len(classes)} with the least F1"
     table = f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-    return folded(f"{place}: classes{shown}", f"{table}{picture}")
+    return folded(f"{task}: classes{extent}", f"{table}{confusion}")
 
 
 def _confusion(report: Report, classes: Sequence[str]) -> str:
@@ -153,9 +155,10 @@ def _confusion(report: Report, classes: Sequence[str]) -> str:
     return heat_map("Confusion: a row's class is taken for a column's", classes, classes, cells, {})
 
 
-def _results(found: Evaluation) -> str:
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in found.notes)
-    return _table(*shown_results(found)) + notes
+def _results(evaluation: Evaluation) -> str:
+    """Return all results but the details, and the notes, as HTML."""
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in evaluation.notes)
+    return _table(*shown_results(evaluation)) + notes
 
 
 def _table(splits: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -52,7 +52,7 @@ def driver(
     communication: Communication,
     within: int = 1,
     width: int = 512,
-    device: str = "cuda",
+    device: torch.device | str = "cuda",
 ) -> Driver:
     """Return the driver of a communication scheme. All ranks must pass the same arguments.
 
@@ -61,10 +61,11 @@ def driver(
         sizes: the number of columns of every rank.
         communication: "auto" is the choice of `traffic.cheapest` for these sizes.
         within: ranks of a node; node k has the global ranks from k · within on.
-        width: of a column. device: the device's type.
+        width: of a column. device: the columns'.
 
     Raises:
-        ValueError: for an unknown communication; for "hierarchical" on nodes with unequal numbers of ranks.
+        ValueError: for an unknown communication; for "hierarchical" on nodes with unequal numbers of ranks, or where a group
+            within them cannot be made.
     """
     if communication not in COMMUNICATIONS:
         raise ValueError(f"communication is {communication!r}, it must be one of {', '.join(COMMUNICATIONS)}")
@@ -77,14 +78,17 @@ def driver(
         raise ValueError(
             f"communication is hierarchical: nodes have {', '.join(map(str, nodes))} ranks, not equally many; use ring"
         )
+    asked, device = communication, torch.device(device)
     if communication == "auto":
         shape = (len(nodes), nodes[0]) if equal_nodes else (len(members), 1)
-        communication = cheapest(*shape, max(sizes), width, MACHINES.get(device, MACHINES["cuda"]))
-    if communication == "hierarchical" and not subgroups_agree(group):
-        raise ValueError(
-            "communication is hierarchical: the ranks are members of different numbers of process groups, of which this torch"
-            " makes the name of a new one, so they would wait for each other for ever; use ring, or torch 2.14 or later"
-        )
+        communication = cheapest(*shape, max(sizes), width, MACHINES.get(device.type, MACHINES["cuda"]))
+    if communication == "hierarchical" and not subgroups_agree(group, device):
+        if asked == "hierarchical":
+            raise ValueError(
+                "communication is hierarchical: the ranks have made different numbers of process groups, by which torch names a"
+                " new one, so they would wait for each other for ever: make groups on all ranks alike, or use ring"
+            )
+        communication = "ring"
     if communication == "gather":
         return Gather(group, sizes)
     return Hierarchical(group, sizes, nodes[0]) if communication == "hierarchical" else Ring(group, sizes)
@@ -203,18 +207,15 @@ class HierarchicalAccumulator:
 
 
 @cache
-def subgroups_agree(group: dist.ProcessGroup) -> bool:
-    """Return whether all ranks of a group would give a new group the same name.
+def subgroups_agree(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether all ranks of a group would give a new group the same name; asked once a group.
 
-    Before 2.14 torch makes it of the number of groups that a rank is a member of, so that ranks for which it differs wait for
-    each other for ever.
+    Torch makes the name of the ranks and of a count of groups: before 2.14 of those that a rank is a member of. Where it
+    differs, ranks wait for each other for ever.
     """
     name_of = getattr(dist.distributed_c10d, "_hash_ranks_to_str", None)
-    if name_of is None:
-        return True
-    names: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, name_of([0]), group=group)
-    return len(set(names)) == 1
+    names = exchange([int(name_of([0])[:15], 16) if name_of else 0], group, device)
+    return len({name for (name,) in names}) == 1
 
 
 @cache

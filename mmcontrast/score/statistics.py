@@ -159,7 +159,7 @@ def score_statistics(
         column_scale = scale.new_zeros(len(y)) if per_anchor else None
     plan = _Plan(
         tuple(reductions), columns, chosen_backend, tile,
-        driver(group, [m for _, m in sizes], communication, within, y.shape[1], y.device.type), ids, column_ids, per_anchor,
+        driver(group, [m for _, m in sizes], communication, within, y.shape[1], y.device), ids, column_ids, per_anchor,
         paired, negatives, link, limits, tuple(teachers),
     )  # fmt: skip
     parameter = None if link is None else link.parameter

@@ -226,8 +226,8 @@ def sentence_transformer(words):
 
 @pytest.mark.parametrize("texts", ["random", "captions"])
 def test_it_is_what_sentence_transformers_finds(texts, tmp_path):
-    """Where both are defined: a query with one positive, and a window that no rule leaves short. Theirs looks at one candidate
-    more where the positive is beyond the window, so a query with fewer negatives may have one more there."""
+    """Mining equals theirs where both are defined: a query with one positive, and a window that no rule leaves short. Theirs
+    looks at one candidate more where the positive is beyond the window, so a query with fewer negatives may have one more."""
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 

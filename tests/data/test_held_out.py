@@ -1,4 +1,4 @@
-"""What is held out from training: the same samples however shards are written, named or ordered; no picture on both sides."""
+"""Samples held out from training: the same samples however shards are written, named or ordered; no picture on both sides."""
 
 import io
 import json

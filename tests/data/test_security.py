@@ -1,4 +1,4 @@
-"""What a hostile shard tries, and does not get: code run, files read or written, shells, links followed."""
+"""Hostile shards get nothing: no code run, no file read or written, no shell, no link followed."""
 
 import io
 import os
@@ -18,7 +18,7 @@ TEXT = {"text": TextModality(context_length=8)}
 
 
 def tar_of(path, members):
-    """Of (name, bytes) or of ready TarInfos."""
+    """Write a tar of (name, bytes) or of ready TarInfos."""
     with tarfile.open(path, "w") as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):

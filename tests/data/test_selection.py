@@ -282,7 +282,7 @@ def job_of(config_file, *overrides):
 
 
 def test_training_reads_a_selection(config, tmp_path):
-    """Of one source and of several, with clusters and what is held out; each epoch shows the samples that are kept once."""
+    """A selection of one source and of several, with clusters and held-out samples: each epoch shows the kept samples once."""
     file, folder = config
     select = similar(str(folder / "*.tar"), tmp_path / "sel")
     job = job_of(file, f"data.select={select}", "data.held_out=0.2")

@@ -272,14 +272,14 @@ def worker(rank, port, folder, slow):
     )
     first = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
     apart = dist.new_group([0, 2])
-    if not subgroups_agree(first[RANKS]):  # torch before 2.14: each rank is in another number of groups
+    if not subgroups_agree(first[RANKS], torch.device("cpu")):  # torch before 2.14: each rank is in another number of groups
         x = torch.ones(2, 2)
-        with pytest.raises(ValueError, match="members of different numbers of process groups"):
+        with pytest.raises(ValueError, match="made different numbers of process groups"):
             score_statistics(x, x, [], scale=1.0, group=first[RANKS], communication="hierarchical")
         for _ in range(rank + (rank in (1, 3))):
             dist.new_group([rank], use_local_synchronization=True)
         subgroups_agree.cache_clear()
-        assert subgroups_agree(first[RANKS])
+        assert subgroups_agree(first[RANKS], torch.device("cpu"))
     checks = (check_loss, check_products, check_memory, check_statistics, check_given)
     cases_of_each = (LOSSES, PRODUCTS, MEMORIES, STATISTICS, FURTHER)
     if slow:

@@ -1,4 +1,4 @@
-"""What the page says of before and after: counts, who is shown, and when nothing can be compared."""
+"""The page's comparison of before and after: counts, the samples shown, and when nothing can be compared."""
 
 import json
 import re

@@ -111,7 +111,7 @@ def worker(rank, port, folder):
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=600)
     )
     answers = {}
-    assert subgroups_agree(dist.group.WORLD)  # asked once a group
+    assert subgroups_agree(dist.group.WORLD, torch.device("cpu"))  # asked once a group
     SameGroup._pairs = None  # as on a GPU, where nobody looks at ids
     for case in CASES:
         try:
@@ -200,6 +200,10 @@ def test_auto_takes_the_fastest_and_never_gathers_what_is_large(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(dist, "get_global_rank", lambda group, rank: rank)
     monkeypatch.setattr(ranks_module, "subgroup", lambda group, members: group)
-    monkeypatch.setattr(ranks_module, "subgroups_agree", lambda group: True)
+    monkeypatch.setattr(ranks_module, "subgroups_agree", lambda *_: True)
     for within, rows, kind in ((8, 256, Gather), (8, 16_384, Ring), (4, 8192, Hierarchical)):
         assert type(driver("group", [rows] * 8, "auto", within, 512, "cuda")) is kind
+    monkeypatch.setattr(ranks_module, "subgroups_agree", lambda *_: False)
+    assert type(driver("group", [8192] * 8, "auto", 4, 512, "cuda")) is Ring
+    with pytest.raises(ValueError, match="made different numbers of process groups"):
+        driver("group", [8192] * 8, "hierarchical", 4, 512, "cuda")

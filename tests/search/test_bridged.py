@@ -1,14 +1,15 @@
 """Indexes through a bridge: pictures and sounds meet in a list of texts, also those of two models that share nothing else."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+import webdataset
 
 import mmcontrast
-from mmcontrast.data import write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.evaluation.banks import read_bank
@@ -122,8 +123,10 @@ def test_a_bank_of_the_texts_of_shards(small_index, words, tmp_path):
     """Each different text is an entry, as a line of a text file is; a field that reads another member has that one's texts."""
     texts = ["black chess\nqueen", *WORDS[1:], WORDS[2]]
     samples = [{"__key__": str(k), "txt": text, "fr.txt": f"fr {text}"} for k, text in enumerate(texts)]
-    write_shard(tmp_path / "bank-0.tar", samples[:3])
-    write_shard(tmp_path / "bank-1.tar", samples[3:])
+    for number, part in enumerate((samples[:3], samples[3:])):
+        with webdataset.TarWriter(str(tmp_path / f"bank-{number}.tar")) as writer:
+            for sample in part:
+                writer.write(sample)
     build_index(small_index.parent, tmp_path / "shards", bridge=tmp_path / "bank-*.tar", device="cpu", progress=False)
     build_index(small_index.parent, tmp_path / "words", bridge=words, device="cpu", progress=False)
     by_shards, by_words = (SearchIndex.open(tmp_path / name).about["bridge"] for name in ("shards", "words"))
@@ -133,5 +136,18 @@ def test_a_bank_of_the_texts_of_shards(small_index, words, tmp_path):
     model = Searcher.open(tmp_path / "words", "cpu").embedder.model
     french = read_bank(model, tmp_path / "bank-*.tar", None, None, "cpu", {"text": ["fr.txt"]})
     assert french.texts == tuple(f"fr {text}" for text in WORDS)
-    with pytest.raises(UserError, match=r"none-\*\.tar"):
-        read_bank(model, tmp_path / "none-*.tar", None, None, "cpu", {})
+    either = read_bank(model, tmp_path / "bank-*.tar", None, None, "cpu", {"text": ["caption", "fr.txt", "txt"]})
+    assert either.texts == french.texts  # the first of the members that a sample has
+    lines = copy.copy(model)
+    lines.modalities = torch.nn.ModuleDict({"text": model.modality("text").by_lines()})
+    by_lines = read_bank(lines, tmp_path / "bank-*.tar", None, None, "cpu", {})
+    assert by_lines.texts == ("black chess", "queen", *WORDS[1:])
+    with webdataset.TarWriter(str(tmp_path / "bad.tar"), encoder=False) as writer:
+        writer.write({"__key__": "latin1", "txt": "é".encode("latin-1")})
+    refused = {
+        "none-*.tar": r"none-\*\.tar",
+        "bad.tar": r"shard .*bad\.tar, .*latin1.*: not UTF-8 .*: mend it, or leave it out",
+    }
+    for name, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            read_bank(model, tmp_path / name, None, None, "cpu", {})
