@@ -1,12 +1,15 @@
-"""Measures time and peak memory of mining hard negatives from an embedding table, exactly and by IVF, against the bare product.
+"""Measures time and peak memory of the stages of an embedding table, hard negatives (exactly and by IVF) and near duplicates,
+against the bare product.
 
     python benchmarks/mining.py --rows 200000
-    python benchmarks/mining.py --rows 1000000 --searches ivf
-    python benchmarks/mining.py --rows 1000000 --searches exact,ivf     # on 2 cores the exact one takes hours
+    python benchmarks/mining.py --rows 1000000 --stages ivf
+    python benchmarks/mining.py --rows 1000000 --stages exact,ivf               # on 2 cores the exact one takes hours
+    python benchmarks/mining.py --rows 10000000 --dim 64 --stages dedup         # 5.5 GB of disk
 
-The table is synthetic: clusters of unit rows, two fields. Each search is a process of its own (Linux). `anon` is the peak of
-what only that process holds, `peak` also has the pages of the table that it had mapped. The rate of the product is that of
-torch on tiles of the same shape, and the ideal is all pairs at that rate.
+The table is synthetic: clusters of unit rows, two fields, of which near duplicates read one. Each stage is a process of its own
+(Linux). `anon_mb` is the peak of what only that process holds, `peak_mb` also has the pages of the table that it had mapped. The
+rate of the product is that of torch on tiles of the same shape; the ideal of mining is all pairs at that rate, that of near
+duplicates what k-means and the pairs within its clusters multiply.
 """
 
 import argparse
@@ -17,9 +20,14 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+
+from mmcontrast.curation import kmeans
 
 CLUSTER = 500  # rows
 
@@ -66,10 +74,11 @@ def kilobytes(name: str) -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
-def run(folder: str, search: str, threads: int, answers: multiprocessing.Queue) -> None:
+def run(folder: str, stage: str, threads: int, answers: multiprocessing.Queue) -> None:
     import faiss
 
     from mmcontrast.curation.mine import MiningOptions, mine
+    from mmcontrast.curation.near import drop_near_duplicates
 
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
@@ -81,21 +90,34 @@ def run(folder: str, search: str, threads: int, answers: multiprocessing.Queue) 
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    options = MiningOptions("image", "text", count=10, relative_margin=0.05, range_max=50, search=search)  # type: ignore[arg-type]
+    table, out = Path(folder) / "table", Path(folder) / f"{stage}.parquet"
     start = time.perf_counter()
-    summary = mine(Path(folder) / "table", Path(folder) / f"{search}.parquet", options)
+    if stage == "dedup":
+        summary = drop_near_duplicates(table, out, "image")
+        about = {name: summary[name] for name in ("dropped", "largest_cluster")} | {"pairs": comparisons(out)}
+    else:
+        search: Any = stage
+        summary = mine(table, out, MiningOptions("image", "text", 10, relative_margin=0.05, range_max=50, search=search))
+        about = {name: summary[name] for name in ("short_queries", "search")}
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
     measures = {"seconds": round(seconds, 1), "peak_mb": kilobytes("VmHWM") // 1000, "anon_mb": anon[0] // 1000}
-    answers.put(measures | {"short_queries": summary["short_queries"], "search": summary["search"]})
+    answers.put(measures | about)
+
+
+def comparisons(out: Path) -> int:
+    """Return the pairs of a row and a centroid, or of two rows, that removing near duplicates has multiplied."""
+    sizes = np.bincount(pq.read_table(out, columns=["cluster"])["cluster"].to_numpy())
+    sample = min(int(sizes.sum()), max(kmeans.POINTS * len(sizes), kmeans.LEAST))
+    return 20 * sample * len(sizes) + int(sizes.sum()) * len(sizes) + int((sizes.astype(np.int64) ** 2).sum()) // 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--searches", default="exact,ivf")
+    parser.add_argument("--stages", default="exact,ivf,dedup")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -103,15 +125,16 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     try:
         write_table(Path(folder) / "table", options.rows, options.dim)
-        ideal = options.rows**2 * options.dim / product_rate(options.dim)
-        for search in options.searches.split(","):
+        rate = product_rate(options.dim)
+        for stage in options.stages.split(","):
             answers = spawn.Queue()
-            process = spawn.Process(target=run, args=(folder, search, options.threads, answers))
+            process = spawn.Process(target=run, args=(folder, stage, options.threads, answers))
             process.start()
             result = answers.get()
             process.join()
-            result["of_product"] = round(result["seconds"] / ideal, 2)
-            print(json.dumps({"rows": options.rows, "dim": options.dim, "kind": search} | result), flush=True)
+            pairs = result.pop("pairs", options.rows**2)
+            result["of_product"] = round(result["seconds"] * rate / (pairs * options.dim), 2)
+            print(json.dumps({"rows": options.rows, "dim": options.dim, "stage": stage} | result), flush=True)
     finally:
         shutil.rmtree(folder)
 

@@ -120,6 +120,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "search/query.py": ("search/test_index.py", "SearchIndex"),
     "search/searcher.py": ("search/test_search.py", "Searcher"),
     "search/table.py": ("search/test_changes.py", "search.table"),
+    "share.py": ("curation/test_mine.py", "mmcontrast.share"),
     "strict_json.py": ("evaluation/test_finite.py", "strict_json"),
     "suites.py": ("evaluation/test_suites.py", "mmcontrast.suites"),
     "embedding_job.py": ("test_embed.py", "mmcontrast.embedding_job"),

@@ -5,13 +5,14 @@ The candidates that each rule removes are counted, and so are queries with fewer
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from rich.progress import Progress
 
 from mmcontrast.curation.blocks import Blocks
 from mmcontrast.curation.outputs import (
@@ -29,6 +30,7 @@ from mmcontrast.curation.windows import Windows, WindowSearch
 from mmcontrast.errors import UserError
 from mmcontrast.search.query import faiss_module
 from mmcontrast.search.table import StoredTable
+from mmcontrast.share import WHOLE, Share
 from mmcontrast.training.log import make_progress
 
 SCHEMA = pa.schema(
@@ -112,7 +114,9 @@ class MiningOptions:
             raise UserError(f"--min-score {self.min_score} is above --max-score {self.max_score}: no candidate is left")
 
 
-def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", progress: bool = True) -> dict[str, Any]:
+def mine(
+    table: Path, out: Path, options: MiningOptions, device: str = "cpu", progress: bool = True, share: Share = WHOLE
+) -> dict[str, Any]:
     """Mine hard negatives, and return the counts, which are also in the file's metadata and beside it.
 
     The blocks that a killed run has mined are kept beside `out`, and not mined again.
@@ -122,6 +126,8 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
         out: a Parquet file: of every sample that has the query's field, in the table's order, `sample_id`, `candidate_ids`,
             their `scores`, best first, and `positive_score`.
         device: of the exact product.
+        share: of several processes that mine one table together, which this one is. The first one returns the counts, the
+            others an empty dict.
 
     Raises:
         UserError: for a table that is damaged or lacks a field, a file that exists, options that contradict each other,
@@ -133,26 +139,20 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
     ids, groups = ids_of_table(stored), stored.ids("group_id")
     search = WindowSearch(stored, options.query, options.candidate, groups, options.window, device)
     blocks = Blocks(out, stored, asdict(options) | {"range_max": options.window})
-    recall_measures: dict[str, Any] | None = None
-    number = len(stored.present(options.query))
-    shown, examples = set(stored.present(options.query)[spread(SHOWN, number)].tolist()), []
+    with make_progress(progress and share.is_first) as bar:
+        number_of_blocks, recall_measures = _mine_share(stored, search, blocks, ids, options, share, bar)
+    if not share.is_first:
+        return {}
     totals, sums = Counter[str](dict.fromkeys(RULES, 0)), Counter[str]()
-    sizes = np.zeros(options.count + 1, dtype=np.int64)
-    with make_progress(progress) as bar, parquet_file(out, SCHEMA) as writer:
-        index: Any = None
-        if options.search == "ivf":
-            task = bar.add_task("learning and measuring the IVF", total=None, note="")
-            index, recall_measures = search.make_ivf(options.recall, blocks.folder)
-            bar.remove_task(task)
-        task = bar.add_task(f"mining {options.candidate} for {options.query}", total=number, note="")
-        for block, rows in _mine_blocks(stored, search, index, blocks, ids, options, shown):
-            table_of_block, counts = blocks.read(MINED, block)
+    sizes, examples = np.zeros(options.count + 1, dtype=np.int64), []
+    with parquet_file(out, SCHEMA) as writer:
+        for number in range(number_of_blocks):
+            table_of_block, counts = blocks.read(MINED, number)
             writer.write_table(table_of_block)
             totals.update(counts["counted"])
             sums.update(counts["sums"])
             sizes += np.array(counts["sizes"])
             examples += counts["examples"]
-            bar.advance(task, rows)
         stored.check_unchanged()
         if not totals["candidates"]:
             blocks.remove()
@@ -166,9 +166,9 @@ def mine(table: Path, out: Path, options: MiningOptions, device: str = "cpu", pr
     return summary
 
 
-def training_miner(options: Mapping[str, Any]) -> Callable[[Path, Path, int, str], dict[str, Any]]:
-    """Return the function with which a run with `train.mine_every` mines: of an embedding table, a new Parquet file, a seed and
-    a device.
+def training_miner(options: Mapping[str, Any]) -> Callable[[Path, Path, int, str, Share], dict[str, Any]]:
+    """Return the function with which a run with `train.mine_every` mines: of an embedding table, a new Parquet file, a seed,
+    a device and this rank's share.
 
     Raises:
         UserError: for options that contradict each other, or faiss if it is needed and not installed.
@@ -181,32 +181,42 @@ def training_miner(options: Mapping[str, Any]) -> Callable[[Path, Path, int, str
     except UserError as error:
         raise UserError(f"train.mine: {error}") from error
 
-    def mine_table(table: Path, out: Path, seed: int, device: str) -> dict[str, Any]:
-        return mine(table, out, replace(mining_options, seed=seed), device, progress=False)
+    def mine_table(table: Path, out: Path, seed: int, device: str, share: Share) -> dict[str, Any]:
+        return mine(table, out, replace(mining_options, seed=seed), device, progress=False, share=share)
 
     return mine_table
 
 
-def _mine_blocks(
+def _mine_share(
     stored: StoredTable,
     search: WindowSearch,
-    index: Any,
     blocks: Blocks,
     ids: np.ndarray,
     options: MiningOptions,
-    shown: set[int],
-) -> Iterator[tuple[int, int]]:
-    """Mine the blocks that do not exist; yield the number and the queries of each, in order.
-
-    Args:
-        index: of the approximate search; None: the exact one.
-        shown: queries of the page.
-    """
+    share: Share,
+    bar: Progress,
+) -> tuple[int, dict[str, Any] | None]:
+    """Mine this process's blocks that do not exist, wait for those of the others, and return how many blocks there are in all,
+    and the measures of an approximate search."""
+    index, measures, number = None, None, -1
+    if options.search == "ivf":
+        task = bar.add_task("learning and measuring the IVF", total=None, note="")
+        if not share.is_first:
+            share.wait()  # the first one learns it, and leaves it beside the blocks
+        index, measures = search.make_ivf(options.recall, blocks.folder)
+        if share.is_first:
+            share.wait()
+        bar.remove_task(task)
+    rows = stored.present(options.query)
+    shown = set(rows[spread(SHOWN, len(rows))].tolist())
+    task = bar.add_task(f"mining {options.candidate} for {options.query}", total=len(rows), note="")
     for number, block in enumerate(stored.blocks(options.query)):
-        if not blocks.has(MINED, number):
+        if share.has(number) and not blocks.has(MINED, number):
             (windows,) = search.exact([block]) if index is None else search.approximate(index, [block])
             blocks.write(MINED, number, *_mine_block(stored, windows, ids, options, shown))
-        yield number, len(block[0])
+        bar.advance(task, len(block[0]))
+    share.wait()
+    return number + 1, measures
 
 
 def _mine_block(

@@ -1,6 +1,6 @@
 """Mine hard negatives during a run, every `train.mine_every` steps, with its current weights.
 
-A round embeds the training data on all ranks, and the first one mines `mined/step-000200.parquet` in the run's folder. Which
+A round embeds the training data on all ranks, which then mine `mined/step-000200.parquet` in the run's folder together. Which
 samples and negatives the steps after it show is a function of that table, whose digest is part of the order's state, and of the
 step; a checkpoint says which table is in use.
 """
@@ -20,13 +20,14 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed_dataset
 from mmcontrast.evaluation.embed import MANIFEST, PART_ROWS, write_json
 from mmcontrast.models import ContrastiveModel
+from mmcontrast.share import Share
 from mmcontrast.training import checkpoint
 from mmcontrast.training.context import RunContext
 from mmcontrast.training.data import use_mined
 from mmcontrast.training.options import DataOptions, MineOptions, NeighboursOptions, TrainOptions
 from mmcontrast.training.step import Learner
 
-Miner = Callable[[Path, Path, int, str], dict[str, Any]]  # (embedding table, new Parquet file, seed, device) → counts
+Miner = Callable[[Path, Path, int, str, Share], dict[str, Any]]  # (embedding table, new Parquet file, seed, device, share) → counts
 FOLDER, TABLE = "mined", "embeddings"  # in a run's folder; in it the embedding table, while it is mined
 COUNT = 5  # default number of candidates of a sample
 
@@ -35,7 +36,7 @@ class Mining:
     """Mines candidates from a run's training data, and lets the data use them.
 
     Args:
-        miner: mines an embedding table, on the first rank.
+        miner: mines an embedding table together with the other ranks; the first one gets the counts.
     """
 
     def __init__(self, job: RunContext, learner: Learner, miner: Miner) -> None:
@@ -106,7 +107,10 @@ class Mining:
             source = {"model": str(self.job.folder), "checkpoint": str(done), "data": self.dataset.digest}
             rows, files = sum(part["rows"] for part in parts), [file for part in parts for file in part["parts"]]
             write_json(table / MANIFEST, parts[0] | {"rows": rows, "parts": files} | source)
-            counts = self.miner(table, self.file(done), self.job.options.seed + done, str(accelerator.device))
+        accelerator.wait_for_everyone()
+        share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        counts = self.miner(table, self.file(done), self.job.options.seed + done, str(accelerator.device), share)
+        if accelerator.is_main_process:
             shutil.rmtree(table)
             self._report(done, counts, progress)
         accelerator.wait_for_everyone()

@@ -3,6 +3,8 @@
 import json
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, current_thread
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +23,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed
 from mmcontrast.runs import make_run_context
 from mmcontrast.search import table as stored
+from mmcontrast.share import Share
 from tests.command import mmcontrast
 from tests.curation.pairs import bytes_of
 from tests.curation.tables import write_table
@@ -193,6 +196,29 @@ def test_a_run_that_was_killed_goes_on(random_table, tmp_path, monkeypatch, sear
     os.utime(part, ns=(when, when))
     mine(tmp_path / "table", out, asked, progress=False)
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole") and len(bytes_of(tmp_path / "whole")) == 3
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_several_processes_mine_one_table_together(random_table, tmp_path, monkeypatch, search):
+    """Each mines a third of the blocks, none twice; the first writes the files of a run alone."""
+    asked = MiningOptions("a", "b", count=4, range_max=24, relative_margin=0.05, sampling="random", search=search)
+    summary = mine(tmp_path / "table", tmp_path / "alone" / "m.parquet", asked, progress=False)
+    out, barrier, mined_by = tmp_path / "together" / "m.parquet", Barrier(3), {}
+
+    def write_as(blocks, kind, number, *made):
+        assert number not in mined_by
+        mined_by[number] = current_thread().name.partition("_")[2]
+        write(blocks, kind, number, *made)
+
+    write = Blocks.write
+    monkeypatch.setattr(Blocks, "write", write_as)
+    with ThreadPoolExecutor(3) as pool:
+        shares = [Share(rank, 3, lambda: barrier.wait(60)) for rank in range(3)]
+        answers = [pool.submit(mine, tmp_path / "table", out, asked, progress=False, share=share) for share in shares]
+        counts = [answer.result(120) for answer in answers]
+    assert counts == [summary, {}, {}]
+    assert len(mined_by) == 7 and Counter(mined_by.values()) == {"0": 3, "1": 2, "2": 2}
+    assert bytes_of(tmp_path / "together") == bytes_of(tmp_path / "alone")
 
 
 def _group(table, sample_id):

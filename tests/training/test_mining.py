@@ -41,9 +41,9 @@ def run_with_miner(path, *overrides, resume=False, broken=lambda done: None):
     if not resume:
         prepare_folder(config, overwrite=False, text=job.config)
 
-    def mined(table, out, seed, device):
+    def mined(table, out, seed, device, share):
         broken(seed)
-        return miner(table, out, seed, device)
+        return miner(table, out, seed, device, share)
 
     train(job, resume, miner=mined)
     return job
