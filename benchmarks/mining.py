@@ -6,10 +6,10 @@ against the bare product.
     python benchmarks/mining.py --rows 1000000 --stages exact,ivf               # on 2 cores the exact one takes hours
     python benchmarks/mining.py --rows 10000000 --dim 64 --stages dedup         # 5.5 GB of disk
 
-The table is synthetic: clusters of unit rows, two fields, of which near duplicates read one. Each stage is a process of its own
-(Linux). `anon_mb` is the peak of what only that process holds, `peak_mb` also has the pages of the table that it had mapped. The
-rate of the product is that of torch on tiles of the same shape; the ideal of mining is all pairs at that rate, that of near
-duplicates what k-means and the pairs within its clusters multiply.
+The table is synthetic: clusters of unit rows, two fields, of which near duplicates read one. Each stage is a process of its
+own (Linux). `anon_mb` is the peak of what only that process holds, `peak_mb` also has the pages of the table that it had
+mapped. The rate of the product is that of torch on tiles of the same shape; the ideal of mining is all pairs at that rate, that
+of near duplicates what k-means and the pairs within its clusters multiply.
 """
 
 import argparse

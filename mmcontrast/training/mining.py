@@ -27,7 +27,7 @@ from mmcontrast.training.data import use_mined
 from mmcontrast.training.options import DataOptions, MineOptions, NeighboursOptions, TrainOptions
 from mmcontrast.training.step import Learner
 
-Miner = Callable[[Path, Path, int, str, Share], dict[str, Any]]  # (embedding table, new Parquet file, seed, device, share) → counts
+Miner = Callable[[Path, Path, int, str, Share], dict[str, Any]]  # (table, new Parquet file, seed, device, share) → counts
 FOLDER, TABLE = "mined", "embeddings"  # in a run's folder; in it the embedding table, while it is mined
 COUNT = 5  # default number of candidates of a sample
 
