@@ -21,13 +21,14 @@ from mmcontrast.evaluation.rankings import Pairs, rank
 
 DATA = Path("data/glyphs")
 WITHOUT_EVALUATION = ("evaluation.splits={}", "evaluation.zero_shot={}", "evaluation.best=null")
+ALONE = "train.bridge=null"
 ALL_PAIRS = "pairing={{type: all_pairs, weights: {{image-audio: {}}}}}"
 ARMS: dict[str, list[str]] = {
-    "anchor": [],
+    "anchor": [ALONE],
     "anchor, bridge 0.1 from step 230": ["train.bridge={through: text, weight: 0.1, start: 230}"],
     "anchor, bridge 0.5 from step 345": ["train.bridge={through: text, weight: 0.5, start: 345}"],
-    "all pairs, image-audio 0.2": [ALL_PAIRS.format(0.2)],
-    "all pairs, image-audio 1": [ALL_PAIRS.format(1.0)],
+    "all pairs, image-audio 0.2": [ALL_PAIRS.format(0.2), ALONE],
+    "all pairs, image-audio 1": [ALL_PAIRS.format(1.0), ALONE],
     "all pairs 0.2, bridge 0.1 from step 230": [
         ALL_PAIRS.format(0.2),
         "train.bridge={through: text, weight: 0.1, start: 230, pairs: [[image, audio]]}",
