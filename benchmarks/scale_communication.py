@@ -209,7 +209,7 @@ def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
     """Time everything on groups of 1, 2, 4 and 8 ranks; return (ranks, seconds, FLOPs of the towers a sample) of each."""
     results = []
     torch.manual_seed(0)
-    towers = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(6)))
+    towers = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(6)), nn.Linear(512, WIDTH))
     with FlopCounterMode(display=False) as counter:
         towers(torch.zeros(1, 512, requires_grad=True)).sum().backward()
     numbers = sum(p.numel() for p in towers.parameters())
@@ -232,6 +232,15 @@ def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
                     {"a": x, "b": y}, ids=torch.arange(len(x)), logit_scale=50.0, group=group_of, communication=scheme or "auto"
                 ).backward()  # fmt: skip
 
+            def step(scheme: str | None, group: dist.ProcessGroup = group, gradients: Tensor = gradients) -> None:
+                x, y = (F.normalize(towers(torch.randn(ROWS, 512, requires_grad=True)), dim=1) for _ in "xy")
+                ids = torch.arange(ROWS)
+                contrastive_loss(
+                    {"a": x, "b": y}, ids=ids, logit_scale=50.0, group=group if scheme else None, communication=scheme or "auto"
+                ).backward()  # fmt: skip
+                if scheme:
+                    dist.all_reduce(gradients, group=group)
+
             def products(x: Tensor = x, z: Tensor = z) -> None:
                 ids = torch.arange(len(z))
                 rows, _ = score_statistics(
@@ -243,7 +252,9 @@ def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
             for rows, (a, b) in (("many", many), ("few", few)):
                 works[f"products of {rows}"] = lambda a=a, b=b: products(a, b)
                 works[f"loss of {rows}"] = lambda a=a, b=b: loss(None, a, b)
-            if ranks > 1:
+            if ranks == 1:
+                works |= {"loss": lambda run=loss: run(None), "step": lambda run=step: run(None)}
+            else:
                 for n in (SMALL, LARGE):
                     works |= {f"{kind} of {n}": run for kind, run in calls_of_a_kind(group, n).items()}
                     if ranks > WITHIN:
@@ -256,6 +267,7 @@ def measure_on(rank: int) -> list[tuple[int, list[dict[str, float]], int]]:
                 for scheme in schemes_of(ranks):
                     works[f"sent by {scheme}"] = replay(scheme, group, ranks, WITHIN)
                     works[f"loss by {scheme}"] = lambda scheme=scheme, run=loss: run(scheme)
+                    works[f"step by {scheme}"] = lambda scheme=scheme, run=step: run(scheme)
             results.append((ranks, time_in_turn(works, group), counter.get_total_flops()))
         dist.barrier()
     return results
@@ -274,9 +286,13 @@ def compare_parts(ranks: int, seconds_of: dict[str, float], flops: int) -> Itera
         (seconds_of["loss of many"] - fixed) / scores,
     )
     score_count = ROWS * ROWS * ranks
-    yield "towers", seconds_of["towers"], 1024 / 256 * seconds_of["towers of 256"]
+    towers = 1024 / 256 * seconds_of["towers of 256"]
+    yield "towers", seconds_of["towers"], towers
     yield "products", seconds_of["products"], block + score_count * per_score
     if ranks == 1:
+        predicted = fixed + score_count * per_score_of_loss
+        yield "loss", seconds_of["loss"], predicted
+        yield "step", seconds_of["step"], towers + predicted
         return
     gradients = flops // 6  # a weight is 6 FLOPs
     costs = {ranks: constants(seconds_of, ranks, gradients)}
@@ -297,6 +313,7 @@ def compare_parts(ranks: int, seconds_of: dict[str, float], flops: int) -> Itera
         predicted = fixed + (blocks_of(scheme, nodes, ranks // nodes) - 1) * block + score_count * per_score_of_loss + alone
         predicted += seconds(Calls("all_gather", ranks, 1, 1, 1, (ranks - 1) * 32))
         yield f"loss by {scheme}", seconds_of[f"loss by {scheme}"], predicted
+        yield f"step by {scheme}", seconds_of[f"step by {scheme}"], towers + predicted + reduction
 
 
 def model() -> Iterator[str]:

@@ -83,6 +83,7 @@ class Request:
         templates: of the prompts that are made of them: texts with {}, or the name of a list of open_clip's.
         image_size, context_length, new_tokens: of `model.start`, where they differ from its own.
         probe_epochs: in which the projections are trained alone, before the towers (LP-FT, arXiv:2202.10054).
+        select: a selection of `data`, as `data.select`.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Request:
     classes: str | None = None
     templates: Sequence[str] = ()
     new_tokens: Sequence[str] = ()
+    select: str | None = None
 
 
 def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
@@ -121,6 +123,8 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
     templates = templates_of(request, model)
     keys, absent = keys_of(request, model, choices, templates)
     data: dict[str, Any] = {"shards": request.data, "keys": keys, "files": request.files, "templates": templates}
+    val_data = data | {"shards": request.val}
+    data["select"] = request.select
     samples = len(open_split(data, model))
     if absent:
         kept_fields = [name for name in model.modalities if name not in absent]
@@ -128,15 +132,17 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
         choices.add("model.start.fields", ", ".join(kept_fields), f"the data has no {', '.join(absent)}")
     has_options = request.files or templates
     draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if has_options else request.data}
+    if request.select and not has_options:
+        draft["data"]["select"] = request.select
     draft["fields"] = {field: {"keys": names} for field, names in keys.items()}
     held_out = 0.0 if request.val else HELD_OUT
     if request.val:
-        draft["evaluation"] = {"splits": {"val": {k: v for k, v in (data | {"shards": request.val}).items() if v}}}
+        draft["evaluation"] = {"splits": {"val": {k: v for k, v in val_data.items() if v}}}
     else:
         draft["data"]["held_out"] = held_out
         choices.add("data.held_out", held_out, "no --val: this share is evaluated, and not trained on")
     if templates:
-        splits = [data, data | {"shards": request.val}] if request.val else [data]
+        splits = [data, val_data] if request.val else [data]
         task = zero_shot_of(request, model, templates, splits)
         choices.add("evaluation.zero_shot", f"{len(task['classes'])} classes", "accuracy by prompts, before and after")
         best = f"{'val' if request.val else 'data'}/zero_shot/classes/top1"

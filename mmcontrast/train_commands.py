@@ -110,6 +110,9 @@ def finetune(
         list[str] | None, typer.Option(help='of --classes, as "a photo of a {}."; or openai_imagenet, simple_imagenet')
     ] = None,
     files: Annotated[str | None, typer.Option(help="the folder that paths in DATA start from; default: DATA's own")] = None,
+    select: Annotated[
+        str | None, typer.Option(metavar="SELECTION", help="what `mmcontrast data filter`, dedup or score has kept of DATA")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run of this name from its last checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run of this name, then start it")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the config; train nothing")] = False,
@@ -128,6 +131,7 @@ def finetune(
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,
             read_keys(keys or ()), files, image_size, context_length, classes, tuple(templates or ()), tuple(new_tokens or ()),
+            select,
         )  # fmt: skip
         if resume:
             config = config_to_resume(request, overrides or ())

@@ -1,6 +1,7 @@
 """Reads YAML as people mean it: `1e-3` is a number, a repeated key is a mistake, and a file cannot expand without limit."""
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mmcontrast.errors import UserError
 
 DEEPEST = 64  # levels of mappings and lists in each other
 MOST_VALUES = 1_000_000  # of a file, where an anchor's values count each time that it is named
+MERGE = "tag:yaml.org,2002:merge"  # the key <<
 # exceptions of PyYAML's constructors for invalid values, such as a day 99, or digits beyond Python's limit
 WRONG = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 
@@ -19,6 +21,10 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.checked: set[yaml.MappingNode] = set()
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
         if self.depth > DEEPEST:
@@ -27,16 +33,24 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} twice", key_node.start_mark)
-                seen.add(key_node.value)
-            raise yaml.constructor.ConstructorError(None, None, "two keys are equal, like 1 and true", node.start_mark)
-        return mapping
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Check a mapping's own keys, then write out what it merges: an own key goes before that of a `<<`."""
+        if node not in self.checked:
+            self.checked.add(node)
+            self._check_keys(node)
+            super().flatten_mapping(node)
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
+        seen: dict[Any, str] = {}
+        for key_node, _ in node.value:
+            key = key_node.value if key_node.tag == MERGE else self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # which PyYAML refuses
+            if (other := seen.get(key)) == key_node.value:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} twice", key_node.start_mark)
+            if other is not None:
+                raise yaml.constructor.ConstructorError(None, None, "two keys are equal, like 1 and true", node.start_mark)
+            seen[key] = key_node.value
 
 
 _Loader.add_implicit_resolver(

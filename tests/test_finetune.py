@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -21,7 +22,7 @@ from mmcontrast.cli import app
 from mmcontrast.config import config_of
 from mmcontrast.errors import UserError
 from mmcontrast.finetune import Request, make_config
-from mmcontrast.runs import model_of
+from mmcontrast.runs import make_run_context, model_of
 from mmcontrast.training.optim import freeze
 from tests.command import NO_EVALUATION, ROOT, Process, train
 from tests.command import mmcontrast as command
@@ -102,6 +103,28 @@ def test_low_rank_updates_of_a_file_of_weights(architecture, pairs, tmp_path):  
     assert torch.equal(tuned.log_logit_scale[0], architecture.logit_scale)
     blocks = tuned.towers["text"].network.transformer.resblocks, architecture.transformer.resblocks
     assert not torch.equal(*(layers[0].mlp.c_fc.weight for layers in blocks))
+
+
+@pytest.mark.parametrize("classes", [None, "label"])
+def test_only_what_a_selection_keeps_is_learnt_and_held_out(start, tmp_path, classes):
+    """What `data filter` has dropped is neither counted nor held out, nor are its classes asked for; --val has all its own."""
+    table = write_pairs(tmp_path, "filepath", "title")
+    frame = pandas.read_csv(table)
+    frame.assign(label=[f"class {min(k // 12, 2)}" for k in range(48)]).to_csv(table, index=False)
+    (tmp_path / "rules.yaml").write_text('rules: [{column: "json:price", max: 69}]')  # of 48 prices 24
+    selection = tmp_path / "selection"
+    result = command("data", "filter", table, selection, "--rules", tmp_path / "rules.yaml")
+    assert result.returncode == 0, result.stderr
+    request = Request(start, str(table), classes=classes, keys={} if classes else {"text": ["title"]}, select=str(selection))
+    config, chosen = make_config(request)
+    assert ("train.batch_size", "4", "of 22 samples, at most a quarter, and 512") in chosen.rows
+    job = make_run_context(config, resume=False)
+    (held_out,) = job.eval_datasets.values()
+    assert len(job.dataset) + len(held_out) == 24 and len(held_out) > 0
+    if classes:
+        assert set(config.evaluation.zero_shot["classes"].classes) == {"class 0", "class 1"}
+    config, _ = make_config(replace(request, val=str(table)))
+    assert len(make_run_context(config, resume=False).eval_datasets["val"]) == 48
 
 
 def test_what_is_asked_for_goes_before_what_is_chosen(tmp_path):

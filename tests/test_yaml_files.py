@@ -47,6 +47,9 @@ BAD = {
     "binary": "a: !!binary é",
     "list as key": "? [a]\n: b",
     "twice": "a: 1\na: 2",
+    "twice beside what is merged": "a: &a {b: 1}\nc: {<<: *a, b: 2, b: 3}",
+    "two merges": "a: &a {b: 1}\nc: {<<: *a, <<: *a}",
+    "equal keys": "1: a\ntrue: b",
     "no character": 'a: "\\U99999999"',
     "half a pair": 'a: "\\ud800"',
     "two documents": "a: 1\n---\nb: 2",
@@ -81,7 +84,9 @@ def test_an_override_of_one_of_two_that_an_anchor_names_leaves_the_other():
 
 def test_what_is_meant_is_read_as_before(tmp_path):
     shared = "base: &b {a: 1, b: [2, 3]}\nmore: {<<: *b, c: 4}\nagain: [*b, *b]"
-    for text in (shared, "", "# nothing", "1e-3", "a: 1_000", "a: 0x1f", "- yes\n- ~", "a: '007'", "a: &x 1\nb: *x"):
+    merged = "base: &b {a: 1, b: 2}\nmore: {<<: *b, b: 3}\nthen: {b: 4, <<: *b}\n"
+    merged += "both: &m {<<: [*b, {a: 5, c: 6}], c: 7}\nend: {<<: *m}"
+    for text in (shared, merged, "", "# nothing", "1e-3", "a: 1_000", "a: 0x1f", "- yes\n- ~", "a: '007'", "a: &x 1\nb: *x"):
         assert parse_yaml(text) == (float(text) if text == "1e-3" else yaml.safe_load(text))
     deep = "[" * 60 + "]" * 60
     assert parse_yaml(deep) == yaml.safe_load(deep)

@@ -1,13 +1,11 @@
 """Orders samples into batches within clusters: similar samples are each other's hard negatives."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.ids import id_of
@@ -103,11 +101,9 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
             raise UserError(f"data.clusters: {table}, row {row}: {error}") from error
         if cluster_of.setdefault(name, cluster) != cluster:
             raise UserError(f"data.clusters: {table}, row {row}: the {by} {name!r} is in another cluster already")
-    name_of: Callable[[int], Any] = dataset.key if by == "key" else dataset.sample_id
-    console = Console(stderr=True)
+    names: Iterable[Any] = map(dataset.key, range(len(dataset))) if by == "key" else dataset.sample_ids().tolist()
     clusters, seen = np.empty(len(dataset), dtype=np.int64), set()
-    for position in track(range(len(dataset)), "looking up clusters", console=console, transient=True):
-        name = name_of(position)
+    for position, name in enumerate(names):
         if (cluster := cluster_of.get(name)) is None:
             raise UserError(f"data.clusters: {table} has no cluster for the sample with {by}={name!r}; every sample needs one")
         if name in seen and by == "key":

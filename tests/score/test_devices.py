@@ -11,6 +11,19 @@ from mmcontrast.score.backends.base import Block, SameGroup, Statistics
 from tests.score.problems import REDUCTIONS
 
 
+def asks_the_driver_of_fake_tensors() -> bool:
+    """Whether this torch needs a card's driver to slice a tensor that has no contents: 2.8 does, 2.14 does not."""
+    with FakeTensorMode():
+        try:
+            torch.empty(2, device="cuda")[:1].to(torch.float32)
+        except RuntimeError:
+            return True
+    return False
+
+
+pytestmark = pytest.mark.skipif(asks_the_driver_of_fake_tensors(), reason="this torch asks the driver of fake tensors")
+
+
 @pytest.mark.parametrize("per_anchor", [False, True], ids=["scalar", "per_anchor"])
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
 def test_tensors_of_a_pass_are_where_the_inputs_are(reduction, per_anchor):
