@@ -24,7 +24,7 @@ from mmcontrast.evaluation.options import BridgeOptions, EvaluationOptions, Prob
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_inputs import embed_captions
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
-from mmcontrast.evaluation.sending import from_first
+from mmcontrast.evaluation.sending import device_of, from_first
 from mmcontrast.modalities import ImageModality, Modality, TextModality
 from mmcontrast.models import ContrastiveModel
 
@@ -125,19 +125,18 @@ def relevance_entries(options: EvaluationOptions) -> set[str]:
 
 
 def broadcast_table(table: EmbeddingTable, group: dist.ProcessGroup | None, entries: Collection[str]) -> EmbeddingTable:
-    """Return the first rank's table on all ranks; of its metadata the other ranks get these entries only."""
+    """Return the first rank's table on all ranks; of its metadata the other ranks get these entries only. The ranks of a
+    machine hold one copy of the embeddings together."""
     if not group:
         return table
-    cuda = "nccl" in str(dist.get_backend(group))
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
     def first_rank_table() -> dict[str, Any]:
         metadata = [{name: entry[name] for name in entries if name in entry} for entry in table.metadata] if entries else None
         return {**vars(table), "metadata": metadata}
 
-    columns = from_first(first_rank_table, group, device)
+    columns = from_first(first_rank_table, group, device_of(group), share=True)
     if dist.get_rank(group) == 0:
-        return table
+        return EmbeddingTable(**columns | {"metadata": table.metadata})
     metadata = [{}] * len(columns["sample_ids"]) if columns["metadata"] is None else columns["metadata"]
     return EmbeddingTable(**columns | {"metadata": metadata})
 

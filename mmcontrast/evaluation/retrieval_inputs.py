@@ -16,6 +16,7 @@ from mmcontrast.evaluation.embed import EmbeddingTable, embed_texts
 from mmcontrast.evaluation.labels import label_text
 from mmcontrast.evaluation.rankings import Pairs
 from mmcontrast.evaluation.retrieval import first_of_each_group
+from mmcontrast.evaluation.sending import device_of, from_first
 from mmcontrast.evaluation.whitening import whiten
 from mmcontrast.modalities import DecodeError, TextModality
 from mmcontrast.models import ContrastiveModel
@@ -163,9 +164,9 @@ def embed_captions(
     batches = [embed_texts(model, field, own_lines[start : start + batch_size], device) for start in starts]
     rows = torch.cat(batches)[: len(own_range)] if batches else torch.empty(0, model.embed_dim)
     if group:
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, rows, group=group)
-        rows = torch.cat(parts)
+        parts: Any = None if rank else [None] * world
+        dist.gather_object(rows, parts, group_dst=0, group=group)
+        rows = from_first(lambda: torch.cat(parts), group, device_of(group), share=True)
     return RetrievalInput(rows, sample_indices, table.group_ids[sample_indices])
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcontrast.errors import EveryRankError, UserError
+from mmcontrast.evaluation import sending
 from mmcontrast.evaluation.sending import from_first
 from mmcontrast.objectives import contrastive_loss
 from mmcontrast.training import checkpoint, tensors
@@ -73,6 +74,43 @@ class Weights(nn.Module):
             fully_shard(self, mesh=init_device_mesh("cpu", (RANKS,)))
 
 
+def proportional_memory():
+    """Bytes of this process, those that n processes share counted as an n-th."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def check_that_a_machine_has_one_copy(rank, group):
+    """Large tensors are in memory once for all ranks; a change is a rank's own; without shared memory each has a copy."""
+    size = 2**26
+
+    def make():
+        return {"rows": torch.arange(size // 4, dtype=torch.float32), "few": torch.ones(3), "more": [torch.ones(2**19).half()]}
+
+    def total(number):
+        numbers = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(numbers)
+        return numbers.item()
+
+    for has_shared_memory in (True, False):
+        received = None
+        files = set(sending.SHARED_MEMORY.iterdir())
+        if not has_shared_memory:
+            sending._make_file = lambda size: None
+        before = total(proportional_memory())
+        received = from_first(make, group, CPU, share=True)
+        assert received["rows"].sum() == make()["rows"].sum()  # reads all of it
+        copies = (total(proportional_memory()) - before) / size
+        assert (0.9 < copies < 1.6) if has_shared_memory else copies > 3.5, copies
+        assert torch.equal(received["few"], make()["few"]) and torch.equal(received["more"][0], make()["more"][0])
+        assert set(sending.SHARED_MEMORY.iterdir()) <= files
+        dist.barrier()
+        if rank:
+            received["rows"][5] = -rank
+        dist.barrier()
+        assert received["rows"][5] == (-rank or 5)
+
+
 def work(rank, folder):
     """What tests/training/test_tensors.py checks on every rank."""
     folder = Path(folder)
@@ -118,6 +156,7 @@ def work(rank, folder):
         with pytest.raises(EveryRankError, match="not here"):
             from_first(refuse, group, CPU)
 
+        check_that_a_machine_has_one_copy(rank, group)
         hashed = counted(checkpoint, "_checksum", lambda file: file.name)
         checkpoint.check(last, group)
         everyone = [None] * RANKS
