@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mmcontrast.score import Direction, Reduction
+from mmcontrast.score.ranks import Everyone
 
 
 class Objective(nn.Module):
@@ -40,7 +41,7 @@ class Objective(nn.Module):
     def forward(self, d: Direction) -> Tensor:
         """Return the loss [N], one value per anchor."""
 
-    def anchor_scale(self, name: str, scale: Tensor, sample_ids: Tensor | None) -> Tensor:
+    def anchor_scale(self, name: str, scale: Tensor, sample_ids: Tensor | None, everyone: Everyone) -> Tensor:
         """Return the scale of a direction's scores: [], or [N] for individual temperatures. `scale` [] is the model's; `name`
-        the direction's, "image_to_text"."""
+        the direction's, "image_to_text"; `everyone` the ranks, as of `Direction`."""
         return scale

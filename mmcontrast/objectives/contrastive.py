@@ -34,7 +34,7 @@ from mmcontrast.objectives.pairing import Pairing, TermInputs, term_name
 from mmcontrast.objectives.signals import WATCHED, signals_of
 from mmcontrast.score import score_statistics
 from mmcontrast.score.exact import outside_autocast, scalar
-from mmcontrast.score.ranks import Communication, agreed, exchange, ranks_of_node
+from mmcontrast.score.ranks import Communication, Everyone, agreed, exchange, ranks_of_node
 
 
 @outside_autocast
@@ -184,6 +184,7 @@ def _loss(
         scale = scalar_of_fields(logit_scale, term, "logit_scale")
         bias = scalar_of_fields(logit_bias, term, "logit_bias")
         assert scale is not None
+        everyone = Everyone(group, sizes)
         scale, bias = scalar(scale, dtype, first.device), None if bias is None else scalar(bias, dtype, first.device)
         term_inputs = TermInputs(
             rows=rows,
@@ -197,7 +198,8 @@ def _loss(
             extra_sizes=extra_sizes,
             draw=by_rank[0][-2],
             group=group,
-            scale=partial(scorer.anchor_scale, scale=scale, sample_ids=of_term.sample_ids),
+            everyone=everyone,
+            scale=partial(scorer.anchor_scale, scale=scale, sample_ids=of_term.sample_ids, everyone=everyone),
             bias=0.0 if bias is None else bias,
             reductions=reductions,
             both=scorer.both_directions or signals is not None,

@@ -1,7 +1,6 @@
 """Global contrastive losses, which estimate each anchor's mean over negatives from all of its visits, not from one batch."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -11,8 +10,8 @@ from torch import Tensor
 from mmcontrast.objectives.base import Objective
 from mmcontrast.objectives.sample_table import SampleTable
 from mmcontrast.score import Direction, LogSumExp
+from mmcontrast.score.ranks import Everyone
 
-Everyone = Callable[[Tensor], Tensor]
 Temperature = Literal["learnable", "constant", "individual"]
 
 
@@ -23,7 +22,8 @@ class GlobalContrastive(Objective):
     (2407.01445).
 
     It needs sample ids. Its memory of S samples is 8 S bytes and 4 S for each direction (individual temperatures: 12 S), up to
-    four times that as a hash table, in its `state_dict`. Call it in training mode; evaluation does not change the memory.
+    four times that as a hash table, in its `state_dict`; the same on every rank, unless `table.divide` gives each rank a share.
+    Call it in training mode; evaluation does not change the memory.
 
     Args:
         gamma: the weight of the newest visit, in (0, 1], after the first `decay` of training. Until then it falls from 1 on
@@ -74,14 +74,14 @@ class GlobalContrastive(Objective):
         done = min(1.0, self.progress / self.decay) if self.decay else 1.0
         return self.last_gamma + (1 - self.last_gamma) * 0.5 * (1 + math.cos(math.pi * done))
 
-    def anchor_scale(self, name: str, scale: Tensor, sample_ids: Tensor | None) -> Tensor:
+    def anchor_scale(self, name: str, scale: Tensor, sample_ids: Tensor | None, everyone: Everyone) -> Tensor:
         no_gradient = 0.0 * scale  # the model's scale takes part in every step, as data parallelism expects
         if self.temperature == "learnable":
             return scale
         if self.temperature == "constant":
             return scale.detach() + no_gradient
         ids = _required(sample_ids)
-        stored = self.table.read(ids, f"{name}/tau").to(scale.dtype)
+        stored = self.table.read(ids, f"{name}/tau", everyone).to(scale.dtype)
         tau = torch.where(stored.isnan(), (1.0 / scale.detach()).clamp(self.lowest, self.highest), stored)
         self._temperatures[name] = tau.requires_grad_(torch.is_grad_enabled())
         return 1.0 / tau + no_gradient
@@ -91,7 +91,7 @@ class GlobalContrastive(Objective):
         count = d.num_negatives.clamp(min=1).to(d.positives.dtype)
         log_mean = torch.where(has_negatives, d[LogSumExp()], 0.0) - d.positives - count.log()
         new = log_mean.detach()
-        old = self.table.read(ids, f"{d.name}/log_u").to(new.dtype)
+        old = self.table.read(ids, f"{d.name}/log_u", d.everyone).to(new.dtype)
         mixed = torch.logaddexp(old + (math.log1p(-gamma) if gamma < 1 else -math.inf), new + math.log(gamma))
         log_u = torch.where(old.isnan(), new, mixed)
         log_total = torch.logaddexp(log_u, torch.full_like(log_u, math.log(self.epsilon)))
@@ -112,7 +112,7 @@ class GlobalContrastive(Objective):
     ) -> None:  # takes no tensor of the graph, which would then never be freed
         """Update the individual temperatures by the gradient of each anchor's own loss."""
         grad = (grad / upstream.pop()).clamp(-5.0, 5.0)
-        moment = self.table.read(ids, f"{name}/moment").to(grad.dtype).nan_to_num()
+        moment = self.table.read(ids, f"{name}/moment", everyone).to(grad.dtype).nan_to_num()
         moment = self.temperature_momentum * moment + (1 - self.temperature_momentum) * grad
         self._remember(everyone, ids, f"{name}/moment", moment)
         self._remember(everyone, ids, f"{name}/tau", (tau - self.temperature_lr * moment).clamp(self.lowest, self.highest))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmcontrast.score import Direction, Limits, Link, Reduction, Teacher, own_statistics, row_dots
-from mmcontrast.score.ranks import gather_rows
+from mmcontrast.score.ranks import Everyone
 
 if TYPE_CHECKING:
     from mmcontrast.objectives.base import Objective
@@ -33,6 +33,7 @@ class TermInputs:
         own: per field, candidates of each anchor alone: ([n, K, D], present [n, K]).
         teachers: of each teacher, ([n, E] per field, its scale).
         sizes: n of every rank. extra_sizes: per field, K of every rank. draw: a random number, the same on all ranks.
+        everyone: the ranks, with sizes; calling it gathers tensors [n, …] of all in order, differentiably.
         scale: (a direction's name) → its scale, [] or [n]. bias: added to all scores.
         reductions: those to compute. both: in both directions of a pair; False: for its rows alone.
         link: of the score. margin, guided: of the objective.
@@ -50,6 +51,7 @@ class TermInputs:
     extra_sizes: Mapping[str, list[int]]
     draw: int
     group: dist.ProcessGroup | None
+    everyone: Everyone
     scale: Callable[[str], Tensor]
     bias: Tensor | float
     reductions: tuple[Reduction, ...]
@@ -58,11 +60,6 @@ class TermInputs:
     margin: float | None
     guided: bool
     statistics: Callable[..., tuple[Direction, Direction | None]]
-
-    @property
-    def everyone(self) -> Callable[[Tensor], Tensor]:
-        """Return a function that gathers tensors [n, …] of all ranks in order, differentiably."""
-        return partial(gather_rows, group=self.group, sizes=self.sizes)
 
     @property
     def global_ids(self) -> Tensor:

@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcontrast.score.ranks import Everyone
+
 EMPTY = torch.iinfo(torch.int64).min  # no sample's id
 MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio, odd: spreads ids over the table (Knuth, volume 3, 6.4)
+MIX = -4658895280553007687, -7723592293110705685  # of splitmix64, which spreads ids over ranks, whatever their slots
 
 
 class SampleTable(nn.Module):
@@ -14,7 +17,7 @@ class SampleTable(nn.Module):
     full.
 
     Its state is the ids and their values alone, whatever the table's size. It is the same on every rank, as all ranks write the
-    values of all.
+    values of all, until `divide` leaves each rank the ids that belong to it.
     """
 
     keys: Tensor
@@ -23,6 +26,7 @@ class SampleTable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.columns: list[str] = []
+        self.rank, self.world_size = 0, 1  # of those that divide it
         self._clear(64, torch.float32, torch.device("cpu"))
 
     def _clear(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -32,15 +36,46 @@ class SampleTable(nn.Module):
         self.register_buffer("values", values, persistent=False)
         self.used = 0  # an upper bound of the occupied slots
 
-    def read(self, ids: Tensor, column: str) -> Tensor:
-        """Return the values [n] of ids int64 [n]; NaN for those that were not written."""
+    def divide(self, rank: int, world_size: int) -> None:
+        """Keep the ids of one of so many ranks from now on. Then `read` and `write` must be called by all of them at once.
+
+        Raises:
+            ValueError: for a table that is divided already.
+        """
+        if self.world_size > 1:
+            raise ValueError(f"the table is divided among {self.world_size} ranks already")
+        self.rank, self.world_size = rank, world_size
+        self.set_extra_state(self.get_extra_state())
+
+    def _is_own(self, ids: Tensor) -> Tensor:
+        """Return whether each id is this rank's."""
+        mixed = (ids ^ (ids >> 30)) * MIX[0]
+        mixed = (mixed ^ (mixed >> 27)) * MIX[1]
+        return (mixed >> 31) % self.world_size == self.rank
+
+    def read(self, ids: Tensor, column: str, everyone: Everyone | None = None) -> Tensor:
+        """Return the values [n] of ids int64 [n]; NaN for those that were not written.
+
+        Args:
+            everyone: the ranks that divide the table, of which each asks for ids of its own.
+        """
         if column not in self.columns:
             return self.values.new_full((len(ids),), torch.nan)
+        if self.world_size == 1:
+            return self._read(ids, column)
+        assert everyone is not None and everyone.world_size == self.world_size
+        ids = everyone(ids)
+        return everyone.sum_of_own(torch.where(self._is_own(ids), self._read(ids, column), 0.0))
+
+    def _read(self, ids: Tensor, column: str) -> Tensor:
         slots = self._find_slots(ids, insert=False)
         return torch.where(self.keys[slots] == ids, self.values[slots, self.columns.index(column)], torch.nan)
 
     def write(self, ids: Tensor, column: str, values: Tensor) -> None:
-        """Write values [n] of ids int64 [n]; of an id that occurs twice, either value."""
+        """Write values [n] of ids int64 [n], those of all ranks; of an id that occurs twice, either value."""
+        if self.world_size > 1:
+            is_own = self._is_own(ids)
+            ids, values = ids[is_own], values[is_own]
         if values.dtype != self.values.dtype:
             self.values = self.values.to(torch.promote_types(values.dtype, self.values.dtype))
         if column not in self.columns:
@@ -59,10 +94,13 @@ class SampleTable(nn.Module):
         self._clear(capacity, values.dtype, values.device)
         self.values[self._find_slots(keys, insert=True)] = values
 
+    def _start(self, ids: Tensor) -> Tensor:
+        """Return the slot [n] in which the search for each id begins."""
+        return ((ids * MULTIPLIER) >> 20) & (len(self.keys) - 1)
+
     def _find_slots(self, ids: Tensor, insert: bool) -> Tensor:
         """Return the slot [n] of each id, or the free slot in which it would be."""
-        mask = len(self.keys) - 1
-        slots = ((ids * MULTIPLIER) >> 20) & mask
+        mask, slots = len(self.keys) - 1, self._start(ids)
         pending = torch.arange(len(ids), device=ids.device)
         while len(pending):
             tried, pending_ids = slots[pending], ids[pending]
@@ -94,5 +132,13 @@ class SampleTable(nn.Module):
         self.columns = list(state["columns"])
         device = self.keys.device
         self._clear(64, state["values"].dtype, device)
-        self._grow(len(state["ids"]))
-        self.values[self._find_slots(state["ids"].to(device), insert=True)] = state["values"].to(device)
+        self.add(state["ids"], state["values"])
+
+    def add(self, ids: Tensor, values: Tensor) -> None:
+        """Add ids int64 [n] with the values [n, columns] of all columns; to a divided table those that are this rank's."""
+        if self.world_size > 1:
+            is_own = self._is_own(ids)
+            ids, values = ids[is_own], values[is_own]
+        device = self.keys.device
+        self._grow(len(ids))
+        self.values[self._find_slots(ids.to(device), insert=True)] = values.to(device)

@@ -231,6 +231,31 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None, sizes: Sequence[i
     return rows if group is None else _GatherRows.apply(rows, Gather(group, sizes))
 
 
+class Everyone:
+    """The ranks of a group, each with rows of its own; without a group, this process alone.
+
+    Args:
+        sizes: rows of every rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, sizes: Sequence[int] = ()) -> None:
+        self.group, self.sizes = group, list(sizes)
+        self.rank, self.world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the rows [n, …] of all ranks in order, differentiably."""
+        return gather_rows(rows, self.group, self.sizes)
+
+    @torch.no_grad()
+    def sum_of_own(self, values: Tensor) -> Tensor:
+        """Return, of the sum over the ranks of values for the rows of all ranks, the part of this rank's own rows."""
+        if self.group is not None:
+            values = values.contiguous()
+            dist.all_reduce(values, group=self.group)
+            values = values.split(self.sizes)[self.rank]
+        return values
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gather: Gather) -> Tensor:

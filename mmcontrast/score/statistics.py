@@ -12,7 +12,7 @@ from torch import Tensor
 from mmcontrast.score.backends import Backend, Block, SameGroup, Statistics, choose
 from mmcontrast.score.exact import outside_autocast, scalar, without_autocast
 from mmcontrast.score.links import Link
-from mmcontrast.score.ranks import Communication, Driver, Merge, agreed, driver, exchange, ranks_of_node
+from mmcontrast.score.ranks import Communication, Driver, Everyone, Merge, agreed, driver, exchange, ranks_of_node
 from mmcontrast.score.reductions import CrossSum, LogSumExp, Maximum, Reduction
 from mmcontrast.score.teachers import Limits, Teacher
 
@@ -31,7 +31,7 @@ class Direction:
         name: "image_to_text", anchors first.
         sample_ids: [N] int64 or None, the keys of per-sample state.
         given: the values [N] of the objective's `sample_values` that the caller passes, by name.
-        everyone: gathers [N, …] of this rank's anchors from all ranks, in order.
+        everyone: the ranks with such anchors; calling it gathers [N, …] from all of them, in order.
     """
 
     positives: Tensor
@@ -41,7 +41,7 @@ class Direction:
     name: str = ""
     sample_ids: Tensor | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
-    everyone: Callable[[Tensor], Tensor] = lambda rows: rows
+    everyone: Everyone = field(default_factory=Everyone)
 
     def __getitem__(self, reduction: Reduction) -> Tensor:
         return self.values[reduction]

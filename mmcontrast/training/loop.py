@@ -37,7 +37,7 @@ from mmcontrast.training.preemption import Preemption, preemptible
 from mmcontrast.training.progressive import check_schedules
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.sample_log import SampleLog, warnings
-from mmcontrast.training.state import restore, state_of
+from mmcontrast.training.state import restore, state_of, tables_of
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
@@ -73,7 +73,7 @@ def train(job: RunContext, resume: bool = False, preemption: Preemption | None =
     mining = make_mining(job, learner, miner)
     start = resume_from_last(job, learner, mining) if resume else 0
     log = StepLog(job.folder / LOG, start, world_size, max_rate) if main else None
-    saver = make_saver(job.folder / CHECKPOINTS, options, accelerator)
+    saver = make_saver(job, accelerator)
     evaluations = Evaluations(job, start, learner, saver)
     sample_log, anomalies = SampleLog(job, start, accelerator), Anomalies(job.model.max_logit_scale)
     with (
@@ -140,6 +140,8 @@ def make_learner(
     """Return what a step trains, on its device: the model, distributed over the ranks, its average, and the optimizer."""
     options = job.options
     objective = job.objective.to(accelerator.device)
+    for _, table in tables_of(objective):
+        table.divide(accelerator.process_index, accelerator.num_processes)
     averaged = copy.deepcopy(job.model).requires_grad_(False) if options.ema_decay else None
     copies = [model for model in (averaged, queue and queue.encoder) if model]
     model = distribute(job.model, copies, options, accelerator)
@@ -259,11 +261,11 @@ def is_due(done: int, every: int | None, total: int) -> bool:
     return done == total or (every is not None and every > 0 and done % every == 0)
 
 
-def make_saver(folder: Path, options: TrainOptions, accelerator: Accelerator) -> checkpoint.Saver | None:
-    """Return a saver on the first rank; where weights are in shards, on every rank, with a process group of its own."""
-    rank = accelerator.process_index
+def make_saver(job: RunContext, accelerator: Accelerator) -> checkpoint.Saver | None:
+    """Return a saver on the first rank; where weights or tables are in shards, on every rank, with a group of its own."""
+    rank, options, folder = accelerator.process_index, job.options, job.folder / CHECKPOINTS
     group: Any = None
-    if is_sharded(options):
+    if is_sharded(options) or any(table.world_size > 1 for _, table in tables_of(job.objective)):
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     elif rank:
         return None

@@ -1,6 +1,6 @@
 """Save and restore a run's state: weights, optimizer, objective and data order, on any number of ranks, whole or in shards."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.sending import from_first
 from mmcontrast.models import ContrastiveModel
+from mmcontrast.objectives import Objective
+from mmcontrast.objectives.sample_table import SampleTable
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.context import RunContext
@@ -20,18 +22,20 @@ from mmcontrast.training.parallel import in_shards, shard_all_like, shard_like
 from mmcontrast.training.step import Learner
 from mmcontrast.training.tensors import read_parts
 
+TABLE = "objective/"  # begins the names of an objective's tables, among the shards of a checkpoint
 OF_CONFIG = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # options of a group that a resumed run takes from its config
 
 
 def state_of(done: int, job: RunContext, learner: Learner) -> Contents:
     """Return what a checkpoint saves after a number of steps; what is in shards stays in shards."""
     optimizer, shards = optimizer_state(learner.optimizer, job.model)
+    objective, shares = objective_state(job.objective)
     scaler = learner.accelerator.scaler
     state = {
         "step": done,
         "optimizer": optimizer,
         "scaler": scaler.state_dict() if scaler else {},
-        "objective": job.objective.state_dict(),
+        "objective": objective,
         "order": job.order.state(),
         "mined": job.mined,
         "threads": torch.get_num_threads(),
@@ -40,7 +44,7 @@ def state_of(done: int, job: RunContext, learner: Learner) -> Contents:
     weights = _state_without(job.model, job.model.of_start)
     averaged = _state_without(learner.averaged, job.model.of_start)
     queue = _state_without(learner.queue)
-    return Contents(weights, averaged, state, job.config, shards, job.model.start_digest, queue)
+    return Contents(weights, averaged, state, job.config, shards | shares, job.model.start_digest, queue)
 
 
 def _state_without(module: nn.Module | None, excluded: Container[str] = ()) -> dict[str, Tensor]:
@@ -100,6 +104,44 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: di
     optimizer.load_state_dict({"state": placed, "param_groups": groups})
 
 
+def objective_state(objective: Objective) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an objective's state, without the tables that ranks divide, and this rank's shares of those by name."""
+    state, shares = objective.state_dict(), {}
+    for name, table in tables_of(objective):
+        if table.world_size > 1:
+            content = state[f"{name}._extra_state"]
+            for part in ("ids", "values"):
+                shares[f"{TABLE}{name}/{table.rank}/{part}"] = content[part]
+            state[f"{name}._extra_state"] = content | {part: content[part][:0] for part in ("ids", "values")}
+    return state, shares
+
+
+def tables_of(objective: Objective) -> Iterator[tuple[str, SampleTable]]:
+    """Yield the tables by sample id of an objective, with their names."""
+    return ((name, module) for name, module in objective.named_modules() if isinstance(module, SampleTable))
+
+
+def load_objective(objective: Objective, state: dict[str, Any], shards: Path) -> None:
+    """Load an objective's state, and of tables that ranks divided this rank's share, whatever the number of ranks then and now.
+
+    Args:
+        shards: the folder of their shares, if there were any.
+    """
+    objective.load_state_dict(state)
+    if not shards.exists():
+        return
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(shards)
+    sizes = {key: value for key, value in reader.read_metadata().state_dict_metadata.items() if key.startswith(TABLE)}
+    for name, table in tables_of(objective):
+        for key in sorted(key for key in sizes if key.startswith(f"{TABLE}{name}/") and key.endswith("/ids")):
+            keys = key, key.removesuffix("ids") + "values"
+            share = {key: torch.empty(sizes[key].size, dtype=sizes[key].properties.dtype) for key in keys}  # type: ignore[union-attr]
+            dcp.load(share, storage_reader=reader, no_dist=True)
+            table.add(*share.values())
+
+
 def read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the optimizer's state in shards by "kind/name", each rank its own part."""
     import torch.distributed.checkpoint as dcp
@@ -108,6 +150,8 @@ def read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Ten
     reader = dcp.FileSystemReader(folder)
     tensors: dict[str, Tensor] = {}
     for key, metadata in reader.read_metadata().state_dict_metadata.items():
+        if key.startswith(TABLE):
+            continue
         assert isinstance(metadata, TensorStorageMetadata)
         parameter = parameters[key.partition("/")[2]].detach()
         same_shards = in_shards(parameter) and parameter.shape == metadata.size
@@ -149,7 +193,7 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
         raise UserError(f"cannot resume {job.folder}: another optimizer, or other weights learn ({error})") from error
     if learner.accelerator.scaler and state["scaler"]:
         learner.accelerator.scaler.load_state_dict(state["scaler"])
-    job.objective.load_state_dict(state["objective"])
+    load_objective(job.objective, state["objective"], path / checkpoint.SHARDS)
     if learner.averaged:
         load(learner.averaged, checkpoint.weights_file(path, averaged=True))
     if learner.queue and (path / checkpoint.QUEUE).exists():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from mmcontrast import contrastive_loss, score_statistics
 from mmcontrast.objectives import OBJECTIVES, GlobalContrastive
-from mmcontrast.score.ranks import subgroups_agree
+from mmcontrast.score.ranks import Everyone, subgroups_agree
 from tests.command import call_on_ranks, free_port, locked, session_folder
 from tests.score.problems import REDUCTIONS, finite_sum, problem
 
@@ -187,13 +187,17 @@ def check_given(group, rank, sizes, driver, case):
 
 
 def check_memory(group, rank, sizes, driver, temperature):
-    """Three steps of `global`, in which samples come again, on other ranks: the same memory everywhere, and one process's."""
+    """Three steps of `global`, in which samples come again, on other ranks: the memory of one process, the same on all ranks
+    after the first step, divided among them after the others."""
     n = sum(sizes)
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     together, apart = (GlobalContrastive(0.3, temperature, rho=1.0) for _ in "12")
     for step in range(3):
         fields, ids, extra = a_batch(n)
         sample_ids = torch.arange(n).roll(4 * step) + 10**12
+        if step == 1:
+            assert len(apart.table) == len(together.table)
+            apart.table.divide(rank, len(sizes))
         want, want_rows, _ = loss_and_grads(fields, ids, extra, together, None, sample_ids=sample_ids)
         got, got_rows, _ = loss_and_grads(
             {f: v[rows] for f, v in fields.items()},
@@ -209,9 +213,12 @@ def check_memory(group, rank, sizes, driver, temperature):
         torch.testing.assert_close(got / len(sizes), want, rtol=1e-10, atol=1e-10)
         for a, b in zip(got_rows, want_rows, strict=True):
             torch.testing.assert_close(a / len(sizes), b[rows], rtol=1e-10, atol=1e-10)
-    assert apart.table.columns == together.table.columns and len(apart.table) == len(together.table) > 0
+    number = torch.tensor(len(apart.table))
+    dist.all_reduce(number, group=group)
+    assert apart.table.columns == together.table.columns and number == len(together.table) > 0
+    ids, everyone = (torch.arange(n) + 10**12)[rows], Everyone(group, sizes)
     for column in together.table.columns:
-        found, wanted = (o.table.read(torch.arange(n) + 10**12, column) for o in (apart, together))
+        found, wanted = apart.table.read(ids, column, everyone), together.table.read(ids, column)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 

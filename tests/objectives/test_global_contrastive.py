@@ -170,6 +170,28 @@ def test_a_table_keeps_what_a_dictionary_would():
     assert table.read(torch.tensor([17]), "x").isnan() and table.read(pool, "z").isnan().all()
 
 
+@pytest.mark.parametrize("ids", [torch.arange(40_000), torch.arange(40_000) * 2**20, torch.randint(-(2**62), 2**62, (40_000,))])
+@pytest.mark.parametrize("ranks", [2, 7, 512])
+def test_ranks_divide_a_table_evenly(ids, ranks):
+    """Each id belongs to one rank, and the shares are no fuller in some slots than in others: a search ends after a few."""
+    whole = SampleTable()
+    whole.write(ids, "x", torch.arange(len(ids)).float())
+    state, sizes, kept = whole.get_extra_state(), [], []
+    for rank in range(ranks) if ranks < 100 else (0, 100, 511):
+        table = SampleTable()
+        table.divide(rank, ranks)
+        table.set_extra_state(state)
+        slots, start = table._find_slots(table._content()[0], insert=False), table._start(table._content()[0])
+        assert ((slots - start) % len(table.keys)).float().mean() < 2
+        sizes.append(len(table))
+        kept.append(table._content()[0])
+        with pytest.raises(ValueError, match="divided among"):
+            table.divide(0, 3)
+    assert torch.cat(kept).unique().numel() == sum(sizes) and (sum(sizes) == len(ids) or ranks == 512)
+    expected = len(ids) / ranks
+    assert all(abs(size - expected) < 6 * expected**0.5 for size in sizes)
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_temperatures_rise_for_frequent_semantics_and_fall_for_rare_ones(seed):
     """iSogCLR's observation (arXiv:2305.11965): of 40 kinds with counts of a power law, members of the frequent ones have
