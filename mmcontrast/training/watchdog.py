@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from mmcontrast.training.distributed import end_now
 
 EXIT_CODE = 4
 GRACE = 5.0  # seconds to wait for the reports of the other ranks
+ANSWER = 10.0  # seconds in which the run's folder must take and give them
 FOLDER = "stalled"  # in a run's folder; holds a file for every rank
 
 
@@ -83,24 +84,39 @@ class Watchdog:
             f"step {self.step + 1}, rank {self.rank} on {socket.gethostname()}: {self.doing} for {waited:.0f} s, in"
             f" {stack[-1].name} at {stack[-1].filename}:{stack[-1].lineno}"
         )
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.report_file(self.rank).write_text(f"{line}\n\n{''.join(stack.format())}")
-        lines, deadline = [line], time.monotonic() + GRACE
+        frames, lines = "".join(stack.format()), [line]
+        has_answered = _in_time(lambda: self._exchange(line, frames, lines), ANSWER)
         if self.rank:
             time.sleep(GRACE)  # until the first rank has printed all: the launcher ends the others with it
             return
-        while self.world_size > 1 and len(lines) < self.world_size and time.monotonic() < deadline:
-            time.sleep(0.2)
-            files = [self.report_file(rank) for rank in range(self.world_size)]
-            lines = sorted(file.read_text().partition("\n")[0] for file in files if file.exists())
         silent = self.world_size - len(lines)
         event, seconds, option = self.limit
         reports = "\n".join(sorted(lines, key=lambda line: "waiting for a batch" not in line)[:32])
+        where = f"stacks are in {self.folder}" if has_answered else f"{self.folder} does not answer: does its file system hang?"
         print(
             f"error: stalled: no {event} for {seconds:.0f} s ({option})\n{reports}\n"
+            + ("" if has_answered else f"{frames}\n")
             + (f"{silent} ranks said nothing\n" if silent else "")
-            + f"stacks are in {self.folder}; the last checkpoint is untouched: continue with --resume",
+            + f"{where}; the last checkpoint is untouched: continue with --resume",
             file=sys.stderr,
             flush=True,
         )
+
+    def _exchange(self, line: str, frames: str, lines: list[str]) -> None:
+        """Write this rank's report; on the first rank, put the lines of all ranks that report in time into `lines`."""
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.report_file(self.rank).write_text(f"{line}\n\n{frames}")
+        deadline = time.monotonic() + GRACE
+        while self.rank == 0 and len(lines) < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.2)
+            files = [self.report_file(rank) for rank in range(self.world_size)]
+            lines[:] = sorted(file.read_text().partition("\n")[0] for file in files if file.exists()) or [line]
+
+
+def _in_time(work: Callable[[], None], seconds: float) -> bool:
+    """Return whether some work, which goes on in a thread, has ended within so many seconds."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

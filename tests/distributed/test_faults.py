@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -117,6 +119,39 @@ def test_an_endless_read_is_a_stall_of_the_loader(config_file, tmp_path, num_wor
     (line,) = [line for line in done.stderr.splitlines() if "rank 1 on" in line]
     assert "waiting for a batch for" in line and done.stderr.count("error: stalled") == 1
     assert [line for line in done.stderr.splitlines() if "rank 0 on" in line and "training for" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("bindfs") and Path("/dev/fuse").exists()), reason="needs bindfs and /dev/fuse")
+def test_a_file_system_that_hangs_ends_the_run_with_a_message(config_file, tmp_path):
+    """A FUSE file system, stopped in the middle of a run: code 4, the stack, and what does not answer; nothing that was saved
+    is lost, and the run goes on from there."""
+    folder, mount = tmp_path / "disk", tmp_path / "mount"
+    folder.mkdir()
+    mount.mkdir()
+    server = subprocess.Popen(["bindfs", "-f", str(folder), str(mount)])
+    try:
+        while not os.path.ismount(mount):
+            assert server.poll() is None
+            time.sleep(0.05)
+        limits = ["train.stall_seconds=6", "train.pause_stall_seconds=6", "train.checkpoint_every=1", *NO_EVALUATION]
+        process = start("train", config_file, f"run.dir={mount}", "train.steps=100000", *limits)
+        wait_for(folder / "small" / "checkpoints" / "step-00000002", process)
+        server.send_signal(signal.SIGSTOP)
+        code, (_, error) = process.wait(120), process.output()
+        assert code == 4, error[-3000:]
+        text = " ".join(error.split())
+        assert "error: stalled: no " in text and f"{mount}/small/stalled does not answer: does its file system hang?" in text
+        assert "rank 0 on" in text and 'File "' in text
+    finally:
+        server.send_signal(signal.SIGCONT)
+        server.terminate()
+        server.wait(60)
+    last = checkpoint.find(folder / "small" / "checkpoints", "last")
+    checkpoint.check(last)
+    done = int(last.name.removeprefix("step-"))
+    resumed = train(config_file, f"run.dir={folder}", f"train.steps={done + 2}", *NO_EVALUATION, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
 
 
 def start_training(config_file, tmp_path, *options, **how):

@@ -141,7 +141,11 @@ def test_a_memory_that_ranks_divide_goes_on_on_other_numbers_of_them(config_file
     convnext = "{type: timm, model: test_convnext, in_chans: 1, depths: [1, 1, 1, 1], dims: [8, 8, 16, 16]}"  # no batch norms
     change = [f"towers.image={convnext}", f"towers.audio={convnext}", "train.lr=1e-4", "data.lanes=4", *NO_EVALUATION]
     change += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
-    change += ["objective={type: global, temperature: individual, gamma: 0.5}", "train.checkpoint_every=2", "train.keep_checkpoints=3"]
+    change += [
+        "objective={type: global, temperature: individual, gamma: 0.5}",
+        "train.checkpoint_every=2",
+        "train.keep_checkpoints=3",
+    ]
     assert train(config_file, *change, "run.name=whole").returncode == 0
     for ranks, steps in ((2, 2), (4, 4), (1, 6)):
         resume = ["--resume"] if steps > 2 else []
