@@ -5,6 +5,7 @@ Shards come from torch's own `fully_shard`: accelerate's wrapping computes the l
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MethodType
@@ -96,7 +97,9 @@ def distribute(
             module.to(accelerator.device)
     for copy in copies:
         accelerator.prepare_model(copy, evaluation_mode=True)  # it computes in the same precision
-    prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=sharded)
+    with warnings.catch_warnings():  # accelerate does not know the option's name from torch 2.13 on
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=sharded)
     return prepared
 
 
