@@ -182,7 +182,7 @@ class WindowSearch:
         block = [(queries, self.table.vectors(self.query, queries))]
         (exact,) = self.exact(block)
         lists, value = index.nlist, 0.0
-        index.nprobe = max(1, lists // 64)
+        index.nprobe = 1
         while True:
             (approximate,) = self.approximate(index, block)
             sizes = (exact.candidates >= 0).sum(1)
