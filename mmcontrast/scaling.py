@@ -108,10 +108,12 @@ class Work:
         samples: of one device. at_a_time: of them, those whose activations exist at once.
         cuts: parts of the batch, each contrasted within itself (accumulation).
         forward, backward: FLOPs a sample. again: additional forwards, which fetch their weights again: 1 with gradient
-            caching. recomputed: FLOPs a sample of blocks that recompute.
+            caching. locked: FLOPs a sample of the forward that are not done again. recomputed: those of blocks that recompute.
         terms: pairs of fields. width, element, reductions, both: of their rows, as `passes` takes them.
         gradients, weights: bytes of reduced gradients, and of weights that are fetched for each pass if they are sharded.
         refetched: whether shards are fetched again for the backward.
+        shard_ranks: devices that share a copy of the weights; 0: all. reduced_once: shards of the gradients are reduced once
+            a step, not after every micro-batch.
     """
 
     samples: int
@@ -122,6 +124,7 @@ class Work:
     gradients: int
     cuts: int = 1
     again: int = 0
+    locked: float = 0.0
     recomputed: float = 0.0
     terms: int = 1
     element: int = 4
@@ -129,6 +132,8 @@ class Work:
     both: bool = True
     weights: int = 0
     refetched: bool = True
+    shard_ranks: int = 0
+    reduced_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,24 @@ class StepTime:
         return max(self.parts, key=lambda part: self.parts[part])
 
 
+def sharded_calls(work: Work, nodes: int, within: int) -> list[Calls]:
+    """Return what fetching weights in shards and reducing their gradients calls in a step: all-gathers and reduce-scatters
+    among the devices that share a copy of the weights, all-reduces of a shard among the copies (HSDP)."""
+    devices, micro_batches = nodes * within, math.ceil(work.samples / work.at_a_time)
+    ranks = min(work.shard_ranks or devices, devices)
+    copies, reductions = devices // ranks, 1 if work.reduced_once else micro_batches
+    nodes_of_copy = max(1, ranks // within)
+    fetches = micro_batches * (1 + work.again + work.refetched)
+    fetched = fetches * work.weights * (ranks - 1) // ranks
+    reduced = reductions * work.gradients * (ranks - 1) // ranks
+    calls = [Calls("all_gather", ranks, nodes_of_copy, fetches, 1, fetched)]
+    calls.append(Calls("reduce_scatter", ranks, nodes_of_copy, reductions, 1, reduced))
+    if copies > 1:
+        among_copies = reductions * 2 * (work.gradients // ranks) * (copies - 1) // copies
+        calls.append(Calls("all_reduce", copies, nodes // nodes_of_copy, reductions, 1, among_copies))
+    return [call for call in calls if call.ranks > 1]
+
+
 def step_time(
     work: Work, nodes: int, within: int, machine: Machine, towers_rate: float, scheme: Scheme | None = None
 ) -> StepTime:
@@ -181,7 +204,7 @@ def step_time(
     """
     devices, rows = nodes * within, work.samples // work.cuts
     losses = work.terms * work.cuts
-    forward_again = work.again * work.forward + work.recomputed
+    forward_again = work.again * (work.forward - work.locked) + work.recomputed
     towers = work.samples * (work.forward + work.backward + forward_again) / towers_rate
     products = products_seconds(rows, rows * devices, work.width, machine)
     both_passes = passes(work.width, work.element, work.reductions, both=work.both)
@@ -206,13 +229,8 @@ def step_time(
     fastest = min(candidates, key=lambda name: schemes[name].waits)
     reduction, hidden = 0.0, 0.0
     if devices > 1:
-        micro_batches = math.ceil(work.samples / work.at_a_time)
         if work.weights:
-            fetches = micro_batches * (1 + work.again + work.refetched)
-            sent_bytes = work.weights * (devices - 1) // devices
-            reduction = Calls("all_gather", devices, nodes, fetches, 1, fetches * sent_bytes).seconds(machine)
-            reduced = Calls("reduce_scatter", devices, nodes, 1, 1, work.gradients * (devices - 1) // devices)
-            reduction, hidden = reduction + reduced.seconds(machine), towers
+            reduction, hidden = sum(call.seconds(machine) for call in sharded_calls(work, nodes, within)), towers
         else:
             sent_bytes = 2 * work.gradients * (devices - 1) // devices
             reduction = Calls("all_reduce", devices, nodes, 1, 1, sent_bytes).seconds(machine)

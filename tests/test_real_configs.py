@@ -32,7 +32,11 @@ from mmcontrast.training.cost import fakes
 from mmcontrast.training.loop import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-REAL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("quickstart", "letters", "stamps", "emoji", "emoji-together"))
+REAL = sorted(
+    path.stem
+    for path in CONFIGS.glob("*.yaml")
+    if path.stem not in ("quickstart", "letters", "stamps", "emoji", "emoji-together")
+)
 # the architectures of FacebookAI/roberta-base and of the first layer of FacebookAI/xlm-roberta-large, which the hub has
 ARCHITECTURES = {
     "clap": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),

@@ -11,7 +11,7 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.plan import plan_run
-from mmcontrast.scaling import Cluster, Work, link_of, step_time
+from mmcontrast.scaling import Cluster, Work, link_of, sharded_calls, step_time
 from mmcontrast.score.traffic import MACHINES, Link, Machine, loss_calls, passes, with_links
 from tests.training.teaching import write_config
 
@@ -48,6 +48,35 @@ def test_terms_cuts_and_shards():
     assert cut.schemes["ring"].calls == 2 * one.schemes["ring"].calls
     sharded = step_time(replace(WORK, weights=4 * 10**8), 4, 2, MACHINE, 1e12)
     assert sharded.reduction > 2 * one.reduction  # of each of four micro-batches the weights twice
+
+
+def test_copies_of_shards_and_one_reduction_a_step_by_hand():
+    """Four micro-batches on four nodes of two: whole and as copies on each node (HSDP), reduced each time and once."""
+    size = 4 * 10**8
+    work = replace(WORK, weights=size)
+    gather, scatter = sharded_calls(work, 4, 2)
+    assert (gather.ranks, gather.nodes, gather.count, gather.sent) == (8, 4, 8, 8 * size * 7 // 8)
+    assert (scatter.kind, scatter.count, scatter.sent) == ("reduce_scatter", 4, 4 * size * 7 // 8)
+    assert sharded_calls(replace(work, reduced_once=True), 4, 2)[1].sent == size * 7 // 8
+    gather, scatter, among = sharded_calls(replace(work, shard_ranks=2), 4, 2)
+    assert (gather.ranks, gather.nodes, gather.sent) == (2, 1, 8 * size // 2) and scatter.sent == 4 * size // 2
+    assert (among.kind, among.ranks, among.nodes, among.count) == ("all_reduce", 4, 4, 4)
+    assert among.sent == 4 * 2 * (size // 2) * 3 // 4
+    slow = with_links(MACHINE, between=Link(1e-6, 1e9))
+    assert step_time(replace(work, shard_ranks=2), 4, 2, slow, 1e12).reduction < step_time(work, 4, 2, slow, 1e12).reduction
+    assert [call.kind for call in sharded_calls(replace(work, shard_ranks=1), 4, 2)] == ["all_reduce"]
+
+
+def test_a_locked_tower_is_not_run_again():
+    cached = step_time(replace(WORK, again=1, locked=0.4e9), 1, 1, MACHINE, 1e12)
+    assert cached.parts["towers"] == pytest.approx(3.0 + 0.6)
+    plain, cached = (
+        plan_run(load_config(CONFIGS / "lit.yaml", ["train.batch_size=64", f"train.micro_batch_size={micro}"]))
+        for micro in ("null", 32)
+    )
+    assert plain.towers["image"].learning == 0 < plain.towers["text"].learning
+    again = cached.time.parts["towers"] / plain.time.parts["towers"] - 1
+    assert again == pytest.approx(plain.towers["text"].flops / plain.flops_per_sample, rel=1e-6)
 
 
 def test_schemes_count_what_the_formulas_count():

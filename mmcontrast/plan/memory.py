@@ -64,12 +64,13 @@ def optimizer_state(model: nn.Module, options: TrainOptions) -> tuple[int, list[
 
 def resident_memory(model: ContrastiveModel, options: TrainOptions, devices: int, optimizer_bytes: int) -> dict[str, int]:
     """Return the bytes that stay allocated from the first step to the last: weights, their copies and the optimizer's state.
-    fsdp shards them over the devices, and fetches one block and the next, with what is in no block (all, if
-    `reshard_after_forward` is false)."""
+    fsdp shards them over the devices, or over those that share a copy, and fetches one block and the next, with what is in no
+    block (all, if `reshard_after_forward` is false)."""
     sharded = options.parallel == "fsdp" and devices > 1
     weights = size([*model.parameters(), *model.buffers()])
-    share = math.ceil(weights / devices) if sharded else weights
-    memory = {"weights": share, "optimizer state": math.ceil(optimizer_bytes / devices) if sharded else optimizer_bytes}
+    parts = min(options.shard_ranks or devices, devices) if sharded else 1
+    share = math.ceil(weights / parts)
+    memory = {"weights": share, "optimizer state": math.ceil(optimizer_bytes / parts)}
     if sharded:
         blocks = [size(block.parameters()) for tower in map(model.tower, model.towers) for block in tower.blocks().values()]
         at_once = sorted(blocks)[-2:] if options.reshard_after_forward else blocks

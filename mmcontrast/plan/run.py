@@ -188,12 +188,15 @@ def step_work(
         gradients=size(p for p in model.parameters() if p.requires_grad),
         cuts=options.accumulation_steps,
         again=int(bool(options.micro_batch_size)),
+        locked=sum(flops.forward[field] for field, tower in model.tower_of.items() if model.is_locked(tower)),
         recomputed=recomputed,
         terms=num_terms,
         reductions=len(objective.reductions),
         both=objective.both_directions,
         weights=size(model.parameters()) if options.parallel == "fsdp" else 0,
         refetched=options.reshard_after_forward,
+        shard_ranks=options.shard_ranks or 0,
+        reduced_once=options.reduce_gradients == "step",
     )
 
 
