@@ -194,6 +194,7 @@ def embed(
     from mmcontrast.embedding_job import embed_shards
     from mmcontrast.evaluation import TableSlice
 
+    was_complete = (out / "manifest.json").exists()
     complete = embed_shards(
         model, ShardOptions(shards=data, keys=read_keys(keys or ()), files=files, select=select), out,
         part=TableSlice.parse(out, part) if part else None,
@@ -204,6 +205,8 @@ def embed(
     if complete:
         table = json.loads((out / "manifest.json").read_text())
         console.print(f"{out}: {table['rows']} samples, fields {', '.join(table['fields'])}", highlight=False)
+        if was_complete:
+            console.print("it was complete: nothing was embedded; to embed again, remove it", highlight=False)
     elif part:
         console.print(f"slice {part} of {out}", highlight=False)
 

@@ -101,6 +101,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "objectives/sample_table.py": ("objectives/test_global_contrastive.py", "SampleTable"),
     "objectives/signals.py": ("objectives/test_contrastive_loss.py", "signals"),
     "options.py": ("test_config.py", "did you mean"),
+    "permissions.py": ("evaluation/test_embedding_tables.py", "st_mode"),
     "plan/memory.py": ("test_plan.py", "micro_batch_size"),
     "plan/result.py": ("test_plan.py", "verdict"),
     "plan/run.py": ("test_plan.py", "plan_run"),

@@ -50,7 +50,7 @@ class Filter(Stage):
 
     @property
     def file_columns(self) -> frozenset[str]:
-        keys = {key for rule in self.rules if rule.field != "text" for key in rule.keys(self.fields)}
+        keys = {key for rule in self.rules if rule.reads_files for key in rule.keys(self.fields)}
         return FILE_COLUMNS | {key for key in keys if ":" not in key}
 
     def measure(self, shard: ShardIndex, rows: np.ndarray, previous: pa.Table | None) -> pa.Table:

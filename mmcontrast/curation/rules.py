@@ -50,6 +50,11 @@ class Rule(Options):
         return members_of_keys(self.keys(fields))
 
     @property
+    def reads_files(self) -> bool:
+        """Return whether a text in a table's column of the rule's is the path of a file."""
+        return self.field != "text"
+
+    @property
     def measure_name(self) -> str:
         return self.type
 
@@ -269,6 +274,10 @@ class Readable(Rule):
     type: Literal["readable"]
     of: Literal["image", "audio", "text"] = "image"
     column_type: ClassVar[pa.DataType] = pa.bool_()
+
+    @property
+    def reads_files(self) -> bool:
+        return self.of != "text"
 
     @property
     def measure_name(self) -> str:

@@ -6,7 +6,7 @@ give up their rows in large groups, an Arrow copy is made once in the cache fold
 
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,6 +199,21 @@ class TableIndex(ShardIndex):
                 raise DecodeError(f"{path} cannot be read: {error.strerror}") from error
         return member_of(value)
 
+    def states_of_files(self, extensions: Iterable[str]) -> Iterator[str]:
+        """Yield the size and the time of every file that these columns name, "" where there is none, row by row."""
+        for extension in sorted({*extensions} & {*self.extensions}):
+            for value in self.table[extension]:
+                path = value.as_py()
+                if isinstance(path, dict):
+                    path = path.get("path") if path.get("bytes") is None else None
+                elif extension not in self.file_columns:
+                    break
+                try:
+                    status = self._resolve(path).stat() if isinstance(path, str) else None
+                except (OSError, ValueError, RuntimeError, DecodeError):
+                    status = None
+                yield f"{status.st_size} {status.st_mtime_ns}" if status else ""
+
     def _resolve(self, name: str) -> Path:
         path = (self.folder / name).resolve()
         if not path.is_relative_to(self.folder.resolve()):
@@ -249,7 +264,7 @@ def refuse_repeated_ids(shards: Iterable[ShardIndex]) -> None:
     Raises:
         UserError: if a sample_id is that of two rows.
     """
-    tables = list({shard.name: shard for shard in shards if "sample_id" in shard.extensions and _table_behind(shard)}.values())
+    tables = list({shard.name: shard for shard in shards if "sample_id" in shard.extensions and table_behind(shard)}.values())
     if not tables or sum(map(len, tables)) > CHECKED_ROWS:
         return
     try:
@@ -275,14 +290,14 @@ def refuse_repeated_ids(shards: Iterable[ShardIndex]) -> None:
     )
 
 
-def _table_behind(shard: ShardIndex) -> TableIndex | None:
+def table_behind(shard: ShardIndex) -> TableIndex | None:
     """Return the table whose rows a shard holds, None of a shard of another kind."""
     table = shard.shard if isinstance(shard, ShardPart) else shard
     return table if isinstance(table, TableIndex) else None
 
 
 def _id_column(shard: ShardIndex) -> pa.ChunkedArray:
-    table = _table_behind(shard)
+    table = table_behind(shard)
     assert table is not None
     column = table._column("sample_id").cast(pa.large_string())
     return column.take(pa.array(shard.rows)) if isinstance(shard, ShardPart) else column

@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError
 
 from mmcontrast.data import ShardDataset
+from mmcontrast.data.keys import member_name
 from mmcontrast.data.range_cache import cache_root
+from mmcontrast.data.tables import table_behind
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.models import ContrastiveModel
 
@@ -69,16 +71,29 @@ def update_hash(digest: "hashlib.blake2b", value: Any, inside: tuple[int, ...] =
 
 def table_folder(model: str, dataset: ShardDataset, root: Path | None = None) -> Path:
     """Return the folder of the table of a data set by the model with that fingerprint: $MMCONTRAST_CACHE/embeddings/…. It
-    changes with the files of the data."""
+    changes with the files of the data, those that a table names too."""
     digest = hashlib.blake2b(f"{model} {dataset.digest} {dataset.keys}".encode(), digest_size=16)
     for shard in dataset.shards:
         digest.update(shard.name.encode())
         if os.path.exists(shard.name):
             digest.update(str(os.stat(shard.name).st_mtime_ns).encode())
+    digest.update(files_digest(dataset).encode())
     update_hash(digest, dataset.modalities)
     if dataset.templates:
         update_hash(digest, dataset.templates)
     return (root or cache_root() / "embeddings") / digest.hexdigest()
+
+
+def files_digest(dataset: ShardDataset) -> str:
+    """Return a digest of the sizes and times of the files that tables name, "" where no table names one."""
+    extensions = {member_name(key) for keys in dataset.keys.values() for key in keys}
+    digest, any_file = hashlib.blake2b(digest_size=16), False
+    for shard in dataset.shards:
+        if (table := table_behind(shard)) is not None:
+            for state in table.states_of_files(extensions):
+                digest.update(f"{state},".encode())
+                any_file = True
+    return digest.hexdigest() if any_file else ""
 
 
 def keep(table: EmbeddingTable, folder: Path, description: Mapping[str, str]) -> None:

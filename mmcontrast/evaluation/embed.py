@@ -22,9 +22,10 @@ from torch import Tensor
 
 from mmcontrast.data import MixtureDataset, ShardDataset, all_batches
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.finite import check_finite
+from mmcontrast.evaluation.finite import check_finite, check_unit
 from mmcontrast.modalities import TextModality
 from mmcontrast.models import ContrastiveModel
+from mmcontrast.permissions import open_to_others
 from mmcontrast.score import Lorentz
 from mmcontrast.strict_json import dumps
 from mmcontrast.types import ABSENT, Batch
@@ -82,14 +83,17 @@ class EmbeddingTable:
             self.curvature,
         )
 
-    def write(self, folder: Path, description: dict[str, Any] | None = None) -> None:
+    def write(self, folder: Path | str, description: dict[str, Any] | None = None) -> None:
         """Write `part-00000.safetensors` (one tensor a field, `present.<field>`), `part-00000.parquet` (key, sample_id,
         group_id, metadata as JSON) and so on, and last `manifest.json`, which also holds `description`.
 
         Raises:
             UserError: if the folder already holds a table.
         """
+        folder = Path(folder)
         self.refuse_to_overwrite(folder)
+        self.check_shapes(str(folder))
+        self.check_finite(str(folder))
         folder.mkdir(parents=True, exist_ok=True)
         manifest = self.write_parts(folder)
         write_json(folder / MANIFEST, manifest | (description or {}))  # last: a table with a manifest is complete
@@ -99,9 +103,10 @@ class EmbeddingTable:
         parts = []
         for number, start in enumerate(range(0, max(len(self), 1), PART_ROWS), first):
             rows, name = slice(start, start + PART_ROWS), f"part-{number:05d}"
-            tensors = {field: values[rows].contiguous() for field, values in self.fields.items()}
-            tensors |= {f"present.{field}": present[rows].contiguous() for field, present in self.present.items()}
+            tensors = {field: values[rows].float().contiguous() for field, values in self.fields.items()}
+            tensors |= {f"present.{field}": present[rows].clone() for field, present in self.present.items()}
             save_file(tensors, folder / f"{name}.safetensors")
+            open_to_others(folder / f"{name}.safetensors")
             columns = {
                 "key": [entry.get("key") for entry in self.metadata[rows]],
                 "sample_id": self.sample_ids[rows].tolist(),
@@ -127,12 +132,13 @@ class EmbeddingTable:
             raise UserError(f"{folder} is not a folder")
 
     @classmethod
-    def read(cls, folder: Path) -> "EmbeddingTable":
+    def read(cls, folder: Path | str) -> "EmbeddingTable":
         """Read a table from its folder.
 
         Raises:
             UserError: if the folder holds no complete table, or one with embeddings that are not finite.
         """
+        folder = Path(folder)
         if not (folder / MANIFEST).exists():
             raise UserError(f"{folder} holds no complete embedding table (no {MANIFEST})")
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -149,15 +155,29 @@ class EmbeddingTable:
         table.check_finite(str(folder))
         return table
 
+    def check_shapes(self, name: str) -> None:
+        """Check that all fields have a row a sample, and rows of one width.
+
+        Raises:
+            UserError: for the first field that does not.
+        """
+        width = next(iter(self.fields.values())).shape[1]
+        for field, rows in self.fields.items():
+            if rows.shape != (len(self), width) or len(self.present[field]) != len(self):
+                raise UserError(
+                    f"{name}, field {field!r}: embeddings {list(rows.shape)} and {len(self.present[field])} marks of presence,"
+                    f" where there are {len(self)} samples of {width} numbers"
+                )
+
     def check_finite(self, name: str, position_of: Callable[[int], str] = lambda row: f"row {row}") -> None:
-        """Check that all embeddings are finite.
+        """Check that all embeddings are finite, and of length 1 unless they are hyperbolic.
 
         Args:
             name: of the table or the split.
             position_of: describes where a row of the table comes from, for the message.
 
         Raises:
-            UserError: for the first sample and field whose embedding is not finite.
+            UserError: for the first sample and field whose embedding is not.
         """
 
         def row_name(field: str, present_rows: Tensor, number: int) -> str:
@@ -168,6 +188,8 @@ class EmbeddingTable:
         for field, rows in self.fields.items():
             present_rows = self.present[field].nonzero().squeeze(1)
             check_finite(rows[present_rows], partial(row_name, field, present_rows))
+            if self.curvature is None:
+                check_unit(rows[present_rows], partial(row_name, field, present_rows))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

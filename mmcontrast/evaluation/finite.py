@@ -1,4 +1,4 @@
-"""Check embeddings for NaN and infinity right after they are computed or read."""
+"""Check embeddings for NaN and infinity, and for their length, right after they are computed or read."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from mmcontrast.errors import UserError
+
+LENGTH = 0.01  # by which a unit row's length may differ from 1: in bf16 it does by 0.004
 
 
 def check_finite(rows: Tensor, name_of: Callable[[int], str]) -> None:
@@ -24,4 +26,23 @@ def check_finite(rows: Tensor, name_of: Callable[[int], str]) -> None:
         raise UserError(
             f"{name_of(bad_rows[0])}: the embedding is not finite (NaN or infinity){others}: the model's weights are not, or"
             " the towers overflow in this precision; use a sound checkpoint, or fp32"
+        )
+
+
+def check_unit(rows: Tensor, name_of: Callable[[int], str]) -> None:
+    """Raise an error for the first row of embeddings [N, D] whose length is not 1.
+
+    Args:
+        name_of: names a row, for the message.
+
+    Raises:
+        UserError: if any is not: products of such rows are no cosines.
+    """
+    lengths = rows.float().norm(dim=1)
+    wrong = (lengths - 1).abs() > LENGTH
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise UserError(
+            f"{name_of(row)}: the embedding's length is {lengths[row]:.4g}, not 1 ({int(wrong.sum())} of {len(rows)} are so):"
+            " normalize the rows first, as torch.nn.functional.normalize does"
         )

@@ -19,6 +19,7 @@ from mmcontrast.export.samples import Samples, given_samples, made_samples
 from mmcontrast.libraries import library_errors
 from mmcontrast.modalities.library import LibraryImages
 from mmcontrast.models import ContrastiveModel
+from mmcontrast.permissions import open_to_others
 from mmcontrast.strict_json import dumps
 
 PARITY = "parity.json"
@@ -116,6 +117,7 @@ def write_export(
             parity |= measure(embedder, chosen, test_samples, writer.reopen(partial, chosen, embedder.model), tolerance)
         (partial / PARITY).write_text(dumps(parity, indent=1), encoding="utf-8")
         write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, [*notes, *writer_notes], run)
+        open_to_others(*(file for file in partial.rglob("*") if file.is_file()))
         replace_folder(partial, out)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error}") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.embed import MANIFEST
-from mmcontrast.evaluation.finite import check_finite
+from mmcontrast.evaluation.finite import check_finite, check_unit
 from mmcontrast.score import Lorentz
 
 FORMATS = ("mmcontrast embedding table 1", "mmcontrast embedding table 2")  # 2: of a hyperbolic model
@@ -178,6 +178,8 @@ class StoredTable:
             return f"{self.folder}, field {field!r}, row {rows[position]}, sample {self.about(int(rows[position]))[0]!r}"
 
         check_finite(torch.from_numpy(vectors), name_of)
+        if self.distances is None:
+            check_unit(torch.from_numpy(vectors), name_of)
 
     def blocks(self, field: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (rows int64 [R], vectors float32 [R, D]) of all rows that have the field, in order.

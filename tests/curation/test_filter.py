@@ -113,6 +113,21 @@ def test_a_picture_that_breaks_off_is_found_by_decoding_it(tmp_path):
     assert reasons(frame)[0] is None and reasons(frame)[1].startswith("picture unreadable (")
 
 
+@pytest.mark.parametrize("by", ["keys", "rule"])
+def test_pictures_that_a_table_names_in_any_column_are_decoded(tmp_path, by):
+    whole = jpeg(3, 400, 300)
+    for name, data in (("a", whole), ("b", whole[: len(whole) // 2])):
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    pd.DataFrame({"path": ["a.jpg", "b.jpg", "c.jpg"], "title": ["a fox", "a hen", "a cow"]}).to_csv(
+        tmp_path / "x.csv", index=False
+    )
+    rule = {"type": "readable"} | ({"key": ["path"]} if by == "rule" else {})
+    rules = {"rules": [rule]} | ({"keys": {"image": ["path"]}} if by == "keys" else {})
+    run_stage(Filter(parse_rules(rules, "rules")), str(tmp_path / "x.csv"), tmp_path / "out", workers=1)
+    (part,) = (tmp_path / "out" / "parts").iterdir()
+    assert pq.read_table(part)["keep"].to_pylist() == [True, False, False]
+
+
 def test_numbers_of_the_json_and_of_tables(tmp_path):
     scores = [0.31, "0.29", None, "n/a", True, float("nan"), 10**400, 0.28]
     samples = [pair(0, row, similarity=score) for row, score in enumerate(scores)]
