@@ -129,7 +129,8 @@ def load_suite(suite: str | Path | EvaluationOptions, overrides: Sequence[str] =
     else:
         path, tree = str(suite), read_yaml(suite)
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no mapping of options")
+        name = Path(path).name
+        raise UserError(f"{path} holds no mapping of options: a suite is a YAML file, as `splits: {{val: {name}}}`")
     for override in overrides:
         _apply(tree, override)
     _read_tasks(tree, path)

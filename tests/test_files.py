@@ -70,6 +70,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "evaluation/clip_benchmark_layout.py": ("evaluation/test_suites.py", "layout"),
     "evaluation/options.py": ("evaluation/test_suites.py", "EvaluationOptions"),
     "evaluation/prompts.py": ("evaluation/test_labels.py", "prompts"),
+    "evaluation/repeats.py": ("evaluation/test_embedding_tables.py", "repeats_note"),
     "evaluation/results.py": ("evaluation/test_labels.py", "evaluation.results"),
     "evaluation/retrieval.py": ("evaluation/test_rankings.py", "evaluation.retrieval"),
     "evaluation/retrieval_tasks.py": ("evaluation/test_suites.py", "retrieval.graded"),

@@ -121,7 +121,10 @@ def collate(samples: list[Sample], modalities: Mapping[str, Modality], views: Se
         if sample.error and sample.lost:
             return f"{sample.error}. When it can be read again, --resume continues the run"
         if sample.error:
-            return f"{sample.error}; repair or remove the sample (`mmcontrast data verify` finds all of them)"
+            return (
+                f"{sample.error}; repair or remove the sample, or leave such ones out: `mmcontrast data filter` with the rule"
+                " readable, then its selection (`mmcontrast data verify` finds all of them)"
+            )
     ids = torch.tensor([s.sample_id for s in samples]), torch.tensor([s.group_id for s in samples])
     return Batch(
         *stack_fields([s.values for s in samples], modalities),

@@ -89,6 +89,7 @@ def _verify(
         for (path, _), result in zip(jobs, decoded, strict=True):
             _merge(results[path], result)
     faults += [fault for result in results.values() for fault in result.faults] + _repeated_ids(results)
+    faults += _missing_files(results)
     if reading.as_training and not faults:
         faults += _training_faults(patterns, reading)
     report = {
@@ -121,17 +122,23 @@ def _training_faults(patterns: str | Sequence[str], reading: Reading) -> list[Fa
     return []
 
 
+def _missing_files(results: Mapping[str, Decoded]) -> list[Fault]:
+    """Return a fault for each column that names files that are not there, and was not decoded."""
+    return [
+        Fault(path, f"column {name!r} names {count} files, {missing} of which are missing: --keys FIELD={name} says which")
+        for path, result in results.items()
+        for name, count in result.named.items()
+        if (missing := result.missing[name])
+    ]
+
+
 def _undecoded_notes(results: Mapping[str, Decoded], reading: Reading) -> list[str]:
     """Return a line for each kind of member, column or sample that was not decoded."""
     untried: Counter[str] = sum((result.untried for result in results.values()), Counter())
     lines = [f"{count} members .{name}" for name, count in untried.most_common()]
     for path, result in results.items():
         for name, count in result.named.items():
-            missing = result.missing[name]
-            lines.append(
-                f"{path}: column {name!r} has {count} names of files, {missing} of which are not there: "
-                f"--keys FIELD={name} decodes them"
-            )
+            lines.append(f"{path}: column {name!r} names {count} files, which were not read: add --keys FIELD={name}")
     if empty := sum(result.empty for result in results.values()):
         first = next(f"{path}, {result.first_empty}" for path, result in results.items() if result.first_empty)
         fields = " or ".join(reading.fields) if reading.as_training else "member that is known"

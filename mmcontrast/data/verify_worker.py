@@ -46,7 +46,9 @@ class Fault:
     where: str = ""
 
     def __str__(self) -> str:
-        return f"{self.shard}{self.where and f', {self.where}: '}{self.error}"
+        if not self.where:
+            return self.error if self.error.startswith(self.shard) else f"{self.shard}: {self.error}"
+        return f"{self.shard}, {self.where}: {self.error}"
 
 
 @dataclass(frozen=True)

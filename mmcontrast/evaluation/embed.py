@@ -93,7 +93,8 @@ class EmbeddingTable:
         folder = Path(folder)
         self.refuse_to_overwrite(folder)
         self.check_shapes(str(folder))
-        self.check_finite(str(folder))
+        if self.curvature is None:
+            self._check_rows(str(folder), check_unit)
         folder.mkdir(parents=True, exist_ok=True)
         manifest = self.write_parts(folder)
         write_json(folder / MANIFEST, manifest | (description or {}))  # last: a table with a manifest is complete
@@ -180,6 +181,13 @@ class EmbeddingTable:
             UserError: for the first sample and field whose embedding is not.
         """
 
+        self._check_rows(name, check_finite, position_of)
+        if self.curvature is None:
+            self._check_rows(name, check_unit, position_of)
+
+    def _check_rows(
+        self, name: str, check: Callable[..., None], position_of: Callable[[int], str] = lambda row: f"row {row}"
+    ) -> None:
         def row_name(field: str, present_rows: Tensor, number: int) -> str:
             row = int(present_rows[number])
             key = self.metadata[row].get("key") if row < len(self.metadata) else None
@@ -187,9 +195,7 @@ class EmbeddingTable:
 
         for field, rows in self.fields.items():
             present_rows = self.present[field].nonzero().squeeze(1)
-            check_finite(rows[present_rows], partial(row_name, field, present_rows))
-            if self.curvature is None:
-                check_unit(rows[present_rows], partial(row_name, field, present_rows))
+            check(rows[present_rows], partial(row_name, field, present_rows))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

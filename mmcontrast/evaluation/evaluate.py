@@ -21,6 +21,7 @@ from mmcontrast.evaluation.embed import EmbeddingTable, embed_dataset, embed_tog
 from mmcontrast.evaluation.geometry import HUB_NEIGHBOURS, alignment, effective_rank, hubness, modality_gap, uniformity
 from mmcontrast.evaluation.labels import ClassLabels, entries_of, labels_ahead
 from mmcontrast.evaluation.options import BridgeOptions, EvaluationOptions, ProbeOptions, ZeroShotOptions
+from mmcontrast.evaluation.repeats import repeats_note
 from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval_inputs import embed_captions
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
@@ -84,6 +85,9 @@ def evaluate(
                 evaluation.add_prefixes(target, width)
         if first:
             evaluation.tables[split] = table
+            for field in table.fields:
+                repeated = None if isinstance(model.modality(field), TextModality) else repeats_note(table, split, field)
+                evaluation.notes += [repeated] if repeated else []
             if options.geometry:
                 add_geometry(evaluation, f"{split}/geometry", table)
     for name, probe_task in options.probes.items():

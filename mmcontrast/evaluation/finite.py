@@ -29,17 +29,18 @@ def check_finite(rows: Tensor, name_of: Callable[[int], str]) -> None:
         )
 
 
-def check_unit(rows: Tensor, name_of: Callable[[int], str]) -> None:
+def check_unit(rows: Tensor, name_of: Callable[[int], str], zero_too: bool = False) -> None:
     """Raise an error for the first row of embeddings [N, D] whose length is not 1.
 
     Args:
         name_of: names a row, for the message.
+        zero_too: a row may be zero, as that of a sample that lacks a field.
 
     Raises:
         UserError: if any is not: products of such rows are no cosines.
     """
     lengths = rows.float().norm(dim=1)
-    wrong = (lengths - 1).abs() > LENGTH
+    wrong = ((lengths - 1).abs() > LENGTH) & ~(zero_too & (lengths == 0))
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise UserError(

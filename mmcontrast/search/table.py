@@ -78,7 +78,8 @@ class StoredTable:
             self._starts = np.cumsum([0, *(int(part["rows"]) for part in self.manifest["parts"])])
         except OSError as error:
             raise UserError(
-                f"{folder} holds no complete embedding table (no {MANIFEST}): make one with mmcontrast embed"
+                f"{folder} holds no complete embedding table (no {MANIFEST}): mmcontrast embed makes one, and docs/tables.md"
+                " one of vectors of your own"
             ) from error
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             if isinstance(error, UserError):
@@ -170,16 +171,16 @@ class StoredTable:
             inner = torch.from_numpy(rows[positions] - self._starts[part])
             vectors[positions] = self._parts[part][field][inner].float().numpy()
         if check:
-            self._check_finite(field, vectors, rows)
+            self._check_rows(field, vectors, rows, rows_may_lack_it=True)
         return vectors
 
-    def _check_finite(self, field: str, vectors: np.ndarray, rows: np.ndarray) -> None:
+    def _check_rows(self, field: str, vectors: np.ndarray, rows: np.ndarray, rows_may_lack_it: bool = False) -> None:
         def name_of(position: int) -> str:
             return f"{self.folder}, field {field!r}, row {rows[position]}, sample {self.about(int(rows[position]))[0]!r}"
 
         check_finite(torch.from_numpy(vectors), name_of)
         if self.distances is None:
-            check_unit(torch.from_numpy(vectors), name_of)
+            check_unit(torch.from_numpy(vectors), name_of, zero_too=rows_may_lack_it)
 
     def blocks(self, field: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (rows int64 [R], vectors float32 [R, D]) of all rows that have the field, in order.
@@ -195,7 +196,7 @@ class StoredTable:
                 with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:  # its pages are freed at the end
                     vectors = file.get_slice(field)[first : first + BLOCK_ROWS][inner].float().numpy()
                 rows = inner.numpy() + first + start
-                self._check_finite(field, vectors, rows)
+                self._check_rows(field, vectors, rows)
                 yield rows, vectors
 
     def columns(self, *names: str) -> Iterator[pa.Table]:

@@ -309,7 +309,10 @@ def test_files_of_columns_with_names_of_their_own_are_decoded(tmp_path):
     (tmp_path / "pictures" / "1.png").write_bytes(b"no picture")
     (tmp_path / "x.csv").write_text("photo,text\n" + "".join(f"pictures/{k}.png,words {k}\n" for k in range(3)))
     plain = verify_shards(str(tmp_path / "x.csv"), 1, progress=False)
-    assert not plain["faults"] and "column 'photo' has 3 names of files, 1 of which are not there" in plain["notes"][0]
+    assert [fault["error"] for fault in plain["faults"]] == [
+        "column 'photo' names 3 files, 1 of which are missing: --keys FIELD=photo says which"
+    ]
+    assert "column 'photo' names 3 files, which were not read: add --keys FIELD=photo" in plain["notes"][0]
     for field in ("image", "photo"):
         report = verify_shards(str(tmp_path / "x.csv"), 1, progress=False, reading=_reading([f"{field}=photo"], None))
         assert [fault["sample"] for fault in report["faults"]] == ["x-1", "x-2"]

@@ -13,6 +13,7 @@ from mmcontrast.data import ShardDataset
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.evaluation.cache import table_folder
+from mmcontrast.evaluation.repeats import repeats_note
 from mmcontrast.modalities import ImageModality
 from mmcontrast.search.table import StoredTable
 
@@ -20,7 +21,8 @@ from mmcontrast.search.table import StoredTable
 def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr("mmcontrast.evaluation.embed.PART_ROWS", 2)
     table = EmbeddingTable(
-        {"image": F.normalize(torch.randn(5, 4))}, {"image": torch.rand(5) < 0.5}, torch.arange(5), torch.tensor([0, 0, 1, 1, 2**40]),
+        {"image": F.normalize(torch.randn(5, 4))}, {"image": torch.rand(5) < 0.5},
+        torch.arange(5), torch.tensor([0, 0, 1, 1, 2**40]),
         [{"key": f"k{k}", "name": "é"} for k in range(5)],
     )  # fmt: skip
     table.write(tmp_path / "t")
@@ -32,7 +34,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
 
 
 def test_rows_that_are_no_unit_vectors_are_refused_when_written_and_when_read(tmp_path):
-    """Also by what reads a table block by block, and of two fields that share one mask; float16 is stored as the manifest says."""
+    """Also by what reads a table block by block. Two fields may share a mask; float16 is stored as the manifest says."""
     present, ids = torch.tensor([True, True, False]), torch.arange(3)
     unit = F.normalize(torch.randn(3, 4)) * present[:, None]
     table = EmbeddingTable(
@@ -79,3 +81,18 @@ def test_embeddings_are_kept_for_the_files_that_a_table_names_as_they_are(tmp_pa
     assert second != first
     (tmp_path / "b.png").unlink()
     assert folder() not in (first, second)
+
+
+def test_pictures_that_rows_of_several_groups_share_are_noted():
+    """Five captions of a picture in a CSV without group_id: each copy is a wrong answer for the others."""
+    rows = F.normalize(torch.randn(4, 8))[torch.tensor([0, 0, 1, 1, 2, 3])]
+    present, ids = torch.tensor([True] * 5 + [False]), torch.arange(6)
+    table = EmbeddingTable({"image": rows}, {"image": present}, ids, ids, [{"key": ""}] * 6)
+    assert repeats_note(table, "val", "image") == (
+        "val: 4 of 5 samples have the image of a sample of another group, and each counts as a wrong answer for the others:"
+        " give rows about one thing one group_id"
+    )
+    grouped = replace(table, group_ids=torch.tensor([0, 0, 1, 1, 2, 3]))
+    assert repeats_note(grouped, "val", "image") is None
+    partly = replace(table, group_ids=torch.tensor([0, 0, 1, 7, 2, 3]))
+    assert repeats_note(partly, "val", "image").startswith("val: 2 of 5 ")

@@ -19,7 +19,7 @@ from mmcontrast.training.checkpoint import Contents
 
 def a_table(rows: range) -> EmbeddingTable:
     ids = torch.arange(rows.start, rows.stop)
-    vectors = {"image": ids[:, None] + torch.arange(4.0)}
+    vectors = {"image": torch.nn.functional.normalize(1 + ids[:, None] + torch.arange(4.0))}
     return EmbeddingTable(vectors, {"image": ids % 3 > 0}, ids, ids // 2, [{"key": f"k{k}"} for k in rows])
 
 
