@@ -1,5 +1,6 @@
 """Makes and opens the Arrow files of a table: those of a Hugging Face dataset, or a copy of a Parquet or CSV file."""
 
+import csv
 import hashlib
 import json
 import os
@@ -109,14 +110,16 @@ def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     """Return the schema and the batches of a CSV file: all cells as text, just as they stand; an empty cell is null.
 
     Raises:
-        UserError: if it is not UTF-8.
+        UserError: if it is not UTF-8, or a quote is never closed.
     """
     with path.open("rb") as file:
         start = file.read(2**16)
     not_utf8 = UserError(f"{path} is not UTF-8: save it as that (in Excel: CSV UTF-8)")
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise not_utf8
-    parse_options = pyarrow.csv.ParseOptions(delimiter=_delimiter(path, start), newlines_in_values=True)
+    delimiter = _delimiter(path, start)
+    _check_quotes(path, delimiter)
+    parse_options = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     read_options = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK)
 
     def open_reader(**types: Any) -> pyarrow.csv.CSVStreamingReader:
@@ -137,6 +140,32 @@ def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     except pa.ArrowInvalid as error:
         raise not_utf8 if "UTF8" in str(error) else error from error
     return reader.schema, batches()
+
+
+def _check_quotes(path: Path, delimiter: str) -> None:
+    """Check that the last quoted cell ends, as pyarrow does not: all lines after it would be one text.
+
+    Raises:
+        UserError: if it does not.
+    """
+    number = 0
+    with path.open("rb") as file:
+        while block := file.read(CSV_BLOCK):
+            number += block.count(b'"')
+    if number % 2 == 0:
+        return  # quotes within a cell are doubled
+    csv.field_size_limit(2**31 - 1)
+    last = 0
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            for _ in reader:
+                last = reader.line_num
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise UserError(
+                    f"{path}: a quote that opens in line {last + 1} is never closed: close it, or double it"
+                ) from error
 
 
 def _delimiter(path: Path, start: bytes) -> str:

@@ -210,6 +210,12 @@ def test_vectors_are_members_and_a_column_json_is_metadata(tmp_path):
     assert texts(tmp_path / "y.parquet", ["json:caption"])[0] == ["x"]
 
 
+def test_a_quote_within_a_cell_is_a_character(tmp_path):
+    """An inch is written 5", as pandas and pyarrow read it."""
+    (tmp_path / "x.csv").write_text('text,n\na pipe of 5" and more,1\nb,2\n')
+    assert texts(tmp_path / "x.csv", ["text"])[0] == ['a pipe of 5" and more', "b"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -221,6 +227,7 @@ def test_vectors_are_members_and_a_column_json_is_metadata(tmp_path):
         (b"\n\n", "x.csv"),
         (b"text,n\na,1\nb\n", r"cannot be read as a table \(CSV parse error: (Row #3: )?Expected 2 columns, got 1"),
         (b"text,text\na,1\n", "two columns have one name"),
+        (b'text,n\n"a ""b"", c",1\n"d\ne",2\n"f,3\ng,4\n', "x.csv: a quote that opens in line 5 is never closed"),
     ],
 )
 def test_what_is_no_table_is_said_in_a_line(tmp_path, monkeypatch, data, message):
