@@ -242,8 +242,8 @@ def embed_dataset(
         batch_table = EmbeddingTable(
             {field: embeddings.fields[field].float().cpu() for field in fields},
             batch.present, batch.sample_ids, batch.group_ids, batch.metadata,
+            curvature := None if embeddings.curvature is None else float(embeddings.curvature),
         )  # fmt: skip
-        curvature = None if embeddings.curvature is None else float(embeddings.curvature)
         num_done = len(columns["metadata"])
         batch_table.check_finite(name or label, lambda row, num_done=num_done: dataset.shard_name(positions[num_done + row]))  # type: ignore[misc]
         for field in fields:
