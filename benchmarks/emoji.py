@@ -7,7 +7,7 @@
 together: the share of validation samples whose picture's emoji comes first among 50, by the text and the voice together. The
 text names three emoji in three languages, the voice speaks the language that counts: the text alone finds one in three at best.
 languages: recall at 1 of name → picture, the mean over ten languages, the least of them, and the mean rank variance over
-languages (arXiv:2406.18254; of ranks − 1 over the number of candidates), on new pictures of trained emoji.
+languages (arXiv:2406.18254), on new pictures of trained emoji.
 """
 
 import json
@@ -63,10 +63,10 @@ def together(folder: Path, arm: str, seed: int) -> Recalls:
 def languages(folder: Path, arm: str, seed: int) -> Recalls:
     """Return recall over languages, and its variance, as the run's own evaluation has it."""
     run = train(folder, "configs/emoji.yaml", LANGUAGES, arm, seed)
-    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    results = json.loads((run / "results.json").read_text())["results"]
     prefix = "val_voices/languages/names"
-    recalls = [metrics[f"{prefix}/{language}_to_image/recall_at_1"] for language in LANGUAGE_NAMES]
-    variance = metrics[f"{prefix}/to_image/mean_rank_variance"]
+    recalls = [results[f"{prefix}/{language}_to_image/recall_at_1"]["value"] for language in LANGUAGE_NAMES]
+    variance = results[f"{prefix}/to_image/mean_rank_variance"]["value"]
     return {"mean of ten": [sum(recalls) / len(recalls)], "least": [min(recalls)], "mean rank variance": [variance]}
 
 

@@ -130,10 +130,8 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
         kept_fields = [name for name in model.modalities if name not in absent]
         draft["model"]["start"] = {**({"model": start} if isinstance(start, str) else start), "fields": kept_fields}
         choices.add("model.start.fields", ", ".join(kept_fields), f"the data has no {', '.join(absent)}")
-    has_options = request.files or templates
+    has_options = request.files or templates or request.select
     draft["data"] = {"train": {"data": {k: v for k, v in data.items() if v}} if has_options else request.data}
-    if request.select and not has_options:
-        draft["data"]["select"] = request.select
     draft["fields"] = {field: {"keys": names} for field, names in keys.items()}
     held_out = 0.0 if request.val else HELD_OUT
     if request.val:

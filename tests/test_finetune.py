@@ -107,7 +107,7 @@ def test_low_rank_updates_of_a_file_of_weights(architecture, pairs, tmp_path):  
 
 @pytest.mark.parametrize("classes", [None, "label"])
 def test_only_what_a_selection_keeps_is_learnt_and_held_out(start, tmp_path, classes):
-    """What `data filter` has dropped is neither counted nor held out, nor are its classes asked for; --val has all its own."""
+    """Samples that `data filter` dropped are neither counted nor held out, nor are their classes asked for; --val keeps all."""
     table = write_pairs(tmp_path, "filepath", "title")
     frame = pandas.read_csv(table)
     frame.assign(label=[f"class {min(k // 12, 2)}" for k in range(48)]).to_csv(table, index=False)
@@ -193,7 +193,7 @@ def test_a_field_that_the_data_lacks_is_not_taken(config_file, tmp_path):
 
 
 def test_a_model_that_cannot_be_planned_is_fine_tuned_all_the_same(start, pairs, monkeypatch):
-    """What fits is then not known, which is said."""
+    """The choices say that what fits is not known."""
 
     def refuse(*_):
         raise RuntimeError("data-dependent")

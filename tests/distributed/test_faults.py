@@ -85,7 +85,7 @@ CASES = {
     [*((fault, False) for fault in CASES), *(pytest.param(fault, True, marks=pytest.mark.slow) for fault in ("stall", "die"))],
 )
 def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, fault, real):
-    """Of ranks as Slurm starts them, and of torchrun's (`real`), which prints the code of the first that failed."""
+    """All ranks end, as Slurm starts them and as torchrun does (`real`), which prints the code of the first that failed."""
     message, code = CASES[fault]
     faulty = f"objective={{type: my_lab:Faulty, fault: {fault}}}"
     options = ["train.stall_seconds=6"] if fault == "stall" else []

@@ -1,4 +1,4 @@
-"""What needs no card to be known of one: every tensor of a pass is made on the inputs' device, and nothing waits for it."""
+"""Tests, without a card, that every tensor of a pass is made on the inputs' device, and that nothing waits for it."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.score.problems import REDUCTIONS
 
 
 def asks_the_driver_of_fake_tensors() -> bool:
-    """Whether this torch needs a card's driver to slice a tensor that has no contents: 2.8 does, 2.14 does not."""
+    """Return whether this torch needs a card's driver to slice a tensor that has no contents: 2.8 does, 2.14 does not."""
     with FakeTensorMode():
         try:
             torch.empty(2, device="cuda")[:1].to(torch.float32)

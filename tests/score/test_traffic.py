@@ -91,7 +91,7 @@ def check_counts(counted, scheme, within, rows, with_ids):
 
 
 def check_memory(rank):
-    """What a loss has alive at its worst moment, above one of this rank's rows alone, is what the formula says of columns."""
+    """The formula says what a loss has alive at its worst moment, above one of this rank's rows alone."""
     rows, width, peaks = 64, 256, {}
     for scheme in (None, *SCHEMES):
         leaves = [torch.randn(rows, width).requires_grad_() for _ in "ab"]

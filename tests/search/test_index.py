@@ -107,7 +107,7 @@ def test_equal_rows_stand_for_each_other_in_the_recall(tmp_path):
 
 
 def test_a_poor_index_has_a_poor_recall(table, tmp_path):
-    """What is stored is measured, not promised: codes that are searched in one list of many miss rows."""
+    """Recall is measured before it is stored: codes that are searched in one list of many miss rows."""
     import faiss
 
     from mmcontrast.search.index import Recall

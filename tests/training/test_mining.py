@@ -234,8 +234,8 @@ def test_what_cannot_be_mined_is_said_before_the_run(tmp_path):
 
 
 def test_what_is_embedded(tmp_path):
-    """Of two sources with their own ids and a sample that cannot be decoded: without augmentation, every sample at its place,
-    the same whatever the ranks; the bad one has neither field."""
+    """Samples of two sources with ids of their own are embedded without augmentation, each at its place, the same whatever the
+    ranks; one that cannot be decoded has neither field."""
     shards = {}
     for name in "xy":
         shards[name] = write_vectors(tmp_path / f"{name}.tar", lambda k, _: {"b.npy": npy([np.nan] * 6)} if k == 3 else {})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from mmcontrast.errors import UserError
+from mmcontrast.objectives import GlobalContrastive
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents, Saver
+from mmcontrast.training.state import load_objective
 from tests.command import NO_EVALUATION, train
 
 
@@ -84,3 +87,37 @@ def test_without_its_checksums_a_checkpoint_is_refused_and_nan_is_never_the_best
         manifest.write_text(text) if text else manifest.unlink()
         with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
             checkpoint.check(tmp_path / "step-00000003")
+
+
+def test_a_memory_that_ranks_divide_goes_on_on_other_numbers_of_them(config_file, tmp_path):
+    """Two ranks, then four, then one: the estimates and temperatures of one process. A checkpoint has each sample once."""
+
+    def memory_of(name):
+        last = checkpoint.find(tmp_path / "runs" / name / "checkpoints", "last")
+        objective = GlobalContrastive(temperature="individual")
+        load_objective(objective, checkpoint.load_state(last)["objective"], last / checkpoint.SHARDS)
+        return last, objective.table.get_extra_state()
+
+    convnext = "{type: timm, model: test_convnext, in_chans: 1, depths: [1, 1, 1, 1], dims: [8, 8, 16, 16]}"  # no batch norms
+    change = [f"towers.image={convnext}", f"towers.audio={convnext}", "train.lr=1e-4", "data.lanes=4", *NO_EVALUATION]
+    change += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
+    change += [
+        "objective={type: global, temperature: individual, gamma: 0.5}",
+        "train.checkpoint_every=2",
+        "train.keep_checkpoints=3",
+    ]
+    assert train(config_file, *change, "run.name=whole").returncode == 0
+    for ranks, steps in ((2, 2), (4, 4), (1, 6)):
+        resume = ["--resume"] if steps > 2 else []
+        done = train(config_file, *change, "run.name=divided", *resume, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        for later in (tmp_path / "runs" / "divided" / "checkpoints").glob("step-*"):
+            if later.name > f"step-{steps:08d}":
+                shutil.rmtree(later)
+        last, memory = memory_of("divided")
+        in_state = len(checkpoint.load_state(last)["objective"]["table._extra_state"]["ids"])
+        assert (in_state, (last / checkpoint.SHARDS).exists()) == ((0, True) if ranks > 1 else (96, False))
+        assert len(memory["ids"]) == len(memory["ids"].unique()) == 16 * steps
+    _, whole = memory_of("whole")
+    assert memory["columns"] == whole["columns"] and torch.equal(memory["ids"], whole["ids"])
+    torch.testing.assert_close(memory["values"], whole["values"], rtol=1e-3, atol=1e-3, equal_nan=True)

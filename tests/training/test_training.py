@@ -15,14 +15,12 @@ from mmcontrast.data import write_shard
 from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import TrainingStopped, UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.objectives import GlobalContrastive
 from mmcontrast.runs import lock_folder, make_run_context, open_run
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.cost import flops_per_sample, peak_samples
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
-from mmcontrast.training.state import load_objective
 from tests.command import NO_EVALUATION, mmcontrast, start, train
 from tests.results import results_of
 
@@ -127,40 +125,6 @@ def test_what_an_objective_and_a_queue_remember_goes_through_a_checkpoint(config
     assert int(queue["text_pushed"]) == 96 and queue["text_rows"].shape == (40, 16)
     quantiles = [json.loads(lines[-1])[f"signals/image_to_text/temperature_p{p}"] for p in ("05", "50", "95")]
     assert quantiles == sorted(quantiles)
-
-
-def test_a_memory_that_ranks_divide_goes_on_on_other_numbers_of_them(config_file, tmp_path):
-    """Two ranks, then four, then one: the estimates and temperatures of one process. A checkpoint has each sample once."""
-
-    def memory_of(name):
-        last = checkpoint.find(tmp_path / "runs" / name / "checkpoints", "last")
-        objective = GlobalContrastive(temperature="individual")
-        load_objective(objective, checkpoint.load_state(last)["objective"], last / checkpoint.SHARDS)
-        return last, objective.table.get_extra_state()
-
-    convnext = "{type: timm, model: test_convnext, in_chans: 1, depths: [1, 1, 1, 1], dims: [8, 8, 16, 16]}"  # no batch norms
-    change = [f"towers.image={convnext}", f"towers.audio={convnext}", "train.lr=1e-4", "data.lanes=4", *NO_EVALUATION]
-    change += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
-    change += [
-        "objective={type: global, temperature: individual, gamma: 0.5}",
-        "train.checkpoint_every=2",
-        "train.keep_checkpoints=3",
-    ]
-    assert train(config_file, *change, "run.name=whole").returncode == 0
-    for ranks, steps in ((2, 2), (4, 4), (1, 6)):
-        resume = ["--resume"] if steps > 2 else []
-        done = train(config_file, *change, "run.name=divided", *resume, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        for later in (tmp_path / "runs" / "divided" / "checkpoints").glob("step-*"):
-            if later.name > f"step-{steps:08d}":
-                shutil.rmtree(later)
-        last, memory = memory_of("divided")
-        in_state = len(checkpoint.load_state(last)["objective"]["table._extra_state"]["ids"])
-        assert (in_state, (last / checkpoint.SHARDS).exists()) == ((0, True) if ranks > 1 else (96, False))
-        assert len(memory["ids"]) == len(memory["ids"].unique()) == 16 * steps
-    _, whole = memory_of("whole")
-    assert memory["columns"] == whole["columns"] and torch.equal(memory["ids"], whole["ids"])
-    torch.testing.assert_close(memory["values"], whole["values"], rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def test_a_field_of_mined_negatives(config_file, corpus, tmp_path):
