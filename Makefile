@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)  # one more than cores: some tests wait for a server or a clock
 TESTS := -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help env data quickstart test test-slow test-gpu test-lowest docs check clean
+.PHONY: help env data quickstart test test-slow test-slow-pool test-slurm test-gpu test-lowest docs check clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a model of pictures, captions and speech (7 to 10 minutes on 2 cores)"
@@ -26,8 +26,8 @@ env: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmcontrast needs Python 3.11 or later; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --editable '.[all]' || $(BIN)/python -m pip install --quiet --editable '.[all]'
 	touch $@
 
 data: env
@@ -39,8 +39,12 @@ quickstart: data
 test: env
 	$(BIN)/python $(TESTS) -m "not slow"
 
-test-slow: env
-	$(BIN)/python $(TESTS) -m slow --ignore tests/slurm
+test-slow: test-slow-pool test-slurm  # make -j2 test-slow: both at once, as a queue is mostly waited for
+
+test-slow-pool: env
+	$(BIN)/python $(TESTS) --dist load --maxschedchunk 1 -m slow --ignore tests/slurm
+
+test-slurm: env
 	$(BIN)/python -m pytest -m slow tests/slurm
 
 test-gpu: env

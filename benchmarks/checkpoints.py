@@ -25,7 +25,8 @@ SIDES = {
 def seconds(side: str, steps: int) -> float:
     from mmcontrast.cli import keep_freed_memory
     from mmcontrast.config import load_config
-    from mmcontrast.runs import make_run_context, prepare_folder
+    from mmcontrast.run_folder import prepare_folder
+    from mmcontrast.runs import make_run_context
     from mmcontrast.training.log import StepLog
     from mmcontrast.training.loop import train
 

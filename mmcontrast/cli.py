@@ -87,12 +87,17 @@ command(app, "finetune")(train_commands.finetune)
 @command(app, "evaluate")
 def evaluate(
     model: ModelName,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="of the suite's options: scoring=csls 'splits.mine=pairs.csv' resamples=0")
+    ] = None,
     suite: Annotated[
         str | None,
         typer.Option(help="a YAML file, as in eval/, or a folder in CLIP_benchmark's layout; default: the run's own"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the results; default: RUN, or evaluations/ there or here")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of the results; default: RUN; with overrides or a suite, in evaluations/ there or here"),
+    ] = None,
     checkpoint: Checkpoint = "last",
     pretrained: Pretrained = None,
     device: Device = None,

@@ -14,8 +14,9 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models.options import FieldOptions, ModelOptions, ScoreOptions
 from mmcontrast.options import Component, Options
+from mmcontrast.training.data_options import DataOptions
 from mmcontrast.training.held_out import with_held_out
-from mmcontrast.training.options import DataOptions, TrainOptions
+from mmcontrast.training.options import TrainOptions
 from mmcontrast.yaml_files import parse_yaml, read_yaml
 
 T = TypeVar("T", bound=Options)

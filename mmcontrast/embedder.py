@@ -17,7 +17,8 @@ from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, library_of, open_model
-from mmcontrast.runs import contrasted_fields, open_run, run_of, step_of
+from mmcontrast.run_folder import run_of, step_of
+from mmcontrast.runs import contrasted_fields, open_run
 from mmcontrast.score import Lorentz
 from mmcontrast.training.log import make_progress
 

@@ -27,7 +27,8 @@ from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextMo
 from mmcontrast.modalities.parts import JPEG_START, PNG_START
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.plan import CannotBePlanned, plan_run
-from mmcontrast.runs import CONFIG, model_of
+from mmcontrast.run_folder import CONFIG
+from mmcontrast.runs import model_of
 from mmcontrast.training.distributed import join_processes
 
 FULL_LR, LORA_LR = 1e-5, 2e-4  # as WiSE-FT (arXiv:2109.01903) and FLYP (2212.00638) do; as CLIP-LoRA does (2405.18541)

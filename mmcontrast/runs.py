@@ -1,13 +1,10 @@
-"""Make the parts of a run from its config, and open, check, lock and remove its folder."""
+"""Make the parts of a run from its config, checked against each other, and open trained runs."""
 
-import fcntl
-import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -17,9 +14,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EvaluationOptions, open_splits
-from mmcontrast.evaluation.before import BEFORE, EVALUATIONS
 from mmcontrast.evaluation.options import BridgeOptions
-from mmcontrast.evaluation.report import LOG
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import Modality
 from mmcontrast.modalities.library import LibraryTexts
@@ -28,21 +23,16 @@ from mmcontrast.models import open_start as open_library_start
 from mmcontrast.models.names import EXPORT_FIRST
 from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, Pairing
 from mmcontrast.objectives.inputs import LossInputs, check_link, check_together
+from mmcontrast.run_folder import CONFIG, run_of
 from mmcontrast.training import checkpoint
 from mmcontrast.training.context import RunContext
 from mmcontrast.training.data import make_dataset, make_training_data
 from mmcontrast.training.distributed import all_ranks
 from mmcontrast.training.epochs import in_steps
-from mmcontrast.training.mining import FOLDER as MINED
 from mmcontrast.training.mining import check_mining, check_rounds
-from mmcontrast.training.sample_log import BAD_SAMPLES, SAMPLES
 from mmcontrast.training.state import check_start, load_weights, weights_path
 from mmcontrast.training.teachers import open_teachers
 from mmcontrast.trust import import_paths
-
-CONFIG, STOPPED = "config.yaml", "stopped.json"
-FILES_OF_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
-FILES_OF_A_START |= {"profile", "stalled", MINED}
 
 
 def make_run_context(config: RunConfig, resume: bool = False) -> RunContext:
@@ -354,83 +344,6 @@ def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOpt
     return open_splits(evaluation, model, open_split)
 
 
-def check_folder(config: RunConfig, resume: bool, overwrite: bool) -> None:
-    """Check that a run's folder may be written.
-
-    Raises:
-        UserError: if the run exists and neither `resume` nor `overwrite` is set; if it does not and `resume` is.
-    """
-    folder = config.folder
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if resume and not (folder / CONFIG).exists():
-        raise UserError(f"no run at {folder} to resume: start it without --resume")
-    if folder.exists() and not resume and not (overwrite and (folder / CONFIG).exists()) and not never_began(folder):
-        remedy = "" if not checkpoint.complete(folder / "checkpoints") else "continue it with --resume, "
-        raise UserError(f"{folder} exists: {remedy}replace it with --overwrite, or set run.name")
-
-
-def never_began(folder: Path) -> bool:
-    """Return whether a folder is that of a run that failed at its start: it has a config, no checkpoint, no logged step."""
-    try:
-        names = {path.name for path in folder.iterdir()}
-        is_run = CONFIG in names and load_config(folder / CONFIG).folder.resolve() == folder.resolve()
-    except (OSError, UserError):
-        return False
-    logged = folder / LOG
-    return (
-        is_run
-        and names <= FILES_OF_A_START
-        and not checkpoint.complete(folder / "checkpoints")
-        and not (logged.exists() and logged.stat().st_size)
-    )
-
-
-def remove_failed_start(folder: Path) -> None:
-    """Remove the folder of a run that failed before its first step, unless it has reports of what was wrong."""
-    if not folder.exists() or not never_began(folder):
-        return
-    reports = [folder / name for name in (BAD_SAMPLES, STOPPED, "stalled", "profile")]
-    if any(path.exists() and path.stat().st_size for path in reports):
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        _lock_file(folder).unlink()
-        folder.parent.rmdir()  # if it is empty
-
-
-def _lock_file(folder: Path) -> Path:
-    """Return the file that locks a run's folder."""
-    return folder.parent / f".{folder.name}.lock"
-
-
-def lock_folder(config: RunConfig) -> IO[str]:
-    """Keep others from training the same run, as long as this process lives and the returned file is open.
-
-    Raises:
-        UserError: if another process trains it.
-    """
-    config.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock_file(config.folder).open("a")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no data worker inherits it
-    except OSError as error:
-        raise UserError(f"another process is training {config.folder}: wait for its end, or choose another run.name") from error
-    return lock
-
-
-def prepare_folder(config: RunConfig, overwrite: bool, text: str | None = None) -> None:
-    """Make the run's folder with its config; replace it if `overwrite`, or if a start failed there.
-
-    Args:
-        text: the completed config as YAML.
-    """
-    if overwrite or never_began(config.folder):
-        shutil.rmtree(config.folder, ignore_errors=True)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / CONFIG).write_text(text or config.to_yaml(), encoding="utf-8")
-
-
 @dataclass
 class TrainedRun:
     """A run's config and its model with trained weights, in evaluation mode."""
@@ -467,20 +380,3 @@ def open_run(folder: Path, which: str = "last", device: str | None = None, trust
         return TrainedRun(folder, config, model.eval().to(target), target)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {' '.join(str(error).split())[:200]}") from error
-
-
-def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:
-    """Return the folder of the run that a name means, or None, and the checkpoint."""
-    folder = Path(name).absolute()
-    if folder.parent.name == "checkpoints" and (folder.parents[1] / CONFIG).is_file():
-        return folder.parents[1], folder.name.removeprefix("step-")
-    return folder if (folder / CONFIG).is_file() else None, checkpoint or "last"
-
-
-def step_of(folder: Path, which: str) -> str:
-    """Return the step of a run's checkpoint "last" or "best".
-
-    Raises:
-        UserError: if there is no such checkpoint.
-    """
-    return str(int(checkpoint.find(folder / "checkpoints", which).name.removeprefix("step-")))

@@ -22,7 +22,8 @@ from mmcontrast.embedding_job import about_model
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
 from mmcontrast.evaluation.report import RESULTS
-from mmcontrast.runs import CONFIG, check_components, never_began
+from mmcontrast.run_folder import CONFIG, never_began
+from mmcontrast.runs import check_components
 from mmcontrast.training import checkpoint
 
 PACKAGE = Path(mmcontrast.__file__).parent

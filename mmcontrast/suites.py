@@ -20,7 +20,7 @@ from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.evaluation.evaluate import Embed, embed_split
 from mmcontrast.evaluation.options import BridgeOptions
 from mmcontrast.evaluation.report import write_results
-from mmcontrast.runs import CONFIG, run_of
+from mmcontrast.run_folder import CONFIG, run_of
 from mmcontrast.training.distributed import join_processes
 from mmcontrast.training.log import make_progress
 
@@ -53,8 +53,8 @@ def open_suite(
     Args:
         model, checkpoint, pretrained: as `load`.
         source: a YAML file, or a folder in CLIP_benchmark's layout; None: the run's own evaluation.
-        out: default: the run's folder for its own evaluation of its last checkpoint, RUN/evaluations/SUITE for another,
-            evaluations/MODEL/SUITE for a model that is no run.
+        out: default: the run's folder for its own evaluation of its last checkpoint, RUN/evaluations/custom with overrides of
+            it, RUN/evaluations/SUITE for another, evaluations/MODEL/SUITE for a model that is no run.
 
     Raises:
         UserError: for an invalid suite; without one, if the model is no run.
@@ -63,7 +63,8 @@ def open_suite(
     if source is None:
         if run is None:
             raise UserError(f"{model} is no run with an evaluation of its own: name a suite, like eval/glyphs/suite.yaml")
-        default_out = run if step == "last" else run / "evaluations" / f"checkpoint-{step}"
+        names = [*(["custom"] if overrides else []), *([] if step == "last" else [f"checkpoint-{step}"])]
+        default_out = run / "evaluations" / "-".join(names) if names else run  # the training's results stay as they were
         return Suite("", load_suite(load_config(run / CONFIG).evaluation, overrides), out or default_out)
     folder, _, split = source.partition(":")
     if in_layout(Path(folder)):

@@ -40,7 +40,8 @@ def train(
 
 def _run(config: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
     """Train the run of a config."""
-    from mmcontrast.runs import check_folder, lock_folder, make_run_context, prepare_folder, remove_failed_start
+    from mmcontrast.run_folder import check_folder, lock_folder, prepare_folder, remove_failed_start
+    from mmcontrast.runs import make_run_context
     from mmcontrast.training.distributed import join_processes
     from mmcontrast.training.loop import train as run_training
     from mmcontrast.training.mining import mining_options

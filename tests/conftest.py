@@ -37,6 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ |= {FOLDER: folder.name, OWNER: str(os.getpid())}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first, by their `slow(minutes=…)`, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: -max((mark.kwargs.get("minutes", 0) for mark in item.iter_markers("slow")), default=0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> None:
     """Indexes of the tests' shards are kept apart from the user's."""

@@ -22,7 +22,7 @@ from mmcontrast.embedding_job import embed_shards, slices_of
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
 from mmcontrast.models import make_model
-from mmcontrast.runs import prepare_folder
+from mmcontrast.run_folder import prepare_folder
 from mmcontrast.search import Searcher, build_index
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents

@@ -16,7 +16,7 @@ from mmcontrast.modalities import VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, make_model
 from mmcontrast.models.options import FieldOptions, ModelOptions
 from mmcontrast.plan import GIB, plan_run
-from mmcontrast.runs import prepare_folder
+from mmcontrast.run_folder import prepare_folder
 from mmcontrast.training.cost import count_bytes, fakes, flops_per_sample, make_values, peak_flops
 from mmcontrast.training.optim import freeze
 from tests.training.teaching import write_config
@@ -116,7 +116,7 @@ def test_flops_of_a_sample_are_counted_without_touching_the_model():
     assert isinstance(model.towers["a"].network.weight.detach().sum().item(), float)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_recomputed_blocks_keep_their_inputs_alone():
     config = CONFIGS / "clip-vit-b-32.yaml"
 
@@ -150,7 +150,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_the_advice_fits_and_twice_of_it_does_not():
     config = str(CONFIGS / "quickstart.yaml")
     small = [config, "--memory", "2", "--devices", "2", "--json", "train.batch_size=8192"]

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.models import make_model
-from mmcontrast.runs import prepare_folder
+from mmcontrast.run_folder import prepare_folder
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from tests.command import run_script

@@ -123,7 +123,7 @@ def test_4096_devices_and_a_batch_of_32_million(tmp_path):
     assert eight_a_node["devices"] == 32
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_the_published_rows_of_inf_cl():
     """ViT-L/14, gradient caching of 128, 8 A800 (arXiv:2410.17243, figure 4): 25.0, 49.4, 98.3, 200.3 s a step."""
     cluster = Cluster(gpu="A800", within=Link(2e-6, 200e9))

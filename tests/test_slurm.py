@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from mmcontrast import slurm
 from mmcontrast.cli import app
 from mmcontrast.config import load_config
-from mmcontrast.runs import prepare_folder
+from mmcontrast.run_folder import prepare_folder
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 

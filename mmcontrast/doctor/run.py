@@ -22,8 +22,8 @@ from mmcontrast.models import ContrastiveModel
 from mmcontrast.options import Component
 from mmcontrast.runs import check_components, modalities_of, model_of
 from mmcontrast.training.data import make_dataset, make_source, training_modalities
+from mmcontrast.training.data_options import SourceOptions
 from mmcontrast.training.optim import freeze
-from mmcontrast.training.options import SourceOptions
 
 SAMPLES, SECONDS, AT_A_TIME = 200, 5.0, 8  # that are decoded, at most
 

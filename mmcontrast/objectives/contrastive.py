@@ -1,5 +1,6 @@
 """`contrastive_loss`: the loss of a pairing and an objective, for any training script."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,11 @@ from mmcontrast.objectives.signals import WATCHED, signals_of
 from mmcontrast.score import score_statistics
 from mmcontrast.score.exact import outside_autocast, scalar
 from mmcontrast.score.ranks import Communication, Everyone, agreed, exchange, ranks_of_node
+
+LOCAL_NEGATIVES = (
+    "contrastive_loss: group=None in one of {} processes: only this process's samples are its negatives. Pass"
+    " group=dist.group.WORLD for those of all; if this is meant, ignore the warning with warnings.filterwarnings"
+)
 
 
 @outside_autocast
@@ -90,7 +96,8 @@ def contrastive_loss(
         score: {"type": "lorentz", "curvature": c}: hyperbolic distances instead of cosines; embeddings are then any
             vectors. See `mmcontrast.objectives.Hyperbolic`.
         backend, tile_size, communication: see `score_statistics`.
-        group: a torch.distributed group; None: this process alone. Every rank must call this, and its backward.
+        group: a torch.distributed group; None: this process alone, with a warning where torch.distributed has several. Every
+            rank must call this, and its backward.
         signals: receives, if given, numbers to log, [] each: of every pair "image-text/loss" and "/alignment" (the
             mean squared distance of positives), of every direction those of `signals_of`, "image_to_text/accuracy". Like
             the loss they are to be averaged over the ranks. Costs two more exponentials a score.
@@ -103,6 +110,8 @@ def contrastive_loss(
     Raises:
         ValueError: for shapes, names, ids or options that do not fit; it names the field.
     """
+    if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(LOCAL_NEGATIVES.format(dist.get_world_size()), stacklevel=3)  # outside_autocast is between
     first = next(iter(embeddings.values()))
     scorer: Objective = build(objective, OBJECTIVES, "objective", Objective)
     if scorer.stateful and scorer is not objective:

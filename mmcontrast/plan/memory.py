@@ -30,22 +30,21 @@ class CannotBePlanned(UserError):
 
 
 def flops_of(model: ContrastiveModel) -> Flops:
-    """Count a model's FLOPs for one sample.
+    """Count a model's FLOPs for one sample; its parameters keep the gradients.
 
     Raises:
         CannotBePlanned: if the contents of a batch decide how the model computes.
     """
     try:
-        return count_flops(model, make_values(model, SMALLEST))
+        return count_flops(model, make_values(model, SMALLEST), keep_gradients=True)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise CannotBePlanned(f"this model cannot be planned: {' '.join(str(error).split())[:200]}") from error
 
 
 def part_memory(model: ContrastiveModel, samples: int, options: TrainOptions, several: bool) -> Bytes:
-    """Count the bytes of one part of a step; `several`: earlier parts have left their gradients."""
-    model.zero_grad()
-    if several:
-        count_bytes(model, make_values(model, SMALLEST), options.precision)
+    """Count the bytes of one part of a step; `several`: earlier parts have left their gradients, as `flops_of` does."""
+    if not several:
+        model.zero_grad()
     return count_bytes(model, make_values(model, samples), options.precision)
 
 

@@ -8,7 +8,8 @@ from mmcontrast.data import ShardDataset, TrainingDataset, TrainingOrder
 from mmcontrast.evaluation import EvaluationOptions
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.objectives import Hyperbolic, Objective, Pairing
-from mmcontrast.training.options import DataOptions, TrainOptions
+from mmcontrast.training.data_options import DataOptions
+from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.teachers import Teacher
 
 

@@ -165,8 +165,12 @@ def make_values(model: ContrastiveModel, samples: int, shapes: Mapping[str, Sequ
     return values
 
 
-def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor]) -> Flops:
-    """Run the model forward and backward, and count its FLOPs; leave no gradients."""
+def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor], keep_gradients: bool = False) -> Flops:
+    """Run the model forward and backward, and count its FLOPs.
+
+    Args:
+        keep_gradients: leave the gradients on the parameters, in the place of earlier ones.
+    """
     samples = len(next(iter(values.values())))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     forward: dict[str, float] = {}
@@ -179,8 +183,13 @@ def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor]) -> Flops:
             outputs.append(model.encode(field, batch))
             forward[field] = (counter.get_total_flops() - before) / samples
         before = counter.get_total_flops()
-        torch.autograd.grad(torch.stack([output.sum() for output in outputs]).sum(), trainable, allow_unused=True)
-        return Flops(forward, (counter.get_total_flops() - before) / samples)
+        total = torch.stack([output.sum() for output in outputs]).sum()
+        gradients = torch.autograd.grad(total, trainable, allow_unused=True)
+        backward = (counter.get_total_flops() - before) / samples
+    if keep_gradients:
+        for parameter, gradient in zip(trainable, gradients, strict=True):
+            parameter.grad = gradient
+    return Flops(forward, backward)
 
 
 def count_bytes(model: ContrastiveModel, values: Mapping[str, Tensor], precision: str = "fp32") -> Bytes:

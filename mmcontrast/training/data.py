@@ -37,7 +37,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.modalities import MODALITIES, ImageModality, Modality
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.models.options import FieldOptions
-from mmcontrast.training.options import DataOptions, NeighboursOptions, SourceOptions
+from mmcontrast.training.data_options import DataOptions, NeighboursOptions, SourceOptions
 
 
 def make_dataset(

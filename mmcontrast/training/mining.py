@@ -24,7 +24,8 @@ from mmcontrast.share import Share
 from mmcontrast.training import checkpoint
 from mmcontrast.training.context import RunContext
 from mmcontrast.training.data import use_mined
-from mmcontrast.training.options import DataOptions, MineOptions, NeighboursOptions, TrainOptions
+from mmcontrast.training.data_options import DataOptions, NeighboursOptions
+from mmcontrast.training.options import MineOptions, TrainOptions
 from mmcontrast.training.step import Learner
 
 Miner = Callable[[Path, Path, int, str, Share], dict[str, Any]]  # (table, new Parquet file, seed, device, share) → counts

@@ -102,7 +102,7 @@ def made_by(engine: str) -> tuple[dict[str, bytes], list[str]]:
     return bytes_of(Path(engine)), [str(refused.value), repr(mistake.value)]
 
 
-@pytest.mark.slow  # a cluster takes 15 seconds to start, and each of its workers as long to import torch
+@pytest.mark.slow(minutes=4)  # a cluster takes 15 seconds to start, and each of its workers as long to import torch
 def test_ray_writes_what_the_pool_writes(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

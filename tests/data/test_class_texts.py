@@ -15,7 +15,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.cache import table_folder
 from mmcontrast.modalities import ImageModality, TextModality
 from mmcontrast.objectives import contrastive_loss
-from mmcontrast.training.options import DataOptions
+from mmcontrast.training.data_options import DataOptions
 
 NAMES = ["rook", "Läufer", "black queen"]
 TEMPLATES = ["a photo of a {}.", "a drawing of {c}", "{0}, carved"]

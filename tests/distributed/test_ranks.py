@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import traceback
+import warnings
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -269,6 +270,16 @@ def check_unequal(group, rank, sizes):
         score_statistics(x, x, [], scale=1.0, group=group, communication="hierarchical")
 
 
+def check_alone(group, rank, sizes):
+    fields = {"a": torch.eye(2), "b": torch.eye(2)}
+    with pytest.warns(UserWarning, match="group=None in one of 4 processes: only this process's samples") as warned:
+        contrastive_loss(fields, logit_scale=1.0)
+    assert warned[0].filename == __file__  # the caller's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        contrastive_loss(fields, logit_scale=1.0, group=group)
+
+
 def worker(rank, port, folder, slow):
     """Run all cases, or the slow ones, and leave in a file what went wrong."""
     answers = []
@@ -293,7 +304,7 @@ def worker(rank, port, folder, slow):
         cases_of_each = (SLOW_LOSSES, SLOW_PRODUCTS, SLOW_MEMORIES, SLOW_STATISTICS, [])
     cases = [(check, case, first[len(case[0])]) for check, each in zip(checks, cases_of_each, strict=True) for case in each]
     if not slow:
-        cases += [(check_loss, OTHER_GROUP, apart), (check_unequal, UNEQUAL, first[3])]
+        cases += [(check_loss, OTHER_GROUP, apart), (check_unequal, UNEQUAL, first[3]), (check_alone, UNEQUAL, first[3])]
     for check, case, group in cases:
         if dist.get_rank(group) >= 0:
             try:
@@ -361,3 +372,7 @@ def test_a_group_other_than_the_world():
 
 def test_nodes_of_unequal_ranks_are_no_hierarchy():
     assert_right("check_unequal", UNEQUAL)
+
+
+def test_a_loss_without_a_group_among_other_ranks_is_warned_of():
+    assert_right("check_alone", UNEQUAL)

@@ -19,7 +19,8 @@ from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, embed_dataset, evaluate, open_splits
 from mmcontrast.modalities import ImageModality, TextModality
-from mmcontrast.runs import make_run_context, prepare_folder
+from mmcontrast.run_folder import prepare_folder
+from mmcontrast.runs import make_run_context
 from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents

@@ -28,7 +28,8 @@ from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, open_splits
 from mmcontrast.evaluation.cache import fingerprint, table_folder
 from mmcontrast.evaluation.gallery import comparable
 from mmcontrast.models import make_model
-from mmcontrast.runs import make_run_context, prepare_folder
+from mmcontrast.run_folder import prepare_folder
+from mmcontrast.runs import make_run_context
 from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
@@ -398,8 +399,11 @@ def test_in_half_precision(run, suite_file):
 
 def test_results_of_a_checkpoint_are_not_written_into_it(run):
     name = str(run / "checkpoints" / "step-00000006")
+    assert open_suite(name, None, [], None).out == run / "evaluations" / "checkpoint-00000006"
+    assert open_suite(str(run), None, [], None).out == run
+    assert open_suite(str(run), None, ["resamples=0"], None).out == run / "evaluations" / "custom"  # the training's own stay
     suite = open_suite(name, None, ["resamples=0"], None)
-    assert suite.out == run / "evaluations" / "checkpoint-00000006"
+    assert suite.out == run / "evaluations" / "custom-checkpoint-00000006"
     run_suite(name, suite, device="cpu")
     run_suite(name, suite, device="cpu")  # it can still be read
 

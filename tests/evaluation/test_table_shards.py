@@ -12,7 +12,7 @@ from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice
 from mmcontrast.models import make_model
-from mmcontrast.runs import prepare_folder
+from mmcontrast.run_folder import prepare_folder
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 

@@ -20,8 +20,8 @@ from mmcontrast.errors import UserError
 from mmcontrast.export.folder import export_model
 from mmcontrast.modalities.library import LibraryImages
 from mmcontrast.models import open_clip as open_clips
+from mmcontrast.models import processors
 from mmcontrast.models import timm as timms
-from mmcontrast.models import transformers as transformers_models
 from mmcontrast.models.decoding import our_path
 from mmcontrast.runs import make_run_context, model_of
 from mmcontrast.training.cost import make_values
@@ -43,9 +43,9 @@ def of_timm(**options):
 
 
 def of_transformers(processor):
-    prepare = partial(transformers_models._pixels, processor)
+    prepare = partial(processors.prepare_pixels, processor)
     mode = None if getattr(processor, "do_convert_rgb", False) else "RGB"
-    return LibraryImages(prepare, 32, mode, as_ours=transformers_models.as_ours(processor, prepare))
+    return LibraryImages(prepare, 32, mode, as_ours=processors.as_ours(processor, prepare))
 
 
 SIDE = {"height": 32, "width": 32}

@@ -17,7 +17,7 @@ from mmcontrast.modalities.library import LibraryImages
 from mmcontrast.models import make_modalities, make_model
 from mmcontrast.models.open_clip import _pixels as open_clips
 from mmcontrast.models.options import FieldOptions, ModelOptions
-from mmcontrast.models.transformers import _pixels as transformers_pixels
+from mmcontrast.models.processors import prepare_pixels as transformers_pixels
 from tests.modalities.picture_files import files
 
 FILES = files()

@@ -7,7 +7,8 @@ import yaml
 
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
-from mmcontrast.runs import make_run_context, prepare_folder
+from mmcontrast.run_folder import prepare_folder
+from mmcontrast.runs import make_run_context
 from mmcontrast.training.loop import train
 
 N = 24

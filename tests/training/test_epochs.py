@@ -16,7 +16,7 @@ from mmcontrast.doctor.run import checkpoints, length_of
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.plan import plan_run
-from mmcontrast.runs import CONFIG
+from mmcontrast.run_folder import CONFIG
 from mmcontrast.slurm import check_run
 from mmcontrast.training import checkpoint
 from mmcontrast.training.epochs import in_steps

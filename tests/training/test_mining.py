@@ -16,7 +16,8 @@ from mmcontrast.data import training_batches
 from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.runs import make_run_context, open_run, prepare_folder
+from mmcontrast.run_folder import prepare_folder
+from mmcontrast.runs import make_run_context, open_run
 from mmcontrast.training.loop import train
 from mmcontrast.training.mining import Mining, mining_options
 from tests.command import mmcontrast, start

@@ -15,7 +15,8 @@ from mmcontrast.data import write_shard
 from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import TrainingStopped, UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.runs import lock_folder, make_run_context, open_run
+from mmcontrast.run_folder import lock_folder
+from mmcontrast.runs import make_run_context, open_run
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.cost import flops_per_sample, peak_samples

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
-from mmcontrast.runs import check_folder, never_began, prepare_folder
+from mmcontrast.run_folder import check_folder, never_began, prepare_folder
 from mmcontrast.slurm import check_run
 
 
