@@ -20,7 +20,7 @@ import mmcontrast.export.commands as export_commands
 import mmcontrast.search.commands as search_commands
 from mmcontrast import data_commands, train_commands
 from mmcontrast.errors import EveryRankError, UserError, leave_exit_code
-from mmcontrast.train_commands import ConfigFile, Overrides, Pretrained
+from mmcontrast.train_commands import CommandWithHints, ConfigFile, Overrides, Pretrained
 
 app = typer.Typer(
     name="mmcontrast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -69,7 +69,7 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
                 console.print("interrupted; a training run continues from its last checkpoint with --resume")
                 raise typer.Exit(130) from None
 
-        return group.command(name)(run)
+        return group.command(name, cls=CommandWithHints)(run)
 
     return decorate
 

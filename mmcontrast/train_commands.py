@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from mmcontrast.errors import UserError
 
@@ -17,6 +18,32 @@ console = Console(stderr=True, soft_wrap=True)
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: train.steps=50 objective=siglip")]
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/", metavar="CONFIG")]
 Pretrained = Annotated[str | None, typer.Option(help="of an architecture's name: open_clip's tag, or a checkpoint's file")]
+
+
+class CommandWithHints(TyperCommand):
+    """A command that, if it takes overrides, names the one that an unknown option may have meant: --lr, train.lr=…"""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            takes_overrides = any(parameter.name == "overrides" for parameter in self.params)
+            if takes_overrides and type(error).__name__ == "NoSuchOption":  # of Typer's own click, which has no public name
+                override = override_of(error.option_name, suite=self.name == "evaluate")  # type: ignore[attr-defined]
+                error.message += override and f" (an override has no dashes: {override}=…)"  # type: ignore[attr-defined]
+            raise
+
+
+def override_of(option: str, suite: bool) -> str:
+    """Return "train.lr" for "--lr" or "--train.lr", of a config or a suite, which is its `evaluation` alone; "" for others."""
+    from mmcontrast.config import RunConfig
+
+    section, _, name = option.lstrip("-").partition("=")[0].replace("-", "_").rpartition(".")
+    for known in ("evaluation",) if suite else ("train", "data", "model", "evaluation", "run"):
+        options = RunConfig.model_fields[known].annotation
+        if name in getattr(options, "model_fields", {}) and section in ("", known):
+            return name if suite else f"{known}.{name}"
+    return ""
 
 
 def train(

@@ -174,3 +174,20 @@ def test_frozen_towers_by_name(config_file):
     assert frozen("train.unfreeze_at={text: 5}") == {"towers.text.*": 5} == frozen("train.freeze={towers.text.*: 5}")
     with pytest.raises(UserError, match=r"train.freeze.0|train.freeze"):
         load_config(config_file, ["train.freeze=[3]"])
+
+
+@pytest.mark.parametrize(
+    ("words", "override"),
+    [
+        ("finetune a b --lr 1e-3", "train.lr=…"),
+        ("train a.yaml --batch-size=8", "train.batch_size=…"),
+        ("train a.yaml --data.num-workers 0", "data.num_workers=…"),
+        ("evaluate a --resamples 0", "(an override has no dashes: resamples=…)"),
+        ("evaluate a --lr 0", None),
+        ("train a.yaml --wd 0", None),
+    ],
+)
+def test_an_option_that_is_an_override_is_named(words, override):
+    done = CliRunner().invoke(app, words.split(), env={"COLUMNS": "300"})
+    assert done.exit_code == 2 and "No such option" in done.stderr
+    assert (override or "") in done.stderr and ("has no dashes" in done.stderr) is bool(override), done.stderr

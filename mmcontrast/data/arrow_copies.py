@@ -110,7 +110,7 @@ def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     """Return the schema and the batches of a CSV file: all cells as text, just as they stand; an empty cell is null.
 
     Raises:
-        UserError: if it is not UTF-8, or a quote is never closed.
+        UserError: if it is not UTF-8, has no names of columns, or a quote is never closed.
     """
     with path.open("rb") as file:
         start = file.read(2**16)
@@ -135,6 +135,12 @@ def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
             raise not_utf8 if "UTF8" in str(error) else error from error
 
     names = open_reader().schema.names
+    for name in names:
+        if "://" in name or os.path.isfile(path.parent / name):
+            raise UserError(
+                f"{path}: its first line is taken for the names of columns, and {name!r} is a file's: begin it with a line like"
+                f" image{delimiter}text"
+            )
     try:
         reader = open_reader(column_types={name: pa.string() for name in names})
     except pa.ArrowInvalid as error:

@@ -215,6 +215,10 @@ class TableIndex(ShardIndex):
                 yield f"{status.st_size} {status.st_mtime_ns}" if status else ""
 
     def _resolve(self, name: str) -> Path:
+        if "://" in name:
+            raise DecodeError(
+                "a URL: files of a table are read from a disk. Download them first; img2dataset's shards are read as is"
+            )
         path = (self.folder / name).resolve()
         if not path.is_relative_to(self.folder.resolve()):
             raise DecodeError(f"{path} is not in {self.folder}: set `files` of this source to its folder")

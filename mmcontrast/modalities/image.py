@@ -20,6 +20,13 @@ from mmcontrast.modalities.base import DecodeError, Modality
 from mmcontrast.modalities.parts import JPEG_START, PNG_START, check_parts, check_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is tried: Pillow would hand EPS to Ghostscript
+OTHER_FORMATS = {
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"<svg": "drawing, SVG",
+}  # by their first bytes
 Image.MAX_IMAGE_PIXELS = None  # our own limit, `max_pixels`, is checked on the header, before any pixel is decoded
 warnings.filterwarnings("ignore", module=r"PIL\.")  # its warnings of palettes and metadata name no file
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error, zlib.error)
@@ -117,7 +124,8 @@ class ImageModality(Modality):
                     scale_transparency(image, depth=data[24])
                 return self.encode(image)
         except UnidentifiedImageError as error:
-            raise DecodeError(f"not a picture that can be decoded (no {', '.join(FORMATS)})") from error
+            kind = next((f"a {name}: convert it; " for start, name in OTHER_FORMATS.items() if data.startswith(start)), "")
+            raise DecodeError(f"not a picture that can be decoded ({kind}no {', '.join(FORMATS)})") from error
         except DAMAGED as error:
             raise DecodeError(f"not a picture that can be decoded ({error})") from error
 

@@ -228,6 +228,11 @@ def test_a_quote_within_a_cell_is_a_character(tmp_path):
         (b"text,n\na,1\nb\n", r"cannot be read as a table \(CSV parse error: (Row #3: )?Expected 2 columns, got 1"),
         (b"text,text\na,1\n", "two columns have one name"),
         (b'text,n\n"a ""b"", c",1\n"d\ne",2\n"f,3\ng,4\n', "x.csv: a quote that opens in line 5 is never closed"),
+        (
+            b"x.csv,a cat\ny.png,a dog\n",
+            r"taken for the names of columns, and 'x.csv' is a file's: begin it with a line like image",
+        ),
+        (b"http://a/b.png;a cat\ny.png;a dog\n", "begin it with a line like image;text"),
     ],
 )
 def test_what_is_no_table_is_said_in_a_line(tmp_path, monkeypatch, data, message):

@@ -172,6 +172,9 @@ def test_paths_stay_in_their_folder(tmp_path):
     (inner / "x.csv").write_text("image,text\nnowhere.png,some words\n")
     with pytest.raises(UserError, match=r"nowhere\.png cannot be read: No such file"):
         list(all_batches(ShardDataset(str(inner / "x.csv"), {"image": MODALITIES["image"]}, {}), 1))
+    (inner / "x.csv").write_text("image,text\nhttps://example.org/a.png,some words\n")
+    with pytest.raises(UserError, match="a URL: files of a table are read from a disk. Download them first"):
+        list(all_batches(ShardDataset(str(inner / "x.csv"), {"image": MODALITIES["image"]}, {}), 1))
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,11 @@ def test_damaged_pictures_are_refused_or_seen(name, changes, background):
     except DecodeError:
         return
     assert modality.transform(raw, True).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["GIF", "BMP", "TIFF"])
+def test_a_format_that_is_not_decoded_is_named(name):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, name)
+    with pytest.raises(DecodeError, match=f"a {name}: convert it; no JPEG, PNG, WEBP"):
+        ImageModality(16).decode(file.getvalue())
