@@ -177,8 +177,9 @@ def test_a_guided_mask_recovers_what_planted_duplicates_cost():
                 rows = model(letters()[0][chosen, fonts], names[chosen])
                 given = {"ids": chosen} if how == "oracle" else {}
                 if how == "guide":
+                    guide = teacher(seed)  # which trains, if no test before has asked for it
                     with torch.no_grad():
-                        given["teacher"] = teacher(seed)(letters()[0][chosen, fonts], names[chosen])
+                        given["teacher"] = guide(letters()[0][chosen, fonts], names[chosen])
                     given["objective"] = {"type": "infonce", "false_negative_margin": -0.1, "guide": True}
                 return contrastive_loss(rows, logit_scale=model.log_scale.exp(), **given)
 
