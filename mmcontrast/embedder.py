@@ -17,7 +17,7 @@ from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, library_of, open_model
-from mmcontrast.run_folder import run_of, step_of
+from mmcontrast.run_folder import about_checkpoint, run_of
 from mmcontrast.runs import contrasted_fields, open_run
 from mmcontrast.score import Lorentz
 from mmcontrast.training.log import make_progress
@@ -284,15 +284,15 @@ def load(
 
 
 def identity(name: str | Path, checkpoint: str | None = "last", pretrained: str | None = None) -> dict[str, Any]:
-    """Return a table's description of the model that made it, as arguments of `load`: model, checkpoint, pretrained. Folders
-    and files are absolute paths, "last" and "best" the number of their step.
+    """Return a table's description of the model that made it, as arguments of `load`: model, checkpoint, pretrained; of a run
+    a digest of its weights too. Folders and files are absolute paths, "last" and "best" the number of their step.
 
     Raises:
         UserError: if a run has no such checkpoint.
     """
     folder, step = run_of(name, checkpoint)
     if folder is not None:
-        return {"model": str(folder), "checkpoint": step_of(folder, step), "pretrained": None}
+        return {"model": str(folder), "pretrained": None} | about_checkpoint(folder, step)
     prefix, colon, rest = str(name).rpartition(":")
     is_local_folder = prefix != "hf-hub" and Path(rest).is_dir() and library_of(Path(rest))
     weights = Path(pretrained or "")

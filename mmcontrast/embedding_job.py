@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmcontrast.data import ShardDataset, ShardOptions, Shards
+from mmcontrast.data.row_ids import row_ids
 from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
@@ -54,7 +55,10 @@ def embed_shards(
     description = about_model(name, checkpoint, pretrained, precision)
     options = ShardOptions.of(shards)
     description |= {"width": width, "shards": options.shown()}
-    description["data"] = ShardDataset(options.shards, {}, {}, files=options.files, select=options.select).digest
+    samples = ShardDataset(options.shards, {}, {}, files=options.files, select=options.select)
+    description["data"] = samples.digest
+    if rows := row_ids(samples.shards):
+        description["row_ids"] = rows
     num_slices = TableSlice.number_in(out)
     own_slices = [] if part is None else [part]
     if num_slices and part is None:

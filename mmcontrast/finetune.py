@@ -16,25 +16,25 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
-from mmcontrast.config import RunConfig, config_of, load_config
+from mmcontrast.config import RunConfig, config_of
 from mmcontrast.data import ShardDataset, ShardOptions, open_dataset, open_shards
 from mmcontrast.data.class_texts import CLASS_NAME, check_template
 from mmcontrast.data.shard import LABELS, ShardIndex
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.labels import labels_ahead
 from mmcontrast.evaluation.prompts import TEMPLATES, named_templates
+from mmcontrast.finetune_request import Request, name_of, start_of
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality
 from mmcontrast.modalities.parts import JPEG_START, PNG_START
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.plan import CannotBePlanned, plan_run
-from mmcontrast.run_folder import CONFIG
 from mmcontrast.runs import model_of
 from mmcontrast.training.distributed import join_processes
 
 FULL_LR, LORA_LR = 1e-5, 2e-4  # as WiSE-FT (arXiv:2109.01903) and FLYP (2212.00638) do; as CLIP-LoRA does (2405.18541)
 MOST_WARMUP, WARMUP_SHARE = 500, 0.1
 LARGEST_BATCH, PARTS = 512, 4  # a step takes at most so many samples, and a quarter of the data
-EPOCHS, HELD_OUT = 10, 0.1
+HELD_OUT = 0.1
 TEMPLATE = "a photo of a {}."
 MOST_LABELS = 200_000  # samples that are read for the names of their classes
 LEAST = 2  # fields are contrasted
@@ -68,44 +68,6 @@ class Choices:
         for row in self.rows:
             table.add_row(*row)
         return table
-
-
-@dataclass(frozen=True)
-class Request:
-    """The request of a user.
-
-    Attributes:
-        model: a name that `mmcontrast.load` takes; with `architecture`, the file of its weights.
-        data, val: shards, a folder, or a table, with `keys` and `files` as `ShardOptions`.
-        beside: a second half, as a text tower beside timm's pictures.
-        lora: the rank of low-rank updates.
-        lock: fields whose towers are not trained.
-        classes: the column or extension that names classes, in the place of texts; "folder": the folder that a sample lies in.
-        templates: of the prompts that are made of them: texts with {}, or the name of a list of open_clip's.
-        image_size, context_length, new_tokens: of `model.start`, where they differ from its own.
-        probe_epochs: in which the projections are trained alone, before the towers (LP-FT, arXiv:2202.10054).
-        select: a selection of `data`, as `data.select`.
-    """
-
-    model: str
-    data: str
-    val: str | None = None
-    name: str | None = None
-    architecture: str | None = None
-    pretrained: str | None = None
-    beside: str | None = None
-    lora: int | None = None
-    lock: Sequence[str] = ()
-    epochs: float = EPOCHS
-    probe_epochs: float = 0
-    keys: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    files: str | None = None
-    image_size: int | None = None
-    context_length: int | None = None
-    classes: str | None = None
-    templates: Sequence[str] = ()
-    new_tokens: Sequence[str] = ()
-    select: str | None = None
 
 
 def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunConfig, Choices]:
@@ -207,48 +169,6 @@ def make_config_once(request: Request, overrides: Sequence[str] = ()) -> tuple[R
     if isinstance(result[0], UserError):
         raise result[0]
     return result[0]
-
-
-def config_to_resume(request: Request, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the config that a run was started with.
-
-    Raises:
-        UserError: if there is no such run.
-    """
-    draft = {"run": {"name": request.name or name_of(request)}, "model": {"start": start_of(request)}}
-    draft |= {"data": {"train": request.data}, "train": {"epochs": request.epochs, "batch_size": 1}}
-    folder = config_of(draft, [override for override in overrides if override.startswith("run.")]).folder
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"no run at {folder} to resume: start it without --resume, or name it as --name")
-    return load_config(folder / CONFIG, overrides)
-
-
-def start_of(request: Request) -> Any:
-    """Return the value of `model.start`.
-
-    Raises:
-        UserError: for a file of weights without its architecture.
-    """
-    if request.architecture:
-        if not Path(request.model).is_file():
-            raise UserError(f"--architecture {request.architecture}: {request.model} must be the file of its weights")
-        start: Any = {"model": request.architecture, "pretrained": str(Path(request.model).absolute())}
-    elif Path(request.model).is_file():
-        raise UserError(f"{request.model} is a file of weights: name their architecture, as --architecture ViT-B-32")
-    else:
-        start = str(Path(request.model).absolute()) if Path(request.model).exists() else request.model
-        start = {"model": start, "pretrained": request.pretrained} if request.pretrained else start
-    sizes: dict[str, Any] = {"image_size": request.image_size, "context_length": request.context_length}
-    sizes["new_tokens"] = list(request.new_tokens)
-    if options := {option: value for option, value in sizes.items() if value}:
-        start = ({"model": start} if isinstance(start, str) else start) | options
-    return [start, request.beside] if request.beside else start
-
-
-def name_of(request: Request) -> str:
-    """Return a run's name: the model's and the data's."""
-    parts = [Path(request.architecture or request.model).name, Path(request.data).name.partition(".")[0]]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-") or "tuned"
 
 
 def freeze_patterns(request: Request, model: ContrastiveModel) -> dict[str, int | None]:

@@ -1,6 +1,8 @@
 """A run's folder: its name, its lock, whether it may be written, and whether a run began there."""
 
 import fcntl
+import hashlib
+import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -104,10 +106,17 @@ def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:
     return folder if (folder / CONFIG).is_file() else None, checkpoint or "last"
 
 
-def step_of(folder: Path, which: str) -> str:
-    """Return the step of a run's checkpoint "last" or "best".
+def about_checkpoint(folder: Path, which: str) -> dict[str, str]:
+    """Return the step of a run's checkpoint "last" or "best", and a digest of its weights, by the checksums of its manifest.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: if there is no such checkpoint, or its manifest cannot be read.
     """
-    return str(int(checkpoint.find(folder / "checkpoints", which).name.removeprefix("step-")))
+    saved = checkpoint.find(folder / "checkpoints", which)
+    try:
+        files = json.loads((saved / checkpoint.MANIFEST).read_text())["files"]
+        sums = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")} or files
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{saved}: its {checkpoint.MANIFEST} cannot be read ({error})") from error
+    digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+    return {"checkpoint": str(int(saved.name.removeprefix("step-"))), "weights": digest}

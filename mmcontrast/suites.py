@@ -1,5 +1,7 @@
 """Run evaluation suites: of a run's config, a YAML file, or a folder in CLIP_benchmark's layout."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,18 +55,21 @@ def open_suite(
     Args:
         model, checkpoint, pretrained: as `load`.
         source: a YAML file, or a folder in CLIP_benchmark's layout; None: the run's own evaluation.
-        out: default: the run's folder for its own evaluation of its last checkpoint, RUN/evaluations/custom with overrides of
-            it, RUN/evaluations/SUITE for another, evaluations/MODEL/SUITE for a model that is no run.
+        out: default: the run's folder for its own evaluation of its last checkpoint, RUN/evaluations/SUITE for another suite,
+            evaluations/MODEL/SUITE for a model that is no run. With overrides the name of the suite, or "own", gets a digest of
+            them, so that nothing is replaced by other options' results.
 
     Raises:
         UserError: for an invalid suite; without one, if the model is no run.
     """
     run, step = run_of(model, checkpoint)
+    changed = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6] if overrides else ""
     if source is None:
         if run is None:
             raise UserError(f"{model} is no run with an evaluation of its own: name a suite, like eval/glyphs/suite.yaml")
-        names = [*(["custom"] if overrides else []), *([] if step == "last" else [f"checkpoint-{step}"])]
-        default_out = run / "evaluations" / "-".join(names) if names else run  # the training's results stay as they were
+        name = f"own-{changed}" if changed else ""
+        name += "" if step == "last" else f"{name and '-'}checkpoint-{step}"
+        default_out = run / "evaluations" / name if name else run
         return Suite("", load_suite(load_config(run / CONFIG).evaluation, overrides), out or default_out)
     folder, _, split = source.partition(":")
     if in_layout(Path(folder)):
@@ -72,6 +77,7 @@ def open_suite(
         options = load_suite(EvaluationOptions(splits={Path(folder).name: source}), overrides)
     else:
         name, options = Path(source).stem, load_suite(source, overrides)
+    name += f"-{changed}" if changed else ""
     if run is not None:
         name += "" if step == "last" else f"-checkpoint-{step}"
         return Suite(name, options, out or run / "evaluations" / name)

@@ -154,7 +154,8 @@ def finetune(
 
     with preemptible() as preemption:
         from mmcontrast.data import read_keys
-        from mmcontrast.finetune import Request, config_to_resume, make_config_once
+        from mmcontrast.finetune import make_config_once
+        from mmcontrast.finetune_request import Request, config_to_resume
 
         request = Request(
             model, data, val, name, architecture, pretrained, beside, lora, tuple(lock or ()), epochs, probe_epochs,

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mmcontrast
@@ -230,12 +231,28 @@ def test_an_index_is_searched_by_the_weights_that_made_it(tmp_path):
     assert best.row == 7 and best.score == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_run_that_was_trained_again_is_another_model(run, corpus, tmp_path):
+    """Under the same name and step: its table goes on with the weights of before, and is searched by them, or not at all."""
+    shards = str(corpus / "val-*.tar")
+    assert embed_shards(run, shards, tmp_path / "t", device="cpu")
+    build_index(tmp_path / "t", progress=False)
+    Searcher.open(tmp_path / "t" / "index", "cpu")
+    saved_step = run / "checkpoints" / "step-00000006"
+    weights = {name: tensor + 1 for name, tensor in load_file(saved_step / "model.safetensors").items()}
+    checkpoint.save(run / "checkpoints", 6, Contents(weights, {}, {}, (run / "config.yaml").read_text()))
+    with pytest.raises(UserError, match="was trained again since, so its checkpoint 6 has other weights: embed again"):
+        Searcher.open(tmp_path / "t" / "index", "cpu")
+    with pytest.raises(UserError, match="slices of another table .weights: "):
+        embed_shards(run, shards, tmp_path / "t", device="cpu")
+
+
 def test_a_checkpoints_folder_and_mistakes(run, corpus, tmp_path, monkeypatch):
     whole, one = mmcontrast.load(run, device="cpu"), mmcontrast.load(run / "checkpoints" / "step-00000006", device="cpu")
     assert torch.equal(whole.embed(texts=["a"]), one.embed(texts=["a"]))
     monkeypatch.chdir(run.parent)
     assert identity(run.name) == identity(f"{run.name}/checkpoints/step-00000006")
-    assert identity(run.name) == {"model": str(run), "checkpoint": "6", "pretrained": None}
+    about = identity(run.name)
+    assert len(about.pop("weights")) == 16 and about == {"model": str(run), "checkpoint": "6", "pretrained": None}
     (run.parent / "resnet50").mkdir()
     Path("m.pt").touch()
     assert identity("resnet50", pretrained="m.pt") == {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ import mmcontrast
 from mmcontrast.cli import app
 from mmcontrast.config import config_of
 from mmcontrast.errors import UserError
-from mmcontrast.finetune import Request, make_config
+from mmcontrast.finetune import make_config
+from mmcontrast.finetune_request import Request
 from mmcontrast.runs import make_run_context, model_of
 from mmcontrast.training.optim import freeze
 from tests.command import NO_EVALUATION, ROOT, Process, train
@@ -75,6 +77,14 @@ def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
     assert config["model"]["start"] == start and config["fields"]["text"]["keys"] == ["title"]
     complete = command("finetune", start, pairs, "--name", "shoes", "--resume", f"run.dir={tmp_path}/runs")
     assert complete.returncode == 0 and "chosen" not in complete.stderr, complete.stderr
+    for words, message in (
+        ([start, tmp_path / "other.csv"], r"DATA .*other.csv: .*shoes was started with .*pairs.csv"),
+        ([start, pairs, "--epochs", 3], "--epochs 3.0: .*shoes was started with 1.0"),
+        ([start, pairs, "--lora", 4], "--lora 4: .*shoes was started with none"),
+        (["ViT-B-32", pairs], "MODEL ViT-B-32: .*shoes was started with .*start"),
+    ):
+        other = command("finetune", *words, "--name", "shoes", "--resume", f"run.dir={tmp_path}/runs")
+        assert other.returncode == 2 and re.search(message, " ".join(other.stderr.split())), other.stderr
     again = train(run / "config.yaml", "run.name=again")
     assert again.returncode == 0, again.stderr
     folders = [tmp_path / "runs" / name / "checkpoints" / f"step-{steps[-1]:08d}" for name in ("shoes", "again")]
@@ -195,7 +205,7 @@ def test_a_field_that_the_data_lacks_is_not_taken(config_file, tmp_path):
 def test_a_model_that_cannot_be_planned_is_fine_tuned_all_the_same(start, pairs, monkeypatch):
     """The choices say that what fits is not known."""
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("data-dependent")
 
     monkeypatch.setattr("mmcontrast.plan.memory.count_flops", refuse)

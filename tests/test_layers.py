@@ -42,7 +42,8 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "doctor": ["runs"],
     "scaling": ["training"],
     "plan": ["runs", "scaling"],
-    "finetune": ["plan"],
+    "finetune_request": ["run_folder"],
+    "finetune": ["plan", "finetune_request"],
     "train_commands": ["finetune", "curation"],
     "cli": ["slurm", "data_commands", "curation", "blend", "doctor", "train_commands"],
 }

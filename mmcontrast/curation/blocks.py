@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcontrast.curation.outputs import METADATA, about_table
+from mmcontrast.curation.outputs import about_table
 from mmcontrast.curation.whole_files import write_json, write_table
+from mmcontrast.data.row_ids import SUMMARY
 from mmcontrast.errors import UserError
 from mmcontrast.search.table import BLOCK_ROWS, StoredTable
 from mmcontrast.strict_json import dumps
@@ -60,12 +61,12 @@ class Blocks:
 
     def write(self, kind: str, number: int, table: pa.Table, counts: dict[str, Any] | None = None) -> None:
         """Write a block, and its counts."""
-        write_table(table.replace_schema_metadata({METADATA: dumps(counts or {})}), self._path(kind, number))
+        write_table(table.replace_schema_metadata({SUMMARY: dumps(counts or {})}), self._path(kind, number))
 
     def read(self, kind: str, number: int) -> tuple[pa.Table, dict[str, Any]]:
         """Return a block, and its counts."""
         table = pq.read_table(self._path(kind, number))
-        return table.replace_schema_metadata(None), json.loads(table.schema.metadata[METADATA])
+        return table.replace_schema_metadata(None), json.loads(table.schema.metadata[SUMMARY])
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

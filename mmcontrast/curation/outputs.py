@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 
 from mmcontrast.components import suggestion
 from mmcontrast.data.page import page
+from mmcontrast.data.row_ids import SUMMARY
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import write_json
 from mmcontrast.search.table import StoredTable
 from mmcontrast.strict_json import dumps
 
-METADATA = b"mmcontrast"  # of the Parquet file: the summary as JSON
 SUFFIX = ".parquet"
+ABOUT = ("model", "checkpoint", "precision", "data", "row_ids")  # of a table's manifest
 TEXTS = ("caption", "text", "title", "name")  # entries of a sample's json that a page shows
 
 
@@ -85,7 +86,7 @@ def ids_of_table(table: StoredTable) -> np.ndarray:
 
 def about_table(table: StoredTable) -> dict[str, Any]:
     """Return what identifies a table: its folder's name, digest and rows, its model and data."""
-    origin = {name: table.manifest[name] for name in ("model", "checkpoint", "precision", "data") if name in table.manifest}
+    origin = {name: table.manifest[name] for name in ABOUT if name in table.manifest}
     digest = hashlib.blake2b(table.digest.encode(), digest_size=8)
     for column in ("sample_id", "group_id"):
         digest.update(np.ascontiguousarray(table.ids(column)).data)
@@ -113,7 +114,7 @@ def parquet_file(out: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 def finish(out: Path, writer: pq.ParquetWriter, summary: dict[str, Any], sections: Iterable[str]) -> None:
     """Write the summary into the file's metadata and beside it, and the page beside it."""
-    writer.add_key_value_metadata({METADATA: dumps(summary).encode()})
+    writer.add_key_value_metadata({SUMMARY: dumps(summary).encode()})
     write_json(summary_file(out), summary)
     partial = report_file(out).with_name(f".{report_file(out).name}.{uuid4().hex}.partial")
     partial.write_text(page(f"{summary['stage']}: {summary['table']['name']}", sections), encoding="utf-8")

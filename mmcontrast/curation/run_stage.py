@@ -27,6 +27,7 @@ from mmcontrast.curation.stage import PRIVATE, Judgement, Stage
 from mmcontrast.curation.whole_files import write_json, write_table, write_whole
 from mmcontrast.data.engines import check_engine, run_jobs
 from mmcontrast.data.files import expand_shards
+from mmcontrast.data.folder import FolderIndex
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.parts import key_array
 from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, NamedSamples, StageSelection, open_selection
@@ -104,7 +105,10 @@ def run_stage(
     if isinstance(selection, NamedSamples):
         lists = _rows_of_list(selection, names, stage)
     jobs = [_Job(stage, out, number, name, select, *lists[number]) for number, name in enumerate(names)]
-    if not (out / MANIFEST).exists():
+    if (out / MANIFEST).exists():
+        if index == 0:
+            _check_unchanged(jobs, out)
+    else:
         share = jobs[index::count]
         for error in run_jobs(_measure_job, share, f"{stage.name}: {len(share)} shards", engine=engine, workers=workers):
             if error:
@@ -210,7 +214,7 @@ def _measure_job(job: _Job) -> str:
     """Measure a shard, and judge it if that can be done at once; return what is wrong with it."""
     try:
         shard = _open(job)
-        path = _part_path(job, shard.digest, MEASURED if job.stage.two_passes else PARTS)
+        path = _part_path(job, _content_of(shard), MEASURED if job.stage.two_passes else PARTS)
         if path.exists():
             return ""
         rows, previous = _rows(job, shard)
@@ -237,8 +241,26 @@ def _read_selection(path: str, _changed: int) -> StageSelection:
     return StageSelection.read(Path(path))
 
 
-def _part_path(job: _Job, digest: str, folder: str) -> Path:
-    return job.folder / folder / f"{job.number:05d}-{digest}.parquet"
+def _part_path(job: _Job, content: str, folder: str) -> Path:
+    return job.folder / folder / f"{job.number:05d}-{content}.parquet"
+
+
+def _content_of(shard: ShardIndex) -> str:
+    """Return a shard's digest; of a folder, whose digest has names and sizes alone, with the times of its files."""
+    if not isinstance(shard, FolderIndex):
+        return shard.digest
+    return hashlib.blake2b(f"{shard.digest}{shard.changed}".encode(), digest_size=8).hexdigest()
+
+
+def _check_unchanged(jobs: Sequence[_Job], out: Path) -> None:
+    """Check that a complete selection is of the shards as they are now.
+
+    Raises:
+        UserError: for a shard that has changed.
+    """
+    for job, entry in zip(jobs, json.loads((out / MANIFEST).read_text())["shards"], strict=True):
+        if _part_path(job, _content_of(_open(job)), PARTS).name != entry["part"]:
+            raise UserError(f"{out} is complete, and {job.shard} has changed since: remove it, or choose another folder")
 
 
 def _rows(job: _Job, shard: ShardIndex) -> tuple[np.ndarray, pa.Table | None]:
@@ -300,18 +322,20 @@ def _complete(jobs: Sequence[_Job], out: Path) -> Outcome:
     folder = out / (MEASURED if stage.two_passes else PARTS)
     done = {int(path.name.partition("-")[0]) for path in folder.glob("[0-9]*-*.parquet")}
     missing = len(jobs) - len(done & set(range(len(jobs))))
-    digests = [] if missing else [_open(job).digest for job in jobs]  # one at a time: the indexes of all may not fit
-    paths = [_part_path(job, digest, folder.name) for job, digest in zip(jobs, digests, strict=False)]
+    # one at a time: the indexes of all may not fit
+    opened = [] if missing else [(shard.digest, _content_of(shard)) for shard in map(_open, jobs)]
+    digests, contents = zip(*opened, strict=True) if opened else ((), ())
+    paths = [_part_path(job, content, folder.name) for job, content in zip(jobs, contents, strict=False)]
     missing += sum(not path.exists() for path in paths)
     if missing:
         return Outcome(out, len(jobs), missing, {})
     if stage.two_passes:
         decisions = stage.decide(pq.read_table(path) for path in paths)
-        for job, digest, path in zip(jobs, digests, paths, strict=True):
-            if not (part := _part_path(job, digest, PARTS)).exists():
+        for job, content, path in zip(jobs, contents, paths, strict=True):
+            if not (part := _part_path(job, content, PARTS)).exists():
                 measured = pq.read_table(path)
                 write_table(_make_part(job, _open(job), measured, stage.judge(measured, decisions, job.number)), part)
-        paths = [_part_path(job, digest, PARTS) for job, digest in zip(jobs, digests, strict=True)]
+        paths = [_part_path(job, content, PARTS) for job, content in zip(jobs, contents, strict=True)]
     infos = [_read_part_info(path) for path in paths]
     entries = [
         {"name": job.shard, "digest": digest, "samples": info["samples"], "kept": info["kept"], "part": path.name}

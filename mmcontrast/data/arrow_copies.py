@@ -22,7 +22,7 @@ from mmcontrast.errors import UserError
 STATE = "state.json"  # of a Hugging Face dataset
 ROWS = 1024  # of a batch of the copy
 CSV_BLOCK = 2**24  # bytes that are parsed at a time: no row is longer
-VERSION = 2  # of the copies
+VERSION = 3  # of the copies
 
 
 def open_mapped(arrow: Sequence[Path]) -> pa.Table:
@@ -108,9 +108,10 @@ def _convert(path: Path, target: Path) -> None:
 
 def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     """Return the schema and the batches of a CSV file: all cells as text, just as they stand; an empty cell is null.
+    Names of columns lose spaces around them.
 
     Raises:
-        UserError: if it is not UTF-8, has no names of columns, or a quote is never closed.
+        UserError: if it is not UTF-8, or a quote is never closed.
     """
     with path.open("rb") as file:
         start = file.read(2**16)
@@ -130,22 +131,18 @@ def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
 
     def batches() -> Iterable[pa.RecordBatch]:
         try:
-            yield from reader
+            for batch in reader:
+                yield batch.rename_columns(stripped.names)
         except pa.ArrowInvalid as error:
             raise not_utf8 if "UTF8" in str(error) else error from error
 
     names = open_reader().schema.names
-    for name in names:
-        if "://" in name or os.path.isfile(path.parent / name):
-            raise UserError(
-                f"{path}: its first line is taken for the names of columns, and {name!r} is a file's: begin it with a line like"
-                f" image{delimiter}text"
-            )
     try:
         reader = open_reader(column_types={name: pa.string() for name in names})
     except pa.ArrowInvalid as error:
         raise not_utf8 if "UTF8" in str(error) else error from error
-    return reader.schema, batches()
+    stripped = pa.schema([field.with_name(field.name.strip()) for field in reader.schema])
+    return stripped, batches()
 
 
 def _check_quotes(path: Path, delimiter: str) -> None:

@@ -11,6 +11,7 @@ from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.ids import id_of
 from mmcontrast.data.mixture import MixtureDataset
 from mmcontrast.data.order import check_lanes, recent, share_of
+from mmcontrast.data.row_ids import refuse_other_rows
 from mmcontrast.data.tables import open_table
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
@@ -89,6 +90,8 @@ def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.
         columns = ", ".join(index.extensions)
         raise UserError(f"data.clusters: {table} needs the columns 'cluster' and 'key' or 'sample_id'; it has {columns}")
     by = "sample_id" if "sample_id" in index.extensions else "key"
+    if by == "sample_id":
+        refuse_other_rows(table, dataset.shards, "data.clusters")
     column = index.table["cluster"]
     if column.null_count:
         raise UserError(f"data.clusters: {table} has {column.null_count} rows without a cluster")

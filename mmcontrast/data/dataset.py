@@ -186,19 +186,27 @@ class ShardDataset(Samples):
             logger.warning("shard %s: %s%s", *notes[0], more)
         if not self.keys:
             return
-        count, total, example = 0, len(self), ""
-        members = {member_name(key) for keys in self.keys.values() for key in keys}
+        members = {field: {member_name(key) for key in keys} for field, keys in self.keys.items()}
+        counts, examples = [0, 0], ["", ""]  # of samples with none of the fields, and with a single one
         for shard in self.shards:
-            lacking = np.ones(len(shard), dtype=bool)
-            for extension in members & set(shard.extensions):
-                lacking &= ~shard.has(extension)
-            if lacking.any() and not count:
-                row = int(lacking.argmax())
-                extensions = ", ".join(f".{e}" for e in shard.extensions if shard.has(e)[row])
-                example = f"shard {shard.name}, {shard.describe(row)}, which has {extensions or 'nothing'}"
-            count += int(lacking.sum())
-        if count:
-            logger.warning("%d of %d samples have none of the fields %s, as %s", count, total, ", ".join(self.keys), example)
+            present = np.zeros(len(shard), dtype=np.int64)
+            for extensions in members.values():
+                has = [shard.has(extension) for extension in extensions & set(shard.extensions)]
+                present += np.any(has, axis=0) if has else FOLDER in extensions
+            for number in range(min(2, len(members))):
+                rows = np.flatnonzero(present == number)
+                if len(rows) and not counts[number]:
+                    there = ", ".join(f".{e}" for e in shard.extensions if shard.has(e)[rows[0]])
+                    examples[number] = f"shard {shard.name}, {shard.describe(int(rows[0]))}, which has {there or 'nothing'}"
+                counts[number] += len(rows)
+        fields, total = ", ".join(self.keys), len(self)
+        if counts[0]:
+            logger.warning("%d of %d samples have none of the fields %s, as %s", counts[0], total, fields, examples[0])
+        if counts[1]:
+            logger.warning(
+                "%d of %d samples have a single one of the fields %s, so they are in no pair, as %s",
+                *(counts[1], total, fields, examples[1]),
+            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Return the files named by paths, globs (`train-*.tar`), brace ranges (`train-{00000..00025}.tar`) and URLs of
-    them, in order.
+    """Return the files named by paths, globs (`train-*.tar`; `**/*.tar`: in all folders below), brace ranges
+    (`train-{00000..00025}.tar`) and URLs of them, in order.
 
     Raises:
         UserError: if a pattern matches no file, or a URL's scheme is none of `SCHEMES`.
@@ -44,7 +44,7 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
             raise UserError(f"the braces of {pattern!r} do not match: write {{00000..00025}}") from error
         for expanded in names:
             if not is_remote(expanded):
-                matches = sorted(glob.glob(expanded))
+                matches = sorted(glob.glob(expanded, recursive=True))
             elif "*" in expanded:
                 filesystem = _filesystem(expanded)
                 paths = _retry(partial(filesystem.glob, expanded), expanded)

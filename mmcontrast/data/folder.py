@@ -1,5 +1,6 @@
 """A folder of files, `a.jpg` beside `a.txt`, read like a shard."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,15 @@ from mmcontrast.errors import UserError
 
 @dataclass(frozen=True)
 class FolderIndex(MemberIndex):
-    """A folder, indexed each time it is opened. `places` are indices into `names`, which are relative to the folder."""
+    """A folder, indexed each time it is opened.
+
+    Attributes:
+        names: of the files, relative to the folder; `places` are indices into them.
+        changed: a digest of the times at which the files were written last.
+    """
 
     names: tuple[str, ...]
+    changed: str
 
     def describe(self, sample: int, extension: str = "") -> str:
         description = super().describe(sample, extension)
@@ -34,6 +41,10 @@ def index_folder(name: str) -> FolderIndex:
     path = Path(name)
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     names.sort(key=lambda member: sample_of(member)[0])  # `a.b/x` between `a.png` and `a.txt` would part them
-    members = Members.collect(name, ((member, k, (path / member).stat().st_size) for k, member in enumerate(names)))
-    arrays = (members.keys, members.extensions, members.digest, members.places, members.sizes, tuple(names))
+    states = [(path / member).stat() for member in names]
+    members = Members.collect(
+        name, ((member, k, state.st_size) for k, (member, state) in enumerate(zip(names, states, strict=True)))
+    )
+    changed = hashlib.blake2b(b"".join(state.st_mtime_ns.to_bytes(16) for state in states), digest_size=8).hexdigest()
+    arrays = (members.keys, members.extensions, members.digest, members.places, members.sizes, tuple(names), changed)
     return FolderIndex(name, *arrays, notes=members.notes)

@@ -16,6 +16,7 @@ from mmcontrast.data.files import identities
 from mmcontrast.data.ids import stable_hash
 from mmcontrast.data.order import SampleOrder, lanes_of
 from mmcontrast.data.samples import Samples
+from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
@@ -143,6 +144,11 @@ class MixtureDataset(Samples):
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def shards(self) -> list[ShardIndex]:
+        """Return the shards of all sources."""
+        return [shard for source in self.sources.values() for shard in source.shards]
 
     def locate(self, position: int) -> tuple[str, int]:
         """Return the source of a sample, and its position in that."""

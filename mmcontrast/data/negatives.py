@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmcontrast.data.ids import id_of
+from mmcontrast.data.row_ids import refuse_other_rows
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
 
@@ -129,6 +130,7 @@ def open_candidates(
     Raises:
         UserError: for a file that is none; for an id that is repeated, or that the data set lacks.
     """
+    refuse_other_rows(table, dataset.shards, option)
     ids, counts, candidates = _read(table, option, most)
     digest = hashlib.blake2b(digest_size=8)
     for array in (ids, np.concatenate([[0], np.cumsum(counts)]), candidates):

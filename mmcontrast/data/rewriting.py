@@ -18,12 +18,14 @@ from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.parts import ShardPart
 from mmcontrast.data.selection import open_selection
 from mmcontrast.data.shard import COMPOUND, KNOWN, MemberIndex, ShardIndex
-from mmcontrast.data.tables import FILE_COLUMNS, TableIndex, is_table, open_table
+from mmcontrast.data.tables import FILE_COLUMNS, TableIndex, is_table, open_table, table_behind
 from mmcontrast.data.writer import MANIFEST, write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
 
 BEGUN = "writing.json"
+PATH = "filepath"  # a column of files of any kind
+MEMBER_COLUMNS = KNOWN | FILE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def write_selected(
     """Write `NAME-00000.tar` and so on, and last `manifest.json`; return the manifest. Shards that exist are not written again.
 
     Rows of a table become samples whose members are its columns of bytes, pictures, sounds and texts, by their names, and
-    `json` of the rest. Keys that repeat become NNNNN-ROW-KEY, with the number of their shard.
+    `json` of the rest; a file in the column `filepath` is called by its suffix. Dots in a table's keys become _. Keys that
+    repeat become NNNNN-ROW-KEY, with the number of their shard.
 
     Raises:
         UserError: for shards or a selection that cannot be read; if the folder holds other shards of this name; as
@@ -95,8 +98,14 @@ def _keys_repeat(shards: Sequence[ShardIndex]) -> bool:
     seen = set()
     for shard in shards:
         for row in range(len(shard)):
-            seen.add(hash(shard.keys[row]))
+            seen.add(hash(_key_of(shard, row)))
     return len(seen) < sum(map(len, shards))
+
+
+def _key_of(shard: ShardIndex, row: int) -> str:
+    """Return a sample's key; without the dots of a table's, as in a tar what follows a dot is the member's name."""
+    key = shard.keys[row]
+    return key.replace(".", "_") if table_behind(shard) else key
 
 
 def _make_jobs(
@@ -162,7 +171,7 @@ def _samples(job: _Job) -> Iterator[dict[str, Any]]:
     for number, name, rows in job.parts:
         shard = _open_cached(name, job.files)
         for row in rows.tolist():
-            key = f"{number:05d}-{row}-{shard.keys[row]}" if job.renamed else shard.keys[row]
+            key = f"{number:05d}-{row}-{_key_of(shard, row)}" if job.renamed else _key_of(shard, row)
             yield {"__key__": key, **_members(shard, row)}
 
 
@@ -174,11 +183,22 @@ def _open_cached(name: str, files: str | None) -> ShardIndex:
 def _members(shard: ShardIndex, row: int) -> dict[str, bytes]:
     wanted = list(shard.extensions)
     if isinstance(shard, TableIndex):
-        wanted = [name for name in wanted if name in KNOWN or name in shard.undescribed or name == "json"]
+        wanted = [name for name in wanted if name in MEMBER_COLUMNS or name in shard.undescribed or name == "json"]
+        if wanted == ["json"]:
+            raise UserError(
+                f"{shard.name}: no column is a member of a tar, of {', '.join(shard.table.column_names)}: name those of files"
+                " filepath, image or audio, and that of texts text"
+            )
     for name in wanted:
         if not COMPOUND.fullmatch(name) or name.startswith("_") or name != name.lower():
             raise UserError(f"{shard.name}: a member cannot be called {name!r} in a tar: rename the column")
     try:
-        return shard.read(row, wanted)
+        members = shard.read(row, wanted)
+        if isinstance(shard, TableIndex) and PATH in members:  # its member is called as the file
+            suffix = Path(str(shard.table[PATH][row].as_py())).suffix.lower().removeprefix(".")
+            if suffix in members or not COMPOUND.fullmatch(suffix):
+                raise UserError(f"{shard.name}, {shard.describe(row)}: a member cannot be called {suffix!r}: rename the file")
+            members[suffix] = members.pop(PATH)
+        return members
     except DecodeError as error:
         raise UserError(f"{shard.name}, {shard.describe(row)}: {error}") from error

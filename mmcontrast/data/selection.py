@@ -27,6 +27,7 @@ from mmcontrast.data.files import identities
 from mmcontrast.data.ids import id_of
 from mmcontrast.data.keys import ENTRY
 from mmcontrast.data.parts import key_array, narrowed
+from mmcontrast.data.row_ids import refuse_other_rows
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.shard_values import ids_of_shard, json_entries
 from mmcontrast.data.tables import SUFFIXES, open_table
@@ -243,6 +244,7 @@ class NamedSamples(Selection):
     def names_of(self, shards: Sequence[ShardIndex]) -> list[pa.Array]:
         """Return the names of the samples of each shard, of the kind that the list has."""
         if self.by == "sample_id":
+            refuse_other_rows(self.name, shards, "select")
             names = identities([shard.name for shard in shards])
             return [pa.array(ids_of_shard(shard, name)) for shard, name in zip(shards, names, strict=True)]
         if self.by == "key":

@@ -5,7 +5,9 @@ give up their rows in large groups, an Arrow copy is made once in the cache fold
 """
 
 import json
+import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,7 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 FILE_COLUMNS = frozenset({*ImageModality.extensions, *AudioModality.extensions, "filepath"})
 CHECKED_ROWS = 5_000_000  # of tables, whose sample ids are compared when they are opened
 Types = pa.types
+_log = logging.getLogger(__name__)
 
 
 class RowKeys(Sequence[str]):
@@ -256,7 +259,26 @@ def open_table(name: str, file_columns: Collection[str] = FILE_COLUMNS, files: s
         raise UserError(f"{name}: two columns have one name, among {', '.join(table.column_names)}")
     columns = tuple(column for column in table.column_names if column != "json")
     folder = Path(files) if files else path.parent if path.is_file() else path
+    if path.suffix.lower() in (".csv", ".tsv"):
+        _check_header(path, columns, {folder, path.parent})
+    for column in columns:
+        if column.lower() in ("sample_id", "group_id") and column.lower() not in columns:
+            _log.warning("%s: column %r is not read as %s: rename it if that is what it is", name, column, column.lower())
     return TableIndex(name, keys, (*columns, "json"), digest, arrow, frozenset(file_columns), folder, frozenset(numbers))
+
+
+def _check_header(path: Path, columns: Iterable[str], folders: Iterable[Path]) -> None:
+    """Check that the first line of a CSV file names columns.
+
+    Raises:
+        UserError: if one of the names is a URL or a file that is there.
+    """
+    for column in columns:
+        if "://" in column or ("." in column and any(os.path.isfile(folder / column) for folder in folders)):
+            raise UserError(
+                f"{path}: its first line is taken for the names of columns, and {column!r} is a file's: begin it with a line"
+                " like image,text"
+            )
 
 
 def refuse_repeated_ids(shards: Iterable[ShardIndex]) -> None:

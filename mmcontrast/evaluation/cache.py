@@ -17,8 +17,11 @@ import torch
 from safetensors import SafetensorError
 
 from mmcontrast.data import ShardDataset
+from mmcontrast.data.folder import FolderIndex
 from mmcontrast.data.keys import member_name
+from mmcontrast.data.parts import ShardPart
 from mmcontrast.data.range_cache import cache_root
+from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import table_behind
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.models import ContrastiveModel
@@ -74,14 +77,20 @@ def table_folder(model: str, dataset: ShardDataset, root: Path | None = None) ->
     changes with the files of the data, those that a table names too."""
     digest = hashlib.blake2b(f"{model} {dataset.digest} {dataset.keys}".encode(), digest_size=16)
     for shard in dataset.shards:
-        digest.update(shard.name.encode())
-        if os.path.exists(shard.name):
-            digest.update(str(os.stat(shard.name).st_mtime_ns).encode())
+        digest.update(f"{shard.name}{times_of(shard)}".encode())
     digest.update(files_digest(dataset).encode())
     update_hash(digest, dataset.modalities)
     if dataset.templates:
         update_hash(digest, dataset.templates)
     return (root or cache_root() / "embeddings") / digest.hexdigest()
+
+
+def times_of(shard: ShardIndex) -> str:
+    """Return when a shard's file was written last, of a folder all of its files; "" of a remote one."""
+    behind = shard.shard if isinstance(shard, ShardPart) else shard
+    if isinstance(behind, FolderIndex):
+        return behind.changed
+    return str(os.stat(shard.name).st_mtime_ns) if os.path.exists(shard.name) else ""
 
 
 def files_digest(dataset: ShardDataset) -> str:

@@ -60,15 +60,18 @@ class RunResults:
         name: of the run, unique among those that are compared.
         results: by name, "val/retrieval/image_to_text/recall_at_1".
         digests: of each split's data, if the file has them.
+        settings: `SETTINGS` of the evaluation and the precision, as JSON, if the file has them.
     """
 
     name: str
     path: Path
     results: dict[str, Result]
     digests: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 HEADLINES = ("recall_at_1", "mean_recall_at_1", "top1", "mean_rank_variance")
+SETTINGS = ("scoring", "whiten")  # options that change results of the same names
 SHORT = 24  # results that are shown in full
 
 
@@ -106,8 +109,13 @@ class Comparison:
         return BETTER if (result.value < first.value) == lower_is_better(name) else WORSE
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each split on which the runs were evaluated differently."""
+        """Return a sentence for each setting, and for each split, with which the runs were evaluated differently."""
         warnings = []
+        for setting in sorted({name for run in self.runs for name in run.settings}):
+            values = {run.name: run.settings[setting] for run in self.runs if setting in run.settings}
+            if len(set(values.values())) > 1:
+                shown = ", ".join(f"{run} {value}" for run, value in values.items())
+                warnings.append(f"not evaluated alike: {setting} is {shown}")
         for split in self.splits:
             digests = {run.name: run.digests[split] for run in self.runs if split in run.digests}
             if len(set(digests.values())) > 1:
@@ -175,11 +183,14 @@ def read(path: Path, name: str) -> RunResults:
         results = {key: Result.of(entry) for key, entry in content["results"].items()}
         data = content.get("data", {})
         digests = {split: str(entry["digest"]) for split, entry in data.items() if entry.get("digest")}
+        options = {name: value for name, value in content.get("options", {}).items() if name in SETTINGS}
+        options |= {name: value for name, value in content.get("model", {}).items() if name == "precision"}
+        settings = {name: json.dumps(value, sort_keys=True) for name, value in options.items()}
     except UserError:
         raise
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is no results.json: {type(error).__name__} {error}") from error
-    return RunResults(name, path, results, digests)
+    return RunResults(name, path, results, digests, settings)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

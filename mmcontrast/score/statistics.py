@@ -313,8 +313,9 @@ class _Scores(torch.autograd.Function):
         return dots, row_negatives, column_negatives, *rows, *columns
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Any) -> Any:
+        if torch.is_grad_enabled():  # with create_graph; `once_differentiable` raises only where `upstream` has a gradient
+            raise RuntimeError("the gradients of score statistics cannot be differentiated again (create_graph=True)")
         with without_autocast(upstream[0].device):
             return _Scores._gradients(ctx, *upstream)
 

@@ -18,6 +18,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import read_texts
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.modalities import DecodeError
+from mmcontrast.run_folder import about_checkpoint, run_of
 from mmcontrast.search.query import TEXTS, Hit, SearchIndex
 
 SHOWN_CHARACTERS = 300  # of a caption
@@ -29,7 +30,7 @@ def model_of(description: Mapping[str, Any], folder: Path, device: str | None, t
     """Open the model that made an index or an embedding table, by its description.
 
     Raises:
-        UserError: if it does not name the model; as `mmcontrast.load`.
+        UserError: if it does not name the model, or that is a run with other weights by now; as `mmcontrast.load`.
     """
     for name in ("model", "checkpoint", "pretrained", "precision"):
         if not isinstance(value := description.get(name), str | None):
@@ -40,6 +41,10 @@ def model_of(description: Mapping[str, Any], folder: Path, device: str | None, t
         raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
     checkpoint_options: dict[str, Any] = {name: description.get(name) for name in ("checkpoint", "pretrained")}
     options: dict[str, Any] = {"precision": description.get("precision", "fp32"), "trust_code": trust_code, "width": width}
+    run, _ = run_of(description["model"], checkpoint_options["checkpoint"])
+    weights, step = description.get("weights"), checkpoint_options["checkpoint"] or "last"
+    if run is not None and weights and about_checkpoint(run, step)["weights"] != weights:
+        raise UserError(f"{folder}: {run} was trained again since, so its checkpoint {step} has other weights: embed again")
     return load(description["model"], device=device, **options, **checkpoint_options)
 
 

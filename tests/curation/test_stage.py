@@ -148,3 +148,18 @@ def test_a_part_is_a_table_that_others_read(tmp_path):
     (entry,) = manifest["shards"]
     assert entry["part"] == part.name and part.name == f"00000-{entry['digest']}.parquet"
     assert (entry["samples"], entry["kept"]) == (4, sum(table["keep"].to_pylist()))
+
+
+def test_a_shard_that_has_changed_is_not_what_was_judged(tmp_path):
+    """A folder, whose digest has names and sizes alone: a caption of the same length."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("a b c")
+    words = [{"type": "words", "min": 3}]
+    assert run(folder, tmp_path / "out", words).summary["kept"] == 3
+    assert run(folder, tmp_path / "out", words).summary["kept"] == 3
+    (folder / "1.txt").write_text("abcde")
+    with pytest.raises(UserError, match="is complete, and .*data has changed since"):
+        run(folder, tmp_path / "out", words)
+    assert run(folder, tmp_path / "other", words).summary["kept"] == 2

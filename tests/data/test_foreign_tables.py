@@ -210,6 +210,16 @@ def test_vectors_are_members_and_a_column_json_is_metadata(tmp_path):
     assert texts(tmp_path / "y.parquet", ["json:caption"])[0] == ["x"]
 
 
+def test_spaces_around_the_names_of_columns_are_none_of_theirs(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text("text , group_id\na,7\nb,7\n")
+    dataset = ShardDataset(str(tmp_path / "x.csv"), {"text": Bytes()}, {"text": ["text"]})
+    (batch,) = all_batches(dataset, 2)
+    assert batch.metadata[0]["group_id"] == 7 and len(set(batch.group_ids.tolist())) == 1 and not caplog.records
+    (tmp_path / "y.csv").write_text("text,Group_ID\na,7\nb,7\n")
+    ShardDataset(str(tmp_path / "y.csv"), {"text": Bytes()}, {"text": ["text"]})
+    assert "column 'Group_ID' is not read as group_id: rename it" in caplog.text
+
+
 def test_a_quote_within_a_cell_is_a_character(tmp_path):
     """An inch is written 5", as pandas and pyarrow read it."""
     (tmp_path / "x.csv").write_text('text,n\na pipe of 5" and more,1\nb,2\n')
@@ -232,7 +242,7 @@ def test_a_quote_within_a_cell_is_a_character(tmp_path):
             b"x.csv,a cat\ny.png,a dog\n",
             r"taken for the names of columns, and 'x.csv' is a file's: begin it with a line like image",
         ),
-        (b"http://a/b.png;a cat\ny.png;a dog\n", "begin it with a line like image;text"),
+        (b"http://a/b.png;a cat\ny.png;a dog\n", "begin it with a line like image,text"),
     ],
 )
 def test_what_is_no_table_is_said_in_a_line(tmp_path, monkeypatch, data, message):

@@ -92,6 +92,14 @@ def test_members_of_webdataset_with_dots_alone_stay_so(tmp_path):
     assert len(one) == 1 and one.extensions == ("left.jpg", "right.jpg")
 
 
+def test_samples_with_a_single_field_are_counted_and_told(tmp_path, caplog):
+    path = tar_of(tmp_path / "x.tar", ["a.txt", "a.png", "b.png", "c.txt", "c.png"])
+    ShardDataset(path, TEXT | {"image": ImageModality(8)}, {}, training=True)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("1 of 3 samples have a single one of the fields text, image, so they are in no pair, as shard")
+    assert "sample 'b', which has .png" in told
+
+
 def test_samples_without_a_field_are_counted_and_told(tmp_path, caplog):
     names = [f"a{k}.{e}" for k in range(5) for e in ("txt", "png")] + [f"b{k}.final.txt" for k in range(4)] + ["c.mp4"]
     path = tar_of(tmp_path / "x.tar", names)

@@ -180,6 +180,8 @@ def test_draws(sizes, count, seed):
 
 
 class Known:
+    shards = ()
+
     def __init__(self, ids):
         self.ids = np.array(ids, dtype=np.int64)
 

@@ -66,6 +66,24 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert rewriting.BEGUN in expected
 
 
+def test_files_of_a_table_are_members_by_their_suffix(tmp_path):
+    """In the columns that open_clip's own training reads; keys with dots, which a tar would cut."""
+    for k in range(3):
+        (tmp_path / f"{k}.jpg").write_bytes(jpeg(k))
+    frame = pd.DataFrame(
+        {"filepath": [f"{k}.jpg" for k in range(3)], "title": list("xyz"), "key": [f"v1.{k}" for k in range(3)]}
+    )
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame[["key"]][:2].to_csv(tmp_path / "kept.csv", index=False)
+    write_selected(str(tmp_path / "t.csv"), tmp_path / "out", str(tmp_path / "kept.csv"), workers=1)
+    found = members(tmp_path / "out" / "train-00000.tar")
+    assert set(found) == {"v1_0.jpg", "v1_0.json", "v1_1.jpg", "v1_1.json"} and found["v1_1.jpg"] == jpeg(1)
+    assert json.loads(found["v1_1.json"])["title"] == "y"
+    frame.rename(columns={"filepath": "photo"}).to_csv(tmp_path / "p.csv", index=False)
+    with pytest.raises(UserError, match="no column is a member of a tar, of photo, title, key: name those of files filepath"):
+        write_selected(str(tmp_path / "p.csv"), tmp_path / "other", str(tmp_path / "kept.csv"), workers=1)
+
+
 def test_keys_that_repeat_and_tables(tmp_path):
     for shard in "ab":
         with webdataset.TarWriter(str(tmp_path / f"{shard}.tar")) as writer:

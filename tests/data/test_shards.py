@@ -188,6 +188,12 @@ def test_names_that_are_no_keys_and_extensions_are_refused(tmp_path):
         tar([f"{k:05d}_0.e{k}" for k in range(2000)])
     with pytest.raises(UserError, match="braces of .* do not match"):
         expand_shards("train-{0..3.tar")
+    for name in ("a/b/2.tar", "a/1.tar", "0.tar"):
+        (tmp_path / "deep" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "deep" / name).touch()
+    assert [name.removeprefix(f"{tmp_path}/deep/") for name in expand_shards(f"{tmp_path}/deep/**/*.tar")] == [
+        "0.tar", "a/1.tar", "a/b/2.tar"
+    ]  # fmt: skip
 
 
 def test_sixteen_bits_of_grey_are_scaled():

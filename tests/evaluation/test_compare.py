@@ -81,6 +81,17 @@ def test_other_data_are_warned_of(tmp_path):
     assert warning == "val: not the same data or options: x/num_samples is d 100, e 90"
 
 
+def test_other_settings_are_warned_of(tmp_path):
+    options = {"scoring": None, "whiten": False, "resamples": 10}
+    a = write(tmp_path / "a", {"val/x/top1": 0.5}, options=options, model={"precision": "fp32"})
+    b = write(tmp_path / "b", {"val/x/top1": 0.5}, options=options | {"resamples": 0}, model={"precision": "fp32"})
+    assert not compare([a, b]).warnings()
+    c = write(tmp_path / "c", {"val/x/top1": 0.5}, options=options | {"scoring": "csls"}, model={"precision": "bf16"})
+    assert compare([a, c]).warnings() == [
+        'not evaluated alike: precision is a "fp32", c "bf16"', 'not evaluated alike: scoring is a null, c "csls"'
+    ]  # fmt: skip
+
+
 def test_as_json_and_by_name(runs):
     done = command(*runs, "--json", "--match", "val/*recall_at_1")
     found = json.loads(done.stdout)

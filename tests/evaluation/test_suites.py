@@ -257,7 +257,11 @@ def suite_file(corpus, tmp_path):
 def test_every_kind_of_task(run, suite_file):
     suite = open_suite(str(run), str(suite_file), ["resamples=50"], None)
     found = run_suite(str(run), suite, device="cpu")
-    assert suite.out == run / "evaluations" / "suite" and results_of(suite.out) == pytest.approx(found.values, nan_ok=True)
+    assert (
+        suite.out.parent == run / "evaluations"
+        and suite.out.name.startswith("suite-")
+        and results_of(suite.out) == pytest.approx(found.values, nan_ok=True)
+    )
     for name in (
         "retrieval/both_to_audio/recall_at_1", "retrieval/same_script/map", "retrieval/graded/ndcg_at_5",
         "languages/names/to_image/mean_rank_variance", "languages/names/text_to_image/recall_at_1",
@@ -401,9 +405,10 @@ def test_results_of_a_checkpoint_are_not_written_into_it(run):
     name = str(run / "checkpoints" / "step-00000006")
     assert open_suite(name, None, [], None).out == run / "evaluations" / "checkpoint-00000006"
     assert open_suite(str(run), None, [], None).out == run
-    assert open_suite(str(run), None, ["resamples=0"], None).out == run / "evaluations" / "custom"  # the training's own stay
+    own, other = (open_suite(str(run), None, [option], None).out for option in ("resamples=0", "scoring=csls"))
+    assert own.parent == run / "evaluations" and own.name.startswith("own-") and own != other  # the training's own stay
     suite = open_suite(name, None, ["resamples=0"], None)
-    assert suite.out == run / "evaluations" / "custom-checkpoint-00000006"
+    assert suite.out == own.with_name(f"{own.name}-checkpoint-00000006")
     run_suite(name, suite, device="cpu")
     run_suite(name, suite, device="cpu")  # it can still be read
 
@@ -466,3 +471,16 @@ def test_relevance_that_is_none(run, suite_file, tmp_path):
     (tmp_path / "relevance.txt").write_text("a 0 b 1\n")
     with pytest.raises(UserError, match="no sample has the key 'a'"):
         run_suite(str(run), open_suite(str(run), str(suite_file), [], None), device="cpu")
+
+
+def test_a_folder_whose_files_have_changed_is_embedded_again(model, tmp_path):
+    """By texts of the same lengths, which leave the folder's own time, its names and its sizes."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"number {number}")
+    opened = load(str(model), device="cpu")
+    before = table_folder("m", opened.dataset(str(folder)))
+    assert table_folder("m", opened.dataset(str(folder))) == before
+    (folder / "2.txt").write_text("number 7")
+    assert table_folder("m", opened.dataset(str(folder))) != before

@@ -6,7 +6,8 @@ import yaml
 
 import mmcontrast
 from mmcontrast.export.folder import export_model
-from mmcontrast.finetune import Request, make_config
+from mmcontrast.finetune import make_config
+from mmcontrast.finetune_request import Request
 from mmcontrast.runs import make_run_context
 from tests.command import train
 from tests.export.models import TIMM, run

@@ -376,3 +376,11 @@ def test_hard_negatives_of_sentence_transformers_move_away_from_their_anchors():
         optimizer.step()
     anchors, positives, negatives = F.normalize(model.weight, dim=1).split(10)
     assert (anchors * positives).sum(1).mean() > 0.6 and (anchors * negatives).sum(1).mean() < 0.2
+
+
+@pytest.mark.parametrize("objective", ["infonce", "dcl", "siglip"])
+def test_a_second_derivative_is_refused(objective):
+    x = F.normalize(torch.randn(4, 3), dim=1).requires_grad_()
+    loss = contrastive_loss({"a": x, "b": x.roll(1, 0)}, objective=objective, logit_scale=5.0, logit_bias=0.0)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(loss, x, create_graph=True)
