@@ -20,6 +20,7 @@ from rich.progress import track
 from mmcontrast.data.loading import start_worker
 from mmcontrast.errors import UserError
 
+_log = logging.getLogger(__name__)
 ENGINES = ("pool", "ray")
 TRIES = 4  # of a job whose worker dies on Ray
 AHEAD = 64  # jobs that are handed to Ray at least, so that a cluster that can grow does
@@ -154,14 +155,36 @@ def _cluster(cores: int) -> Iterator[None]:
         yield
         return
     _check_address(os.environ.get("RAY_ADDRESS", ""))
-    try:
-        ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
-    except ValueError:  # there is a cluster, which has its own number of cores
-        ray.init(logging_level=logging.ERROR)
+    join_cluster(cores)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def join_cluster(cores: int) -> None:
+    """Connect to the Ray cluster that there is, or start one of this machine: several times, as Ray gives up after half a minute,
+    in which a busy machine has not started it.
+
+    Raises:
+        UserError: if it does not start.
+    """
+    import ray
+
+    for attempt in range(TRIES):
+        try:
+            ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
+            return
+        except ValueError:  # there is a cluster, which has its own number of cores
+            ray.init(logging_level=logging.ERROR)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            _log.warning("Ray did not start (%d of %d times): %s", attempt + 1, TRIES, reason)
+    raise UserError(f"--engine ray: no cluster starts here: {reason}")
 
 
 def _check_address(address: str) -> None:

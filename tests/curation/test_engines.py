@@ -75,6 +75,25 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch):
         engines._on_worker(str, 1, str(tmp_path / "nowhere"), {})
 
 
+def test_a_cluster_that_starts_too_slowly_is_started_again(monkeypatch, caplog):
+    """As on a busy machine: Ray's own start gives up after half a minute."""
+    ray = pytest.importorskip("ray")
+    starts = []
+
+    def init(**_):
+        starts.append(1)
+        if len(starts) < 3:
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(ray, "init", init)
+    engines.join_cluster(1)
+    assert len(starts) == 3 and caplog.text.count("Ray did not start") == 2
+    monkeypatch.setattr(engines, "TRIES", 1)
+    starts.clear()
+    with pytest.raises(UserError, match="--engine ray: no cluster starts here: The current node timed out"):
+        engines.join_cluster(1)
+
+
 def test_a_pool_says_which_worker_died(tmp_path):
     jobs = [(str(tmp_path / str(number)), 0) for number in range(3)]
     assert len(list(run_jobs(dies, jobs, "jobs", workers=2))) == 3
@@ -118,7 +137,7 @@ def test_ray_writes_what_the_pool_writes(tmp_path, monkeypatch):
     assert len(expected) > 40 and "00001.tar is not a whole tar" in said[0] and said[1] == repr(KeyError("no such sample in b"))
     of_two = {name.removeprefix("two/"): data for name, data in expected.items() if name.startswith("two/")}
     words = ["data", "filter", "data/*.tar", "--rules", "rules.yaml", "--engine", "ray", "--workers", "2"]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    engines.join_cluster(2)
     try:
         assert made_by("ray") == (expected, said)
         jobs = [(str(tmp_path / f"dies-{times}"), times) for times in (0, 1)]
