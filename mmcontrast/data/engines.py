@@ -163,8 +163,8 @@ def _cluster(cores: int) -> Iterator[None]:
 
 
 def join_cluster(cores: int) -> None:
-    """Connect to the Ray cluster that there is, or start one of this machine: several times, as Ray gives up after half a minute,
-    in which a busy machine has not started it.
+    """Connect to the Ray cluster that there is, or start one of this machine: several times, as Ray gives up after half a
+    minute, in which a busy machine may not have started it.
 
     Raises:
         UserError: if it does not start.
