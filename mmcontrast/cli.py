@@ -94,10 +94,7 @@ def evaluate(
         str | None,
         typer.Option(help="a YAML file, as in eval/, or a folder in CLIP_benchmark's layout; default: the run's own"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="folder of the results; default: RUN; with overrides or a suite, in evaluations/ there or here"),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the results; default: RUN, or evaluations/ there or here")] = None,
     checkpoint: Checkpoint = "last",
     pretrained: Pretrained = None,
     device: Device = None,

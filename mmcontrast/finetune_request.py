@@ -62,12 +62,13 @@ def config_to_resume(request: Request, overrides: Sequence[str] = ()) -> RunConf
     folder = config_of(draft, [override for override in overrides if override.startswith("run.")]).folder
     if not (folder / CONFIG).is_file():
         raise UserError(f"no run at {folder} to resume: start it without --resume, or name it as --name")
-    refuse_another_request(request, load_config(folder / CONFIG), folder)
+    refuse_another_request(request, load_config(folder / CONFIG), folder, overrides)
     return load_config(folder / CONFIG, overrides)
 
 
-def refuse_another_request(request: Request, config: RunConfig, folder: Path) -> None:
-    """Check that a run was started with what a command that resumes it names; what it leaves to its defaults may be anything.
+def refuse_another_request(request: Request, config: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
+    """Check that a run was started with what a command that resumes it names; what it leaves to its defaults, or
+    overrides, may be anything.
 
     Raises:
         UserError: for the first option that differs.
@@ -85,8 +86,11 @@ def refuse_another_request(request: Request, config: RunConfig, folder: Path) ->
         "--lora": (request.lora, lora and lora.rank),
         "--epochs": (None if request.epochs == EPOCHS else request.epochs, config.train.epochs),
     }
+    keys: dict[str, tuple[str, ...]] = {"MODEL": ("model.start",), "DATA": ("data.train",), "--lora": ("model.lora",)}
+    keys["--epochs"] = ("train.epochs", "train.steps")
     for option, (value, saved) in asked.items():
-        if value is not None and value != saved:
+        overridden = any(override.startswith(keys.get(option, ())) for override in overrides)
+        if value is not None and value != saved and not overridden:
             shown, was = (", ".join(v) if isinstance(v, list) else "none" if v is None else v for v in (value, saved))
             raise UserError(
                 f"{option} {shown}: {folder} was started with {was}: leave it as it was, change options of the config as"

@@ -63,7 +63,7 @@ def open_suite(
         UserError: for an invalid suite; without one, if the model is no run.
     """
     run, step = run_of(model, checkpoint)
-    changed = hashlib.sha256(json.dumps(sorted(overrides)).encode()).hexdigest()[:6] if overrides else ""
+    changed = hashlib.sha256(json.dumps(list(overrides)).encode()).hexdigest()[:6] if overrides else ""
     if source is None:
         if run is None:
             raise UserError(f"{model} is no run with an evaluation of its own: name a suite, like eval/glyphs/suite.yaml")

@@ -135,7 +135,7 @@ def test_help_says_what_each_command_does_and_each_option_means():
 
 
 def test_null_restores_a_default_or_takes_an_entry_away(config_file):
-    """Where null is no value itself."""
+    """null restores a default where it is no value itself."""
     plain = load_config(config_file)
     given = ["fields.image.keys=[jpg]", "evaluation.retrieval_at=[3]", "train.warmup_steps=7", "train.ema_decay=0.9"]
     nulls = [f"{override.partition('=')[0]}=null" for override in given]

@@ -77,6 +77,8 @@ def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
     assert config["model"]["start"] == start and config["fields"]["text"]["keys"] == ["title"]
     complete = command("finetune", start, pairs, "--name", "shoes", "--resume", f"run.dir={tmp_path}/runs")
     assert complete.returncode == 0 and "chosen" not in complete.stderr, complete.stderr
+    repeated = [start, pairs, "--epochs", 3, "--name", "shoes", "--resume", f"run.dir={tmp_path}/runs", "train.epochs=1"]
+    assert command("finetune", *repeated).returncode == 0  # an override goes before the option, as it did at the start
     for words, message in (
         ([start, tmp_path / "other.csv"], r"DATA .*other.csv: .*shoes was started with .*pairs.csv"),
         ([start, pairs, "--epochs", 3], "--epochs 3.0: .*shoes was started with 1.0"),

@@ -1,4 +1,4 @@
-"""What `mmcontrast plan` computes is what a real forward keeps, what the field publishes, and what it advises fits."""
+"""`mmcontrast plan` computes what a real forward keeps, what the field publishes, and what it advises fits."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What would be submitted to Slurm, and what is refused before it is. With a real Slurm: tests/slurm."""
+"""Scripts that would be submitted to Slurm, and what is refused before. With a real Slurm: tests/slurm."""
 
 import json
 import subprocess

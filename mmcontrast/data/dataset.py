@@ -202,7 +202,7 @@ class ShardDataset(Samples):
         fields, total = ", ".join(self.keys), len(self)
         if counts[0]:
             logger.warning("%d of %d samples have none of the fields %s, as %s", counts[0], total, fields, examples[0])
-        if counts[1]:
+        if counts[1] and self.training:
             logger.warning(
                 "%d of %d samples have a single one of the fields %s, so they are in no pair, as %s",
                 *(counts[1], total, fields, examples[1]),

@@ -45,6 +45,6 @@ def index_folder(name: str) -> FolderIndex:
     members = Members.collect(
         name, ((member, k, state.st_size) for k, (member, state) in enumerate(zip(names, states, strict=True)))
     )
-    changed = hashlib.blake2b(b"".join(state.st_mtime_ns.to_bytes(16) for state in states), digest_size=8).hexdigest()
+    changed = hashlib.blake2b(str([state.st_mtime_ns for state in states]).encode(), digest_size=8).hexdigest()
     arrays = (members.keys, members.extensions, members.digest, members.places, members.sizes, tuple(names), changed)
     return FolderIndex(name, *arrays, notes=members.notes)

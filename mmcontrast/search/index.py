@@ -27,16 +27,8 @@ from mmcontrast.training.log import make_progress
 QUERIES, AT = 1000, 10  # of the measured recall
 ENOUGH = 0.95  # of the recall: below, a search in a graph or in codes is made more thorough
 SAME = 1e-6  # scores that differ by less are equal: a duplicate of the right row is right
-MODEL_AND_DATA = (
-    "model",
-    "checkpoint",
-    "pretrained",
-    "precision",
-    "width",
-    "shards",
-    "data",
-    "weights",
-)  # of the table's manifest
+# of the table's manifest
+MODEL_AND_DATA = ("model", "checkpoint", "weights", "pretrained", "precision", "width", "shards", "data")
 
 
 def build_index(

@@ -95,7 +95,7 @@ def test_embeddings_of_other_templates_are_not_taken_from_the_cache(tmp_path):
 
 
 def test_samples_of_a_class_are_no_negatives(tmp_path):
-    """What InfoNCE is over: of the others of a batch, those of other classes alone."""
+    """InfoNCE runs over those of the others of a batch alone that are of other classes."""
     dataset = opened(*as_table(tmp_path))
     batch = dataset.collate([dataset[k] for k in range(6)])
     torch.manual_seed(0)

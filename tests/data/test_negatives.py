@@ -192,7 +192,7 @@ class Known:
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_candidates_are_found_as_a_dictionary_finds_them(data, tmp_path, monkeypatch):
-    """Of any rows in any order, some of unknown samples, empty, null, in several files, a few at a time; by position too."""
+    """Candidates of any rows in any order, some of unknown samples, empty, null, in several files; by position too."""
     monkeypatch.setattr(negatives, "ROWS", data.draw(st.integers(1, 5)))
     monkeypatch.setattr(negatives, "LOOKED_UP", data.draw(st.integers(1, 5)))
     ids = data.draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12, unique=True))

@@ -156,7 +156,7 @@ def test_captions_in_lists_and_vectors_in_lists(tmp_path):
 
 
 def test_paths_stay_in_their_folder(tmp_path):
-    """Of a table only files under its own folder, or the one that is named, are opened."""
+    """Only files under a table's own folder, or the one that is named, are opened."""
     inner, other = tmp_path / "inner", tmp_path / "pictures"
     for folder in (inner, other):
         folder.mkdir()

@@ -304,7 +304,7 @@ def captions_in(shard):
 
 @pytest.mark.parametrize("rows", ["exact", "expected"])
 def test_fields_are_compared_through_a_bank(run, suite_file, corpus, tmp_path, rows):
-    """Of words, of a table, and of the captions of shards; pairs with the bank's own field keep their cosines."""
+    """Banks of words, of a table, and of the captions of shards; pairs with the bank's own field keep their cosines."""
     words, plainly = tmp_path / "words.txt", ["resamples=0", "geometry=false", "probes={}"]
     words.write_text("black chess king\n\ngreek small letter alpha\ndigit one\ndigit one\nplus sign\n")
     plain = run_suite(str(run), open_suite(str(run), str(suite_file), plainly, None), device="cpu")

@@ -1,4 +1,4 @@
-"""What papers claim of their objectives, on real letters with small encoders: three seeds each, a few seconds.
+"""Claims of papers about their objectives, on real letters with small encoders: three seeds each, a few seconds.
 
 Pictures of letters in several typefaces against their Unicode names, as sums of letter triples. Recall is of pictures in a
 typeface that was not trained on.
