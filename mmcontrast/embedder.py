@@ -16,7 +16,7 @@ from mmcontrast.evaluation.banks import scale_between
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
-from mmcontrast.models import ContrastiveModel, library_of, open_model
+from mmcontrast.models import ContrastiveModel, library_of, open_model, weights_digest
 from mmcontrast.run_folder import about_checkpoint, run_of
 from mmcontrast.runs import contrasted_fields, open_run
 from mmcontrast.score import Lorentz
@@ -284,8 +284,9 @@ def load(
 
 
 def identity(name: str | Path, checkpoint: str | None = "last", pretrained: str | None = None) -> dict[str, Any]:
-    """Return a table's description of the model that made it, as arguments of `load`: model, checkpoint, pretrained; of a run
-    a digest of its weights too. Folders and files are absolute paths, "last" and "best" the number of their step.
+    """Return a table's description of the model that made it, as arguments of `load`: model, checkpoint, pretrained; of a run,
+    a folder or a file a digest of its weights too. Folders and files are absolute paths, "last" and "best" the number of their
+    step.
 
     Raises:
         UserError: if a run has no such checkpoint.
@@ -295,9 +296,12 @@ def identity(name: str | Path, checkpoint: str | None = "last", pretrained: str 
         return {"model": str(folder), "pretrained": None} | about_checkpoint(folder, step)
     prefix, colon, rest = str(name).rpartition(":")
     is_local_folder = prefix != "hf-hub" and Path(rest).is_dir() and library_of(Path(rest))
-    weights = Path(pretrained or "")
-    return {
+    file = Path(pretrained or "").absolute()
+    about = {
         "model": f"{prefix}{colon}{Path(rest).absolute()}" if is_local_folder else str(name),
         "checkpoint": None,
-        "pretrained": str(weights.absolute()) if weights.is_file() else pretrained,
+        "pretrained": str(file) if file.is_file() else pretrained,
     }
+    if local := file if file.is_file() else Path(rest) if is_local_folder else None:
+        about["weights"] = weights_digest(local)
+    return about

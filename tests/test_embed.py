@@ -22,7 +22,7 @@ from mmcontrast.embedder import identity
 from mmcontrast.embedding_job import embed_shards, slices_of
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
-from mmcontrast.models import make_model
+from mmcontrast.models import make_model, weights_digest
 from mmcontrast.run_folder import prepare_folder
 from mmcontrast.search import Searcher, build_index
 from mmcontrast.training import checkpoint
@@ -229,6 +229,9 @@ def test_an_index_is_searched_by_the_weights_that_made_it(tmp_path):
     searcher = Searcher.open(tmp_path / "t" / "index", "cpu")
     (best, *_) = searcher.search("image", image=searcher.media(7, "image"))
     assert best.row == 7 and best.score == pytest.approx(1.0, abs=1e-5)
+    torch.save({"state_dict": timm.create_model("test_vit", num_classes=3).state_dict()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"test_vit .*weights.pth has other weights now"):
+        Searcher.open(tmp_path / "t" / "index", "cpu")
 
 
 def test_a_run_that_was_trained_again_is_another_model(run, corpus, tmp_path):
@@ -240,7 +243,7 @@ def test_a_run_that_was_trained_again_is_another_model(run, corpus, tmp_path):
     saved_step = run / "checkpoints" / "step-00000006"
     weights = {name: tensor + 1 for name, tensor in load_file(saved_step / "model.safetensors").items()}
     checkpoint.save(run / "checkpoints", 6, Contents(weights, {}, {}, (run / "config.yaml").read_text()))
-    with pytest.raises(UserError, match="was trained again since, so its checkpoint 6 has other weights: embed again"):
+    with pytest.raises(UserError, match="runs/.* 6 has other weights now than those that made the table: embed again"):
         Searcher.open(tmp_path / "t" / "index", "cpu")
     with pytest.raises(UserError, match="slices of another table .weights: "):
         embed_shards(run, shards, tmp_path / "t", device="cpu")
@@ -256,8 +259,11 @@ def test_a_checkpoints_folder_and_mistakes(run, corpus, tmp_path, monkeypatch):
     (run.parent / "resnet50").mkdir()
     Path("m.pt").touch()
     assert identity("resnet50", pretrained="m.pt") == {
-        "model": "resnet50", "checkpoint": None, "pretrained": str(run.parent / "m.pt"),
+        "model": "resnet50", "checkpoint": None, "pretrained": str(run.parent / "m.pt"), "weights": weights_digest(Path("m.pt")),
     }  # fmt: skip
+    empty = weights_digest(Path("m.pt"))
+    Path("m.pt").write_bytes(b"weights")
+    assert identity("resnet50", pretrained="m.pt")["weights"] != empty
     (run.parent / "resnet50" / "config.json").write_text('{"architecture": "resnet18"}')
     assert identity("timm:resnet50")["model"] == f"timm:{run.parent / 'resnet50'}"
     with pytest.raises(UserError, match="takes neither pretrained nor pooling"):

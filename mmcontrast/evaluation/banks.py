@@ -130,8 +130,8 @@ def check_made_by(source: str | Path, maker: Mapping[str, Any]) -> None:
     """
     manifest = Path(source) / MANIFEST
     recorded = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    for key in ("model", "checkpoint", "pretrained", "width"):
-        if "model" in recorded and recorded.get(key) != maker.get(key):
+    for key in ("model", "checkpoint", "pretrained", "width", "weights"):
+        if "model" in recorded and recorded.get(key, maker.get(key)) != maker.get(key):
             raise UserError(
                 f"bank {source}: its {key} is {recorded.get(key)!r}, here it is {maker.get(key)!r}: embed both with one model"
             )

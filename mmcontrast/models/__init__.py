@@ -5,7 +5,7 @@ from mmcontrast.models.compose import TOWERS, make_modalities, make_model, open_
 from mmcontrast.models.contrastive import ContrastiveModel, Embeddings, assembled, evaluating
 from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.lora import merge_lora
-from mmcontrast.models.names import library_of, open_model, resolved
+from mmcontrast.models.names import library_of, open_model, resolved, weights_digest
 from mmcontrast.models.open_clip import OpenClipTextTower, OpenClipTower
 from mmcontrast.models.options import FieldOptions, ModelOptions, ScoreOptions, StartOptions
 from mmcontrast.models.timm import TimmTower
@@ -35,4 +35,5 @@ __all__ = [
     "open_model",
     "open_start",
     "resolved",
+    "weights_digest",
 ]

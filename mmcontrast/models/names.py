@@ -1,6 +1,7 @@
 """Open models of other libraries by name, with their weights, tokenizer, preprocessing, logit scale and bias."""
 
 import difflib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from mmcontrast.models.contrastive import ContrastiveModel
 from mmcontrast.models.sizes import OWN_SIZES, Sizes
 
 OPEN_CLIP_CONFIG, BARE_CONFIG = "open_clip_config.json", "mmcontrast_model.json"
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"}  # suffixes of files of weights
 LIBRARIES = ("open_clip", "transformers", "timm")
 EXPORT_FIRST = "export it to open_clip or huggingface, and begin with that folder"
 
@@ -143,6 +145,17 @@ def check_weight_files(folder: Path) -> None:
         for name in weight_map.values() if isinstance(weight_map, dict) else ():
             if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"{file} names {str(name)[:200]!r}: the parts of a model's weights lie beside it")
+
+
+def weights_digest(path: Path) -> str | None:
+    """Return a digest of a local model's weights: of a checkpoint's file, or of the weight files in a folder; None if it has
+    none."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS)
+    sums = []
+    for file in files:
+        with file.open("rb") as stream:
+            sums.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16] if sums else None
 
 
 def library_of(folder: Path) -> str | None:

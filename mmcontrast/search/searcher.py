@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.data import ShardDataset
-from mmcontrast.embedder import Embedder, kind_of, load
+from mmcontrast.embedder import Embedder, identity, kind_of, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import read_texts
 from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.modalities import DecodeError
-from mmcontrast.run_folder import about_checkpoint, run_of
 from mmcontrast.search.query import TEXTS, Hit, SearchIndex
 
 SHOWN_CHARACTERS = 300  # of a caption
@@ -30,7 +29,7 @@ def model_of(description: Mapping[str, Any], folder: Path, device: str | None, t
     """Open the model that made an index or an embedding table, by its description.
 
     Raises:
-        UserError: if it does not name the model, or that is a run with other weights by now; as `mmcontrast.load`.
+        UserError: if it does not name the model, or that has other weights by now; as `mmcontrast.load`.
     """
     for name in ("model", "checkpoint", "pretrained", "precision"):
         if not isinstance(value := description.get(name), str | None):
@@ -41,10 +40,10 @@ def model_of(description: Mapping[str, Any], folder: Path, device: str | None, t
         raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
     checkpoint_options: dict[str, Any] = {name: description.get(name) for name in ("checkpoint", "pretrained")}
     options: dict[str, Any] = {"precision": description.get("precision", "fp32"), "trust_code": trust_code, "width": width}
-    run, _ = run_of(description["model"], checkpoint_options["checkpoint"])
-    weights, step = description.get("weights"), checkpoint_options["checkpoint"] or "last"
-    if run is not None and weights and about_checkpoint(run, step)["weights"] != weights:
-        raise UserError(f"{folder}: {run} was trained again since, so its checkpoint {step} has other weights: embed again")
+    weights, step = description.get("weights"), checkpoint_options["checkpoint"]
+    if weights and identity(description["model"], **checkpoint_options).get("weights", weights) != weights:
+        model = " ".join(str(part) for part in (description["model"], description.get("pretrained"), step) if part)
+        raise UserError(f"{folder}: {model} has other weights now than those that made the table: embed again")
     return load(description["model"], device=device, **options, **checkpoint_options)
 
 
