@@ -48,6 +48,13 @@ ARCHITECTURES = {
 }  # fmt: skip
 OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest")
 HALVES = ((0.5,) * 3, (0.5,) * 3, "squash")
+PUBLISHED = {  # of the image and the text tower, millions of parameters and GFLOPs: docs/model_profile.csv of open_clip
+    "clip-vit-b-32": ((87.85, 8.82), (63.43, 5.96)),
+    "clip-vit-b-16": ((86.19, 35.13), (63.43, 5.96)),
+    "clip-vit-l-14": ((303.97, 162.03), (123.65, 13.30)),
+    "siglip-vit-b-16": ((92.88, 35.42), (110.27, 11.02)),
+    "siglip-so400m-14": ((427.68, 220.35), (449.68, 13.19)),
+}
 QUICK = {"lit", "symile"}  # to plan and to train in every run of the suite; the others are slow
 WORDS = ["a", "picture", "of", "number", "with", "sound", "0", "1", "2", "3", "4", "5", "6", "7"]
 VOCABULARY = 32
@@ -85,7 +92,9 @@ def test_a_config_is_of_the_size_that_it_says(name):
         assert model.modality("text").context_length == length
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in REAL])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK | {"clip-vit-b-32"} else [pytest.mark.slow]) for n in REAL]
+)
 def test_a_config_opens_with_its_command_and_with_what_plan_computes(name):
     found, said = planned(name), header(name)
     launcher = r"(torchrun --nproc-per-node \d+ -m )?"
@@ -96,6 +105,15 @@ def test_a_config_opens_with_its_command_and_with_what_plan_computes(name):
     assert f"batch {found.batch_size:,}, {found.total / GIB:.1f} GiB on " in said
     assert f"{found.flops_per_sample / 1e9:.1f} GFLOPs a sample" in said
     assert (f"{found.at_a_time} samples at a time" in said) == (found.at_a_time < found.per_device)
+    if published := PUBLISHED.get(name):
+        assert list(found.towers) == ["image", "text"]
+        for tower, (parameters, gflops) in zip(found.towers.values(), published, strict=True):
+            assert tower.parameters / 1e6 == pytest.approx(parameters, abs=0.006)
+            assert tower.flops / 1e9 == pytest.approx(gflops, abs=0.006)
+        scalars = 2 if name.startswith("siglip") else 1
+        assert found.parameters == sum(tower.parameters for tower in found.towers.values()) + scalars
+        forward = sum(gflops for _, gflops in published)
+        assert found.flops_per_sample == pytest.approx(3e9 * forward, rel=0.01)  # the first layer has no input's gradient
 
 
 def shallow(name: str, config: RunConfig, folder: Path) -> list[str]:
