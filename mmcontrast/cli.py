@@ -288,10 +288,10 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print a config in full, with overrides applied and every default filled in. Fails as `train` would, but for what takes
     the towers or the data to know."""
     from mmcontrast.config import load_config
-    from mmcontrast.runs import check_components
+    from mmcontrast.run_checks import check_components_ahead
 
     loaded = load_config(config, overrides or ())
-    check_components(loaded)
+    check_components_ahead(loaded)
     print(loaded.to_yaml(), end="")
 
 

@@ -17,8 +17,9 @@ from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.finite import check_finite
 from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, library_of, open_model, weights_digest
+from mmcontrast.run_checks import contrasted_fields
 from mmcontrast.run_folder import about_checkpoint, run_of
-from mmcontrast.runs import contrasted_fields, open_run
+from mmcontrast.runs import open_run
 from mmcontrast.score import Lorentz
 from mmcontrast.training.log import make_progress
 

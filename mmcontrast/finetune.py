@@ -108,14 +108,16 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
         choices.add("evaluation.zero_shot", f"{len(task['classes'])} classes", "accuracy by prompts, before and after")
         best = f"{'val' if request.val else 'data'}/zero_shot/classes/top1"
         draft["evaluation"] = draft.get("evaluation", {}) | {"zero_shot": {"classes": task}, "best": best}
-    training_samples = samples * (1 - held_out)
+    held_out_of = [override for override in overrides if override.startswith("data.held_out=")]
+    training_samples = samples * (1 - (config_of(draft, held_out_of).data.held_out or 0.0))
     batch = min(LARGEST_BATCH, 2 ** int(math.log2(max(2.0, training_samples / PARTS))))
     choices.add("train.batch_size", batch, f"of {training_samples:.0f} samples, at most a quarter, and {LARGEST_BATCH}")
     draft["train"]["batch_size"] = batch
     train_options = config_of(draft, overrides).train
     steps_per_epoch = max(1, int(training_samples // train_options.batch_size))
     steps = train_options.steps or (train_options.epochs or request.epochs) * steps_per_epoch
-    choices.add("train.epochs", request.epochs, f"about {steps:.0f} steps")
+    if not train_options.steps:
+        choices.add("train.epochs", request.epochs, f"about {steps:.0f} steps")
     lr = LORA_LR if request.lora else FULL_LR
     choices.add("train.lr", lr, "low-rank updates learn" if request.lora else "the weights themselves learn")
     warmup = min(MOST_WARMUP, int(WARMUP_SHARE * steps))
@@ -140,7 +142,7 @@ def make_config(request: Request, overrides: Sequence[str] = ()) -> tuple[RunCon
         choices.add("model.lora", f"rank {request.lora}", "all linear layers of blocks and attention pools; alpha is the rank")
     config = config_of(draft, overrides)
     try:
-        run_plan = plan_run(config, available=memory())
+        run_plan = plan_run(config, join_processes().num_processes, memory())
     except CannotBePlanned as error:
         choices.add("train.micro_batch_size", "none", f"not known to fit: {error}")
         return config, choices.with_overrides(overrides)

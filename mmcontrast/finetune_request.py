@@ -1,16 +1,18 @@
 """The request of `mmcontrast finetune`: what it starts from, the name of its run, and the run that it resumes."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmcontrast.config import RunConfig, config_of, load_config
 from mmcontrast.errors import UserError
-from mmcontrast.run_folder import CONFIG
+from mmcontrast.run_folder import CONFIG, REQUEST
 
 EPOCHS = 10
+IN_CONFIG = {"model", "data", "name", "architecture", "files", "select", "lora", "epochs"}  # compared with the run's config
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Request:
     templates: Sequence[str] = ()
     new_tokens: Sequence[str] = ()
     select: str | None = None
+
+    def to_json(self) -> str:
+        """Return the request as it is kept in its run's folder."""
+        return json.dumps(asdict(self), ensure_ascii=False, indent=1)
 
 
 def config_to_resume(request: Request, overrides: Sequence[str] = ()) -> RunConfig:
@@ -96,6 +102,15 @@ def refuse_another_request(request: Request, config: RunConfig, folder: Path, ov
                 f"{option} {shown}: {folder} was started with {was}: leave it as it was, change options of the config as"
                 " OPTION=VALUE, or start another run with --name"
             )
+
+    if not (folder / REQUEST).is_file():
+        return
+    first, now = json.loads((folder / REQUEST).read_text(encoding="utf-8")), json.loads(request.to_json())
+    default = json.loads(Request(request.model, request.data).to_json())
+    for name in sorted(now.keys() - IN_CONFIG):
+        if now[name] not in (default[name], first.get(name)):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: {folder} was started with {first.get(name) or 'none'}, not {now[name]}: leave it out")
 
 
 def start_of(request: Request) -> Any:

@@ -16,8 +16,8 @@ from mmcontrast.training import checkpoint
 from mmcontrast.training.mining import FOLDER as MINED
 from mmcontrast.training.sample_log import BAD_SAMPLES, SAMPLES
 
-CONFIG, STOPPED = "config.yaml", "stopped.json"
-FILES_OF_A_START = {CONFIG, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
+CONFIG, STOPPED, REQUEST = "config.yaml", "stopped.json", "finetune.json"
+FILES_OF_A_START = {CONFIG, REQUEST, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
 FILES_OF_A_START |= {"profile", "stalled", MINED}
 
 
@@ -55,7 +55,7 @@ def never_began(folder: Path) -> bool:
 
 def remove_failed_start(folder: Path) -> None:
     """Remove the folder of a run that failed before its first step, unless it has reports of what was wrong."""
-    if not folder.exists() or not never_began(folder):
+    if folder.exists() and not never_began(folder):
         return
     reports = [folder / name for name in (BAD_SAMPLES, STOPPED, "stalled", "profile")]
     if any(path.exists() and path.stat().st_size for path in reports):
@@ -77,8 +77,11 @@ def lock_folder(config: RunConfig) -> IO[str]:
     Raises:
         UserError: if another process trains it.
     """
-    config.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock_file(config.folder).open("a")
+    try:
+        config.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock_file(config.folder).open("a")
+    except OSError as error:
+        raise UserError(f"{config.folder} cannot be written ({error.strerror}): set run.dir or run.name") from error
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no data worker inherits it
     except OSError as error:
@@ -86,16 +89,19 @@ def lock_folder(config: RunConfig) -> IO[str]:
     return lock
 
 
-def prepare_folder(config: RunConfig, overwrite: bool, text: str | None = None) -> None:
+def prepare_folder(config: RunConfig, overwrite: bool, text: str | None = None, request: str | None = None) -> None:
     """Make the run's folder with its config; replace it if `overwrite`, or if a start failed there.
 
     Args:
         text: the completed config as YAML.
+        request: of `mmcontrast finetune`, as JSON.
     """
     if overwrite or never_began(config.folder):
         shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / CONFIG).write_text(text or config.to_yaml(), encoding="utf-8")
+    if request:
+        (config.folder / REQUEST).write_text(request, encoding="utf-8")
 
 
 def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:

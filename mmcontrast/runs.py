@@ -5,11 +5,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmcontrast.components import build, suggestion
 from mmcontrast.config import RunConfig, load_config
 from mmcontrast.data import ShardDataset, ShardOptions
 from mmcontrast.errors import UserError
@@ -18,11 +18,27 @@ from mmcontrast.evaluation.options import BridgeOptions
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import Modality
 from mmcontrast.modalities.library import LibraryTexts
-from mmcontrast.models import ContrastiveModel, FieldOptions, StartOptions, make_modalities, make_model, merge_lora
+from mmcontrast.models import (
+    ContrastiveModel,
+    FieldOptions,
+    ScoreOptions,
+    StartOptions,
+    make_modalities,
+    make_model,
+    merge_lora,
+)
 from mmcontrast.models import open_start as open_library_start
 from mmcontrast.models.names import EXPORT_FIRST
-from mmcontrast.objectives import OBJECTIVES, PAIRINGS, Hyperbolic, Objective, Pairing
-from mmcontrast.objectives.inputs import LossInputs, check_link, check_together
+from mmcontrast.run_checks import (
+    check_bridge,
+    check_components,
+    check_components_ahead,
+    check_widths,
+    contrasted_fields,
+    negative_fields,
+    score_of,
+    scored_fields,
+)
 from mmcontrast.run_folder import CONFIG, run_of
 from mmcontrast.training import checkpoint
 from mmcontrast.training.context import RunContext
@@ -44,8 +60,7 @@ def make_run_context(config: RunConfig, resume: bool = False) -> RunContext:
     Raises:
         UserError: for anything that does not fit; it names the option.
     """
-    if not config.model.starts:
-        check_components(config)  # before anything large is made
+    check_components_ahead(config)  # before anything large is made
     with weights_follow() if config.train.init_from else nullcontext():
         model = model_of(config)
     if config.train.init_from and not resume:
@@ -158,168 +173,32 @@ def completed(config: RunConfig, model: ContrastiveModel) -> RunConfig:
     """Return a config with the fields, the dimension, the logit scale and bias, and the score of its start."""
     if not config.model.starts:
         return config
-    fields = {
-        field: (config.fields.get(field) or FieldOptions()).model_copy(update={"tower": model.tower_of[field]})
-        for field in model.modalities
-    }
     bias = None if model.logit_bias is None else model.logit_bias.item()
     options = {"embed_dim": model.embed_dim, "max_logit_scale": model.max_logit_scale, "logit_bias": bias}
     options["scale_per_pair"] = bool(model.pairs)
-    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=options), "score": model.score})
+    return _with_start(config, {field: model.tower_of[field] for field in model.modalities}, options, model.score)
 
 
-def check_components(config: RunConfig) -> tuple[Objective, Pairing]:
-    """Build the objective and the pairing, and check them and the modalities before anything large is made.
-
-    Raises:
-        UserError: for an unknown type or option.
-    """
-    make_modalities(config.fields)
-    objective = build(config.objective, OBJECTIVES, "objective", Objective)
-    pairing = build(config.pairing, PAIRINGS, "pairing", Pairing)
-    negatives = negative_fields(config)
-    try:
-        terms = pairing.weighted_terms(list(contrasted_fields(config)))
-        pairing.check(objective)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if config.model.scale_per_pair and any(len(term) > 2 for term in terms):
-        raise UserError("model.scale_per_pair: the pairing scores more than two fields at once; leave it false")
-    check_teaching(config, objective, pairing)
-    check_score(config, objective, pairing)
-    if not pairing.takes_extra_negatives and (negatives or config.train.queue_size):
-        options = [f"fields.{field}.negative_of" for field in negatives if field not in config.data.mined]
-        options += ["data.negatives"] if config.data.mined else []
-        options += ["train.queue_size"]
-        raise UserError(
-            f"{options[0]}: a product needs a partner in every other field, so pairing multilinear takes no more negatives"
-        )
-    return objective, pairing
+def completed_as(config: RunConfig, run: RunConfig) -> RunConfig:
+    """Return a config as `completed` has it, with what a run that was started with it has of its start: no model is opened."""
+    if not config.model.starts:
+        return config
+    options = {
+        option: getattr(run.model, option) for option in ("embed_dim", "max_logit_scale", "logit_bias", "scale_per_pair")
+    }
+    return _with_start(config, {name: field.tower for name, field in run.fields.items()}, options, config.score or run.score)
 
 
-def check_score(config: RunConfig, objective: Objective, pairing: Pairing) -> None:
-    """Check that a hyperbolic score goes with the fields, the objective and the pairing.
-
-    Raises:
-        UserError: for a general field that is not contrasted; for an option that needs cosines.
-    """
-    if (score := score_of(config)) is None:
-        return
-    try:
-        score.check(list(contrasted_fields(config)))
-        check_link(objective, pairing, score)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if config.train.matryoshka:
-        raise UserError("train.matryoshka: prefixes are of cosines, and score is hyperbolic: leave out one of the two")
-
-
-def score_of(config: RunConfig) -> Hyperbolic | None:
-    """Return how the loss scores two embeddings; None: by their cosine."""
-    score = config.score
-    return None if score is None else Hyperbolic(score.curvature, score.general, score.entailment)
-
-
-def check_teaching(config: RunConfig, objective: Objective, pairing: Pairing) -> None:
-    """Check that the teachers go with the objective and the pairing.
-
-    Raises:
-        UserError: for an objective without the teacher that it needs, a teacher without an objective that takes one, or options
-            that do not go with a teacher.
-    """
-    teachers = config.train.teachers
-    if objective.teachers and not teachers:
-        raise UserError(f"objective {type(objective).__name__} learns from a teacher: name a model in train.teacher")
-    if teachers and not objective.teachers:
-        raise UserError(
-            f"train.teacher: objective {type(objective).__name__} takes no teacher: set objective: {{type: distillation}}, or"
-            " leave train.teacher out"
-        )
-    if objective.guided and len(teachers) > 1:
-        raise UserError(f"train.teacher: a guide is one model, there are {len(teachers)}")
-    if teachers:
-        names = [*negative_fields(config).values(), *(["queue"] if config.train.queue_size else [])]
-        extras = dict.fromkeys(names, (torch.empty(0, 1), torch.empty(0)))
-        try:
-            check_together(objective, pairing, LossInputs(extras=extras, teachers=[({}, 1.0)]), None)
-        except ValueError as error:
-            hint = " (train.queue_size and negative_of make extra_negatives)" if extras else ""
-            raise UserError(f"train.teacher: {error}{hint}") from error
-
-
-def check_widths(config: RunConfig, model: ContrastiveModel, objective: Objective) -> None:
-    """Check the widths of `train.matryoshka`.
-
-    Raises:
-        UserError: for widths that the embeddings do not have, or without the whole width; for an objective with a memory of
-            embeddings.
-    """
-    widths = config.train.matryoshka
-    if widths is None:
-        return
-    if objective.stateful:
-        raise UserError(f"train.matryoshka: objective {type(objective).__name__} remembers one embedding of each sample")
-    if max(widths) != model.embed_dim:
-        raise UserError(
-            f"train.matryoshka: its largest width is {max(widths)}, that of the embeddings {model.embed_dim}: it must be one of"
-            " them, as what lies beyond would not learn"
-        )
-
-
-def check_bridge(config: RunConfig, model: ContrastiveModel) -> None:
-    """Check the fields and the score of `train.bridge`.
-
-    Raises:
-        UserError: for a bridge of fields that are not contrasted, or of hyperbolic scores.
-    """
-    if (bridge := config.train.bridge) is None:
-        return
-    fields = list(contrasted_fields(config))
-    for field in [bridge.through, *(field for pair in bridge.pairs_of(fields) for field in pair)]:
-        if field not in fields:
-            raise UserError(f"train.bridge: no field {field!r} that is contrasted; {suggestion(field, fields)}")
-    for pair in bridge.pairs_of(fields):
-        if bridge.through in pair or pair[0] == pair[1]:
-            raise UserError(f"train.bridge.pairs: {' and '.join(pair)}: two fields beside {bridge.through!r} learn through it")
-    if not bridge.pairs_of(fields):
-        raise UserError(f"train.bridge: there are no two fields beside {bridge.through!r}")
-    if model.hyperbolic is not None:
-        raise UserError("train.bridge: a bank is compared by cosines, and score is hyperbolic: leave out one of the two")
-
-
-def scored_fields(config: RunConfig, pairing: Pairing) -> list[str]:
-    """Return the fields that some term of the loss scores."""
-    terms = [term for term, weight in pairing.weighted_terms(list(contrasted_fields(config))).items() if weight]
-    return list(dict.fromkeys(field for term in terms for field in term))
-
-
-def negative_fields(config: RunConfig) -> dict[str, str]:
-    """Return the fields that only provide negatives, and for which field; mined negatives by their names in a batch.
-
-    Raises:
-        UserError: for one that is a negative of no field, or of one that is not contrasted.
-    """
-    negatives = {name: field.negative_of for name, field in config.fields.items() if field.negative_of}
-    for field, options in config.fields.items():
-        if options.own and not options.negative_of:
-            raise UserError(f"fields.{field}.own: of which field is it a negative? Say fields.{field}.negative_of")
-    anchors = contrasted_fields(config)
-    for field, target in negatives.items():
-        if target not in anchors:
-            raise UserError(
-                f"fields.{field}.negative_of: no field {target!r} that is contrasted; {suggestion(target, anchors)}"
-            )
-    for name, table in config.data.mined.items():
-        if table.field not in anchors:
-            hint = suggestion(table.field, anchors)
-            raise UserError(f"data.negatives.field: no field {table.field!r} that is contrasted; {hint}")
-        negatives[name] = table.field
-    return negatives
-
-
-def contrasted_fields(config: RunConfig) -> dict[str, FieldOptions]:
-    """Return the fields that are contrasted and evaluated: all that do not only provide negatives."""
-    return {name: field for name, field in config.fields.items() if not field.negative_of}
+def _with_start(
+    config: RunConfig, tower_of: Mapping[str, str | None], options: Mapping[str, Any], score: ScoreOptions | None
+) -> RunConfig:
+    """Return a config with the fields of its start, by their towers, and with options of its model."""
+    of_start = {
+        field: (config.fields.get(field) or FieldOptions()).model_copy(update={"tower": tower})
+        for field, tower in tower_of.items()
+    }
+    fields = of_start | {field: options for field, options in config.fields.items() if field not in of_start}
+    return config.model_copy(update={"fields": fields, "model": config.model.model_copy(update=options), "score": score})
 
 
 def open_data(config: RunConfig, model: ContrastiveModel) -> tuple[EvaluationOptions, dict[str, ShardDataset]]:

@@ -22,8 +22,9 @@ from mmcontrast.embedding_job import about_model
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
 from mmcontrast.evaluation.report import RESULTS
+from mmcontrast.run_checks import check_components_ahead
 from mmcontrast.run_folder import CONFIG, never_began
-from mmcontrast.runs import check_components
+from mmcontrast.runs import completed_as
 from mmcontrast.training import checkpoint
 
 PACKAGE = Path(mmcontrast.__file__).parent
@@ -208,7 +209,7 @@ def training_launch(
         UserError: for a config or resources that do not fit.
     """
     config = load_config(config_path, overrides)
-    check_components(config)
+    check_components_ahead(config)
     check_run(config, resume)
     world_size = resources.nodes * processes
     if config.train.batch_size % world_size or (config.data.lanes or world_size) % world_size:
@@ -243,7 +244,8 @@ def check_run(config: RunConfig, resume: bool) -> None:
         raise UserError(f"{folder} exists, but is not a run's folder (no {CONFIG}): set run.name")
     if never_began(folder):
         return
-    existing, new = load_config(folder / CONFIG).model_dump(mode="json"), config.model_dump(mode="json")
+    started = load_config(folder / CONFIG)
+    existing, new = (tree.model_dump(mode="json") for tree in (started, completed_as(config, started)))
     if existing != new and not resume:
         raise UserError(
             f"{folder} exists with another config ({' and '.join(difference(existing, new))}):"

@@ -65,8 +65,8 @@ def train(
         _run(load_config(config, overrides or ()), resume, overwrite, preemption)
 
 
-def _run(config: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption") -> None:
-    """Train the run of a config."""
+def _run(config: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemption", request: str | None = None) -> None:
+    """Train the run of a config; `request`: that of `mmcontrast finetune`."""
     from mmcontrast.run_folder import check_folder, lock_folder, prepare_folder, remove_failed_start
     from mmcontrast.runs import make_run_context
     from mmcontrast.training.distributed import join_processes
@@ -76,23 +76,23 @@ def _run(config: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
     state = join_processes()
     if state.is_main_process:
         check_folder(config, resume, overwrite)
-        console.print(f"preparing [bold]{config.run.name}[/]: model and data", highlight=False)
-    miner = None
-    if config.train.mine:
-        from mmcontrast.curation.mine import training_miner
-
-        miner = training_miner(mining_options(config.train.mine, config.data))
-    context = make_run_context(config, resume)
-    if state.is_main_process:
         lock = lock_folder(config)
-        if not resume:
-            prepare_folder(config, overwrite, context.config)
-    state.wait_for_everyone()
+        check_folder(config, resume, overwrite)  # another process may have trained it meanwhile
+        console.print(f"preparing [bold]{config.run.name}[/]: model and data", highlight=False)
     try:
+        miner = None
+        if config.train.mine:
+            from mmcontrast.curation.mine import training_miner
+
+            miner = training_miner(mining_options(config.train.mine, config.data))
+        context = make_run_context(config, resume)
+        if state.is_main_process and not resume:
+            prepare_folder(config, overwrite, context.config, request)
+        state.wait_for_everyone()
         run_training(context, resume, preemption, miner)
     except UserError:
         if state.is_main_process and not resume:
-            remove_failed_start(context.folder)
+            remove_failed_start(config.folder)
         raise
     if state.is_main_process:
         outputs = {"checkpoint": "checkpoints", "results": "results.json", "page": "report.html", "log": "metrics.jsonl"}
@@ -171,4 +171,4 @@ def finetune(
         if dry_run:
             print(config.to_yaml(), end="")
             return
-        _run(config, resume, overwrite, preemption)
+        _run(config, resume, overwrite, preemption, request.to_json())

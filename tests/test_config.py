@@ -12,7 +12,8 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.plan import without_downloads
-from mmcontrast.runs import check_components, completed, model_of
+from mmcontrast.run_checks import check_components
+from mmcontrast.runs import completed, model_of
 from mmcontrast.training.cost import fakes
 from tests.command import mmcontrast
 
@@ -27,6 +28,16 @@ def test_shipped_configs_are_valid_and_open_with_their_command(path, monkeypatch
         fields = completed(config, model_of(config, tokenizers=False, weights=False)) if config.model.starts else config
     check_components(fields)
     assert f"mmcontrast train configs/{path.name}" in path.read_text().splitlines()[0]
+
+
+def test_a_config_whose_fields_are_its_starts_is_printed():
+    """They are known once the model is open, which printing it does not take."""
+    start = str(ROOT / "configs" / "clip-vit-b-32.yaml")
+    for overrides in (["pairing={type: anchor, field: text}"], ["data.negatives={field: text, table: m.parquet}"]):
+        done = CliRunner().invoke(app, ["config", start, *overrides])
+        assert done.exit_code == 0 and yaml.safe_load(done.stdout)["model"]["start"], done.output
+    refused = CliRunner().invoke(app, ["config", start, "pairing={type: anchored}"])
+    assert refused.exit_code == 2 and "anchored" in refused.output
 
 
 def test_overrides_reach_every_level(config_file):

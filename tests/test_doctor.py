@@ -1,5 +1,6 @@
 """The doctor looks at this machine for real; what it must find is provoked for real where one can."""
 
+import io
 import json
 import os
 import resource
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from packaging.requirements import Requirement
+from PIL import Image
 
 from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.data import write_shard
 from mmcontrast.doctor import BAD, OK, WARNING, Check, devices, host, packages, run
 from tests.command import Process, mmcontrast, run_script, train
+from tests.models.open_clip_models import save
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,6 +201,23 @@ def test_a_damaged_shard_and_bad_samples(config_file, corpus, tmp_path):
     assert found.state == BAD and "member .png" in found.found
     mild = of_config(config_file, f"data.train={tmp_path}/bad.tar", "data.max_bad_share=0.5")["samples of data.train"]
     assert mild.state == WARNING
+
+
+def test_the_fields_of_a_start_are_decoded(tmp_path):
+    samples = [{"__key__": f"{k}", "jpg": b"no picture", "txt": "a"} for k in range(8)]
+    write_shard(tmp_path / "bad.tar", samples)
+    start = save(tmp_path / "start", "clip")
+    tree = {"run": {"name": "x", "dir": str(tmp_path / "runs")}, "model": {"start": str(start)}, "objective": "infonce"}
+    tree |= {"data": {"train": str(tmp_path / "bad.tar")}, "train": {"steps": 2, "batch_size": 4}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    found = of_config(tmp_path / "config.yaml")
+    assert "2 fields, 2 towers" in found["config"].found and found["samples of data.train"].state == BAD
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(picture, "JPEG")
+    write_shard(tmp_path / "bad.tar", [sample | {"jpg": picture.getvalue()} for sample in samples])
+    found = of_config(tmp_path / "config.yaml", "pairing={type: anchor, field: text}")["samples of data.train"]
+    assert found.state == OK and found.numbers["bytes_each"] >= 3 * 32 * 32
+    assert of_config(tmp_path / "config.yaml", "pairing={type: anchor, field: audio}")["config"].state == BAD
 
 
 def test_several_sources_and_a_stream(config_file, corpus):

@@ -117,6 +117,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "score/exact.py": ("score/test_statistics.py", "assert_exact"),
     "score/ranks.py": ("distributed/test_ranks.py", "gather"),
     "score/reductions.py": ("score/test_statistics.py", "LogSumExp"),
+    "run_checks.py": ("test_config.py", "mmcontrast.run_checks"),
     "runs.py": ("test_config.py", "mmcontrast.runs"),
     "search/commands.py": ("search/test_serve.py", "serve"),
     "search/guard.py": ("search/test_serve.py", "Sec-Fetch-Site"),

@@ -83,6 +83,8 @@ def test_a_table_a_model_and_nothing_else(start, pairs, tmp_path):
         ([start, tmp_path / "other.csv"], r"DATA .*other.csv: .*shoes was started with .*pairs.csv"),
         ([start, pairs, "--epochs", 3], "--epochs 3.0: .*shoes was started with 1.0"),
         ([start, pairs, "--lora", 4], "--lora 4: .*shoes was started with none"),
+        ([start, pairs, "--lock", "image"], "--lock: .*shoes was started with none, not .*image.*: leave it out"),
+        ([start, pairs, "--classes", "title"], "--classes: .*shoes was started with none, not title"),
         (["ViT-B-32", pairs], "MODEL ViT-B-32: .*shoes was started with .*start"),
     ):
         other = command("finetune", *words, "--name", "shoes", "--resume", f"run.dir={tmp_path}/runs")

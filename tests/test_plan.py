@@ -159,6 +159,14 @@ def test_every_copy_of_the_weights_is_counted(tmp_path):
     assert memory("train.batch_size=16")["inputs"] == 2 * plain["inputs"]
 
 
+def test_a_micro_batch_that_is_the_whole_batch_is_no_part_of_it(tmp_path, monkeypatch):
+    """One pass over the towers, in the plan and in training."""
+    path = write_config(tmp_path, "none.tar", model={"embed_dim": 16})
+    plain, whole, cached = (plan_run(load_config(path, [f"train.micro_batch_size={size}"])) for size in ("null", 8, 4))
+    assert cached.cached and not whole.cached and whole.memory == plain.memory
+    assert whole.time.parts["towers"] == plain.time.parts["towers"] < cached.time.parts["towers"]
+
+
 def test_a_table_and_mistakes(tmp_path):
     done = run(str(CONFIGS / "quickstart.yaml"))
     assert done.exit_code == 0 and "fits with" in done.stdout and "computed, not measured" in done.stdout

@@ -13,8 +13,10 @@ from mmcontrast import slurm
 from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.run_folder import prepare_folder
+from mmcontrast.runs import completed, model_of
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
+from tests.models.open_clip_models import save
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,6 +109,23 @@ def test_a_run_is_continued_with_its_own_config_or_on_demand(config_file, tmp_pa
     assert submit(config_file, "train.steps=8", "--resume", "--dry-run").exit_code == 0
     (config.folder / "config.yaml").unlink()
     assert "is not a run's folder" in " ".join(submit(config_file, "--dry-run").stderr.split())
+
+
+def test_a_run_that_starts_from_a_model_is_continued(tmp_path):
+    """Its own config has the model's fields, dimension and logit bias, which the submitted one leaves to the start."""
+    config_file, start = tmp_path / "config.yaml", save(tmp_path / "start", "siglip")
+    tree = {"run": {"name": "x", "dir": str(tmp_path / "runs")}, "model": {"start": str(start)}, "objective": "siglip"}
+    tree |= {"data": {"train": "all.tar"}, "train": {"steps": 6, "batch_size": 8}}
+    config_file.write_text(yaml.safe_dump(tree))
+    assert submit(config_file, "--dry-run", "pairing={type: anchor, field: text}").exit_code == 0
+    config = load_config(config_file)
+    with_fields = completed(config, model_of(config))
+    prepare_folder(config, overwrite=False, text=with_fields.to_yaml())
+    (config.folder / "metrics.jsonl").write_text('{"step": 1}\n')  # it has begun
+    assert with_fields.fields and submit(config_file, "--dry-run").exit_code == 0
+    for other in ("train.lr=0.5", "fields.image.keys=[webp]", "model.start=ViT-B-32"):
+        refused = submit(config_file, other, "--dry-run")
+        assert refused.exit_code == 2 and "continue it with this one by --resume" in " ".join(refused.stderr.split())
 
 
 def test_the_launch_folder_has_all_that_a_job_was_made_of(config_file, tmp_path, monkeypatch):

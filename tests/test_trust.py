@@ -14,7 +14,8 @@ from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
-from mmcontrast.runs import check_components, make_run_context
+from mmcontrast.run_checks import check_components
+from mmcontrast.runs import make_run_context
 from mmcontrast.search import build_index
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents

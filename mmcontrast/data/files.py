@@ -118,10 +118,12 @@ class LocalFile:
         """
         try:
             try:
-                data = os.pread(_open_descriptor(self).number, stop - start, start)
+                descriptor = _open_descriptor(self)  # kept until it is read: another thread may drop it from the cache
+                data = os.pread(descriptor.number, stop - start, start)
             except OSError:  # a server may have forgotten what was open
                 _open_descriptor.cache_clear()
-                data = os.pread(_open_descriptor(self).number, stop - start, start)
+                descriptor = _open_descriptor(self)
+                data = os.pread(descriptor.number, stop - start, start)
         except OSError as error:
             raise UserError(f"shard {self.name} cannot be read: {error.strerror}") from error
         if len(data) != stop - start:

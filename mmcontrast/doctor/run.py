@@ -20,7 +20,8 @@ from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processe
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.options import Component
-from mmcontrast.runs import check_components, modalities_of, model_of
+from mmcontrast.run_checks import check_components, check_components_ahead
+from mmcontrast.runs import completed, modalities_of, model_of
 from mmcontrast.training.data import make_dataset, make_source, training_modalities
 from mmcontrast.training.data_options import SourceOptions
 from mmcontrast.training.optim import freeze
@@ -32,12 +33,16 @@ def run_checks(path: Path, overrides: Sequence[str], rate: float | None) -> Iter
     """Yield the checks of a config: of the machine for its run, its checkpoints, its shards and its samples."""
     try:
         config = load_config(path, overrides)
-        check_components(config)
+        check_components_ahead(config)
+        if config.model.starts:  # its fields are the model's
+            config = completed(config, model_of(config, tokenizers=False, weights=False))
+            check_components(config)
     except UserError as error:
         yield Check("config", one_line(error), BAD, "correct it: the rest of it is not looked at")
         return
     workers, fields = config.data.num_workers, len(config.fields)
-    yield Check("config", f"{path}: {fields} fields, {len(config.towers)} towers, {length_of(config)}")
+    towers = len({field.tower for field in config.fields.values()})
+    yield Check("config", f"{path}: {fields} fields, {towers} towers, {length_of(config)}")
     yield cores(workers, config.train.threads)
     yield open_files(workers, fields)
     yield checkpoints(config)

@@ -214,7 +214,7 @@ def is_count(name: str) -> bool:
 
 
 def lower_is_better(name: str) -> bool:
-    words = set(re.split("[/_@]", name.partition("/")[2]))
+    words = set(re.split("[_@]", name.rpartition("/")[2]))
     return bool(words & LOWER_IS_BETTER) and not words & HIGHER_ALL_THE_SAME
 
 

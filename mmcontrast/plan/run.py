@@ -25,7 +25,8 @@ from mmcontrast.plan.memory import (
     step_memory,
 )
 from mmcontrast.plan.result import GIB, Plan, TowerPlan
-from mmcontrast.runs import check_components, completed, contrasted_fields, model_of, open_start, scored_fields
+from mmcontrast.run_checks import check_components, check_components_ahead, contrasted_fields, scored_fields
+from mmcontrast.runs import completed, model_of, open_start
 from mmcontrast.scaling import Cluster, Work, step_time
 from mmcontrast.score.traffic import Scheme
 from mmcontrast.training.cost import Bytes, Flops, fakes
@@ -75,6 +76,11 @@ class BatchShares:
     def shape(self) -> tuple[int, int]:
         """Return (nodes, devices of a node)."""
         return self.nodes, self.devices // self.nodes
+
+    @property
+    def cached(self) -> bool:
+        """Return whether gradients are cached: a loss has several parts."""
+        return self.at_a_time < self.per_loss
 
     @property
     def in_parts(self) -> bool:
@@ -132,7 +138,7 @@ def plan_run(config: RunConfig, devices: int = 1, available: int | None = None, 
         batch_size=options.batch_size,
         per_device=shares.per_device,
         at_a_time=shares.at_a_time,
-        cached=bool(options.micro_batch_size),
+        cached=shares.cached,
         parameters=count(model.parameters()),
         learning=count(p for p in model.parameters() if p.requires_grad),
         flops_per_sample=flops.total + teacher_flops,
@@ -158,8 +164,7 @@ def build_model(config: RunConfig) -> tuple[ContrastiveModel, RunConfig, Objecti
         UserError: for a mistake in the config.
     """
     options, bare = config.train, without_downloads(config)
-    if not bare.model.starts:
-        check_components(bare)  # before anything large is built
+    check_components_ahead(bare)  # before anything large is built
     model = model_of(bare, tokenizers=False, weights=False)
     for tower in model.towers.values():
         if isinstance(tower, TransformersTower):
@@ -187,7 +192,7 @@ def step_work(
         width=model.embed_dim,
         gradients=size(p for p in model.parameters() if p.requires_grad),
         cuts=options.accumulation_steps,
-        again=int(bool(options.micro_batch_size)),
+        again=int(shares.cached),
         locked=sum(flops.forward[field] for field, tower in model.tower_of.items() if model.is_locked(tower)),
         recomputed=recomputed,
         terms=num_terms,

@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import AudioModality, DecodeError, ImageModality
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality
 from mmcontrast.modalities.audio import UNKNOWN, open_sound
+from mmcontrast.modalities.library import LibraryImages
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_PIXELS = 50_000_000  # of a picture that a client sends
@@ -95,7 +96,9 @@ def page_and_policy() -> tuple[str, str]:
 
 def narrow_limits(embedder: Embedder) -> None:
     """Tighten the limits of decoding, for files from strangers."""
-    for modality in embedder.model.modalities.values():
+    modalities: list[Modality] = [embedder.model.modality(field) for field in embedder.model.modalities]
+    modalities += [modality.fast for modality in modalities if isinstance(modality, LibraryImages) and modality.fast]
+    for modality in modalities:
         if isinstance(modality, ImageModality):
             modality.max_pixels = min(modality.max_pixels, MAX_PIXELS)
         if isinstance(modality, AudioModality):

@@ -72,6 +72,7 @@ def make_app(searcher: Searcher, host: str = "127.0.0.1") -> Guard:
         UserError: if the shards of the index are missing.
     """
     narrow_limits(searcher.embedder)
+    narrow_limits(searcher.asking)
     page, policy = page_and_policy()
     version = searcher.index.table.digest
     embedder = searcher.embedder

@@ -287,12 +287,11 @@ class Saver:
         if kind is None:
             self.wait()
 
-    def mark_best(self, step: int, value: float) -> None:
-        """Mark a step's checkpoint as the best, if its value is higher than any before."""
+    def mark_best(self, values: Mapping[int, float]) -> None:
+        """Mark the checkpoint with the highest value, by step, as the best, and remove those that are kept no longer."""
         self.wait()
-        if (checkpoint := self.folder / f"step-{step:08d}").exists() and not math.isnan(value):
-            mark_best(self.folder, checkpoint, value)
-            prune(self.folder, self.keep, self.every)
+        mark_best(self.folder, values)
+        prune(self.folder, self.keep, self.every)
 
 
 def _copy(tree: Any) -> Any:
@@ -334,14 +333,19 @@ def clean(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def mark_best(folder: Path, checkpoint: Path, value: float) -> None:
-    """Mark a checkpoint as the best if its value is higher than any before."""
-    file = folder / BEST
-    if file.exists() and json.loads(file.read_text())["value"] >= value:
+def mark_best(folder: Path, values: Mapping[int, float]) -> None:
+    """Mark the checkpoint with the highest value as the best, the first of equal ones.
+
+    Args:
+        values: by step, of which some may have no checkpoint, and NaN and −∞ are never the best.
+    """
+    kept = {step: value for step, value in values.items() if value > -math.inf and (folder / f"step-{step:08d}").exists()}
+    if not kept:
         return
+    step = max(kept, key=lambda step: kept[step])
     partial = folder / f".{BEST}.partial"
-    partial.write_text(json.dumps({"checkpoint": checkpoint.name, "value": value}))
-    os.replace(partial, file)
+    partial.write_text(json.dumps({"checkpoint": f"step-{step:08d}", "value": kept[step]}))
+    os.replace(partial, folder / BEST)
 
 
 def best_of(folder: Path) -> Path | None:

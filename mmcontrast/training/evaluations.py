@@ -86,9 +86,8 @@ class Evaluations:
             raise UserError(f"train.patience: evaluation.best must name a result; there is: {', '.join(results)}")
         if key is not None and key not in results:
             raise UserError(f"evaluation.best={key!r} is no result; there is: {', '.join(results)}")
-        value = self._values()[done]
-        if self.saver and value > -math.inf:
-            self.saver.mark_best(done, value)
+        if self.saver:
+            self.saver.mark_best(self._values())
 
     def _key(self) -> str | None:
         """Return the result by which the best checkpoint is chosen: the mean recall of the first task unless one is named."""

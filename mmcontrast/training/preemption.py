@@ -1,5 +1,6 @@
 """Handle a scheduler's warning: the current step is finished and saved, and the process ends with a code to requeue on."""
 
+import os
 import signal
 import sys
 import time
@@ -32,7 +33,8 @@ class Preemption:
 
             end_now(Preempted.exit_code)
         self.received, self.since = signal.Signals(number), time.monotonic()
-        print(f"{self.received.name}: finishing the step, then saving; a second one ends at once", file=sys.stderr, flush=True)
+        message = f"{self.received.name}: finishing the step, then saving; a second one ends at once\n"
+        os.write(sys.stderr.fileno(), message.encode())  # print would fail if the signal came within another print
 
 
 @contextmanager

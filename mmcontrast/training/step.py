@@ -170,8 +170,8 @@ class Learner:
         def loss_of(embeddings: Embeddings) -> Tensor:
             return self.loss(embeddings, labels, signals, teacher_embeddings) * share
 
-        if self.options.micro_batch_size:
-            size, backward = self.options.micro_batch_size, self.accelerator.backward
+        size, backward = self.options.micro_batch_size, self.accelerator.backward
+        if size and size < self.options.batch_size // (self.accelerator.num_processes * self.options.accumulation_steps):
             return cached_backward(self.model, batch, size, loss_of, backward=backward, device=device, synchronise=last)
         with nullcontext() if last else no_sync(self.model):
             embeddings = self.model(batch.to(device))

@@ -25,7 +25,8 @@ from mmcontrast.data.verify import verify_sources
 from mmcontrast.data_commands import _sources
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
-from mmcontrast.runs import check_components, make_run_context
+from mmcontrast.run_checks import check_components
+from mmcontrast.runs import make_run_context
 from tests.command import NO_EVALUATION, train
 from tests.curation.pairs import pair, write_pairs
 

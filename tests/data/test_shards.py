@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 import tarfile
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from mmcontrast.data import ShardDataset, all_batches, expand_shards, index_shard, write_corpus, write_shard
+from mmcontrast.data import ShardDataset, all_batches, expand_shards, files, index_shard, write_corpus, write_shard
 from mmcontrast.data.verify import verify_shards
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import ImageModality, TextModality
@@ -60,6 +61,19 @@ def test_absent_members_are_absent_fields(shard):
     assert len(batch.values["image"]) == 3 and batch.sample_ids.tolist() == [10, 11, 12, 13]
     lonely = dataset.collate([dataset[1]])
     assert not lonely.present["image"].any() and len(lonely.values["image"]) == 1  # a blank stands in
+
+
+def test_a_file_that_leaves_the_cache_while_it_is_read(tmp_path, monkeypatch):
+    """As by another thread that opens many."""
+    (tmp_path / "a").write_bytes(b"0123456789")
+    file, pread = files.open_file(str(tmp_path / "a")), os.pread
+
+    def read(number, count, start):
+        files._open_descriptor.cache_clear()
+        return pread(number, count, start)
+
+    monkeypatch.setattr(files.os, "pread", read)
+    assert file.read(2, 5) == b"234"
 
 
 def test_a_truncated_tar_is_refused(shard):

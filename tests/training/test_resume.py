@@ -77,10 +77,12 @@ def test_an_evaluation_that_was_missed_is_made_up(config_file, tmp_path):
 
 
 def test_without_its_checksums_a_checkpoint_is_refused_and_nan_is_never_the_best(tmp_path):
+    values: dict[int, float] = {}
     with Saver(tmp_path, 9, 0, beside=True) as saver:
         for step, value in ((1, 0.2), (2, math.nan), (3, 0.1)):
             saver.save(step, Contents({"w": torch.ones(1)}, {}, {}, ""))
-            saver.mark_best(step, value)
+            values[step] = value
+            saver.mark_best(values)
     assert checkpoint.find(tmp_path, "best").name == "step-00000001"
     for text in ("{", None):
         manifest = tmp_path / "step-00000003" / checkpoint.MANIFEST

@@ -226,7 +226,7 @@ def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
             weights["w"] += 1
             state["optimizer"]["state"][0].add_(1)
             if step == 3:
-                saver.mark_best(step, 0.9)
+                saver.mark_best({step: 0.9})
     kept = checkpoint.complete(tmp_path)
     assert [path.name for path in kept] == ["step-00000003", "step-00000004", "step-00000007"]
     for path in kept:
@@ -263,13 +263,18 @@ def test_a_damaged_checkpoint_is_refused(config_file, tmp_path):
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
-    for step, value in enumerate([0.1, 0.9, 0.3, 0.2], start=1):
-        checkpoint.mark_best(tmp_path, checkpoint.save(tmp_path, step, Contents({"w": torch.ones(1)}, {}, {}, "")), value)
+    values = {}
+    for step, value in enumerate([0.1, 0.9, 0.3, 0.9], start=1):
+        checkpoint.save(tmp_path, step, Contents({"w": torch.ones(1)}, {}, {}, ""))
+        values[step] = value
+        checkpoint.mark_best(tmp_path, values)
         checkpoint.prune(tmp_path, 1)
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000002", "step-00000004"]
     assert checkpoint.find(tmp_path, "best").name == "step-00000002"
     with pytest.raises(UserError, match="no checkpoint '3'.*steps: 2, 4"):
         checkpoint.find(tmp_path, "3")
+    checkpoint.mark_best(tmp_path, {1: 9.0, 2: 0.1, 4: 0.2})  # by another result; step 1 has no checkpoint any more
+    assert checkpoint.find(tmp_path, "best").name == "step-00000004"
 
 
 def test_a_trained_run_opens_and_embeds(config_file, corpus, tmp_path):
