@@ -19,29 +19,21 @@ import mmcontrast.curation.table_commands as table_commands
 import mmcontrast.export.commands as export_commands
 import mmcontrast.search.commands as search_commands
 from mmcontrast import data_commands, train_commands
+from mmcontrast.arguments import Checkpoint, ConfigFile, Device, ModelName, Overrides, Precision, Pretrained, TrustCode
 from mmcontrast.errors import EveryRankError, UserError, leave_exit_code
-from mmcontrast.train_commands import CommandWithHints, ConfigFile, Overrides, Pretrained
+from mmcontrast.train_commands import CommandWithHints
 
 app = typer.Typer(
     name="mmcontrast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Pretrain, evaluate and fine-tune multimodal contrastive models. Start with: [bold]mmcontrast train"
     " configs/quickstart.yaml[/]", rich_markup_mode="rich",
-    epilog="Exit codes: 0 done, 1 a plan that does not fit, 2 a mistake in what was given, 3 stopped on a non-finite loss, 4"
-    " stalled, 5 another rank ended, 75 asked to end and saved (requeue it), 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a plan that does not fit or a bad finding of doctor, 2 invalid input, 3 stopped on a"
+    " non-finite loss, 4 stalled, 5 another rank ended, 75 preempted with a saved checkpoint (requeue it), 130 interrupted.",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Build and look into webdataset shards.")
 app.add_typer(data_app, name="data")
 console = Console(stderr=True, soft_wrap=True)
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
-RunFolder = Annotated[Path, typer.Argument(help="a run's folder: runs/NAME", metavar="RUN")]
-ModelName = Annotated[
-    str, typer.Argument(help="a run's folder, or a folder or name of open_clip's, transformers' or timm's", metavar="MODEL")
-]
-Checkpoint = Annotated[str, typer.Option(help="of a run: last, best, or a step's number")]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code/--no-trust-code", help="of a run from elsewhere: run the code that its config names")
-]
-Precision = Annotated[str, typer.Option(help="of the towers: fp32, bf16 or fp16")]
 Time = Annotated[str, typer.Option("--time", metavar="HH:MM:SS", help="the job's time limit")]
 Gpus = Annotated[int, typer.Option(min=0, help="0: none")]
 Cpus = Annotated[int | None, typer.Option(min=1, help="of a node; default: one for each process and each of its data workers")]
@@ -49,7 +41,6 @@ Partition = Annotated[str | None, typer.Option(help="of the cluster; default: it
 Account = Annotated[str | None, typer.Option(help="to be charged; default: yours")]
 Sbatch = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="any further option of sbatch: constraint=a100")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be submitted; write nothing")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if there is one")]
 
 
 def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -134,7 +125,8 @@ def compare(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print them as JSON")] = False,
 ) -> None:
-    """Show results of runs side by side, with their intervals: the best is bold, ▲ and ▼ are apart from the first run."""
+    """Show results of runs side by side, with their intervals: the best is bold; ▲ and ▼: better and worse than the first run,
+    outside both intervals."""
     from mmcontrast.evaluation.compare import compare as compare_runs
     from mmcontrast.evaluation.compare import comparison_table
     from mmcontrast.evaluation.compare_figure import write_page, write_picture
@@ -285,8 +277,8 @@ def submit_embed(
 
 @command(app, "config")
 def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print a config in full, with overrides applied and every default filled in. Fails as `train` would, but for what takes
-    the towers or the data to know."""
+    """Print a config in full, with overrides applied and every default filled in. Reports the errors that
+    `train` would report, except those that need the model or the data."""
     from mmcontrast.config import load_config
     from mmcontrast.run_checks import check_components_ahead
 
@@ -330,7 +322,7 @@ def plan(
     overrides: Overrides = None,
     devices: Annotated[int | None, typer.Option(min=1, help="GPUs that share the batch; default: 1, or 8 a node")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of each; default: the GPU's here, else 80")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="that have them, as many each")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes over which the devices are divided evenly")] = 1,
     link: Annotated[str, typer.Option(metavar="GB/s[,us]", help="between nodes, of a GPU, one direction")] = "50,5",
     within: Annotated[str, typer.Option(metavar="GB/s[,us]", help="within a node, of a GPU, one direction")] = "450,2",
     gpu: Annotated[str | None, typer.Option(help="A100, A800, H100, …; default: the one here, else H100")] = None,

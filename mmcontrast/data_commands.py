@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from mmcontrast.arguments import Shards
 from mmcontrast.errors import UserError
 from mmcontrast.options import Patterns
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 console = Console(stderr=True, soft_wrap=True)
 SHOWN_FAULTS = 20
 CorpusFile = Annotated[Path, typer.Argument(help="a YAML file, as in data_pipelines/", metavar="CORPUS.yaml")]
-Shards = Annotated[list[str], typer.Argument(help="tars (by URL too), folders, tables: globs, brace ranges", metavar="SHARDS")]
 
 
 def build(
@@ -93,7 +93,7 @@ def verify(
     done = f"{report['shards']} shards, {report['samples']} samples, {report['members']} members"
     if faults:
         raise UserError(f"{len(faults)} faults in {done}")
-    console.print(f"{done}: {'what was decoded' if report['notes'] else 'all'} is well", highlight=False)
+    console.print(f"{done}: no faults in {'what was decoded' if report['notes'] else 'any sample'}", highlight=False)
 
 
 def _reading(keys: Sequence[str], files: str | None) -> "Reading":

@@ -162,7 +162,7 @@ def negative_fields(config: RunConfig) -> dict[str, str]:
     negatives = {name: field.negative_of for name, field in config.fields.items() if field.negative_of}
     for field, options in config.fields.items():
         if options.own and not options.negative_of:
-            raise UserError(f"fields.{field}.own: of which field is it a negative? Say fields.{field}.negative_of")
+            raise UserError(f"fields.{field}.own: set fields.{field}.negative_of, the field of which it is a negative")
     anchors = contrasted_fields(config)
     for field, target in negatives.items():
         if target not in anchors:

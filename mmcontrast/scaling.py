@@ -31,7 +31,7 @@ from mmcontrast.training.cost import peak_flops
 DEFAULT_GPU = "NVIDIA H100 80GB HBM3"
 INFINIBAND = Link(5e-6, 50e9)  # assumed: a port of 400 Gb/s for each device
 NVLINK = Link(2e-6, 450e9)  # assumed: of an H100; A100: 300, A800: 200
-LOSS_SHARE = 0.42  # measured: of the dense peak, infonce at N = 65,536, D = 512 on an H200 (README)
+LOSS_SHARE = 0.42  # measured: of the dense peak, infonce at N = 65,536, D = 512 on an H200: docs/scale.md
 TF32, FP32 = 1 / 2, 1 / 16  # of the dense bf16 peak, by data sheets of A100 and H100
 
 

@@ -1,13 +1,13 @@
 """Defines the commands `train` and `finetune`: run a config, or one that is made for a model and data."""
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from mmcontrast.arguments import ConfigFile, Overrides, Pretrained
 from mmcontrast.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from mmcontrast.training.preemption import Preemption
 
 console = Console(stderr=True, soft_wrap=True)
-Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: train.steps=50 objective=siglip")]
-ConfigFile = Annotated[Path, typer.Argument(help="a YAML file, as in configs/", metavar="CONFIG")]
-Pretrained = Annotated[str | None, typer.Option(help="of an architecture's name: open_clip's tag, or a checkpoint's file")]
 
 
 class CommandWithHints(TyperCommand):
@@ -119,20 +116,20 @@ def finetune(
     lora: Annotated[int | None, typer.Option(min=1, metavar="RANK", help="learn low-rank updates, not the weights")] = None,
     lock: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="a field whose tower stays as it is")] = None,
     probe_epochs: Annotated[float, typer.Option(min=0, help="at first the new projections learn alone (LP-FT)")] = 0,
-    beside: Annotated[str | None, typer.Option(metavar="MODEL", help="a second half: texts beside timm's pictures")] = None,
+    beside: Annotated[str | None, typer.Option(metavar="MODEL", help="a second encoder: a text model beside timm's")] = None,
     architecture: Annotated[str | None, typer.Option(help="of a file of weights: an architecture of open_clip or timm")] = None,
     pretrained: Pretrained = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="pixels of a side, other than MODEL's own")] = None,
     context_length: Annotated[int | None, typer.Option(min=1, help="tokens of a text, other than MODEL's own")] = None,
     new_tokens: Annotated[
-        list[str] | None, typer.Option(metavar="WORD", help="a word that the tokenizer shall not cut into pieces")
+        list[str] | None, typer.Option(metavar="WORD", help="a word that the tokenizer gets as one token; repeatable")
     ] = None,
     keys: Annotated[
         list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column in DATA; default: by name or values")
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="names of classes in the place of texts; folder: a folder's, of class folders"),
+        typer.Option(metavar="COLUMN", help="class names to use as texts; folder: the name of a file's folder"),
     ] = None,
     templates: Annotated[
         list[str] | None, typer.Option(help='of --classes, as "a photo of a {}."; or openai_imagenet, simple_imagenet')

@@ -11,6 +11,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "mmcontrast"
 TESTED_IN = {  # file: its file of tests, and a word by which that one calls it: a name, a command, an option
+    "arguments.py": ("test_config.py", "--help"),
     "blend/commands.py": ("export/test_blend.py", "--soup"),
     "blend/curve.py": ("export/test_blend.py", "mmcontrast.blend.curve"),
     "blend/run.py": ("export/test_blend.py", "mmcontrast.blend.run"),

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmcontrast.arguments import Device, Precision, TrustCode
 from mmcontrast.errors import UserError
 
 console = Console(stderr=True, soft_wrap=True)
@@ -34,13 +35,11 @@ def blend(
     out: Annotated[
         Path | None, typer.Option(help="of --curve: a folder for curve.json and curve.svg; default: blends/…")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one")] = None,
-    precision: Annotated[str, typer.Option(help="of the towers: fp32, bf16 or fp16")] = "fp32",
+    device: Device = None,
+    precision: Precision = "fp32",
     cache: Annotated[bool, typer.Option(help="keep embeddings, and read those of the same weights and data")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier OUT")] = False,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code/--no-trust-code", help="of a run from elsewhere: run the code that its config names")
-    ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Average models in weight space: WiSE-FT between a model and its fine-tuned self, or a soup of several. docs/export.md
 

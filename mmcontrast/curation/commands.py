@@ -7,13 +7,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmcontrast.arguments import Shards
 from mmcontrast.errors import UserError
 
 if TYPE_CHECKING:
     from mmcontrast.curation.run_stage import Outcome
 
 console = Console(stderr=True, soft_wrap=True)
-Shards = Annotated[list[str], typer.Argument(help="tars (by URL too), folders, tables: globs, brace ranges", metavar="SHARDS")]
 Out = Annotated[Path, typer.Argument(help="the selection's folder", metavar="OUT")]
 Select = Annotated[Path | None, typer.Option(help="a selection to go on from: what it dropped stays dropped")]
 Files = Annotated[str | None, typer.Option(help="the folder of files that tables name; default: the table's own")]

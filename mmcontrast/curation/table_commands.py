@@ -84,7 +84,7 @@ def dedup_near(
     out: Out,
     field: Annotated[str, typer.Option(help="the field by whose embeddings samples are alike")],
     epsilon: Annotated[
-        float, typer.Option(help="drop what is more similar than 1 − this to one that is kept before it")
+        float, typer.Option(help="drop a sample whose similarity to an earlier one of its cluster is more than 1 − this")
     ] = 0.05,
     clusters: Annotated[int | None, typer.Option(min=1, help="of k-means; default: about 1,000 samples each")] = None,
     best: Annotated[

@@ -81,8 +81,8 @@ def _by_pool(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Gen
                 done += 1
         except BrokenProcessPool as error:
             raise UserError(
-                f"{jobs[done]}, or one of the next: its process was ended from outside; if memory ran out, lower --workers (now"
-                f" {workers}). Started again, it goes on"
+                f"{jobs[done]} or one of the next: its process was killed; if memory ran out, lower --workers (now {workers})."
+                " Run the same command again to continue"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -139,7 +139,9 @@ def _result(reference: Any, job: object) -> Any:
         raise (error.cause if isinstance(error.cause, BaseException) else error) from error
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--engine ray: {job}: {reason} (tried {TRIES} times). Started again, it goes on") from error
+        raise UserError(
+            f"--engine ray: {job}: {reason} (tried {TRIES} times). Run the same command again to continue"
+        ) from error
 
 
 @contextmanager

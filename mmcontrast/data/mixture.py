@@ -21,7 +21,7 @@ from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import Modality
 
-SLOTS = 8192  # in which every source has its share to within one
+SLOTS = 8192  # in which every source has its share to within two
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
     named += [(f"probes.{name}", probe_task.field, probe_task.splits) for name, probe_task in options.probes.items()]
     for option, field, splits in named:
         if field not in fields:
-            missing = f"field {field!r}" if field else "field that it could ask or read"
+            missing = f"field {field!r}" if field else "image or text field for it: name its fields"
             raise UserError(f"evaluation.{option}: the model has no {missing}; it has {', '.join(fields)}")
         for split in splits:
             if split not in options.splits:

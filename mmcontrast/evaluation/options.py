@@ -21,8 +21,8 @@ class ZeroShotOptions(Options):
 
     Attributes:
         label: the entry of a sample's json that holds its class, or "cls" for its member of that name.
-        field, prompt_field: the field that is classified, and the text field that reads the prompts; default: the first
-            field of pictures, and of texts.
+        field: the field that is classified; default: the first field of pictures.
+        prompt_field: the text field that reads the prompts; default: the first field of texts.
         templates: prompts with `{}` or `{c}` for the phrase; or the name of a list of open_clip's: openai_imagenet,
             simple_imagenet.
         classes: for each label its phrases, of which the nearest counts. Samples with other labels are left out, and

@@ -7,13 +7,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmcontrast.arguments import Checkpoint, ModelName, Pretrained, TrustCode
+
 console = Console(stderr=True, soft_wrap=True)
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(help="a run's folder, or a folder or name of open_clip's, transformers' or timm's", metavar="MODEL")
-    ],
+    model: ModelName,
     out: Annotated[Path, typer.Argument(help="a new folder", metavar="OUT")],
     kind: Annotated[
         str, typer.Option("--format", help="open_clip, huggingface, sentence-transformers, onnx, or safetensors: our own")
@@ -23,18 +23,14 @@ def export(
         str | None, typer.Option(help="shards or a table to compare on; default: a few samples that are made")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="of --data, spread over all of it")] = 32,
-    checkpoint: Annotated[str, typer.Option(help="of a run: last, best, or a step's number")] = "last",
-    pretrained: Annotated[
-        str | None, typer.Option(help="of an architecture's name: open_clip's tag, or a checkpoint's file")
-    ] = None,
+    checkpoint: Checkpoint = "last",
+    pretrained: Pretrained = None,
     pooling: Annotated[str | None, typer.Option(help="of a plain encoder of transformers: mean, first or last")] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="onnx: weights of half precision")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code/--no-trust-code", help="of a run from elsewhere: run the code that its config names")
-    ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
-    """Write a model as a folder of another library, reopen it there, and compare it on real samples. docs/export.md
+    """Write a model as a folder of another library, reopen it there, and compare embeddings of sample inputs. docs/export.md
 
     OUT gets the weights, the tokenizer and the preprocessing, a model card (README.md) and parity.json: how far the embeddings
     are from the model's. Beyond 1e-4 nothing is written. What a format cannot hold is refused.

@@ -16,7 +16,7 @@ from mmcontrast.training.options import TrainOptions
 
 DEFAULT_MEMORY = 80 * GIB
 RESERVED, RESERVED_SHARE = GIB, 0.05  # assumed: CUDA's context and libraries; what the allocator cannot use
-LOSS_TILES = 48 * 2**20  # measured beside the gradients of a loss in docs/score_statistics.md
+LOSS_TILES = 48 * 2**20  # measured beside the gradients of a loss: docs/benchmarks.md
 LOSS = "embeddings and loss"  # a row of the table
 SMALLEST, PROBES = 2, (8, 16)  # batch norms refuse one sample
 

@@ -8,16 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmcontrast.arguments import Device, TrustCode
 from mmcontrast.errors import UserError
 from mmcontrast.strict_json import dumps
 
 console = Console(stderr=True, soft_wrap=True)
 LOOPBACK = "127.0.0.1"
 IndexFolder = Annotated[Path, typer.Argument(help="what mmcontrast index made: TABLE/index", metavar="INDEX")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one")]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code/--no-trust-code", help="run the code that the config of the model's run names")
-]
 
 
 def index(
@@ -67,14 +64,14 @@ def index(
 
 def search(
     index: IndexFolder,
-    text: Annotated[str | None, typer.Option(help="words")] = None,
+    text: Annotated[str | None, typer.Option(help="a text query")] = None,
     image: Annotated[Path | None, typer.Option(help="a picture's file")] = None,
     audio: Annotated[Path | None, typer.Option(help="a sound's file")] = None,
     field: Annotated[str | None, typer.Option("--in", metavar="FIELD", help="default: pictures, if there are any")] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="how many")] = 10,
     words: Annotated[float, typer.Option(min=0, max=1, help="weight of --text beside a picture or a sound")] = 0.5,
     model: Annotated[
-        str | None, typer.Option(help="another model, which asks through the index's bridge: what mmcontrast.load opens")
+        str | None, typer.Option(help="embed the query with another model; needs an index made with --bridge")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print rows, scores, keys, captions, metadata as JSON")] = False,
     device: Device = None,

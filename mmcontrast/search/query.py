@@ -127,7 +127,7 @@ class SearchIndex:
             ChangedError: if one was rebuilt since.
         """
         if stamp(self.folder / INDEX) != self._stamp:
-            raise ChangedError(f"{self.folder} was made anew since it was opened: start again")
+            raise ChangedError(f"{self.folder} was rebuilt since it was opened: open it again")
         self.table.check_unchanged()
 
     def _read_bridge(self, entry: dict[str, Any]) -> Bridge:

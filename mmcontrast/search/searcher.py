@@ -128,7 +128,7 @@ class Searcher:
             UserError: if no part is given, or one cannot be read; if the model has no field for it.
         """
         if like and self.asking is not self.embedder:
-            raise UserError(f"a row asks in the space of {self.embedder.name}, not of {self.asking.name}: give it as a file")
+            raise UserError(f"a stored row was embedded by {self.embedder.name}, not by {self.asking.name}: ask with its file")
         parts = [self._embed(kind, value) for kind, value in (("images", image), ("audio", audio)) if value is not None]
         parts += [self.index.vector(*like)] if like else []
         text_embedding = None if text is None or not text.strip() else self._embed("texts", text.strip())

@@ -136,7 +136,7 @@ class StoredTable:
             ChangedError: if it was rebuilt since.
         """
         if stamp(self.folder / MANIFEST) != self._stamp:
-            raise ChangedError(f"{self.folder} was made anew since it was opened: index it again, and start again")
+            raise ChangedError(f"{self.folder} was rebuilt since it was opened: index it again, then open it again")
 
     def __len__(self) -> int:
         return int(self._starts[-1])

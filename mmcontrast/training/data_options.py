@@ -19,7 +19,8 @@ class SourceOptions(Options):
         weight: how often its samples are seen, relative to the other sources; default: its number of samples.
         templates: for text fields that hold names of classes, the prompts made from them: {text: ["a photo of a {}."]}.
             Samples of one class are no negatives of each other.
-        keys, modalities: of fields that differ from `fields` in this source: {text: [caption]}, {image: {augment: []}}.
+        keys: the columns or extensions of this source's own, by field: {text: [caption]}.
+        modalities: options of modalities of this source's own, by field: {image: {augment: []}}.
         own_ids: its sample_id and group_id are unrelated to those of the other sources, which may have the same numbers.
         select: its own selection, instead of `data.select`.
     """
@@ -115,7 +116,8 @@ class DataOptions(Options):
         max_bad_share: samples that cannot be decoded are replaced by others and listed in bad_samples.jsonl; the run stops if
             they are more than this share of the samples seen (of a thousand, at the start).
         record_samples: write the sample ids of every step, in their order, to samples.jsonl.
-        block, window: the numbers of consecutive samples in a block, and of samples that are shuffled together, in a lane.
+        block: the number of consecutive samples that stay together when blocks are shuffled.
+        window: the number of samples of a lane that are shuffled together.
     """
 
     train: Patterns | dict[str, SourceOptions]

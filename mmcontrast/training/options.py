@@ -74,7 +74,15 @@ class MineOptions(Options):
     Attributes:
         query, candidate: fields; they may be the same. `data.negatives` of the field `candidate` are mined.
         count: the most candidates of a sample; default: 5, or `nearest` of `data.batches` if that is more.
-        range_min, range_max, max_score, min_score, absolute_margin, relative_margin, sampling, search, recall: as there.
+        range_min: so many of the best candidates that pass the rules are skipped.
+        range_max: so many of the best candidates that are not of the sample's group are considered; default: range_min + count,
+            or ten times the count where a rule may remove some of them.
+        max_score, min_score: of a negative.
+        absolute_margin: a negative's score is at most the positive's minus this.
+        relative_margin: a negative's score is at most p − |p| · this, p being the positive's.
+        sampling: the best ("top"), or a random choice of those that remain.
+        search: all pairs ("exact"), or faiss's IVF with at least `recall` of the exact windows.
+        recall: of search "ivf".
         first: mine before the first step too, for a pretrained model.
     """
 

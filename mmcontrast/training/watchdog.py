@@ -96,7 +96,7 @@ class Watchdog:
         print(
             f"error: stalled: no {event} for {seconds:.0f} s ({option})\n{reports}\n"
             + ("" if has_answered else f"{frames}\n")
-            + (f"{silent} ranks said nothing\n" if silent else "")
+            + (f"{silent} ranks did not report\n" if silent else "")
             + f"{where}; the last checkpoint is untouched: continue with --resume",
             file=sys.stderr,
             flush=True,

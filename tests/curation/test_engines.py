@@ -144,7 +144,7 @@ def test_ray_writes_what_the_pool_writes(tmp_path, monkeypatch):
         assert os.getpid() not in list(run_jobs(dies, jobs, "jobs", engine="ray"))
         assert [len(Path(path).read_text()) for path, _ in jobs] == [1, 2]
         monkeypatch.setattr(engines, "TRIES", 2)
-        with pytest.raises(UserError, match=r"--engine ray: .*dies-99.*\(tried 2 times\). Started again, it goes on"):
+        with pytest.raises(UserError, match=r"--engine ray: .*dies-99.*\(tried 2 times\). Run the same command"):
             list(run_jobs(dies, [(str(tmp_path / "dies-99"), 99)], "jobs", engine="ray"))
         assert len((tmp_path / "dies-99").read_text()) == 2
 

@@ -92,7 +92,7 @@ def test_the_command_lists_all_and_its_exit_code_tells(tmp_path):
         write_shard(tmp_path / f"{name}.tar", samples())
     command = ["data", "verify", tmp_path / "*.tar", "--json", tmp_path / "r.json"]
     done = mmcontrast(*command)
-    assert done.returncode == 0 and "3 shards, 18 samples, 72 members: all is well" in done.stderr
+    assert done.returncode == 0 and "3 shards, 18 samples, 72 members: no faults in any sample" in done.stderr
     data = (tmp_path / "b.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(data[: len(data) // 2])
     tar_of(tmp_path / "c.tar", [("a.txt", b"x"), ("b.txt", b"x"), ("a.png", picture())])
@@ -271,7 +271,7 @@ def test_what_training_would_suffer_is_found_of_a_config(config_file, tmp_path, 
         _sources(str(config_file), ["nonsense=1"])
     verify([str(tmp_path / "?.tar")], workers=1)
     output = capsys.readouterr().err
-    assert "not decoded: 3 members .dat" in output and "2 shards, 4 samples, 7 members: what was decoded is well" in output
+    assert "not decoded: 3 members .dat" in output and "2 shards, 4 samples, 7 members: no faults in what was decoded" in output
 
 
 def test_keys_that_are_wrong_are_refused(tmp_path):

@@ -84,7 +84,7 @@ def test_another_model_asks_through_the_texts(small_index, bridged, tmp_path):
         assert hit.score == pytest.approx(scores[0, hit.row].item(), abs=1e-5)
     program = other.bridge(WORDS, to=own)
     torch.testing.assert_close(program.expected(other.embed(images=[picture])).double(), asked, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="a row asks in the space of"):
+    with pytest.raises(UserError, match="a stored row was embedded by"):
         searcher.search("audio", like=(4, "image"))
     with pytest.raises(UserError, match="has no bridge of texts, through which"):
         Searcher.open(small_index, "cpu", model=str(folder))

@@ -70,7 +70,7 @@ def test_what_is_made_anew_under_an_open_index_is_noticed(index, tmp_path, what)
         shutil.rmtree(table)
         write_table(table, seed=1)
         (tmp_path / "aside").rename(index)
-    match = "was made anew since it was opened|part-00000.parquet: missing"
+    match = "was rebuilt since it was opened|part-00000.parquet: missing"
     for question in (
         lambda: ask(opened),
         lambda: opened.hit(3, 1.0),
@@ -79,7 +79,7 @@ def test_what_is_made_anew_under_an_open_index_is_noticed(index, tmp_path, what)
     ):
         with pytest.raises(UserError, match=match):
             question()
-    with pytest.raises(ChangedError, match="start again"):
+    with pytest.raises(ChangedError, match="open it again"):
         opened.check_unchanged()
     if what == "index":
         assert len(ask(SearchIndex.open(index))) == 3

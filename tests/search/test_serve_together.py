@@ -131,7 +131,7 @@ def test_a_table_that_is_made_anew_under_the_server_is_noticed(searcher):
     manifest.write_text(text)
     for path in ("/api/search?q=a", "/api/search?row=4", "/media/4/image"):
         status, answer = asyncio.run(ask(app, path))
-        assert status == 503 and "made anew since it was opened" in answer["error"], path
+        assert status == 503 and "rebuilt since it was opened" in answer["error"], path
     assert asyncio.run(ask(app, "/api/about"))[0] == 200
 
 
