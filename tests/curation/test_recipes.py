@@ -81,7 +81,11 @@ def job_of(name: str, config_file):
 def test_every_recipe_opens_with_its_commands():
     assert RECIPES.keys() == {"datacomp-basic", "laion", "cat", "metaclip", "semdedup", "hard-negatives"}
     for name in RECIPES:
-        assert all(typer.main.get_command(app).get_command(None, words[0]) for words in commands(name))
+        for words in commands(name):
+            command = typer.main.get_command(app)
+            while hasattr(command, "commands"):
+                command = command.commands[words.pop(0)]
+            command.make_context("mmcontrast", words)  # refuses options that it does not have
         assert re.search(r"arXiv:\d{4}\.\d{5}", RECIPES[name].read_text()), "its source"
     for name in presets():
         (words,) = commands(name)
