@@ -113,6 +113,15 @@ def model_of(config: RunConfig, *, tokenizers: bool = True, weights: bool = True
     return make_model(config.fields, config.towers, config.model, config.train.seed, tokenizers, weights, opener, config.score)
 
 
+def without_pretrained(config: RunConfig) -> RunConfig:
+    """Return a config whose towers have random weights."""
+    towers = {
+        name: tower if isinstance(tower, str) else {option: value for option, value in tower.items() if option != "pretrained"}
+        for name, tower in config.towers.items()
+    }
+    return config.model_copy(update={"towers": towers})
+
+
 def begin_from(model: ContrastiveModel, source: str) -> None:
     """Load the weights of another model of the same architecture: a run or a checkpoint, a .safetensors file, or any model
     that `open_start` opens.

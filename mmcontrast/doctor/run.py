@@ -19,9 +19,8 @@ from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.doctor.host import cache_disk, cores, disk, open_files, processes, shared_memory
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel
-from mmcontrast.options import Component
 from mmcontrast.run_checks import check_components, check_components_ahead
-from mmcontrast.runs import completed, modalities_of, model_of
+from mmcontrast.runs import completed, modalities_of, model_of, without_pretrained
 from mmcontrast.training.data import make_dataset, make_source, training_modalities
 from mmcontrast.training.data_options import SourceOptions
 from mmcontrast.training.optim import freeze
@@ -100,8 +99,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     Raises:
         UserError: for towers or patterns that do not fit.
     """
-    towers = {name: _without_weights(spec) for name, spec in config.towers.items()}
-    make_model = partial(model_of, config.model_copy(update={"towers": towers}), weights=False)
+    make_model = partial(model_of, without_pretrained(config), weights=False)
     try:
         with torch.device("meta"):
             model = make_model()
@@ -113,10 +111,6 @@ def checkpoint_bytes(config: RunConfig) -> int:
     queue = config.train.queue_size * len(model.modalities) * (4 * model.embed_dim + 8)
     copies = 1 + bool(config.train.ema_decay) + bool(config.train.queue_size)
     return copies * weights + 2 * trainable + queue
-
-
-def _without_weights(spec: Component) -> Component:
-    return spec if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "pretrained"}
 
 
 def sources(config: RunConfig) -> Mapping[str, SourceOptions]:

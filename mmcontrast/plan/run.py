@@ -9,7 +9,6 @@ from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
 from mmcontrast.models import ContrastiveModel, TransformersTower
 from mmcontrast.objectives import Objective, Pairing
-from mmcontrast.options import Component
 from mmcontrast.plan.memory import (
     LOSS,
     count,
@@ -26,7 +25,7 @@ from mmcontrast.plan.memory import (
 )
 from mmcontrast.plan.result import GIB, Plan, TowerPlan
 from mmcontrast.run_checks import check_components, check_components_ahead, contrasted_fields, scored_fields
-from mmcontrast.runs import completed, model_of, open_start
+from mmcontrast.runs import completed, model_of, open_start, without_pretrained
 from mmcontrast.scaling import Cluster, Work, step_time
 from mmcontrast.score.traffic import Scheme
 from mmcontrast.training.cost import Bytes, Flops, fakes
@@ -220,14 +219,7 @@ def without_downloads(config: RunConfig) -> RunConfig:
         if isinstance(modality, dict) and modality.get("type") == "text":
             modality = {option: value for option, value in modality.items() if option != "tokenizer"}
         fields[name] = field.model_copy(update={"modality": modality})
-    towers = {name: _random_tower(tower) for name, tower in config.towers.items()}
-    return config.model_copy(update={"fields": fields, "towers": towers})
-
-
-def _random_tower(tower: Component) -> Component:
-    if isinstance(tower, str):
-        return tower
-    return {option: value for option, value in tower.items() if option != "pretrained"}
+    return without_pretrained(config).model_copy(update={"fields": fields})
 
 
 def teachers_cost(options: TrainOptions, scored: Sequence[str]) -> tuple[float, int]:
