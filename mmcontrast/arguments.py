@@ -21,3 +21,11 @@ TrustCode = Annotated[
         "--trust-code/--no-trust-code", help="import the classes that a run's config names by path: for folders you trust"
     ),
 ]
+Keys = Annotated[
+    list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column or extension in DATA; may be repeated")
+]
+Files = Annotated[str | None, typer.Option(help="of a table that names files: their folder; default: the table's")]
+Select = Annotated[str | None, typer.Option(help="a selection: the samples that it keeps alone")]
+Width = Annotated[
+    int | None, typer.Option(min=1, help="the first numbers of each embedding alone: of models of train.matryoshka")
+]

@@ -18,8 +18,21 @@ import mmcontrast.curation.commands as curation_commands
 import mmcontrast.curation.table_commands as table_commands
 import mmcontrast.export.commands as export_commands
 import mmcontrast.search.commands as search_commands
-from mmcontrast import data_commands, train_commands
-from mmcontrast.arguments import Checkpoint, ConfigFile, Device, ModelName, Overrides, Precision, Pretrained, TrustCode
+from mmcontrast import data_commands, slurm_commands, train_commands
+from mmcontrast.arguments import (
+    Checkpoint,
+    ConfigFile,
+    Device,
+    Files,
+    Keys,
+    ModelName,
+    Overrides,
+    Precision,
+    Pretrained,
+    Select,
+    TrustCode,
+    Width,
+)
 from mmcontrast.errors import EveryRankError, UserError, leave_exit_code
 from mmcontrast.train_commands import CommandWithHints
 
@@ -34,13 +47,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Build and look into webdatase
 app.add_typer(data_app, name="data")
 console = Console(stderr=True, soft_wrap=True)
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
-Time = Annotated[str, typer.Option("--time", metavar="HH:MM:SS", help="the job's time limit")]
-Gpus = Annotated[int, typer.Option(min=0, help="0: none")]
-Cpus = Annotated[int | None, typer.Option(min=1, help="of a node; default: one for each process and each of its data workers")]
-Partition = Annotated[str | None, typer.Option(help="of the cluster; default: its own")]
-Account = Annotated[str | None, typer.Option(help="to be charged; default: yours")]
-Sbatch = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="any further option of sbatch: constraint=a100")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be submitted; write nothing")]
 
 
 def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -166,15 +172,11 @@ def embed(
     slice_rows: Annotated[
         int | None, typer.Option(min=1, help="samples of a slice: what a kill may lose; default: 50000")
     ] = None,
-    keys: Annotated[
-        list[str] | None, typer.Option(metavar="FIELD=COLUMN", help="a field's column or extension in DATA; may be repeated")
-    ] = None,
-    files: Annotated[str | None, typer.Option(help="of a table that names files: their folder; default: the table's")] = None,
-    select: Annotated[str | None, typer.Option(help="a selection: the samples that it keeps alone")] = None,
+    keys: Keys = None,
+    files: Files = None,
+    select: Select = None,
     trust_code: TrustCode = False,
-    width: Annotated[
-        int | None, typer.Option(min=1, help="the first numbers of each embedding alone: of models of train.matryoshka")
-    ] = None,
+    width: Width = None,
 ) -> None:
     """Embed every sample of DATA with a trained run, or a model of open_clip, transformers or timm. docs/tables.md
 
@@ -205,74 +207,8 @@ def embed(
         console.print(f"slice {part} of {out}", highlight=False)
 
 
-@command(app, "submit")
-def submit(
-    config: ConfigFile,
-    time: Time,
-    overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="of the cluster")] = 1,
-    gpus_per_node: Gpus = 1,
-    procs_per_node: Annotated[int | None, typer.Option(min=1, help="of nodes without GPUs; default: 1")] = None,
-    cpus_per_task: Cpus = None,
-    partition: Partition = None,
-    account: Account = None,
-    sbatch: Sbatch = None,
-    warn: Annotated[int, typer.Option(min=1, help="seconds before the time limit: save, and queue again")] = 120,
-    evaluate_after: Annotated[bool, typer.Option("--evaluate-after", help="by a second job, after the last step")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="continue a run that has another config")] = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Train as a job of Slurm, which is queued again until it is complete. docs/slurm.md says how.
-
-    run.dir/run.name.slurm/ gets the config, the script, the version of the code and the log. A run that exists with this
-    config is continued.
-    """
-    from mmcontrast.config import load_config
-    from mmcontrast.slurm import Resources, training_launch
-
-    if gpus_per_node and procs_per_node:
-        raise UserError("--procs-per-node: a process for each GPU; it is for --gpus-per-node 0")
-    processes = gpus_per_node or procs_per_node or 1
-    cpus = cpus_per_task or processes * (1 + load_config(config, overrides or ()).data.num_workers)
-    resources = Resources(time, nodes, gpus_per_node, cpus, partition, account, sbatch or ())
-    launch = training_launch(config, overrides or (), resources, processes, warn, evaluate_after, resume)
-    if dry_run:
-        print("\n".join(text for name, text in launch.files.items() if name.endswith(".sbatch")), end="")
-        return
-    jobs = launch.submit(*(["train", "evaluate"] if evaluate_after else ["train"]))
-    console.print(f"submitted: job {', then '.join(jobs)}\nin:        {launch.folder}", highlight=False)
-
-
-@command(app, "submit-embed")
-def submit_embed(
-    model: ModelName,
-    data: Annotated[str, typer.Argument(help="shards: a path, a glob, or a brace range", metavar="DATA")],
-    out: Annotated[Path, typer.Argument(help="the table's folder", metavar="OUT")],
-    tasks: Annotated[int, typer.Option(min=1, help="slices of the table, each a task of the array")],
-    time: Time,
-    checkpoint: Checkpoint = "last",
-    batch_size: Annotated[int, typer.Option(min=1, help="samples that go through the model at a time")] = 256,
-    num_workers: Annotated[int, typer.Option(min=0, help="decoding processes of a task")] = 0,
-    gpus_per_node: Annotated[int, typer.Option(min=0, max=1, help="of a task; 0: none")] = 1,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="default: 1 and one for each of its workers")] = None,
-    partition: Partition = None,
-    account: Account = None,
-    sbatch: Sbatch = None,
-    trust_code: TrustCode = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Embed DATA by an array of Slurm's tasks into one table. Submitted again, only slices that are missing are embedded."""
-    from mmcontrast.slurm import Resources, embedding_launch
-
-    resources = Resources(time, 1, gpus_per_node, cpus_per_task or 1 + num_workers, partition, account, sbatch or ())
-    launch = embedding_launch(model, data, out, tasks, checkpoint, resources, batch_size, num_workers, trust_code)
-    if launch is None:
-        console.print(f"{out} is complete", highlight=False)
-    elif dry_run:
-        print(launch.files["embed.sbatch"], end="")
-    else:
-        (job,) = launch.submit("embed")
-        console.print(f"submitted: job {job}\nin:        {launch.folder}", highlight=False)
+command(app, "submit")(slurm_commands.submit)
+command(app, "submit-embed")(slurm_commands.submit_embed)
 
 
 @command(app, "config")

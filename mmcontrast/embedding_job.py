@@ -52,9 +52,8 @@ def embed_shards(
     if part and world_size > 1:
         raise UserError(f"--part {part.number}/{part.of}: the {world_size} ranks of torchrun already share the slices")
     end_with_torchrun()
-    description = about_model(name, checkpoint, pretrained, precision)
     options = ShardOptions.of(shards)
-    description |= {"width": width, "shards": options.shown()}
+    description = about_table(name, options, checkpoint, pretrained, precision, width)
     samples = ShardDataset(options.shards, {}, {}, files=options.files, select=options.select)
     description["data"] = samples.digest
     if rows := row_ids(samples.shards):
@@ -96,13 +95,16 @@ def embed_shards(
     return complete
 
 
-def about_model(name: str | Path, checkpoint: str, pretrained: str | None = None, precision: str = "fp32") -> dict[str, Any]:
-    """Return the description of a model in a table's manifest.
+def about_table(
+    name: str | Path, shards: ShardOptions, checkpoint: str, pretrained: str | None, precision: str, width: int | None
+) -> dict[str, Any]:
+    """Return what a table's manifest says of its model and its shards, without opening them.
 
     Raises:
         UserError: for a run without such a checkpoint.
     """
-    return identity(name, checkpoint, pretrained) | {"precision": precision}
+    about = identity(name, checkpoint, pretrained) | {"precision": precision}
+    return about | {"width": width, "shards": shards.shown()}
 
 
 def slices_of(samples: int, slice_rows: int, world_size: int) -> int:

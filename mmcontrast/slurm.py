@@ -17,8 +17,8 @@ from typing import Any
 
 import mmcontrast
 from mmcontrast.config import RunConfig, load_config
-from mmcontrast.data import expand_shards
-from mmcontrast.embedding_job import about_model
+from mmcontrast.data import ShardOptions, expand_shards
+from mmcontrast.embedding_job import about_table
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import TableSlice
 from mmcontrast.evaluation.report import RESULTS
@@ -115,7 +115,7 @@ class Launch:
             self.folder = self.folder.with_name(f"{self.folder.name}-")
 
     def add_script(self, name: str, directives: Mapping[str, Any], values: Mapping[str, Any], log: str = "%j") -> None:
-        """Add the script of a template, in which every value is one word of the shell."""
+        """Add the script of a template, in which every value is one word of the shell, and a list so many words."""
         common = {
             "job-name": self.target.name,
             "chdir": Path.cwd(),
@@ -127,7 +127,9 @@ class Launch:
             if "\n" in str(value):
                 raise UserError(f"#SBATCH --{key}: {str(value)!r} has more than one line")
             lines.append(f"#SBATCH --{key}" + ("" if value is None else f"={shlex.quote(str(value))}"))
-        quoted = {key: shlex.quote(str(value)) for key, value in values.items()}
+        quoted = {
+            key: shlex.join(value) if isinstance(value, list) else shlex.quote(str(value)) for key, value in values.items()
+        }
         text = Script(template(name).read_text(encoding="utf-8"))
         python = shlex.quote(sys.executable)
         self.files[f"{name}.sbatch"] = text.substitute(quoted, directives="\n".join(lines), python=python)
@@ -278,7 +280,7 @@ def difference(existing: Any, new: Any, path: str = "") -> tuple[str, str]:
 
 def embedding_launch(
     model: str | Path,
-    data: str,
+    data: ShardOptions,
     out: Path,
     tasks: int,
     which: str,
@@ -286,16 +288,24 @@ def embedding_launch(
     batch_size: int,
     num_workers: int,
     trust_code: bool = False,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    width: int | None = None,
 ) -> Launch | None:
     """Return the launch of an embedding table: an array of the slices that are missing; None if none is.
+
+    Args:
+        which: the checkpoint.
+        pretrained, precision, width, trust_code: as `load`.
 
     Raises:
         UserError: if there is no such checkpoint or data, or `out` holds another table.
     """
-    expand_shards(data)
+    expand_shards(data.shards)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder")
-    table_info = about_model(model, which) | {"shards": data}  # tasks check that the samples are the same: it may take long
+    # tasks check that the samples are the same: it may take long
+    table_info = about_table(model, data, which, pretrained, precision, width)
     slices = TableSlice.all(out, tasks)
     slices[0].check(table_info)
     missing = [part.number for part in slices if not part.record.exists()]
@@ -304,9 +314,13 @@ def embedding_launch(
         return None
     launch = Launch(out)
     array = f"1-{tasks}" if len(missing) == tasks else ",".join(map(str, missing))
-    values = {"model": table_info["model"], "data": data, "out": out.absolute(), "tasks": tasks}
+    values = {"model": table_info["model"], "data": data.shards, "out": out.absolute(), "tasks": tasks}
     values |= {"checkpoint": table_info["checkpoint"] or "last"}
     values |= {"batch_size": batch_size, "num_workers": num_workers}
-    values |= {"trust_code": "--trust-code" if trust_code else "--no-trust-code"}
+    options = {"--pretrained": table_info["pretrained"], "--precision": precision, "--width": width}
+    options |= {"--files": data.files, "--select": data.select}
+    words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    words += [word for field, names in data.keys.items() for word in ("--keys", f"{field}={','.join(map(str, names))}")]
+    values |= {"options": [*words, *(["--trust-code"] if trust_code else [])]}
     launch.add_script("embed", {"array": array, "requeue": None} | dict(resources.directives()), values, log="%A_%a")
     return launch

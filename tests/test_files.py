@@ -125,6 +125,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "search/index_selection.py": ("search/test_index.py", "search.index_selection"),
     "search/query.py": ("search/test_index.py", "SearchIndex"),
     "search/searcher.py": ("search/test_search.py", "Searcher"),
+    "slurm_commands.py": ("test_slurm.py", "submit-embed"),
     "search/table.py": ("search/test_changes.py", "search.table"),
     "share.py": ("curation/test_mine.py", "mmcontrast.share"),
     "strict_json.py": ("evaluation/test_finite.py", "strict_json"),

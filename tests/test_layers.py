@@ -41,13 +41,14 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "export": ["embedder", "arguments"],
     "blend": ["suites", "export"],
     "slurm": ["embedding_job"],
+    "slurm_commands": ["slurm", "arguments"],
     "doctor": ["runs"],
     "scaling": ["training"],
     "plan": ["runs", "scaling"],
     "finetune_request": ["run_folder"],
     "finetune": ["plan", "finetune_request"],
     "train_commands": ["finetune", "curation"],
-    "cli": ["slurm", "data_commands", "curation", "blend", "doctor", "train_commands"],
+    "cli": ["slurm_commands", "data_commands", "curation", "blend", "doctor", "train_commands"],
 }
 
 

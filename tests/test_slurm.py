@@ -176,6 +176,10 @@ def test_an_array_has_the_slices_that_are_missing(config_file, tmp_path):
     checkpoint.save(config.folder / "checkpoints", 7, Contents({}, {}, {}, ""))
     other = command(*arguments)
     assert other.exit_code == 2 and "checkpoint: '6' there, '7' here" in " ".join(other.stderr.split())
+    further = ["--precision", "bf16", "--keys", "text=my caption,txt", "--width", 8, "--trust-code", "--select", "a b"]
+    script = command(*["submit-embed", config.folder, shards, tmp_path / "other", *arguments[4:]], *further).stdout
+    check_shell(script)
+    assert "--precision bf16 --width 8 --select 'a b' --keys 'text=my caption,txt' --trust-code" in script
 
 
 def test_every_template_is_found_and_installed():
