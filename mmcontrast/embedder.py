@@ -138,6 +138,8 @@ class Embedder:
         try:
             if isinstance(value, Path) or (isinstance(value, str) and not isinstance(modality, TextModality)):
                 value = Path(value).read_bytes()
+            if isinstance(modality, TextModality) and not isinstance(value, str | bytes):
+                raise UserError(f"a {type(value).__name__}, not a text")
             raw = modality.decode(value) if isinstance(value, bytes) else modality.encode(value)
             prepared = modality.transform(raw, training=False)
         except (OSError, *UNREADABLE) as error:

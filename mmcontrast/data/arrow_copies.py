@@ -119,8 +119,10 @@ def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise not_utf8
     delimiter = _delimiter(path, start)
-    _check_quotes(path, delimiter)
-    parse_options = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    quoted = _has_quoted_cells(path, delimiter)
+    parse_options = pyarrow.csv.ParseOptions(
+        delimiter=delimiter, newlines_in_values=quoted, quote_char='"' if quoted else False
+    )
     read_options = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK)
 
     def open_reader(**types: Any) -> pyarrow.csv.CSVStreamingReader:
@@ -145,18 +147,15 @@ def _read_csv(path: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     return stripped, batches()
 
 
-def _check_quotes(path: Path, delimiter: str) -> None:
-    """Check that the last quoted cell ends, as pyarrow does not: all lines after it would be one text.
+def _has_quoted_cells(path: Path, delimiter: str) -> bool:
+    """Return whether quotes enclose cells, as CSV has it; tabs may separate plain text, in which a quote is a quote.
 
     Raises:
-        UserError: if it does not.
+        UserError: for a CSV in which they do not, of which pyarrow would read several lines as one text.
     """
-    number = 0
     with path.open("rb") as file:
-        while block := file.read(CSV_BLOCK):
-            number += block.count(b'"')
-    if number % 2 == 0:
-        return  # quotes within a cell are doubled
+        if not any(b'"' in block for block in iter(lambda: file.read(CSV_BLOCK), b"")):
+            return True
     csv.field_size_limit(2**31 - 1)
     last = 0
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -165,10 +164,17 @@ def _check_quotes(path: Path, delimiter: str) -> None:
             for _ in reader:
                 last = reader.line_num
         except csv.Error as error:
+            if path.suffix.lower() == ".tsv":
+                return False
             if "unexpected end of data" in str(error):
                 raise UserError(
                     f"{path}: a quote that opens in line {last + 1} is never closed: close it, or double it"
                 ) from error
+            raise UserError(
+                f"{path}: a cell that begins with a quote in line {last + 1} goes on after the next quote ({error}): enclose"
+                " the whole cell in quotes, and double those within it"
+            ) from error
+    return True
 
 
 def _delimiter(path: Path, start: bytes) -> str:

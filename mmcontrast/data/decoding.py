@@ -87,7 +87,7 @@ def decode_sample(
             for extension in [*field_keys, *view_keys]:
                 members = members | (entries_of(metadata, [extension]) if extension.startswith(ENTRY) else {})
         if "cls" in members:
-            sample.metadata.setdefault("cls", members["cls"].decode("utf-8", "replace").strip())
+            sample.metadata.setdefault("cls", members["cls"].decode("utf-8-sig", "replace").strip())
         for field in templates or ():
             if extension := chosen(choices.get(field, ()), members, False):
                 sample.metadata[CLASS_NAME] = class_of(members[extension])

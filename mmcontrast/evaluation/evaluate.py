@@ -191,7 +191,7 @@ def open_splits(
         UserError: for a missing field, split or data; for labels that are no classes.
     """
     image, text = first_field(model, ImageModality), first_field(model, TextModality)
-    rgb_splits = {name for name, shards in options.splits.items() if is_layout(shards)}
+    rgb_splits = {name for name, shards in options.splits.items() if is_layout(ShardOptions.of(shards).shards)}
     options = with_layouts(options, image, text)
     zero_shot = {
         name: task.model_copy(update={"field": task.field or image, "prompt_field": task.prompt_field or text})

@@ -34,6 +34,8 @@ def label_text(value: Any) -> str | None:
         value = value.item()
     if value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, list | tuple | dict):
+        raise UserError(f"the label {str(value)[:60]} is several values: a label is one")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, datetime.datetime):

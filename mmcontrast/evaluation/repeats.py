@@ -1,6 +1,7 @@
 """Finds samples that are equal: rows of a table about one picture, which count as each other's wrong answers."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmcontrast.evaluation.embed import EmbeddingTable
@@ -31,8 +32,15 @@ def repeats_note(table: EmbeddingTable, split: str, field: str) -> str | None:
     )
 
 
+def first_of_repeats(rows: Tensor, groups: Tensor) -> Tensor:
+    """Return the positions of rows [N, D], ascending, without those that are, bit for bit, an earlier one of their group."""
+    keys = np.concatenate([_hash(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)])
+    _, first = np.unique(np.stack([groups.cpu().numpy().astype(np.uint64), keys], 1), axis=0, return_index=True)
+    return torch.from_numpy(np.sort(first))
+
+
 def _hash(rows: Tensor) -> np.ndarray:
     """Return a number of each row [N, D], the same for rows that are equal bit for bit."""
-    bits = rows.float().contiguous().numpy().view(np.uint32).astype(np.uint64)
+    bits = rows.float().cpu().contiguous().numpy().view(np.uint32).astype(np.uint64)
     factors = np.random.default_rng(0).integers(1, 2**63, bits.shape[1], dtype=np.uint64) | np.uint64(1)
     return (bits * factors).sum(1, dtype=np.uint64)

@@ -1,6 +1,7 @@
 """Queries and candidates of retrieval: rows of a table, captions, or several fields together; and their relevant pairs."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.embed import EmbeddingTable, embed_texts
 from mmcontrast.evaluation.labels import label_text
 from mmcontrast.evaluation.rankings import Pairs
+from mmcontrast.evaluation.repeats import first_of_repeats
 from mmcontrast.evaluation.retrieval import first_of_each_group
 from mmcontrast.evaluation.sending import device_of, from_first
 from mmcontrast.evaluation.whitening import whiten
@@ -45,6 +47,13 @@ class RetrievalInput:
 
     def take(self, row_indices: Tensor) -> "RetrievalInput":
         return RetrievalInput(self.rows[row_indices], self.samples[row_indices], self.groups[row_indices])
+
+    def without_repeats(self) -> "RetrievalInput":
+        """Return the rows without those that repeat one of their group, as a picture with several rows of captions does."""
+        if len(self.groups.unique()) == len(self):
+            return self
+        first = first_of_repeats(self.rows, self.groups)
+        return self if len(first) == len(self) else self.take(first)
 
     def one_per_group(self) -> "RetrievalInput":
         first = first_of_each_group(self.groups)
@@ -100,7 +109,7 @@ def read_relevance(file: str, queries: RetrievalInput, candidates: RetrievalInpu
     Raises:
         UserError: for a malformed line, or a key of no sample.
     """
-    known_keys = {entry["key"] for entry in table.metadata}
+    known_keys = Counter(entry["key"] for entry in table.metadata)
     gains: dict[tuple[str, str], float] = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
@@ -113,6 +122,8 @@ def read_relevance(file: str, queries: RetrievalInput, candidates: RetrievalInpu
         for key in (query, candidate):
             if key not in known_keys:
                 raise UserError(f"{file}, line {number}: no sample has the key {key!r}")
+            if known_keys[key] > 1:
+                raise UserError(f"{file}, line {number}: {known_keys[key]} samples have the key {key!r}: give each its own")
     query_rows, candidate_rows = _rows_by_key(queries, table), _rows_by_key(candidates, table)
     triples = [
         (query_row, candidate_row, gain)

@@ -83,8 +83,7 @@ class RetrievalTasks:
                 f"{prefix}: no sample has both {first} and {second}: neither is retrieved by the other"
             )
             return []
-        x_candidates = x.one_per_group() if self.one_per_group(first) else x
-        y_candidates = y.one_per_group() if self.one_per_group(second) else y
+        x_candidates, y_candidates = self.candidates(prefix, first, x), self.candidates(prefix, second, y)
         if x_candidates is x and y_candidates is y and not self.directed:
             x_to_y, y_to_x = self.rank(x, y, pairs, ([first], [second]), both=True)
         else:
@@ -109,6 +108,8 @@ class RetrievalTasks:
             once = by_group and isinstance(task.candidate, str) and self.one_per_group(task.candidate)
         if once:
             candidates = candidates.one_per_group()
+        elif task.once is None and by_group and isinstance(task.candidate, str):
+            candidates = self.candidates(prefix, task.candidate, candidates)
         if task.relevance:
             pairs = read_relevance(task.relevance, queries, candidates, self.table)
         else:
@@ -150,6 +151,16 @@ class RetrievalTasks:
 
     def input(self, fields: str | list[str]) -> RetrievalInput:
         return retrieval_input(self.table, fields, self.captions)
+
+    def candidates(self, prefix: str, field: str, rows: RetrievalInput) -> RetrievalInput:
+        """Return a field's candidates without those that count once with another: texts of a group, and repeated rows."""
+        if self.one_per_group(field):
+            return rows.one_per_group()
+        unique = rows if field in self.captions else rows.without_repeats()
+        if unique is not rows:
+            note = f"{prefix}: {len(rows)} samples have {len(unique)} different {field} values, and each is one candidate"
+            self.evaluation.notes += [note] if note not in self.evaluation.notes else []
+        return unique
 
     def one_per_group(self, field: str) -> bool:
         """Return whether a field's candidates count once per group: texts of a group say the same, unless every line is one."""

@@ -87,6 +87,13 @@ def picture(value: Any, config: dict[str, Any]) -> np.ndarray:
     from PIL import Image
 
     image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+    if config["background"] and image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        values = np.asarray(image).clip(0, 65535)
+        grey, transparent = Image.fromarray((values / 257).round().astype(np.uint8)), image.info.get("transparency")
+        if transparent is not None:
+            alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+            grey = Image.merge("LA", (grey, alpha))
+        image = grey
     if config["background"] and image.has_transparency_data:
         opaque = image.convert("RGBA")
         image = Image.new("RGB", opaque.size, tuple(config["background"]))
@@ -118,6 +125,9 @@ def cleaned(text: str, how: str) -> str:
 def sound(value: Any, rate: int) -> np.ndarray:
     """Return samples float32 of one channel."""
     if isinstance(value, np.ndarray):
+        if value.dtype.kind in "iu":  # as in a file of as many bits
+            half = 2.0 ** (8 * value.itemsize - 1)
+            value = value / half - (value.dtype.kind == "u")
         return value.astype(np.float32)
     import soundfile
 

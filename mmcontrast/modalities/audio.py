@@ -19,6 +19,7 @@ STARTS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM",
 KNOWN = "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, NIST"
 MAX_VALUES = 2**28  # frames × channels of a sound, by its header, or as it is decoded if the header has no length
 UNKNOWN = 2**63 - 1  # frames of a stream without a length in its header, as encoders write it into a pipe
+MP3_SLACK = 4 * 1152  # frames that a decoder may drop at both ends
 BLOCK = 2**18  # values that are decoded at a time
 LOUDEST = 64.0  # times full scale. Codecs and float recorders overshoot it by less; integers stored as floats exceed it
 PADDING = -32768  # no sample of a sound has this value
@@ -112,6 +113,7 @@ class AudioModality(Modality):
 
     def _read(self, data: bytes) -> Iterator[np.ndarray]:
         """Decode a file in parts, float32 [samples], one channel, at `sample_rate`; its length need not be known."""
+        check_whole(data)
         try:
             with open_sound(data) as file:
                 rate, channels = file.samplerate, file.channels
@@ -124,6 +126,8 @@ class AudioModality(Modality):
                     self._check_length(frames, rate, channels)
                     mono = _checked(block[:, 0] if channels == 1 else block.mean(1))
                     yield resampler.resample_chunk(mono) if resampler else mono
+                if file.format == "MP3" and frames + MP3_SLACK < file.frames < UNKNOWN:
+                    raise DecodeError(f"a truncated MP3: {frames} of {file.frames} frames")
                 if resampler:
                     yield resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
         except (soundfile.SoundFileError, ValueError) as error:
@@ -196,6 +200,24 @@ class _Bytes(io.BytesIO):
             return super().seek(offset, whence)
         except (ValueError, OverflowError):
             return self.tell()
+
+
+def check_whole(data: bytes) -> None:
+    """Check that a WAV has the bytes of samples that its header says; libsndfile would read fewer.
+
+    Raises:
+        DecodeError: if it is truncated.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return
+    place = 12
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        if data[place : place + 4] == b"data":
+            if size not in (0, 2**32 - 1) and place + 8 + size > len(data):  # as what writes to a pipe leaves it
+                raise DecodeError(f"a truncated WAV: {len(data) - place - 8} of {size} bytes of samples")
+            return
+        place += 8 + size + size % 2
 
 
 def open_sound(data: bytes) -> soundfile.SoundFile:

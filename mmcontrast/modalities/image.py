@@ -177,6 +177,8 @@ class ImageModality(Modality):
             if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
                 raise DecodeError(f"pixels of shape {pixels.shape}, {pixels.dtype}: a picture is uint8 [height, width, 3]")
             value = Image.fromarray(pixels)
+        if value.mode == "F":
+            raise DecodeError("a picture of mode F, whose range of values is not known: convert it to RGB or L")
         self._check_size(value.width, value.height)
         value.load()
         return value

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from mmcontrast.libraries import part_of_open_clip, refused
+from mmcontrast.libraries import part_of_open_clip, refused, tell
 from mmcontrast.modalities.base import DecodeError, Modality
 
 OPEN_CLIP = "open_clip"
@@ -93,9 +94,11 @@ class TextModality(Modality):
         if len(data) > self.max_bytes:
             raise DecodeError(f"{len(data)} bytes of text, more than max_bytes={self.max_bytes}")
         try:
-            text = data.decode("utf-8").strip()
+            text = data.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DecodeError(f"not UTF-8 ({error})") from error
+        if "\0" in text:
+            raise DecodeError("a text with NUL, as of UTF-16: save it as UTF-8")
         if not text:
             raise DecodeError("an empty text")
         return text
@@ -107,6 +110,9 @@ class TextModality(Modality):
     def shown(self, raw: str, training: bool) -> str | None:
         """Return the part of a text that is read: all of it, or one of its lines; None: it has no such line."""
         if self.captions == "whole":
+            worker = get_worker_info()
+            if "\n" in raw and (worker is None or worker.id == 0):
+                tell("a text has several lines, which are read as one text: if each is a caption, set captions: lines")
             return raw
         lines = self.lines(raw)
         drawn = int(torch.randint(len(lines), ())) if training and self.captions == "lines" else 0

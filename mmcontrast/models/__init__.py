@@ -1,7 +1,7 @@
 """Models: one adapter for each library; composed of a config's towers, or opened by name. A backbone family is a file here."""
 
 from mmcontrast.models.base import Origin, Tower
-from mmcontrast.models.compose import TOWERS, make_modalities, make_model, open_start
+from mmcontrast.models.compose import TOWERS, changed_modality, make_modalities, make_model, open_start
 from mmcontrast.models.contrastive import ContrastiveModel, Embeddings, assembled, evaluating
 from mmcontrast.models.linear import LinearTower
 from mmcontrast.models.lora import merge_lora
@@ -27,6 +27,7 @@ __all__ = [
     "Tower",
     "TransformersTower",
     "assembled",
+    "changed_modality",
     "evaluating",
     "library_of",
     "make_modalities",

@@ -1,5 +1,6 @@
 """Make a model from the `fields` and `towers` of a config and from starts, with initial weights."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -12,7 +13,7 @@ from mmcontrast.components import build, suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import weights_follow
 from mmcontrast.modalities import MODALITIES, AudioModality, DecodeError, ImageModality, Modality, TextModality
-from mmcontrast.modalities.library import LibraryTexts
+from mmcontrast.modalities.library import LibraryImages, LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel
 from mmcontrast.models.decoding import set_decoding
@@ -81,7 +82,8 @@ def make_model(
     tower_of = check_fields(fields, towers, options, start_fields)
     check_decoding(fields, starts, options.starts)
     torch.manual_seed(seed)  # new weights do not depend on the random numbers that a start has drawn
-    modalities = {field: start.modality(field) for field, (start, _) in start_fields.items()} | make_modalities(fields, towers)
+    of_starts = {field: start.modality(field) for field, (start, _) in start_fields.items()}
+    modalities = of_starts | make_modalities(fields, towers, of_starts)
     modalities = {field: modalities[field] for field in fields}
     new_towers = {name: build(spec, TOWERS, f"towers.{name}: tower", Tower) for name, spec in towers.items()}
     start_towers = {tower: start.towers[tower] for start, tower in start_fields.values()}
@@ -310,9 +312,20 @@ def check_sound_length(field: str, modality: AudioModality, tower: TransformersT
         raise UserError(f"fields.{field}: sounds may have {samples} samples, its tower needs {needed}: set a longer {option}")
 
 
-def make_modalities(fields: Mapping[str, FieldOptions], towers: Mapping[str, Component] | None = None) -> dict[str, Modality]:
+def make_modalities(
+    fields: Mapping[str, FieldOptions],
+    towers: Mapping[str, Component] | None = None,
+    of_starts: Mapping[str, Modality] | None = None,
+) -> dict[str, Modality]:
     """Return the modality of each field that names one. Transparent pictures for pretrained weights of a library are treated as
-    it does, unless `background` is set."""
+    it does, unless `background` is set.
+
+    Args:
+        of_starts: the modalities of a start's fields, whose tokenizer or normalisation stays where a field names none.
+
+    Raises:
+        UserError: for wrong options of a modality.
+    """
     modalities = {}
     for field, options in fields.items():
         spec, tower = options.modality, (towers or {}).get(options.tower or "")
@@ -321,8 +334,45 @@ def make_modalities(fields: Mapping[str, FieldOptions], towers: Mapping[str, Com
         spec = {"type": spec} if isinstance(spec, str) else spec
         if isinstance(spec, dict) and spec.get("type") == "image" and isinstance(tower, dict) and _has_weights(tower):
             spec = {"background": PRETRAINED_BACKGROUNDS.get(str(tower.get("type")), "white"), **spec}
-        modalities[field] = build(spec, MODALITIES, f"fields.{field}.modality: modality", Modality)
+        place, own = f"fields.{field}.modality", (of_starts or {}).get(field)
+        modalities[field] = (
+            changed_modality(place, own, spec) if own else build(spec, MODALITIES, f"{place}: modality", Modality)
+        )
     return modalities
+
+
+def changed_modality(place: str, own: Modality, spec: Component) -> Modality:
+    """Return a modality with options that are changed. What they do not name stays: the tokenizer of texts; of pictures the
+    size, the normalisation and what else our own path takes.
+
+    Args:
+        place: of the options in the config, for messages.
+
+    Raises:
+        UserError: for wrong options; for those that the library's own path does not have.
+    """
+    changed = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
+    if changed.get("type") == "text" and isinstance(own, TextModality) and "tokenizer" not in changed:
+        build(spec, MODALITIES, f"{place}: modality", Modality)  # for its errors
+        length = changed.get("context_length", own.context_length)
+        if isinstance(own, LibraryTexts) and length != own.context_length:
+            raise UserError(f"{place}.context_length={length}: that of the start is {own.context_length}: set model.start")
+        modality = copy.copy(own)
+        for option, value in changed.items():
+            if option != "type":
+                setattr(modality, option, value)
+        return modality
+    if changed.get("type") == "image" and isinstance(own, ImageModality):
+        if isinstance(own, LibraryImages):
+            defaults = own.as_ours
+        else:
+            names = ("size", "channels", "mean", "std", "background", "interpolation", "resize", "resize_to", "max_pixels")
+            defaults = {name: getattr(own, name) for name in names}
+        if isinstance(defaults, str) and not {"mean", "std"} <= changed.keys():
+            raise UserError(f"{place}: name mean and std, as those of model.start cannot be taken over: {defaults}")
+        if not isinstance(defaults, str):
+            spec = {name: value for name, value in defaults.items() if name != "resize_to" or "size" not in changed} | changed
+    return build(spec, MODALITIES, f"{place}: modality", Modality)
 
 
 def _has_weights(tower: Mapping[str, Any]) -> bool:

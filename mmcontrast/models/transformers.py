@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
-from mmcontrast.libraries import opening, tell
+from mmcontrast.libraries import opening
 from mmcontrast.modalities import PADDING, Modality
 from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
 from mmcontrast.models.processors import Tokenizer, as_ours, extract_sound, network_inputs, prepare_pixels
+from mmcontrast.models.sentence_transformers import sentence_pooling
 from mmcontrast.models.sizes import OWN_SIZES, Sizes, add_tokens, resize_positions, resized_processor
 from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
 
@@ -140,10 +141,11 @@ def _make_network(model: str, overrides: dict[str, Any], pretrained: bool) -> "P
         config = AutoConfig.from_pretrained(model, trust_remote_code=False, **overrides)
     refuse_hub_attention(model, config)
     if pretrained:
-        network, info = AutoModel.from_pretrained(model, trust_remote_code=False, output_loading_info=True, **overrides)
+        network, info = AutoModel.from_pretrained(
+            model, trust_remote_code=False, output_loading_info=True, **{"dtype": torch.float32} | overrides
+        )  # else transformers rounds the weights to the dtype that the config names
         if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
-            count = f"{len(missing)} tensors are not in its checkpoint and start random, as {missing[0]}"
-            tell(f"transformers tower {model}: {count}")
+            raise UserError(f"{model}: {len(missing)} tensors are not in its checkpoint, as {missing[0]}")
         return network
     return AutoModel.from_config(config, trust_remote_code=False)
 
@@ -191,11 +193,12 @@ def open_transformers(
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     refuse_hub_attention(name, config)
+    pooling = pooling or sentence_pooling(name)
     kind = (config.architectures or [""])[0]
     is_half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)
     opener: Any = getattr(transformers, kind, transformers.AutoModel) if is_half else transformers.AutoModel
     if weights:
-        network, info = opener.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+        network, info = opener.from_pretrained(name, trust_remote_code=False, output_loading_info=True, dtype=torch.float32)
     else:
         network, info = opener._from_config(config) if is_half else opener.from_config(config), {"missing_keys": ()}
     network.float().eval()

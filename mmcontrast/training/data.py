@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmcontrast.components import build, suggestion
+from mmcontrast.components import suggestion
 from mmcontrast.data import (
     ClusterOrder,
     MixtureDataset,
@@ -34,8 +34,8 @@ from mmcontrast.data.negatives import MinedNegatives, open_negatives
 from mmcontrast.data.neighbours import Neighbours
 from mmcontrast.data.opening import check_templates
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import MODALITIES, ImageModality, Modality
-from mmcontrast.models import ContrastiveModel
+from mmcontrast.modalities import Modality, TextModality
+from mmcontrast.models import ContrastiveModel, changed_modality
 from mmcontrast.models.options import FieldOptions
 from mmcontrast.training.data_options import DataOptions, NeighboursOptions, SourceOptions
 
@@ -281,13 +281,14 @@ def source_modalities(
             raise UserError(
                 f"data.train.{name}.modalities.{field}: {option!r} must be that of the model; a source may have: {allowed}"
             )
-        spec = fields[field].modality
+        spec, place = fields[field].modality, f"data.train.{name}.modalities.{field}"
+        if isinstance(modalities[field], TextModality):
+            modalities[field] = changed_modality(place, modalities[field], {"type": "text", **changed})
+            continue
         if spec is None:
             raise UserError(
                 f"data.train.{name}.modalities.{field}: its modality is that of model.start: say fields.{field}.modality"
             )
         spec = {**({"type": spec} if isinstance(spec, str) else spec), **changed}
-        if spec["type"] == "image" and isinstance(modality := modalities[field], ImageModality):
-            spec = {"background": modality.background, **spec}
-        modalities[field] = build(spec, MODALITIES, f"data.train.{name}.modalities.{field}: modality", Modality)
+        modalities[field] = changed_modality(place, modalities[field], spec)
     return modalities

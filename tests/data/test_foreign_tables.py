@@ -226,6 +226,15 @@ def test_a_quote_within_a_cell_is_a_character(tmp_path):
     assert texts(tmp_path / "x.csv", ["text"])[0] == ['a pipe of 5" and more', "b"]
 
 
+def test_quotes_of_a_table_with_tabs_may_be_text(tmp_path):
+    """Dumps of captions do not quote; what pandas writes does."""
+    lines = ['a "quoted" dog', '"quoted start of a caption', "a horse", '"another one', '"said" he']
+    (tmp_path / "x.tsv").write_text("text\tn\n" + "".join(f"{line}\t{k}\n" for k, line in enumerate(lines)))
+    assert texts(tmp_path / "x.tsv", ["text"])[0] == lines
+    pd.DataFrame({"text": [*lines, "two\nlines"], "n": range(6)}).to_csv(tmp_path / "y.tsv", sep="\t", index=False)
+    assert texts(tmp_path / "y.tsv", ["text"])[0] == [*lines, "two\nlines"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -238,6 +247,7 @@ def test_a_quote_within_a_cell_is_a_character(tmp_path):
         (b"text,n\na,1\nb\n", r"cannot be read as a table \(CSV parse error: (Row #3: )?Expected 2 columns, got 1"),
         (b"text,text\na,1\n", "two columns have one name"),
         (b'text,n\n"a ""b"", c",1\n"d\ne",2\n"f,3\ng,4\n', "x.csv: a quote that opens in line 5 is never closed"),
+        (b'text,n\n"a b,1\nc,2\n"d e,3\nf,4\n', "x.csv: a cell that begins with a quote in line 2 goes on after the next"),
         (
             b"x.csv,a cat\ny.png,a dog\n",
             r"taken for the names of columns, and 'x.csv' is a file's: begin it with a line like image",

@@ -57,6 +57,7 @@ BAD_MEMBERS = {
     "truncated sound": ("flac", sound()[:60], "not a sound"),
     "empty text": ("txt", b" \n", "an empty text"),
     "Latin-1 text": ("txt", "café".encode("latin-1"), "not UTF-8"),
+    "UTF-16 text": ("txt", "a cat".encode("utf-16-le"), "with NUL, as of UTF-16"),
     "no JSON": ("json", b"{", "not JSON"),
     "a JSON list": ("json", b"[1]", "a JSON list, not an object"),
     "a group without a number": ("json", b'{"group_id": [7]}', "group_id [7] is neither a whole number nor a text"),

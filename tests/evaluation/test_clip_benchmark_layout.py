@@ -123,6 +123,13 @@ def test_pictures_of_any_mode_are_given_to_the_model_as_clip_benchmark_gives_the
     assert len(pngs) == k + 1 and table_folder("m", datasets["a"]) != table_folder("m", datasets["b"])
 
 
+def test_a_layout_is_one_in_a_mapping_too(chess, opened):
+    for split in (str(chess), {"shards": str(chess)}):
+        options = EvaluationOptions.model_validate({"splits": {"v": split}})
+        _, datasets = open_splits(options, opened.model, opened.dataset)
+        assert datasets["v"].modalities["image"].background == "drop"
+
+
 def test_an_encoder_of_pictures_is_asked_by_probes(tmp_path):
     folder = classification(tmp_path / "wds_chess")
     network = timm.create_model("test_vit", num_classes=3)

@@ -11,6 +11,7 @@ import yaml
 
 from mmcontrast.cli import main
 from mmcontrast.config import load_config
+from mmcontrast.data import write_shard
 from mmcontrast.embedder import load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
@@ -23,7 +24,7 @@ from mmcontrast.suites import open_suite, run_suite
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
 from tests.command import mmcontrast, run_script
-from tests.evaluation.layouts import retrieval
+from tests.evaluation.layouts import pictures, retrieval
 from tests.results import results_of
 
 
@@ -272,6 +273,35 @@ def test_mistakes_are_told_in_a_line(run, suite_file, options, message, capsys, 
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_picture_in_several_rows_is_one_candidate(model, tmp_path):
+    """As Flickr's in a table with a row a caption: wrong answers count once, as in CLIP_benchmark's layout."""
+    few, rows = list(pictures(6)), []
+    for number, picture in enumerate(few):
+        for k in range(3):
+            text = f"number {number} {'abc'[k]}"
+            rows.append({"__key__": f"{number}-{k}", "png": picture, "txt": text, "json": {"group_id": number}})
+    write_shard(tmp_path / "rows.tar", rows)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"splits": {"v": str(tmp_path / "rows.tar")}, "resamples": 0}))
+    found = run_suite(str(model), open_suite(str(model), str(tmp_path / "s.yaml"), [], tmp_path / "o"), device="cpu")
+    assert found.values["v/retrieval/text_to_image/num_candidates"] == 6
+    assert found.values["v/retrieval/text_to_image/num_queries"] == 18
+    assert any("18 samples have 6 different image values" in note for note in found.notes)
+    embedder = load(model, device="cpu")
+    images, texts = embedder.embed(images=few), embedder.embed(texts=[row["txt"] for row in rows])
+    ranks = ((texts @ images.T).argsort(1, descending=True) == torch.arange(18)[:, None] // 3).float().argmax(1)
+    assert found.values["v/retrieval/text_to_image/recall_at_1"] == pytest.approx((ranks == 0).double().mean().item())
+    for row in rows:
+        row["__key__"] = row["__key__"][-1]
+    write_shard(tmp_path / "rows.tar", rows[:3])
+    write_shard(tmp_path / "more.tar", rows[3:6])
+    (tmp_path / "qrels").write_text("a 0 b 1\n".replace("a", "0").replace("b", "1"))
+    task = {"retrieval": {"r": {"query": "text", "candidate": "image", "relevance": str(tmp_path / "qrels")}}}
+    shards = [str(tmp_path / name) for name in ("rows.tar", "more.tar")]
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"splits": {"v": shards}, "resamples": 0, **task}))
+    with pytest.raises(UserError, match="2 samples have the key '0': give each its own"):
+        run_suite(str(model), open_suite(str(model), str(tmp_path / "s.yaml"), [], tmp_path / "o"), device="cpu")
 
 
 def test_relevance_that_is_none(run, suite_file, tmp_path):

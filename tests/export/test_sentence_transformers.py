@@ -59,6 +59,8 @@ def test_text_encoders_with_their_pooling_and_projection(tmp_path):
         theirs = SentenceTransformer(str(tmp_path / pooling), device="cpu")
         expected = mmcontrast.load(tmp_path / "bert", pooling=pooling).embed(texts=long)
         torch.testing.assert_close(theirs.encode(long, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
+        opened = mmcontrast.load(tmp_path / pooling)  # as what it says that it is
+        torch.testing.assert_close(opened.embed(texts=long), expected, atol=1e-5, rtol=0)
     text = {"type": "text", "tokenizer": str(tmp_path / "bert"), "context_length": 12}
     tower = {"type": "transformers", "model": str(tmp_path / "bert"), "pretrained": True}
     source = run(tmp_path / "run", changed(towers__text=tower, fields__text__modality=text))
@@ -66,6 +68,8 @@ def test_text_encoders_with_their_pooling_and_projection(tmp_path):
     theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     expected = mmcontrast.load(source).embed(texts=long)
     torch.testing.assert_close(theirs.encode(long, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="with Dense, which is not read here"):
+        mmcontrast.load(tmp_path / "out")
     with pytest.raises(UserError, match="VisionTextDualEncoderModel"):
         export_model(source, tmp_path / "whole", "sentence-transformers")
     with pytest.raises(UserError, match="takes text encoders of transformers"):

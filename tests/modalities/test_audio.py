@@ -235,6 +235,17 @@ def test_damaged_sounds_are_refused_or_heard(form, changes, cut):
         assert raw.dtype == torch.int16 and len(raw)
 
 
+@pytest.mark.parametrize("container", ["WAV", "MP3"])
+def test_half_of_a_file_is_no_shorter_sound(container):
+    """libsndfile reads what there is."""
+    out, sound = io.BytesIO(), tone(seconds=3.0)
+    soundfile.write(out, sound, RATE, format=container)
+    data, whole = out.getvalue(), AudioModality(RATE, max_seconds=5)
+    assert abs(len(whole.decode(data)) - 3 * RATE) < 2000
+    with pytest.raises(DecodeError, match=f"truncated {container}"):
+        whole.decode(data[: len(data) // 2])
+
+
 def test_a_damaged_header_prints_nothing(capfd):
     """A chunk of negative size sends libsndfile to before the beginning: Python's BytesIO raises where no one can catch it."""
     data = bytearray(written(tone(), format="AIFF"))

@@ -37,6 +37,29 @@ def test_all_weights_learn_and_the_run_begins_another(tmp_path):
     assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["siglip", "hf clap"])
+def test_options_of_a_field_leave_the_rest_to_the_start(name, tmp_path):
+    """As several captions a text: its tokenizer is still that of the model, and so are the mean and std of its pictures."""
+    folder = start_of(name, tmp_path / "start")
+    fields = {"text": {"modality": {"type": "text", "captions": "lines"}}}
+    if name == "siglip":
+        fields["image"] = {"modality": {"type": "image", "size": 160, "augment": []}}
+    changed = model_of(load_config(write_run(tmp_path, str(folder), fields=fields)))
+    own, text = mmcontrast.load(folder).model, changed.modality("text")
+    assert text.captions == "lines" and own.modality("text").captions == "whole"
+    assert torch.equal(text.transform("a photo of a dog\nb", False), own.modality("text").transform("a photo of a dog", False))
+    if name == "siglip":
+        picture = changed.modality("image")
+        assert (picture.mean, picture.std, picture.resize) == ([0.5] * 3, [0.5] * 3, "squash") and picture.augments
+        assert picture.background == "open_clip"
+    fields["text"]["modality"] |= {"context_length": 5}
+    with pytest.raises(UserError, match="fields.text.modality.context_length=5: that of the start is"):
+        model_of(load_config(write_run(tmp_path, str(folder), fields=fields)))
+    fields["text"]["modality"] = {"type": "text", "captons": "lines"}
+    with pytest.raises(UserError, match="did you mean 'captions'"):
+        model_of(load_config(write_run(tmp_path, str(folder), fields=fields)))
+
+
 def test_an_architectures_file_and_an_architecture_alone(architectures, tmp_path):
     """A local checkpoint of open_clip's; the same architecture with random weights, which depend on the seed."""
     name = "tiny-clip"
