@@ -188,7 +188,11 @@ def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list
         image_mean=preprocess["mean"], image_std=preprocess["std"],
     )  # fmt: skip
     CLIPProcessor(image_processor, clip_tokenizer(len(textual.tensors["positional_embedding"]))).save_pretrained(folder)
-    return ["texts go through CLIP's tokenizer of transformers, which leaves HTML entities and broken UTF-8 as they are"]
+    return [
+        "texts go through CLIP's tokenizer of transformers, which leaves HTML entities, curly quotes, ligatures and full-width"
+        " characters as they are: texts with them get other embeddings than from open_clip, which replaces them by"
+        " ftfy.fix_text and html.unescape"
+    ]
 
 
 def _clip_mismatches(visual: Half, textual: Half, vision: Any, text: Any) -> list[str]:

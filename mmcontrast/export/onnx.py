@@ -35,7 +35,7 @@ LARGEST = 2**31 - 2**27  # bytes of weights in the ONNX file: beyond, they get a
 FORMAT = "mmcontrast onnx 1"
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 USAGE = """\
-from embed import Embedder  # embed.py of this folder: numpy, Pillow, onnxruntime, tokenizers
+from embed import Embedder  # embed.py of this folder: numpy, Pillow, onnxruntime, tokenizers, ftfy
 
 model = Embedder("FOLDER")
 print(model.about["fields"])  # per field: its ONNX file, and how values are prepared
@@ -216,7 +216,7 @@ def _describe_texts(
     """Describe and save the tokenizer of a field of texts; returns as `_describe_field`."""
     tower: Any = model.towers[model.tower_of[name]]
     fixed_length = isinstance(tower, OpenClipTextReader)
-    length, clean, pads_fully = modality.context_length, "", False
+    length, clean, pads_fully, repair = modality.context_length, "", False, True  # open_clip repairs texts
     if isinstance(modality, LibraryTexts) and fixed_length:  # open_clip's own
         library_tokenizer = modality.tokenize.tokenizer
         clean = {"_clean_whitespace": "whitespace", "_clean_canonicalize": "canonicalize", "_clean_lower": ""}.get(
@@ -233,12 +233,13 @@ def _describe_texts(
             )
         tokenizer = unused(library_tokenizer.tokenizer) if hasattr(library_tokenizer, "tokenizer") else clip_tokenizer(length)
         pad_id = tokenizer.pad_token_id if hasattr(library_tokenizer, "tokenizer") else 0
-        notes.append(f"{name}: HTML entities and broken UTF-8 are left as they are, which open_clip repairs")
     elif isinstance(modality, LibraryTexts):
+        repair = False
         tokenizer, pads_fully = unused(modality.tokenize.tokenizer), modality.tokenize.full
         pad_id = tokenizer.pad_token_id
     else:
-        tokenizer = clip_tokenizer(length) if modality.name == OPEN_CLIP else unused(modality.tokenizer)
+        repair = modality.name == OPEN_CLIP
+        tokenizer = clip_tokenizer(length) if repair else unused(modality.tokenizer)
         pad_id = modality.pad_id
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(
@@ -250,7 +251,7 @@ def _describe_texts(
     context = tower.network.context_length if fixed_length and not tower.masks else length
     description: dict[str, Any] = {"kind": "text", "tokenizer": f"{name}_tokenizer", "length": length, "clean": clean}
     description |= {"pad_id": pad_id or 0, "pad_left": pads_left, "pad_to": context if constant_width else None}
-    description["mask"] = not fixed_length
+    description |= {"mask": not fixed_length, "repair": repair}
     if isinstance(tower, TransformersTower):
         tower.length_chunks = 1  # reading the lengths has no place in a graph
     ids = torch.ones(2, context if constant_width else 7, dtype=torch.int64)

@@ -1,8 +1,9 @@
-"""Embed pictures, texts, sounds and vectors by the ONNX files of this folder: numpy, Pillow, onnxruntime, tokenizers.
+"""Embed pictures, texts, sounds and vectors by the ONNX files of this folder: numpy, Pillow, onnxruntime, tokenizers, ftfy.
 
 python embed.py image a.jpg b.png            # a field, and files; of texts: python embed.py text "a caption"
 """
 
+import html
 import io
 import json
 import string
@@ -64,7 +65,7 @@ class Embedder:
         tokenizer = Tokenizer.from_file(str(self.folder / config["tokenizer"] / "tokenizer.json"))
         tokenizer.enable_truncation(config["length"])
         tokenizer.no_padding()
-        rows = [tokenizer.encode(cleaned(text, config["clean"])).ids for text in values]
+        rows = [tokenizer.encode(cleaned(text, config["clean"], config["repair"])).ids for text in values]
         width = config["pad_to"] or max(map(len, rows))
         ids = np.full((len(rows), width), config["pad_id"], dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -115,8 +116,12 @@ def picture(value: Any, config: dict[str, Any]) -> np.ndarray:
     return normalised.transpose(2, 0, 1)
 
 
-def cleaned(text: str, how: str) -> str:
-    """Return a text cleaned for the tokenizer."""
+def cleaned(text: str, how: str, repair: bool) -> str:
+    """Return a text cleaned for the tokenizer; `repair`: broken UTF-8, quotes, ligatures and HTML entities, as open_clip."""
+    if repair:
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     if how == "canonicalize":
         text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation)).lower()
     return " ".join(text.split()) if how else text

@@ -325,7 +325,13 @@ def _save_tokenizer(modality: Modality, config: dict[str, Any], folder: Path) ->
             return config, []
         unused(modality.tokenizer).save_pretrained(folder)
         config = config | {"hf_tokenizer_name": modality.name, "context_length": modality.context_length}
-    return config, ["before this folder goes to the hub, set hf_tokenizer_name in open_clip_config.json to its name there"]
+    notes = ["before this folder goes to the hub, set hf_tokenizer_name in open_clip_config.json to its name there"]
+    if not isinstance(modality, LibraryTexts):
+        notes.append(
+            "open_clip cleans texts before the tokenizer (ftfy.fix_text, html.unescape, white space), and this model was"
+            " trained without: texts with curly quotes, ligatures or HTML entities get other embeddings there"
+        )
+    return config, notes
 
 
 def reopen(folder: Path, names: list[str], model: ContrastiveModel) -> Reopened:
