@@ -5,6 +5,8 @@ import torch
 from mmcontrast.components import build, suggestion
 from mmcontrast.config import RunConfig
 from mmcontrast.errors import UserError
+from mmcontrast.libraries import tell
+from mmcontrast.modalities import ImageModality
 from mmcontrast.models import (
     ContrastiveModel,
     FieldOptions,
@@ -124,6 +126,22 @@ def check_widths(config: RunConfig, model: ContrastiveModel, objective: Objectiv
             f"train.matryoshka: its largest width is {max(widths)}, that of the embeddings {model.embed_dim}: it must be one of"
             " them, as what lies beyond would not learn"
         )
+
+
+def tell_of_normalisation(config: RunConfig, model: ContrastiveModel) -> None:
+    """Warn of pictures that are normalised by the default, where the pretrained weights of their tower had another mean."""
+    for name, field in config.fields.items():
+        spec, tower, modality = field.modality, config.towers.get(field.tower or ""), model.modality(name)
+        if not isinstance(tower, dict) or not tower.get("pretrained") or not isinstance(modality, ImageModality):
+            continue
+        network = getattr(model.towers[str(field.tower)], "network", None)
+        published = getattr(network, "pretrained_cfg", None) or getattr(network, "preprocess_cfg", None) or {}
+        mean, std = published.get("mean"), published.get("std")
+        if mean and std and "mean" not in (spec or {}) and [*mean] != modality.mean and len(mean) == modality.channels:
+            tell(
+                f"fields.{name}.modality: pictures are normalised by mean 0.5 and std 0.5, the weights of towers.{field.tower}"
+                f" had mean {[*mean]} and std {[*std]}: set them"
+            )
 
 
 def check_bridge(config: RunConfig, model: ContrastiveModel) -> None:

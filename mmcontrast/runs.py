@@ -38,6 +38,7 @@ from mmcontrast.run_checks import (
     negative_fields,
     score_of,
     scored_fields,
+    tell_of_normalisation,
 )
 from mmcontrast.run_folder import CONFIG, run_of
 from mmcontrast.training import checkpoint
@@ -68,6 +69,7 @@ def make_run_context(config: RunConfig, resume: bool = False) -> RunContext:
     config = completed(config, model)
     objective, pairing = check_components(config)
     check_widths(config, model, objective)
+    tell_of_normalisation(config, model)
     check_bridge(config, model)
     for option in ("patience", "evaluate_first"):
         if getattr(config.train, option) and not config.evaluation.splits:

@@ -4,15 +4,17 @@ import runpy
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import typer
 import yaml
 from typer.testing import CliRunner
 
 from mmcontrast.cli import app
-from mmcontrast.config import load_config
+from mmcontrast.config import config_of, load_config
 from mmcontrast.errors import UserError
 from mmcontrast.plan import without_downloads
-from mmcontrast.run_checks import check_components
+from mmcontrast.run_checks import check_components, tell_of_normalisation
 from mmcontrast.runs import completed, model_of
 from mmcontrast.training.cost import fakes
 from tests.command import mmcontrast
@@ -38,6 +40,24 @@ def test_a_config_whose_fields_are_its_starts_is_printed():
         assert done.exit_code == 0 and yaml.safe_load(done.stdout)["model"]["start"], done.output
     refused = CliRunner().invoke(app, ["config", start, "pairing={type: anchored}"])
     assert refused.exit_code == 2 and "anchored" in refused.output
+
+
+def test_pictures_for_pretrained_weights_that_had_another_mean_are_told_of(tmp_path, caplog):
+    small = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    torch.save(timm.create_model("resnet18", **small).state_dict(), tmp_path / "weights.pth")
+    tree = {"run": {"name": "x"}, "data": {"train": "x.tar"}, "train": {"steps": 1, "batch_size": 2}, "model": {"embed_dim": 8}}
+    picture, vector = {"type": "image", "size": 32}, {"type": "vector", "width": 4}
+    tree["fields"] = {"image": {"modality": picture, "tower": "image"}, "v": {"modality": vector, "tower": "v"}}
+    tree["towers"] = {"v": {"type": "linear", "inputs": 4, "width": 8}}
+    tree["towers"]["image"] = {"type": "timm", "model": "resnet18", "pretrained": str(tmp_path / "weights.pth"), **small}
+    config = config_of(tree)
+    tell_of_normalisation(config, model_of(config))
+    assert "the weights of towers.image had mean [0.485, 0.456, 0.406]" in caplog.text
+    caplog.clear()
+    picture |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    config = config_of(tree)
+    tell_of_normalisation(config, model_of(config))
+    assert not caplog.text
 
 
 def test_overrides_reach_every_level(config_file):
