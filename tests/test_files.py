@@ -87,6 +87,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "modalities/image_transforms.py": ("modalities/test_modalities.py", "random_crops_are_torchvisions"),
     "modalities/library.py": ("models/test_library_pictures.py", "modalities.library"),
     "modalities/parts.py": ("modalities/test_pictures.py", "modalities.parts"),
+    "models/sentence_transformers.py": ("export/test_sentence_transformers.py", "with Dense"),
     "models/bare.py": ("export/test_safetensors.py", "mmcontrast_model.json"),
     "models/base.py": ("test_model.py", "Tower"),
     "models/compose.py": ("models/test_towers.py", "make_model"),

@@ -101,7 +101,7 @@ def test_own_negatives_are_candidates_of_their_own_sample(tmp_path):
         found.append([json.loads(line)["loss"] for line in lines])
     assert found[0][0] == pytest.approx(want.item(), rel=1e-5)
     assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
-    with pytest.raises(UserError, match=r"fields.b.own: of which field is it a negative"):
+    with pytest.raises(UserError, match=r"fields.b.own: set fields.b.negative_of, the field of which it is"):
         make_run_context(load_config(path, ["fields.b.own=true"]))
     with pytest.raises(UserError, match=r"train.teacher: Distillation: .*own_negatives"):
         make_run_context(load_config(path, ["objective=distillation", "train.teacher={stored: {a: a.npy, b: b.npy}}"]))

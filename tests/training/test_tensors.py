@@ -100,8 +100,8 @@ def check_that_a_machine_has_one_copy(rank, group):
         before = total(proportional_memory())
         received = from_first(make, group, CPU, share=True)
         assert received["rows"].sum() == make()["rows"].sum()  # reads all of it
-        copies = (total(proportional_memory()) - before) / size
-        assert (0.9 < copies < 1.6) if has_shared_memory else copies > 3.5, copies
+        copies = (total(proportional_memory()) - before) / size  # less what else was given back meanwhile
+        assert (0.5 < copies < 1.6) if has_shared_memory else copies > 3.5, copies
         assert torch.equal(received["few"], make()["few"]) and torch.equal(received["more"][0], make()["more"][0])
         assert set(sending.SHARED_MEMORY.iterdir()) <= files
         dist.barrier()
