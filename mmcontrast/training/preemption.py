@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ class Preemption:
             end_now(Preempted.exit_code)
         self.received, self.since = signal.Signals(number), time.monotonic()
         message = f"{self.received.name}: finishing the step, then saving; a second one ends at once\n"
-        os.write(sys.stderr.fileno(), message.encode())  # print would fail if the signal came within another print
+        os.write(2, message.encode())  # print would fail if the signal came within another print
 
 
 @contextmanager
