@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import mmcontrast
 from mmcontrast.embedder import Embedder
 from mmcontrast.errors import UserError
-from mmcontrast.modalities import TextModality, VectorModality
+from mmcontrast.modalities import DecodeError, ImageModality, TextModality, VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, OpenClipTextTower
 
 TEXTS = ["a queen", "two kings", "noise", "a small village near the sea", "a"]
@@ -59,3 +60,10 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
             mmcontrast.load(name, pretrained=wrong)
     with pytest.raises(UserError, match="no such tag.*did you mean 'laion2b_s34b_b79k'"):
         mmcontrast.load("ViT-B-32", pretrained="laion2b_s34b_b79")
+
+
+def test_lists_of_texts_and_pictures_of_unknown_range_are_refused(model):
+    with pytest.raises(UserError, match=r"texts\[1\]: a list, not a text"):
+        model.embed(texts=["a", ["b", "c"]])
+    with pytest.raises(DecodeError, match="a picture of mode F"):
+        ImageModality(32).encode(Image.new("F", (40, 40)))

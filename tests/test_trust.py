@@ -59,7 +59,7 @@ def make_run(folder, changes=None, **top):
 
 
 def named_by_a_run(command, marker):
-    """What a hostile config.yaml names, by the place where it stands."""
+    """Yield what a hostile config.yaml names, by the place where it stands."""
     call = {"type": command[0], **command[1]}
     yield "tower", {"towers": {"a": call, "b": TOWER}}
     yield "modality", {"fields": FIELDS | {"a": {"modality": call, "tower": "a"}}}

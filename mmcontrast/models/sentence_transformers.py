@@ -13,7 +13,8 @@ SENTENCE_POOLINGS = {  # and what sentence-transformers calls them
 
 
 def sentence_pooling(name: str) -> str | None:
-    """Return the pooling of a folder of sentence-transformers; None for another folder, or a name on the hub.
+    """Return the pooling of a folder of sentence-transformers; None for another folder, a name on the hub, or a model that
+    pools by itself.
 
     Raises:
         UserError: for one with modules that are not read here, as a Dense layer.
@@ -28,8 +29,9 @@ def sentence_pooling(name: str) -> str | None:
             f"{name} is a folder of sentence-transformers with {', '.join(sorted(others))}, which is not read here: open the"
             " model that it was made of, or name pooling to leave that out"
         )
-    file = kinds.get("Pooling", folder) / "config.json"
-    options = json.loads(file.read_text(encoding="utf-8")) if "Pooling" in kinds else {}
+    if "Pooling" not in kinds:  # a dual encoder, which pools by itself
+        return None
+    options = json.loads((kinds["Pooling"] / "config.json").read_text(encoding="utf-8"))
     modes = {mode for mode, key in SENTENCE_POOLINGS.items() if options.get(key)}
     if isinstance(options.get("pooling_mode"), str):  # of sentence-transformers 5.5 and later
         modes |= {{"cls": "first", "mean": "mean", "lasttoken": "last"}.get(options["pooling_mode"], options["pooling_mode"])}

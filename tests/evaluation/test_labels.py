@@ -215,3 +215,9 @@ def test_a_template_is_refused_or_holds_the_phrase(template, phrase):
 @given(value=st.one_of(st.none(), st.just(math.nan), st.text(alphabet=" \t\n\u00a0"), st.just(pd.NA), st.just(pd.NaT)))
 def test_nothing_is_no_label(value):
     assert label_text(value) is None
+
+
+@pytest.mark.parametrize("value", [["a", "b"], (1, 2), {"a": 1}])
+def test_several_values_are_no_label(value):
+    with pytest.raises(UserError, match="is several values: a label is one"):
+        label_text(value)

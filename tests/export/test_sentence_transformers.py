@@ -37,6 +37,7 @@ def test_dual_encoders_are_normalised(kind, tmp_path):
     theirs, model = SentenceTransformer(str(out), device="cpu"), mmcontrast.load(source)
     texts = theirs.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(texts, model.embed(texts=TEXTS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mmcontrast.load(out).embed(texts=TEXTS), texts, atol=1e-5, rtol=0)
     if kind == "clap":
         files = sounds(tmp_path, 8000, (0.4, 0.7))
         given = [{"array": model.model.modality("audio").decode(f.read_bytes()).numpy(), "sampling_rate": 8000} for f in files]

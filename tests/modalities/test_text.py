@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmcontrast import libraries
 from mmcontrast.modalities import DecodeError, TextModality
 from tests.tokenizers import CAPTIONS, LONG, TOKENIZERS
 
@@ -64,3 +65,17 @@ def test_a_context_must_hold_something():
     with pytest.raises(ValueError, match="context_length is 0"):
         TextModality(context_length=0)
     assert TextModality(context_length=1).ids("a") == [49407]
+
+
+def test_several_lines_that_are_read_as_one_text_are_told_of(monkeypatch, caplog):
+    monkeypatch.setattr(libraries, "_logged", set())
+    TextModality(captions="lines").transform("a cat\na dog", False)
+    assert not caplog.text
+    TextModality().transform("a cat\na dog", False)
+    assert "if each is a caption, set captions: lines" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_text_and_utf_16_none_either():
+    assert TextModality().decode("\ufeffa cat".encode()) == "a cat"
+    with pytest.raises(DecodeError, match="NUL"):
+        TextModality().decode("a cat".encode("utf-16-le"))

@@ -1,4 +1,4 @@
-"""What happens to an index while it lies there, or while a server has it open: damage, another table, another index."""
+"""Check what happens to an index while it lies there, or while a server has it open: damage, another table, another index."""
 
 import json
 import shutil

@@ -17,7 +17,7 @@ BOUNDARY = "limit"
 
 @pytest.fixture
 def searcher(small_index, tmp_path):
-    """Of a copy of the table."""
+    """Return a searcher of a copy of the table."""
     shutil.copytree(small_index.parent, tmp_path / "table")
     return Searcher.open(tmp_path / "table" / "index", "cpu")
 

@@ -1,4 +1,4 @@
-"""What a resumed run takes over, what of its config counts, and what a refused one leaves alone."""
+"""Check what a resumed run takes over, what of its config counts, and what a refused one leaves alone."""
 
 import json
 import math

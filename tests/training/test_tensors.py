@@ -112,7 +112,7 @@ def check_that_a_machine_has_one_copy(rank, group):
 
 
 def work(rank, folder):
-    """What tests/training/test_tensors.py checks on every rank."""
+    """Run the checks of this file on every rank."""
     folder = Path(folder)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:

@@ -218,7 +218,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
 
 
 def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
-    """What is written is what there was when it was asked for; a failure comes with the next; best and every fourth stay."""
+    """A checkpoint holds what there was when it was asked for; a failure comes with the next; best and every fourth stay."""
     weights, state = {"w": torch.zeros(1000)}, {"step": 0, "optimizer": {"state": [torch.zeros(3), (1, 2)]}}
     with checkpoint.Saver(tmp_path, 1, 4, beside=True) as saver:
         for step in range(1, 8):
