@@ -5,8 +5,14 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+import torch
+
+from mmcontrast.evaluation import EmbeddingTable
+from mmcontrast.evaluation.bridge import Bridge
+from mmcontrast.evaluation.rankings import Pairs, rank
 
 Recalls = dict[str, list[float]]  # of each query, a number for each kind of sample
 Results = dict[str, dict[str, Recalls]]  # by arm and seed
@@ -17,6 +23,33 @@ def mmcontrast(*arguments: object) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"mmcontrast {' '.join(command[3:])}\n{result.stderr}")
+
+
+def train(folder: Path, config: str, arms: Mapping[str, Sequence[str]], arm: str, seed: int, *options: str) -> Path:
+    """Train the run of an arm and a seed, unless it is there, and return its folder."""
+    run = folder / f"{list(arms).index(arm):02d}-{seed}"
+    if not (run / "done").exists():
+        options = (f"run.dir={run.parent}", f"run.name={run.name}", f"train.seed={seed}", *options, *arms[arm])
+        mmcontrast("train", config, "--overwrite", *options)
+        (run / "done").touch()
+    return run
+
+
+def table_of(run: Path, shards: str | Path, name: str) -> EmbeddingTable:
+    """Return the embeddings of shards by a run, from its folder if they are there."""
+    folder = run / name
+    if not (folder / "manifest.json").exists():
+        mmcontrast("embed", run, shards, folder)
+    return EmbeddingTable.read(folder)
+
+
+def recall_at_1(table: EmbeddingTable, query: str, candidate: str, bridge: Bridge | None = None) -> float:
+    """Return recall at 1 among the samples that have both fields; rows of one group belong together."""
+    rows = (table.present[query] & table.present[candidate]).nonzero().squeeze(1)
+    pairs = Pairs.of_groups(table.group_ids[rows], table.group_ids[rows])
+    (ranking, _) = rank(table.fields[query][rows], table.fields[candidate][rows], pairs, both=True, bridge=bridge)
+    first = torch.full((len(rows),), 2**62).scatter_reduce(0, ranking.queries, ranking.ranks, "amin")
+    return (first == 1).double().mean().item()
 
 
 def parser_of(description: str | None, arms: Iterable[str], folder: str) -> argparse.ArgumentParser:

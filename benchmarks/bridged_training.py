@@ -10,14 +10,11 @@ lack, alone and with both. The bank is the training set's captions, each once. R
 
 from pathlib import Path
 
-import torch
-from arms import Recalls, compare, mmcontrast, parser_of  # type: ignore[import-not-found]  # beside this file
+from arms import Recalls, compare, parser_of, recall_at_1, table_of, train  # type: ignore[import-not-found]  # beside this file
 
 from mmcontrast import load
-from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.evaluation.banks import read_bank
 from mmcontrast.evaluation.bridge import Bridge
-from mmcontrast.evaluation.rankings import Pairs, rank
 
 DATA = Path("data/glyphs")
 WITHOUT_EVALUATION = ("evaluation.splits={}", "evaluation.zero_shot={}", "evaluation.best=null")
@@ -37,37 +34,25 @@ ARMS: dict[str, list[str]] = {
 QUERIES = (("image", "text"), ("audio", "text"), ("image", "audio"), ("audio", "image"))
 
 
-def train(folder: Path, arm: str, seed: int) -> Recalls:
-    run = folder / f"{list(ARMS).index(arm):02d}-{seed}"
-    if not (run / "val" / "manifest.json").exists():
-        options = [f"run.dir={run.parent}", f"run.name={run.name}", f"train.seed={seed}", *ARMS[arm]]
-        mmcontrast("train", "configs/quickstart.yaml", "--overwrite", *WITHOUT_EVALUATION, *options)
-        mmcontrast("embed", run, DATA / "val-*.tar", run / "val")
-    table, model = EmbeddingTable.read(run / "val"), load(str(run), device="cpu")
+def recalls(folder: Path, arm: str, seed: int) -> Recalls:
+    run = train(folder, "configs/quickstart.yaml", ARMS, arm, seed, *WITHOUT_EVALUATION)
+    table, model = table_of(run, DATA / "val-*.tar", "val"), load(str(run), device="cpu")
     bank, scale = read_bank(model.model, str(DATA / "train-*.tar"), None, None, model.device, {}).rows, model.scale_of_texts()
     bridge = Bridge(bank, bank, scale, scale)
     recalls_of_queries = {}
     for query, candidate in QUERIES:
-        ways = [recall_at_1(table, query, candidate, None)]
+        ways = [recall_at_1(table, query, candidate)]
         if "text" not in (query, candidate):
             ways.append(recall_at_1(table, query, candidate, bridge))
         recalls_of_queries[f"{query} → {candidate}"] = ways if len(ways) == 2 else ways * 2
     return recalls_of_queries
 
 
-def recall_at_1(table: EmbeddingTable, query: str, candidate: str, bridge: Bridge | None) -> float:
-    """Return recall at 1; rows of one group belong together."""
-    pairs = Pairs.of_groups(table.group_ids, table.group_ids)
-    (ranking, _) = rank(table.fields[query], table.fields[candidate], pairs, both=True, bridge=bridge)
-    first = torch.full((len(table),), 2**62).scatter_reduce(0, ranking.queries, ranking.ranks, "amin")
-    return (first == 1).double().mean().item()
-
-
 def main() -> None:
     options = parser_of(__doc__, ARMS, "runs/bridged").parse_args()
     compare(
         options,
-        lambda arm, seed: train(options.folder, arm, seed),
+        lambda arm, seed: recalls(options.folder, arm, seed),
         [f"{query} → {candidate}" for query, candidate in QUERIES],
         [("#777777", "cosine"), ("#2166ac", "through the bridge")],
     )

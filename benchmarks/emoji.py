@@ -7,16 +7,19 @@
 together: the share of validation samples whose picture's emoji comes first among 50, by the text and the voice together. The
 text names three emoji in three languages, the voice speaks the language that counts: the text alone finds one in three at best.
 languages: recall at 1 of name → picture, the mean over ten languages, the least of them, and the mean rank variance over
-languages (arXiv:2406.18254), on new pictures of trained emoji.
+languages (arXiv:2406.18254), on new pictures of trained emoji; and of a name → that in another language, the mean over ninety
+pairs, by cosine and through the training pictures (docs/bridge.md), of trained and of new emoji.
 """
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import torch
-from arms import Recalls, compare, mmcontrast, parser_of  # type: ignore[import-not-found]  # beside this file
+from arms import Recalls, compare, parser_of, recall_at_1, table_of, train  # type: ignore[import-not-found]  # beside this file
 
-from mmcontrast.evaluation import EmbeddingTable
+from mmcontrast import load
+from mmcontrast.evaluation.banks import read_bank
 
 PAIRS = ["model.logit_scale=20", "model.max_logit_scale=100"]
 TOGETHER = {
@@ -29,22 +32,9 @@ LANGUAGES = {
 }
 
 
-def train(folder: Path, config: str, arms: dict[str, list[str]], arm: str, seed: int) -> Path:
-    """Train the run of an arm and a seed, unless it is there."""
-    run = folder / f"{list(arms).index(arm):02d}-{seed}"
-    if not (run / "done").exists():
-        options = [f"run.dir={run.parent}", f"run.name={run.name}", f"train.seed={seed}", *arms[arm]]
-        mmcontrast("train", config, "--overwrite", *options)
-        (run / "done").touch()
-    return run
-
-
 def together(folder: Path, arm: str, seed: int) -> Recalls:
     """Return the shares of pictures that text, voice, and both find."""
-    run = train(folder, "configs/emoji-together.yaml", TOGETHER, arm, seed)
-    if not (run / "val" / "manifest.json").exists():
-        mmcontrast("embed", run, "data/emoji-together/val-*.tar", run / "val")
-    table = EmbeddingTable.read(run / "val")
+    table = table_of(train(folder, "configs/emoji-together.yaml", TOGETHER, arm, seed), "data/emoji-together/val-*.tar", "val")
     shown = [metadata["shown"] for metadata in table.metadata]
     first = {emoji: row for row, emoji in reversed(list(enumerate(shown)))}  # of each emoji a picture
     queries = [row for row in range(len(shown)) if row not in first.values()]
@@ -60,19 +50,40 @@ def together(folder: Path, arm: str, seed: int) -> Recalls:
 
 
 def languages(folder: Path, arm: str, seed: int) -> Recalls:
-    """Return recall over languages, and its variance, as the run's own evaluation has it."""
+    """Return recall over languages, and its variance, as the run's own evaluation has it; and between languages."""
     run = train(folder, "configs/emoji.yaml", LANGUAGES, arm, seed)
     results = json.loads((run / "results.json").read_text())["results"]
     prefix = "val_voices/languages/names"
     recalls = [results[f"{prefix}/{language}_to_image/recall_at_1"]["value"] for language in LANGUAGE_NAMES]
     variance = results[f"{prefix}/to_image/mean_rank_variance"]["value"]
-    return {"mean of ten": [sum(recalls) / len(recalls)], "least": [min(recalls)], "mean rank variance": [variance]}
+    found = {"mean of ten": [sum(recalls) / len(recalls)], "least": [min(recalls)], "mean rank variance": [variance]}
+    model, _ = load(str(run), device="cpu").model, table_of(run, "data/emoji/train-*.tar", "train")
+    bank = read_bank(model, run / "train", "image", None, "cpu", {})
+    pairs = list(permutations(LANGUAGE_NAMES, 2))
+    for split, emoji in (("val_voices", "trained"), ("val", "new")):
+        table = table_of(run, f"data/emoji/{split}-*.tar", split)
+        for way, bridges in (
+            ("cosine", [None] * len(pairs)),
+            ("pictures", [bank.between(model, [query], [candidate]) for query, candidate in pairs]),
+        ):
+            between = [recall_at_1(table, *pair, bridge) for pair, bridge in zip(pairs, bridges, strict=True)]
+            found[f"name → name, {emoji}, by {way}"] = [sum(between) / len(between)]
+    return found
 
 
 LANGUAGE_NAMES = ("en", "fr", "de", "es", "ru", "tr", "sw", "hi", "ar", "zh")
 TASKS = {
     "together": (TOGETHER, together, ["text → picture", "voice → picture", "text and voice → picture"]),
-    "languages": (LANGUAGES, languages, ["mean of ten", "least", "mean rank variance"]),
+    "languages": (
+        LANGUAGES,
+        languages,
+        [
+            "mean of ten",
+            "least",
+            "mean rank variance",
+            *(f"name → name, {emoji}, by {way}" for emoji in ("trained", "new") for way in ("cosine", "pictures")),
+        ],
+    ),
 }
 
 
