@@ -4,8 +4,8 @@
     python benchmarks/stamps.py
 
 Every arm is `configs/stamps.yaml`: pictures, English and French captions and spoken French, of which samples lack some. Recall
-at 1 on the trained stamps, mirrored, by cosine and through a bridge of the training samples: pictures and speech through English
-captions, English and French through pictures. Captions and speech are those of training, so they are known.
+at 1 on the trained stamps, mirrored, by cosine and through a bridge of the training samples: pictures and speech through
+English captions, English and French through pictures. Captions and speech are those of training, so they are known.
 """
 
 from pathlib import Path
