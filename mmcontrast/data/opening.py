@@ -1,6 +1,6 @@
 """Shards opened as options name them: patterns, or a mapping with columns and files of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -13,6 +13,7 @@ from mmcontrast.data.index import open_shards
 from mmcontrast.data.keys import FieldKeys, names_of
 from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
+from mmcontrast.libraries import tell
 from mmcontrast.modalities import Modality, TextModality
 from mmcontrast.options import Keys, Options, Patterns, Texts
 
@@ -128,7 +129,17 @@ def open_dataset(
             raise UserError(
                 f"{options.shards}: keys of the field {field!r}: no sample has {' or '.join(names_of(options.keys[field]))}"
             )
+    _tell_of_same_texts(dataset, {*options.keys, *(field for field in keys if keys[field])})
     return dataset
+
+
+def _tell_of_same_texts(dataset: ShardDataset, with_keys: Collection[str]) -> None:
+    """Warn of several text fields that are read from the same members, as none has keys of its own."""
+    fields = [field for field in dataset.keys if isinstance(dataset.modalities[field], TextModality)]
+    usual = [field for field in fields if field not in with_keys]
+    if len(usual) > 1:
+        read = " or ".join(f".{key}" for key in dataset.keys[usual[0]])
+        tell(f"the fields {' and '.join(usual)} are all read from {read}, and hold the same texts: set their keys")
 
 
 def check_templates(templates: Mapping[str, Sequence[str]], modalities: Mapping[str, Modality], place: str) -> None:

@@ -103,8 +103,13 @@ def group_by_label(inputs: RetrievalInput, labels: Sequence[Any]) -> RetrievalIn
     return RetrievalInput(inputs.rows[row_indices], inputs.samples[row_indices], groups)
 
 
-def read_relevance(file: str, queries: RetrievalInput, candidates: RetrievalInput, table: EmbeddingTable) -> Pairs:
+def read_relevance(
+    file: str, queries: RetrievalInput, candidates: RetrievalInput, table: EmbeddingTable
+) -> tuple[Pairs, int, int]:
     """Read the relevant pairs from a file of relevance (trec_eval's qrels), which names samples by their keys.
+
+    Returns:
+        The pairs; the number of relevant pairs in the file; and how many of them are left out, as a sample lacks its field.
 
     Raises:
         UserError: for a malformed line, or a key of no sample.
@@ -125,15 +130,12 @@ def read_relevance(file: str, queries: RetrievalInput, candidates: RetrievalInpu
             if known_keys[key] > 1:
                 raise UserError(f"{file}, line {number}: {known_keys[key]} samples have the key {key!r}: give each its own")
     query_rows, candidate_rows = _rows_by_key(queries, table), _rows_by_key(candidates, table)
-    triples = [
-        (query_row, candidate_row, gain)
-        for (query, candidate), gain in gains.items()
-        if gain > 0
-        for query_row in query_rows.get(query, [])
-        for candidate_row in candidate_rows.get(candidate, [])
-    ]
+    relevant = {keys: gain for keys, gain in gains.items() if gain > 0}
+    present = [(q, c, gain) for (q, c), gain in relevant.items() if q in query_rows and c in candidate_rows]
+    triples = [(row, candidate, gain) for q, c, gain in present for row in query_rows[q] for candidate in candidate_rows[c]]
     columns = torch.tensor(triples, dtype=torch.float64).reshape(-1, 3)
-    return Pairs(columns[:, 0].long(), columns[:, 1].long(), columns[:, 2])
+    pairs = Pairs(columns[:, 0].long(), columns[:, 1].long(), columns[:, 2])
+    return pairs, len(relevant), len(relevant) - len(present)
 
 
 def _rows_by_key(inputs: RetrievalInput, table: EmbeddingTable) -> dict[str, list[int]]:

@@ -111,7 +111,12 @@ class RetrievalTasks:
         elif task.once is None and by_group and isinstance(task.candidate, str):
             candidates = self.candidates(prefix, task.candidate, candidates)
         if task.relevance:
-            pairs = read_relevance(task.relevance, queries, candidates, self.table)
+            pairs, relevant, missing = read_relevance(task.relevance, queries, candidates, self.table)
+            if missing:
+                self.evaluation.notes.append(
+                    f"{prefix}: {missing} of {relevant} relevant pairs in {task.relevance} are left out: a sample of theirs"
+                    f" has no {task.query} to ask with, or no {task.candidate} to be found"
+                )
         else:
             pairs = Pairs.of_groups(queries.groups, candidates.groups)
         own_rows = torch.arange(len(queries)) if same_field else None

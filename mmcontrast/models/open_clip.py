@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
-from mmcontrast.libraries import library_errors, opening, part_of_open_clip
+from mmcontrast.libraries import library_errors, opening, part_of_open_clip, tell
 from mmcontrast.modalities import PADDING, TextIds
 from mmcontrast.modalities.image import without_palette_alpha
 from mmcontrast.modalities.library import LibraryImages, LibraryTexts
@@ -231,6 +231,8 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
         options["force_preprocess_cfg"] = published_preprocessing(name)
     whole = open_clip.create_model(name, pretrained, load_weights=weights, require_pretrained=weights, **options)
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
+    if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(name):
+        tell_of_preprocessing(name, pretrained, preprocess)
     prepare = partial(_pixels, image_transform_v2(preprocess, is_train=False))
     augmented = partial(_pixels, image_transform_v2(preprocess, is_train=True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
@@ -264,6 +266,22 @@ def published_preprocessing(name: str) -> dict[str, Any]:
     keys = ("mean", "std", "interpolation", "resize_mode")
     settings = [{key: tag[key] for key in keys if tag.get(key)} for tag in tags]
     return settings[0] if settings and all(setting == settings[0] for setting in settings) else {}
+
+
+def tell_of_preprocessing(name: str, file: str, used: Any) -> None:
+    """Warn where pictures are prepared by open_clip's default for a file, and the architecture's published weights differ."""
+    published = published_preprocessing(name)
+    other = {key: value for key, value in published.items() if list_of(getattr(used, key)) != list_of(value)}
+    if other:
+        default = {key: getattr(used, key) for key in other}
+        tell(
+            f"{file}: open_clip prepares pictures for a file by {default}, for the published weights of {name} by {other}:"
+            f" if it was trained from those, export it --format open_clip, and set them in {OPEN_CLIP_CONFIG}"
+        )
+
+
+def list_of(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def as_ours(preprocess: Any) -> dict[str, Any] | str:

@@ -175,7 +175,7 @@ def test_options_of_splits(tmp_path):
 
 
 def opened(table, embedder, **options):
-    tree = {"splits": {"val": str(table)}, "resamples": 0, "geometry": False} | options
+    tree = {"splits": {"val": table if isinstance(table, dict) else str(table)}, "resamples": 0, "geometry": False} | options
     return open_splits(EvaluationOptions.model_validate(tree), embedder.model, embedder.dataset)
 
 
@@ -216,6 +216,28 @@ def test_scoring_without_candidates(tmp_path):
     for option in ({"scoring": "csls"}, {"whiten": True}):
         with pytest.raises(UserError, match=f"evaluation.{next(iter(option))}: it is of retrieval, and none is asked for"):
             opened(table, embedder, pairs=False, **option)
+
+
+def test_text_fields_that_read_the_same_members_are_told_of(tmp_path, caplog):
+    pd.DataFrame({"txt": WORDS, "named": WORDS}).to_csv(tmp_path / "t.csv", index=False)
+    embedder = text_model("english", "french")
+    opened(tmp_path / "t.csv", embedder)
+    assert "english and french are all read from .txt or .caption or .text, and hold the same texts: set their" in caplog.text
+    caplog.clear()
+    opened({"shards": str(tmp_path / "t.csv"), "keys": {"french": ["named"]}}, embedder)
+    assert "same texts" not in caplog.text
+
+
+def test_relevant_pairs_without_their_field_are_told_of(tmp_path):
+    embedder = text_model("txt", "caption")
+    captions = ["a", None, "b", "c", "d", "e"]
+    pd.DataFrame({"txt": WORDS, "named": captions, "key": WORDS}).to_csv(tmp_path / "t.csv", index=False)
+    table = {"shards": str(tmp_path / "t.csv"), "keys": {"caption": ["named"]}}
+    (tmp_path / "qrels.txt").write_text(f"{WORDS[0]} 0 {WORDS[1]} 1\n{WORDS[0]} 0 {WORDS[2]} 1\n{WORDS[3]} 0 {WORDS[1]} 0\n")
+    task = {"query": "txt", "candidate": "caption", "relevance": str(tmp_path / "qrels.txt")}
+    found = evaluated(table, embedder, pairs=False, retrieval={"r": task})
+    assert found.values["val/retrieval/r/num_queries"] == 1
+    assert any("val/retrieval/r: 1 of 2 relevant pairs in" in note and "no caption to be found" in note for note in found.notes)
 
 
 def test_relevance_that_is_not_utf8_or_no_number(tmp_path):

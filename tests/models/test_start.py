@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip.transform import PreprocessCfg
 from timm.models import save_for_hf
 from torch.nn import BatchNorm2d
 from transformers import BertConfig, BertModel
@@ -13,7 +14,7 @@ from transformers import BertConfig, BertModel
 import mmcontrast
 from mmcontrast.config import load_config
 from mmcontrast.errors import UserError
-from mmcontrast.models.open_clip import published_preprocessing
+from mmcontrast.models.open_clip import published_preprocessing, tell_of_preprocessing
 from mmcontrast.runs import completed, make_run_context, modalities_of, model_of
 from tests.command import train
 from tests.models.open_clip_models import MODELS
@@ -104,6 +105,13 @@ def test_an_architecture_alone_begins_as_its_library_has_it(tmp_path, monkeypatc
     squash = published_preprocessing("ViT-B-16-SigLIP")
     assert squash == {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     assert published_preprocessing("ViT-L-14") == published_preprocessing("tiny-resnet") == {}
+
+
+def test_a_checkpoints_file_of_an_architecture_with_its_own_preprocessing_is_told_of(caplog):
+    tell_of_preprocessing("ViT-B-16-SigLIP", "known.pt", PreprocessCfg(mean=(0.5,) * 3, std=[0.5] * 3, resize_mode="squash"))
+    assert not caplog.text
+    tell_of_preprocessing("ViT-B-16-SigLIP", "tuned.pt", PreprocessCfg())
+    assert "tuned.pt: open_clip prepares pictures for a file by {'mean': (0.48145466, " in caplog.text
 
 
 def test_two_halves_and_a_further_field(tmp_path):
