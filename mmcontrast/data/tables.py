@@ -54,7 +54,7 @@ class TableIndex(ShardIndex):
     structures. So `sample_id`, `group_id` and labels are columns. A column `json` adds what it holds.
 
     Columns hold bytes, texts, {bytes, path} as Hugging Face's pictures and sounds do, lists of texts (joined by lines), lists
-    of numbers (as .npy), or paths.
+    of numbers (as .npy), paths, or the numbers of Hugging Face's ClassLabel, which are read as a class's name.
 
     Attributes:
         arrow: the files that hold it.
@@ -149,7 +149,7 @@ class TableIndex(ShardIndex):
         """
         try:
             return self._read(sample, extensions)
-        except (ValueError, TypeError, KeyError, RuntimeError, OSError, pa.ArrowException) as error:
+        except (ValueError, TypeError, LookupError, RuntimeError, OSError, pa.ArrowException) as error:
             raise DecodeError(f"row {sample} cannot be read ({error})") from error
 
     def _read(self, sample: int, extensions: Iterable[str]) -> dict[str, bytes]:
@@ -159,9 +159,19 @@ class TableIndex(ShardIndex):
                 members["json"] = json.dumps(self._metadata(sample), default=_json_default).encode()
             elif extension in self.extensions:
                 value = self.table[extension][sample].as_py()
+                if extension in self._class_names and isinstance(value, int):
+                    value = self._class_names[extension][value] if value >= 0 else None
                 if (data := self._member_bytes(value, extension in self.file_columns)) is not None:
                     members[extension] = data
         return members
+
+    @cached_property
+    def _class_names(self) -> dict[str, list[str]]:
+        """Return the names of the classes of each column of numbers that Hugging Face's datasets call a ClassLabel."""
+        described = json.loads((self.table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = described.get("info", {}).get("features", {})
+        labels = {name: feature for name, feature in features.items() if isinstance(feature, dict) and "names" in feature}
+        return {name: feature["names"] for name, feature in labels.items() if feature.get("_type") == "ClassLabel"}
 
     def _metadata(self, sample: int) -> dict[str, Any]:
         metadata = {}

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import datasets
 import pandas
 import pytest
 import torch
@@ -56,6 +57,19 @@ def as_folders(folder):
     return folder / "train", "folder"
 
 
+def as_dataset(folder):
+    """As Hugging Face's datasets hold labels: numbers, and their names beside the columns."""
+    columns = {"image": [{"bytes": picture(k), "path": None} for k in range(12)], "label": [k % 3 for k in range(12)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder / "pairs")
+    return folder / "pairs", "label"
+
+
+def as_parquet_of_datasets(folder):
+    datasets.load_from_disk(as_dataset(folder)[0]).to_parquet(folder / "pairs.parquet")
+    return folder / "pairs.parquet", "label"
+
+
 def opened(shards, key, templates=None, **options):
     given = {"shards": str(shards), "keys": {"text": [key]}, "templates": {"text": templates or TEMPLATES}}
     return open_dataset(given, FIELDS, {}, **options)
@@ -66,7 +80,7 @@ def prompt(sample):
     return FIELDS["text"].tokenizer.decode(tokens).replace("<start_of_text>", "").replace("<end_of_text>", "").strip()
 
 
-@pytest.mark.parametrize("write", [as_table, as_tar, as_folders])
+@pytest.mark.parametrize("write", [as_table, as_tar, as_folders, as_dataset, as_parquet_of_datasets])
 def test_classes_of_any_data(write, tmp_path):
     """Evaluation takes the first template; training draws by (seed, epoch, sample), again the same; a class is one group."""
     shards, key = write(tmp_path)
@@ -85,6 +99,15 @@ def test_classes_of_any_data(write, tmp_path):
     assert all(8 < number < 45 for number in (*starts, len(texts) - sum(starts)))
     other = opened(shards, key, seed=5, training=True)
     assert texts != [prompt(other[place]) for place in places]
+
+
+def test_a_label_that_is_not_known_is_absent(tmp_path):
+    """-1 is that of datasets; the metadata keeps the numbers, as the labels of an evaluation."""
+    features = datasets.Features({"text": datasets.ClassLabel(names=NAMES)})
+    datasets.Dataset.from_dict({"text": [2, -1, 0]}, features=features).save_to_disk(tmp_path / "labels")
+    samples = list(open_dataset(str(tmp_path / "labels"), {"text": TextModality()}, {}))
+    assert [sample.metadata["text"] for sample in samples] == [2, -1, 0]
+    assert [prompt(sample) if "text" in sample.values else None for sample in samples] == ["black queen", None, "rook"]
 
 
 def test_embeddings_of_other_templates_are_not_taken_from_the_cache(tmp_path):
