@@ -17,6 +17,13 @@ from mmcontrast.modalities.base import DecodeError, Modality
 STARTS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"NIST")  # of files
 # libsndfile's readers of rarer formats print, and take long for a few bytes
 KNOWN = "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, NIST"
+# By a file's start: its name, byte order, the first chunk's place, the bytes of a chunk's size, the chunk of samples.
+CHUNKS: dict[bytes, tuple[str, Literal["little", "big"], int, int, bytes]] = {
+    b"RIFF": ("WAV", "little", 12, 4, b"data"),
+    b"RIFX": ("WAV", "big", 12, 4, b"data"),
+    b"FORM": ("AIFF", "big", 12, 4, b"SSND"),
+    b"caff": ("CAF", "big", 8, 8, b"data"),
+}
 MAX_VALUES = 2**28  # frames × channels of a sound, by its header, or as it is decoded if the header has no length
 UNKNOWN = 2**63 - 1  # frames of a stream without a length in its header, as encoders write it into a pipe
 MP3_SLACK = 4 * 1152  # frames that a decoder may drop at both ends
@@ -203,21 +210,26 @@ class _Bytes(io.BytesIO):
 
 
 def check_whole(data: bytes) -> None:
-    """Check that a WAV has the bytes of samples that its header says; libsndfile would read fewer.
+    """Check that a sound has the bytes of samples that its header says; libsndfile would read fewer.
 
     Raises:
         DecodeError: if it is truncated.
     """
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return
-    place = 12
-    while place + 8 <= len(data):
-        size = int.from_bytes(data[place + 4 : place + 8], "little")
-        if data[place : place + 4] == b"data":
-            if size not in (0, 2**32 - 1) and place + 8 + size > len(data):  # as what writes to a pipe leaves it
-                raise DecodeError(f"a truncated WAV: {len(data) - place - 8} of {size} bytes of samples")
-            return
-        place += 8 + size + size % 2
+    if data[:4] == b".snd":
+        _check_size("AU", data, int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big"), 2**32 - 1)
+    name, order, place, width, samples = CHUNKS.get(data[:4], ("", "big", len(data), 4, b""))
+    while place + 4 + width <= len(data):
+        kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 4 + width], order)
+        place += 4 + width
+        if kind == samples:
+            _check_size(name, data, place, size, 2 ** (8 * width) - 1)
+            break
+        place += size + size % 2 * (width == 4)
+
+
+def _check_size(name: str, data: bytes, start: int, size: int, unknown: int) -> None:
+    if size not in (0, unknown) and start + size > len(data):  # as what writes to a pipe leaves it
+        raise DecodeError(f"a truncated {name}: {len(data) - start} of {size} bytes of samples")
 
 
 def open_sound(data: bytes) -> soundfile.SoundFile:

@@ -235,11 +235,22 @@ def test_damaged_sounds_are_refused_or_heard(form, changes, cut):
         assert raw.dtype == torch.int16 and len(raw)
 
 
-@pytest.mark.parametrize("container", ["WAV", "MP3"])
-def test_half_of_a_file_is_no_shorter_sound(container):
+@pytest.mark.parametrize(
+    ("container", "options"),
+    [
+        ("WAV", {}),
+        ("WAV", {"endian": "BIG"}),
+        ("MP3", {}),
+        ("AIFF", {}),
+        ("AIFF", {"subtype": "FLOAT"}),
+        ("CAF", {"subtype": "ALAC_16"}),
+        ("AU", {}),
+    ],
+)
+def test_half_of_a_file_is_no_shorter_sound(container, options):
     """libsndfile reads what there is."""
     out, sound = io.BytesIO(), tone(seconds=3.0)
-    soundfile.write(out, sound, RATE, format=container)
+    soundfile.write(out, sound, RATE, format=container, **options)
     data, whole = out.getvalue(), AudioModality(RATE, max_seconds=5)
     assert abs(len(whole.decode(data)) - 3 * RATE) < 2000
     with pytest.raises(DecodeError, match=f"truncated {container}"):
