@@ -153,7 +153,8 @@ def save_shards(rank: int, ranks: int, folder: str, width: int, blocks: int, bes
     import torch.distributed as dist
 
     from mmcontrast.training import checkpoint
-    from mmcontrast.training.checkpoint import Contents, Saver
+    from mmcontrast.training.checkpoint import Contents
+    from mmcontrast.training.saver import Saver
 
     joined(rank, ranks, f"{folder}/store-{beside}")
     model, optimizer = learner_in_shards(ranks, width, blocks)

@@ -136,6 +136,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "train_commands.py": ("test_finetune.py", "finetune"),
     "training/sample_log.py": ("training/test_sources.py", "training.sample_log"),
     "training/checkpoint.py": ("training/test_training.py", "checkpoint"),
+    "training/saver.py": ("training/test_training.py", "Saver"),
     "training/cost.py": ("test_plan.py", "training.cost"),
     "training/data.py": ("training/test_sources.py", "what_does_not_go_together_is_refused"),
     "training/distributed.py": ("distributed/test_data_parallel.py", "torch.distributed.run"),

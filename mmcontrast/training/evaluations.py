@@ -12,9 +12,9 @@ from mmcontrast.evaluation import Evaluation, Results, evaluate, results_table
 from mmcontrast.evaluation.before import BEFORE, EVALUATIONS, keep_before, read_evaluations
 from mmcontrast.evaluation.compare import lower_is_better
 from mmcontrast.evaluation.report import write_results
-from mmcontrast.training import checkpoint
 from mmcontrast.training.context import RunContext
 from mmcontrast.training.log import StepLines
+from mmcontrast.training.saver import Saver
 from mmcontrast.training.step import Learner
 
 
@@ -32,7 +32,7 @@ class Evaluations:
         steps: the steps that were evaluated.
     """
 
-    def __init__(self, job: RunContext, start: int, learner: Learner, saver: checkpoint.Saver | None) -> None:
+    def __init__(self, job: RunContext, start: int, learner: Learner, saver: Saver | None) -> None:
         self.job, self.learner, self.saver = job, learner, saver
         self.main = learner.accelerator.is_main_process
         self.history: dict[int, Results] = {}  # by step, on the first rank

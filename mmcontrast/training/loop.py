@@ -37,6 +37,7 @@ from mmcontrast.training.preemption import Preemption, preemptible
 from mmcontrast.training.progressive import check_schedules
 from mmcontrast.training.queue import MomentumQueue
 from mmcontrast.training.sample_log import SampleLog, warnings
+from mmcontrast.training.saver import Saver
 from mmcontrast.training.state import restore, state_of, tables_of
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.trace import tracing
@@ -261,7 +262,7 @@ def is_due(done: int, every: int | None, total: int) -> bool:
     return done == total or (every is not None and every > 0 and done % every == 0)
 
 
-def make_saver(job: RunContext, accelerator: Accelerator) -> checkpoint.Saver | None:
+def make_saver(job: RunContext, accelerator: Accelerator) -> Saver | None:
     """Return a saver on the first rank; where weights or tables are in shards, on every rank, with a group of its own."""
     rank, options, folder = accelerator.process_index, job.options, job.folder / CHECKPOINTS
     group: Any = None
@@ -271,7 +272,7 @@ def make_saver(job: RunContext, accelerator: Accelerator) -> checkpoint.Saver | 
         return None
     if not rank:
         checkpoint.clean(folder)
-    return checkpoint.Saver(folder, options.keep_checkpoints, options.keep_every, options.async_checkpoints, rank, group)
+    return Saver(folder, options.keep_checkpoints, options.keep_every, options.async_checkpoints, rank, group)
 
 
 def make_queue(job: RunContext, device: torch.device) -> MomentumQueue | None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from mmcontrast.errors import UserError
 from mmcontrast.objectives import GlobalContrastive
 from mmcontrast.training import checkpoint
-from mmcontrast.training.checkpoint import Contents, Saver
+from mmcontrast.training.checkpoint import Contents
+from mmcontrast.training.saver import Saver
 from mmcontrast.training.state import load_objective
 from tests.command import NO_EVALUATION, train
 

@@ -17,10 +17,11 @@ from mmcontrast.evaluation import sending
 from mmcontrast.evaluation.sending import from_first
 from mmcontrast.objectives import contrastive_loss
 from mmcontrast.training import checkpoint, tensors
-from mmcontrast.training.checkpoint import Contents, Saver
+from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.grad_cache import cached_backward
 from mmcontrast.training.options import TrainOptions
 from mmcontrast.training.parallel import check_placement, in_shards, make_mesh, shard
+from mmcontrast.training.saver import Saver
 from mmcontrast.training.tensors import TYPES, in_order, read_parts, whole_on_first, write_tensors
 from tests.command import call_on_ranks
 from tests.training.samples import make_batch, make_model

@@ -22,6 +22,7 @@ from mmcontrast.training.checkpoint import Contents
 from mmcontrast.training.cost import flops_per_sample, peak_samples
 from mmcontrast.training.log import StepLog
 from mmcontrast.training.optim import make_optimizer
+from mmcontrast.training.saver import Saver
 from tests.command import NO_EVALUATION, mmcontrast, start, train
 from tests.results import results_of
 
@@ -220,7 +221,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
 def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
     """A checkpoint holds what there was when it was asked for; a failure comes with the next; best and every fourth stay."""
     weights, state = {"w": torch.zeros(1000)}, {"step": 0, "optimizer": {"state": [torch.zeros(3), (1, 2)]}}
-    with checkpoint.Saver(tmp_path, 1, 4, beside=True) as saver:
+    with Saver(tmp_path, 1, 4, beside=True) as saver:
         for step in range(1, 8):
             saver.save(step, Contents(weights, {}, state, "a: 1"))
             weights["w"] += 1
@@ -238,7 +239,7 @@ def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with checkpoint.Saver(tmp_path, 9, 0, beside=True) as saver:
+    with Saver(tmp_path, 9, 0, beside=True) as saver:
         saver.save(8, Contents(weights, {}, state, "a: 1"))
         with pytest.raises(UserError, match="step 8 could not be written"):
             saver.save(9, Contents(weights, {}, state, "a: 1"))
