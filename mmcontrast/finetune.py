@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from rich.table import Table
 from mmcontrast.config import RunConfig, config_of
 from mmcontrast.data import ShardDataset, ShardOptions, open_dataset, open_shards
 from mmcontrast.data.class_texts import CLASS_NAME, check_template
+from mmcontrast.data.loading import available_memory
 from mmcontrast.data.shard import LABELS, ShardIndex
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.labels import labels_ahead
@@ -314,10 +314,4 @@ def open_split(data: Mapping[str, Any], model: ContrastiveModel) -> ShardDataset
 
 def memory() -> int | None:
     """Return the bytes that a step may take without a GPU, the available memory by Linux; None where that is not known."""
-    if torch.cuda.is_available():
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return None if torch.cuda.is_available() else available_memory()

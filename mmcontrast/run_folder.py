@@ -14,9 +14,9 @@ from mmcontrast.evaluation.before import BEFORE, EVALUATIONS
 from mmcontrast.evaluation.report import LOG
 from mmcontrast.training import checkpoint
 from mmcontrast.training.mining import FOLDER as MINED
-from mmcontrast.training.sample_log import BAD_SAMPLES, SAMPLES
+from mmcontrast.training.sample_log import BAD_SAMPLES, SAMPLES, STOPPED
 
-CONFIG, STOPPED, REQUEST = "config.yaml", "stopped.json", "finetune.json"
+CONFIG, REQUEST = "config.yaml", "finetune.json"
 FILES_OF_A_START = {CONFIG, REQUEST, LOG, SAMPLES, BAD_SAMPLES, "checkpoints", EVALUATIONS, BEFORE, STOPPED, "tensorboard"}
 FILES_OF_A_START |= {"profile", "stalled", MINED}
 

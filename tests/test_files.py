@@ -20,7 +20,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "components.py": ("test_trust.py", "mmcontrast.components"),
     **{
         f"curation/{name}.py": ("curation/test_mine.py", "mmcontrast.curation.mine")  # all of it goes through them
-        for name in ("blocks", "outputs", "table_commands", "whole_files", "windows")
+        for name in ("blocks", "outputs", "table_commands", "windows")
     },
     "curation/kmeans.py": ("curation/test_cluster.py", "--clusters"),
     "data/build.py": ("test_glyphs.py", "mmcontrast.data.build"),
@@ -133,6 +133,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
     "suites.py": ("evaluation/test_suites.py", "mmcontrast.suites"),
     "embedding_job.py": ("test_embed.py", "mmcontrast.embedding_job"),
     "text_files.py": ("evaluation/test_clip_benchmark_layout.py", "byte order mark"),
+    "whole_files.py": ("curation/test_stage.py", "whole_files"),
     "train_commands.py": ("test_finetune.py", "finetune"),
     "training/sample_log.py": ("training/test_sources.py", "training.sample_log"),
     "training/checkpoint.py": ("training/test_training.py", "checkpoint"),

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcontrast.curation.outputs import about_table
-from mmcontrast.curation.whole_files import write_json, write_table
+from mmcontrast.curation.outputs import about_table, write_table
 from mmcontrast.data.row_ids import SUMMARY
 from mmcontrast.errors import UserError
 from mmcontrast.search.table import BLOCK_ROWS, StoredTable
 from mmcontrast.strict_json import dumps
+from mmcontrast.whole_files import write_json
 
 BEGUN = "begun.json"
 
@@ -40,7 +40,7 @@ class Blocks:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                write_json(description, path)
+                write_json(path, description)
             existing = json.loads(path.read_text())
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from mmcontrast.curation.blocks import Blocks
-from mmcontrast.curation.whole_files import write_whole
 from mmcontrast.errors import UserError
 from mmcontrast.search.query import faiss_module
 from mmcontrast.search.table import StoredTable
+from mmcontrast.whole_files import write_whole
 
 POINTS, LEAST = 64, 100_000  # rows from which a centroid is learnt, and from which all are learnt at least
 MEMORY = 2**30  # bytes of these rows at most, unless that is fewer than faiss wants

@@ -17,9 +17,11 @@ from mmcontrast.components import suggestion
 from mmcontrast.data.page import page
 from mmcontrast.data.row_ids import SUMMARY
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.embed import write_json
 from mmcontrast.search.table import StoredTable
 from mmcontrast.strict_json import dumps
+from mmcontrast.whole_files import write_json, write_text, write_whole
+
+ROWS_AT_ONCE = 65_536  # of a table: those that are read together
 
 SUFFIX = ".parquet"
 ABOUT = ("model", "checkpoint", "precision", "data", "row_ids")  # of a table's manifest
@@ -116,9 +118,12 @@ def finish(out: Path, writer: pq.ParquetWriter, summary: dict[str, Any], section
     """Write the summary into the file's metadata and beside it, and the page beside it."""
     writer.add_key_value_metadata({SUMMARY: dumps(summary).encode()})
     write_json(summary_file(out), summary)
-    partial = report_file(out).with_name(f".{report_file(out).name}.{uuid4().hex}.partial")
-    partial.write_text(page(f"{summary['stage']}: {summary['table']['name']}", sections), encoding="utf-8")
-    os.replace(partial, report_file(out))
+    write_text(report_file(out), page(f"{summary['stage']}: {summary['table']['name']}", sections))
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file that appears when it is whole."""
+    write_whole(path, lambda partial: pq.write_table(table, partial, row_group_size=ROWS_AT_ONCE))
 
 
 def counts_table(title: str, rows: Mapping[str, Any]) -> str:

@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmcontrast.curation.outputs import write_table
 from mmcontrast.curation.report import report_page
 from mmcontrast.curation.stage import PRIVATE, Judgement, Stage
-from mmcontrast.curation.whole_files import write_json, write_table, write_whole
 from mmcontrast.data.engines import check_engine, run_jobs
 from mmcontrast.data.files import expand_shards
 from mmcontrast.data.folder import FolderIndex
@@ -34,6 +34,7 @@ from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, NamedSamples
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import is_table, open_table
 from mmcontrast.errors import UserError
+from mmcontrast.whole_files import write_json, write_text
 
 BEGUN, MEASURED, SUMMARY, REPORT = "stage.json", "measured", "summary.json", "report.html"
 PART_INFO = b"mmcontrast"  # the entry of a part's Parquet metadata
@@ -342,11 +343,11 @@ def _complete(jobs: Sequence[_Job], out: Path) -> Outcome:
         for job, digest, path, info in zip(jobs, digests, paths, infos, strict=True)
     ]
     summary = _summary(stage, infos)
-    write_json(summary, out / SUMMARY)
+    write_json(out / SUMMARY, summary)
     text = report_page(stage.name, summary, lambda number: _open(jobs[number]), paths, infos)
-    write_whole(out / REPORT, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace"))
+    write_text(out / REPORT, text, errors="replace")
     description = json.loads((out / BEGUN).read_text())
-    write_json({"format": FORMAT, **description, "shards": entries}, out / MANIFEST)
+    write_json(out / MANIFEST, {"format": FORMAT, **description, "shards": entries})
     obsolete = set((out / PARTS).iterdir()) - set(paths)  # of other shards, or of processes that were killed
     for path_to_remove in [*obsolete, *out.rglob(".*.partial")]:
         path_to_remove.unlink(missing_ok=True)

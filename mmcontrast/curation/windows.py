@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmcontrast.curation.whole_files import write_json, write_whole
 from mmcontrast.errors import UserError
 from mmcontrast.search.query import faiss_module
 from mmcontrast.search.table import StoredTable
+from mmcontrast.whole_files import write_json, write_whole
 
 Block = tuple[np.ndarray, np.ndarray]  # rows of the table, int64 [Q], and their vectors, float32 [Q, D]
 QUERIES = 1024  # that are scored together with a block of candidates
@@ -170,7 +170,7 @@ class WindowSearch:
         for candidate_rows, vectors in self.table.blocks(self.candidate):
             index.add_with_ids(vectors, candidate_rows)
         if not measures_file.exists():
-            write_json(self._measure_recall(index, recall), measures_file)
+            write_json(measures_file, self._measure_recall(index, recall))
         measures = json.loads(measures_file.read_text())
         index.nprobe = measures["nprobe"]
         return index, measures

@@ -9,9 +9,7 @@ It costs reading every `json` of tars and folders once; the hashes of a tar are 
 """
 
 import math
-import os
 import posixpath
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +29,7 @@ from mmcontrast.data.ids import id_of, read_json, stable_hash
 from mmcontrast.data.parts import RowsOf, ShardPart, chosen_digest, row_numbers
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import RowKeys, TableIndex
-from mmcontrast.data.tar import TarIndex, index_file
+from mmcontrast.data.tar import TarIndex, index_file, keep_arrays
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
 
@@ -266,11 +264,4 @@ def _load(shard: TarIndex) -> np.ndarray | None:
 
 def _save(shard: TarIndex, hashes: np.ndarray) -> None:
     file, fingerprint = _cache_file(shard)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.stem}-", suffix=".partial", delete=False) as written:
-            np.savez(written, hashes=hashes, fingerprint=fingerprint)
-        os.replace(written.name, file)
-    except OSError:  # a cache that cannot be written is none
-        for left in file.parent.glob(f"{file.stem}-*.partial"):
-            left.unlink(missing_ok=True)
+    keep_arrays(file, hashes=hashes, fingerprint=fingerprint)

@@ -77,9 +77,17 @@ def bytes_of_sample(dataset: TrainingDataset) -> int:
 
 def free_memory() -> int:
     """Return how many bytes batches may take on this machine: of the shared memory, and of the memory that is available."""
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return min([*free, *([shutil.disk_usage(SHARED).free] if SHARED.is_dir() else [])], default=2**62)
+    available, shared = available_memory(), shutil.disk_usage(SHARED).free if SHARED.is_dir() else None
+    return min((free for free in (available, shared) if free is not None), default=2**62)
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that Linux says are available; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def batches_ahead(batch_bytes: float, batches: int, free: int) -> int:

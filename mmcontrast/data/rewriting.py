@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from mmcontrast.data.tables import FILE_COLUMNS, TableIndex, is_table, open_tabl
 from mmcontrast.data.writer import MANIFEST, write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
+from mmcontrast.whole_files import write_json
 
 BEGUN = "writing.json"
 PATH = "filepath"  # a column of files of any kind
@@ -82,9 +82,7 @@ def write_selected(
         members.update(entry.pop("members"))
     split = {"samples": sum(map(len, shards)), "members": dict(sorted(members.items())), "shards": entries}
     manifest = {"select": select, "splits": {name: split}}
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1))
-    os.replace(partial, folder / MANIFEST)
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -149,9 +147,7 @@ def _begin(folder: Path, name: str, digests: Sequence[str], size: int) -> None:
     elif next(folder.glob(f"{name}-[0-9]*.tar"), None) or (folder / MANIFEST).exists():
         raise UserError(f"{folder} holds other shards: choose another folder")
     else:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(begun))
-        os.replace(partial, path)
+        write_json(path, begun)
 
 
 def _write_job(job: _Job) -> dict[str, Any]:

@@ -6,13 +6,13 @@ truncated or overwritten one is refused, where a sequential reader would silentl
 
 import hashlib
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mmcontrast.data.files import LocalFile, RemoteFile, is_remote, open_file
 from mmcontrast.data.range_cache import cache_root
 from mmcontrast.data.shard import LeftOut, MemberIndex, Members, sample_of
 from mmcontrast.errors import UserError
+from mmcontrast.whole_files import write_whole
 
 BLOCK = 512  # bytes: tar's unit
 REGULAR, CONTIGUOUS, HARD_LINK, LINK, FOLDER, GNU_SPARSE, GNU_LONG_NAME, GNU_LONG_LINK = b"07125SLK"
@@ -129,14 +130,19 @@ def _keep(cached: Path, fingerprint: str, members: Members) -> None:
     entry = {"text": members.keys.text, "ends": members.keys.ends, "places": members.places, "sizes": members.sizes}
     entry["notes"] = np.array(members.notes, dtype="U")
     extensions, stamp = np.array(members.extensions, dtype="U"), f"{VERSION} {fingerprint}"
-    try:
+    keep_arrays(cached, **entry, extensions=extensions, fingerprint=stamp, digest=members.digest)
+
+
+def keep_arrays(cached: Path, **arrays: Any) -> None:
+    """Write arrays into a cache; one that cannot be written is none."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+
+    with suppress(OSError):
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=f"{cached.stem}-", suffix=".partial", delete=False) as file:
-            np.savez(file, **entry, extensions=extensions, fingerprint=stamp, digest=members.digest)  # type: ignore[arg-type]
-        os.replace(file.name, cached)
-    except OSError:  # a cache that cannot be written is none
-        for partial in cached.parent.glob(f"{cached.stem}-*.partial"):
-            partial.unlink(missing_ok=True)
+        write_whole(cached, write)
 
 
 def _scan(file: LocalFile | RemoteFile, left_out: LeftOut) -> Iterator[tuple[str, int, int]]:

@@ -1,6 +1,5 @@
 """Writes webdataset shards that appear only when they are complete, in parallel, with a manifest."""
 
-import json
 import multiprocessing
 import os
 import zlib
@@ -12,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import webdataset
 from rich.console import Console
 from rich.progress import track
+
+from mmcontrast.whole_files import write_json
 
 MANIFEST = "manifest.json"
 Sample = dict[str, Any]  # "__key__" and one value per extension: bytes, str (txt) or a dict (json)
@@ -87,9 +88,7 @@ def write_corpus(
         for shard in folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].tar"):
             if shard.name not in names:
                 shard.unlink()
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1))
-    os.replace(partial, folder / MANIFEST)  # last: a corpus with a manifest is complete
+    write_json(folder / MANIFEST, manifest)  # last: a corpus with a manifest is complete
     return manifest
 
 

@@ -3,13 +3,11 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +27,7 @@ from mmcontrast.permissions import open_to_others
 from mmcontrast.score import Lorentz
 from mmcontrast.strict_json import dumps
 from mmcontrast.types import ABSENT, Batch
+from mmcontrast.whole_files import write_json
 
 PART_ROWS, GROUP_ROWS = 100_000, 4096  # rows of a part, and of a Parquet row group, which is read to look up one row
 MANIFEST = "manifest.json"
@@ -196,13 +195,6 @@ class EmbeddingTable:
         for field, rows in self.fields.items():
             present_rows = self.present[field].nonzero().squeeze(1)
             check(rows[present_rows], partial(row_name, field, present_rows))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # several processes, on several machines, may write it
-    temporary.write_text(dumps(content, indent=1))
-    os.replace(temporary, path)
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from mmcontrast.data.page import folded, heat_map, page, svg
 from mmcontrast.evaluation.before import before_and_after, report_split
 from mmcontrast.evaluation.classification import Report
 from mmcontrast.evaluation.compare import HEADLINES
-from mmcontrast.evaluation.embed import write_json
 from mmcontrast.evaluation.gallery import galleries, gallery
 from mmcontrast.evaluation.options import EvaluationOptions
 from mmcontrast.evaluation.results import Evaluation, shown_results
 from mmcontrast.models import ContrastiveModel
+from mmcontrast.whole_files import write_json
 
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
 LISTED, MATRIX = 100, 40  # the most classes of a table, and of a matrix of confusion

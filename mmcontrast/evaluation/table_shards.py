@@ -13,7 +13,8 @@ from typing import Any
 
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed
-from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable, write_json
+from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable
+from mmcontrast.whole_files import write_json
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.banks import Bank, check_made_by, read_bank, scale_between
 from mmcontrast.evaluation.bridge import Bridge
-from mmcontrast.evaluation.embed import write_json
 from mmcontrast.search.index_selection import IndexPlan, plan_index
 from mmcontrast.search.query import BRIDGE, FORMAT, INDEX, TEXTS, faiss_module, nearest_rows, sha256_of
 from mmcontrast.search.searcher import model_of
 from mmcontrast.search.table import StoredTable
 from mmcontrast.training.log import make_progress
+from mmcontrast.whole_files import write_json
 
 QUERIES, AT = 1000, 10  # of the measured recall
 ENOUGH = 0.95  # of the recall: below, a search in a graph or in codes is made more thorough

@@ -27,6 +27,7 @@ from mmcontrast.errors import EveryRankError, PeerLost, UserError
 from mmcontrast.training.distributed import LOST, OTHER_HAS_ENDED
 from mmcontrast.training.parallel import in_shards
 from mmcontrast.training.tensors import drain, in_order, whole_on_first, write_tensors
+from mmcontrast.whole_files import write_json
 
 WEIGHTS, AVERAGED, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
 QUEUE = "queue.safetensors"
@@ -253,9 +254,7 @@ def mark_best(folder: Path, values: Mapping[int, float]) -> None:
     if not kept:
         return
     step = max(kept, key=lambda step: kept[step])
-    partial = folder / f".{BEST}.partial"
-    partial.write_text(json.dumps({"checkpoint": f"step-{step:08d}", "value": kept[step]}))
-    os.replace(partial, folder / BEST)
+    write_json(folder / BEST, {"checkpoint": f"step-{step:08d}", "value": kept[step]})
 
 
 def best_of(folder: Path) -> Path | None:

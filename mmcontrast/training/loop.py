@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -36,16 +35,16 @@ from mmcontrast.training.parallel import distribute, is_sharded
 from mmcontrast.training.preemption import Preemption, preemptible
 from mmcontrast.training.progressive import check_schedules
 from mmcontrast.training.queue import MomentumQueue
-from mmcontrast.training.sample_log import SampleLog, warnings
+from mmcontrast.training.sample_log import STOPPED, SampleLog, warnings
 from mmcontrast.training.saver import Saver
 from mmcontrast.training.state import restore, state_of, tables_of
 from mmcontrast.training.step import Learner, training_step
 from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
 from mmcontrast.types import Batch
+from mmcontrast.whole_files import write_text
 
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
-STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
 def train(job: RunContext, resume: bool = False, preemption: Preemption | None = None, miner: Miner | None = None) -> Results:
@@ -159,7 +158,7 @@ def resume_from_last(job: RunContext, learner: Learner, mining: Mining | None) -
     """Load the last checkpoint, replace the run's config by the job's, and return the number of steps done."""
     start = restore(checkpoint.find(job.folder / CHECKPOINTS, "last"), job, learner, mining)
     if learner.accelerator.is_main_process:  # only now: the checkpoint fits
-        replace_text(job.folder / checkpoint.CONFIG, job.config)
+        write_text(job.folder / checkpoint.CONFIG, job.config)
     return start
 
 
@@ -281,10 +280,3 @@ def make_queue(job: RunContext, device: torch.device) -> MomentumQueue | None:
         return None
     fields = [field for field in job.model.modalities if field not in job.negative_of]
     return MomentumQueue(job.model, fields, job.options.queue_size, job.options.queue_momentum).to(device)
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a file by renaming a complete one, so that it is never half written."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

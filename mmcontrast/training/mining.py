@@ -18,7 +18,7 @@ from mmcontrast.components import suggestion
 from mmcontrast.data import MixtureDataset, NeighbourOrder, ShardDataset, StreamDataset, StreamOrder, TrainingOrder
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import embed_dataset
-from mmcontrast.evaluation.embed import MANIFEST, PART_ROWS, write_json
+from mmcontrast.evaluation.embed import MANIFEST, PART_ROWS
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.share import Share
 from mmcontrast.training import checkpoint
@@ -27,6 +27,7 @@ from mmcontrast.training.data import use_mined
 from mmcontrast.training.data_options import DataOptions, NeighboursOptions
 from mmcontrast.training.options import MineOptions, TrainOptions
 from mmcontrast.training.step import Learner
+from mmcontrast.whole_files import write_json
 
 Miner = Callable[[Path, Path, int, str, Share], dict[str, Any]]  # (table, new Parquet file, seed, device, share) → counts
 FOLDER, TABLE = "mined", "embeddings"  # in a run's folder; in it the embedding table, while it is mined

@@ -19,6 +19,7 @@ from mmcontrast.training.log import StepLines
 from mmcontrast.types import Batch
 
 SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
+STOPPED = "stopped.json"  # the step that was not finite, and its samples
 
 
 class SampleLog:

@@ -8,7 +8,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from mmcontrast.curation import whole_files
+from mmcontrast import whole_files
 from mmcontrast.curation.filter import Filter
 from mmcontrast.curation.rules import parse_rules
 from mmcontrast.curation.run_stage import run_stage, share_of_this_process

@@ -11,7 +11,6 @@ from mmcontrast.data import write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed_dataset
 from mmcontrast.evaluation.compare import compare
-from mmcontrast.evaluation.embed import write_json
 from mmcontrast.evaluation.neighbours import nearest
 from mmcontrast.evaluation.report import read_log
 from mmcontrast.search.index import build_index
@@ -19,6 +18,7 @@ from mmcontrast.search.query import SearchIndex
 from mmcontrast.search.table import StoredTable
 from mmcontrast.strict_json import dumps
 from mmcontrast.training.log import StepLines
+from mmcontrast.whole_files import write_json
 from tests.evaluation.text_model import WORDS, text_model, zero_shot
 
 
