@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmcontrast.data import ShardDataset, ShardOptions, Shards
+from mmcontrast.data.files import tell_of_newer
 from mmcontrast.data.row_ids import row_ids
 from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
@@ -66,6 +67,8 @@ def embed_shards(
         EmbeddingTable.refuse_to_overwrite(out)
     for table_slice in own_slices[:1]:
         table_slice.check(description)
+    if made := [table_slice.record.stat().st_mtime for table_slice in own_slices if table_slice.record.exists()]:
+        tell_of_newer((shard.name for shard in samples.shards), min(made), out)
     if num_slices and all(table_slice.record.exists() for table_slice in own_slices):
         return TableSlice(out, 1, num_slices).complete()
     if device in (None, "cuda") and world_size > 1 and torch.cuda.is_available():

@@ -105,11 +105,19 @@ def prepare_folder(config: RunConfig, overwrite: bool, text: str | None = None, 
 
 
 def run_of(name: str | Path, checkpoint: str | None) -> tuple[Path | None, str]:
-    """Return the folder of the run that a name means, or None, and the checkpoint."""
+    """Return the folder of the run that a name means, or None, and the checkpoint.
+
+    Raises:
+        UserError: for a checkpoint of what is no run's folder.
+    """
     folder = Path(name).absolute()
-    if folder.parent.name == "checkpoints" and (folder.parents[1] / CONFIG).is_file():
-        return folder.parents[1], folder.name.removeprefix("step-")
-    return folder if (folder / CONFIG).is_file() else None, checkpoint or "last"
+    one = folder.parent.name == "checkpoints" and (folder.parents[1] / CONFIG).is_file()
+    if not one and (folder / CONFIG).is_file():
+        return folder, checkpoint or "last"
+    own = folder.name.removeprefix("step-") if one else "last"
+    if checkpoint not in (None, "last", own, own.lstrip("0")):
+        raise UserError(f"{name} is {'a checkpoint itself' if one else 'no run'}: leave out the checkpoint {checkpoint!r}")
+    return folder.parents[1] if one else None, own
 
 
 def about_checkpoint(folder: Path, which: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`mmcontrast embed`: killed for real and started again, by torchrun's ranks, with other libraries' models, read without us."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -203,13 +204,17 @@ def test_the_documented_lines_read_a_table_without_us(run, corpus, tmp_path):
     assert keys == [entry["key"] for entry in table.metadata] and ids == table.sample_ids.tolist()
 
 
-def test_a_table_of_data_that_have_changed_is_not_complete(run, tmp_path):
+def test_a_table_of_data_that_have_changed_is_not_complete(run, tmp_path, caplog):
     shard = tmp_path / "a.tar"
     texts = [{"__key__": f"k{k}", "txt": f"number {k}", "json": {"key": k, "sample_id": k}} for k in range(6)]
     write_shard(shard, texts[:4])
     assert embed_shards(run, str(shard), tmp_path / "t", device="cpu")
     assert [entry["key"] for entry in EmbeddingTable.read(tmp_path / "t").metadata] == ["k0", "k1", "k2", "k3"]  # the samples'
     assert embed_shards(run, str(shard), tmp_path / "t", device="cpu")
+    assert "written after" not in caplog.text
+    later = time.time() + 60
+    os.utime(shard, (later, later))
+    assert embed_shards(run, str(shard), tmp_path / "t", device="cpu") and "a.tar was written after" in caplog.text
     write_shard(shard, texts)
     with pytest.raises(UserError, match="slices of another table .data: "):
         embed_shards(run, str(shard), tmp_path / "t", device="cpu")
@@ -274,6 +279,16 @@ def test_a_checkpoints_folder_and_mistakes(run, corpus, tmp_path, monkeypatch):
     shards = str(corpus / "val-*.tar")
     both = CliRunner().invoke(app, ["embed", str(run), shards, str(tmp_path / "t"), "--part", "1/2"])
     assert both.exit_code == 2 and "torchrun already share the slices" in " ".join(both.stderr.split())
+
+
+def test_a_checkpoint_of_what_is_no_run_is_refused(run, tmp_path):
+    saved(clip(), tmp_path / "clip")
+    with pytest.raises(UserError, match="clip is no run: leave out the checkpoint '500'"):
+        mmcontrast.load(tmp_path / "clip", checkpoint="500")
+    step = run / "checkpoints" / "step-00000006"
+    with pytest.raises(UserError, match="step-00000006 is a checkpoint itself: leave out the checkpoint 'best'"):
+        mmcontrast.load(step, checkpoint="best")
+    assert mmcontrast.load(step, checkpoint="6").name == str(step)
 
 
 def test_logits_of_a_run_are_scaled_and_shifted(config_file, corpus):

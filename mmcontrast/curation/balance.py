@@ -103,7 +103,8 @@ def read_entries(path: str) -> Entries:
     """
     text = read_text(path)
     try:
-        names = json.loads(text) if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
+        lines = (line.strip() for line in text.splitlines())
+        names = json.loads(text) if text.lstrip().startswith("[") else [line for line in lines if line]
         if not all(isinstance(name, str) for name in names):
             raise ValueError("an entry that is no text")
         return Entries(names)

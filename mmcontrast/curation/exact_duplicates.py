@@ -17,6 +17,7 @@ from mmcontrast.curation.looking import FIELDS, Look, Missing, decoder, looks, m
 from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS
+from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
 
 HASH = (f"{PRIVATE}hash.0", f"{PRIVATE}hash.1")  # 64 bits each, null where there is nothing to compare
@@ -109,6 +110,8 @@ class ExactDuplicates(Stage):
             if self.best:
                 scores.append(-table[SCORE].fill_null(-np.inf).to_numpy())
         starts = np.cumsum([0, *map(len, rows)])
+        if self.best and starts[-1] and np.isinf(np.concatenate(scores)).all():
+            raise UserError(f"--best {self.best}: no sample has a number of this name")
         positions = np.flatnonzero(np.concatenate(has_hash))
         first, second = (np.concatenate(half)[positions] for half in halves)
         order = np.lexsort((*([np.concatenate(scores)[positions]] if self.best else []), second, first))  # stable
@@ -127,10 +130,12 @@ class ExactDuplicates(Stage):
         for k in np.flatnonzero((keepers >= 0) & (keepers != positions)).tolist():
             shard = int(np.searchsorted(starts, keepers[k], side="right")) - 1
             reasons[k], kinds[k] = f"{DUPLICATE} (row {rows[keepers[k]]} of shard {shard})", DUPLICATE
-        return Judgement(reasons, {"without": int((keepers < 0).sum())}, kinds)
+        unscored = {"unscored": measured[SCORE].null_count} if self.best else {}
+        return Judgement(reasons, {"without": int((keepers < 0).sum()), **unscored}, kinds)
 
     def summary(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        return {"not compared": counts.get("without", 0)}
+        unscored = {f"without {self.best}": counts.get("unscored", 0)} if self.best else {}
+        return {"not compared": counts.get("without", 0), **unscored}
 
 
 def _score(look: Look, column: str) -> float | None:

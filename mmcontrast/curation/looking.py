@@ -127,7 +127,7 @@ class Look:
         """Return (width, height) of the picture, by its header alone, or by two entries of the json, where both exist."""
 
         def read() -> tuple[int, int]:
-            numbers = [_number(self.entry(name)) or 0.0 for name in entries]
+            numbers = [number_of(self.entry(name)) or 0.0 for name in entries]
             if len(numbers) == 2 and min(numbers) >= 1:
                 return int(numbers[0]), int(numbers[1])
             data = self.member(keys, "picture")
@@ -180,13 +180,14 @@ class Look:
             value = self.previous[column] if column in self.previous else self.entry(f"{ENTRY}{column}")
         if value is None or value == "":
             raise Missing(f"no {column}")
-        number = _number(value)
+        number = number_of(value)
         if number is None:
             raise DecodeError(f"{str(value)[:40]!r} is no number")
         return number
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
+    """Return a finite number, also one that is a text; None of anything else, and of truth values."""
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             return None

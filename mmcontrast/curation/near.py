@@ -15,6 +15,7 @@ import torch
 
 from mmcontrast.curation.blocks import Blocks
 from mmcontrast.curation.kmeans import Clustering, check_clusters, kmeans
+from mmcontrast.curation.looking import number_of
 from mmcontrast.curation.outputs import (
     about_table,
     check_out,
@@ -205,8 +206,8 @@ def _numbers(table: StoredTable, name: str) -> np.ndarray:
     numbers: list[float] = []
     for part in table.columns("metadata"):
         for text in part["metadata"].to_pylist():
-            value = json.loads(text).get(name)
-            numbers.append(float(value) if isinstance(value, int | float) else np.nan)
+            number = number_of(json.loads(text).get(name))
+            numbers.append(np.nan if number is None else number)
     values = np.array(numbers)
     if np.isnan(values).all():
         raise UserError(f"--best {name}: no sample of {table.folder} has a number of this name in its metadata")

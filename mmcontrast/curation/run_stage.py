@@ -26,7 +26,7 @@ from mmcontrast.curation.outputs import write_table
 from mmcontrast.curation.report import report_page
 from mmcontrast.curation.stage import PRIVATE, Judgement, Stage
 from mmcontrast.data.engines import check_engine, run_jobs
-from mmcontrast.data.files import expand_shards
+from mmcontrast.data.files import expand_shards, tell_of_newer
 from mmcontrast.data.folder import FolderIndex
 from mmcontrast.data.index import index_shard, open_shards
 from mmcontrast.data.parts import key_array
@@ -262,6 +262,7 @@ def _check_unchanged(jobs: Sequence[_Job], out: Path) -> None:
     for job, entry in zip(jobs, json.loads((out / MANIFEST).read_text())["shards"], strict=True):
         if _part_path(job, _content_of(_open(job)), PARTS).name != entry["part"]:
             raise UserError(f"{out} is complete, and {job.shard} has changed since: remove it, or choose another folder")
+    tell_of_newer((job.shard for job in jobs), (out / BEGUN).stat().st_mtime, out)
 
 
 def _rows(job: _Job, shard: ShardIndex) -> tuple[np.ndarray, pa.Table | None]:

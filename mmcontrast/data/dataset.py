@@ -26,11 +26,12 @@ from mmcontrast.data.shard_values import ids_of_shard
 from mmcontrast.data.tables import refuse_repeated_ids
 from mmcontrast.data.views import StoredEmbeddings, TeacherView
 from mmcontrast.errors import UserError
+from mmcontrast.libraries import tell
 from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
 
 REPLACEMENTS = 16  # tried for a sample, before its error ends the run
 MAX_MEMBER_BYTES = 256 * 2**20  # a member larger than this is no sample of a contrastive corpus
-PROBES = 16  # samples whose json is read to see whether it has an entry
+PROBES, MORE_PROBES = 16, 4096  # samples whose json is read to see whether it has an entry, and those that few have
 logger = logging.getLogger("mmcontrast")
 
 
@@ -101,13 +102,14 @@ class ShardDataset(Samples):
             raise UserError(f"{shards}: no sample in {len(self.shards)} shards ({self.shards[0].name})")
         if not part:
             refuse_repeated_ids(self.shards)
+        wanted = list(self.keys)
         self._check_fields(shards, partial)
         for view in views:
             for field, key in view.keys.items():
                 if field in self.keys:
                     self._read_stored_width(view.modalities[field], key, shards)
             view.check_widths()
-        self._warn_of_left_out_samples()
+        self._warn_of_left_out_samples(wanted)
 
     def _check_fields(self, shards: str | Sequence[str], partial: bool) -> None:
         """Leave out the fields of which no sample has a member if `partial`, else refuse them.
@@ -117,10 +119,15 @@ class ShardDataset(Samples):
         """
         members = {extension for shard in self.shards for extension in shard.extensions}
         all_keys = {key for keys in self.keys.values() for key in keys}
-        members |= self._probe_entries({key for key in all_keys if key.startswith(ENTRY)})
+        members |= self._probe_entries({key for key in all_keys if key.startswith(ENTRY)}, PROBES)
         if FOLDER in all_keys and any("/" in key for shard in self.shards for key in shard.keys):
             members.add(FOLDER)
+        rare = {key for keys in self.keys.values() if not members & {*keys} for key in keys if key.startswith(ENTRY)}
+        number = MORE_PROBES // 16 if self.remote else MORE_PROBES
+        members |= self._probe_entries(rare, number)
         for field, keys in list(self.keys.items()):
+            if not members & {*keys} and partial and number < len(self) and (entries := sorted(rare & {*keys})):
+                tell(f"{shards}: field {field!r} is left out: of {number} samples none has {' or '.join(entries)}")
             if not members & set(keys) and partial:
                 del self.keys[field], self.choices[field], self.modalities[field]
             elif not members & set(keys):
@@ -136,7 +143,7 @@ class ShardDataset(Samples):
             UserError: if none of those that are tried has.
         """
         assert isinstance(modality, StoredEmbeddings)
-        for position in self._first_with(key) if member_name(key) == key else self._spread():
+        for position in self._first_with(key) if member_name(key) == key else self._spread(PROBES):
             try:
                 data = self.members(position, [key]).get(key)
                 if data is not None:
@@ -162,14 +169,17 @@ class ShardDataset(Samples):
             if len(rows):
                 yield int(start + rows[0])
 
-    def _spread(self) -> list[int]:
-        """Return the positions of a few samples, spread over all."""
-        return [int(position) for position in np.unique(np.linspace(0, len(self) - 1, PROBES).astype(np.int64))]
+    def _spread(self, number: int) -> list[int]:
+        """Return the positions of so many samples, spread over all."""
+        return [int(position) for position in np.unique(np.linspace(0, len(self) - 1, number).astype(np.int64))]
 
-    def _probe_entries(self, keys: set[str]) -> set[str]:
-        """Return which of these keys the json of some of a few samples has, spread over all; and all entries of those."""
+    def _probe_entries(self, keys: set[str], number: int) -> set[str]:
+        """Return which of these keys the json of some of so many samples has, spread over all, and all entries of those that
+        were read; reading ends when each key was found."""
         entries: set[str] = set()
-        for position in self._spread() if keys else ():
+        for position in self._spread(number):
+            if keys <= entries:
+                break
             try:
                 metadata = read_json(self.members(position, ["json"]).get("json", b"{}"))
             except (DecodeError, ValueError, RecursionError):
@@ -177,7 +187,8 @@ class ShardDataset(Samples):
             entries |= {key for key in keys if entry_of(metadata, key) is not None} | {f"{ENTRY}{name}" for name in metadata}
         return entries
 
-    def _warn_of_left_out_samples(self) -> None:
+    def _warn_of_left_out_samples(self, fields: Sequence[str]) -> None:
+        """Warn of samples with none of the fields, or in training a single one: of all that were asked for."""
         if os.environ.get("RANK", "0") != "0":
             return
         notes = [(shard.name, note) for shard in self.shards for note in shard.notes if NO_EXTENSION not in note]
@@ -186,7 +197,7 @@ class ShardDataset(Samples):
             logger.warning("shard %s: %s%s", *notes[0], more)
         if not self.keys:
             return
-        members = {field: {member_name(key) for key in keys} for field, keys in self.keys.items()}
+        members = {field: {member_name(key) for key in self.keys.get(field, ())} for field in fields}
         counts, examples = [0, 0], ["", ""]  # of samples with none of the fields, and with a single one
         for shard in self.shards:
             present = np.zeros(len(shard), dtype=np.int64)
@@ -199,13 +210,13 @@ class ShardDataset(Samples):
                     there = ", ".join(f".{e}" for e in shard.extensions if shard.has(e)[rows[0]])
                     examples[number] = f"shard {shard.name}, {shard.describe(int(rows[0]))}, which has {there or 'nothing'}"
                 counts[number] += len(rows)
-        fields, total = ", ".join(self.keys), len(self)
+        names, total = ", ".join(fields), len(self)
         if counts[0]:
-            logger.warning("%d of %d samples have none of the fields %s, as %s", counts[0], total, fields, examples[0])
+            logger.warning("%d of %d samples have none of the fields %s, as %s", counts[0], total, names, examples[0])
         if counts[1] and self.training:
             logger.warning(
                 "%d of %d samples have a single one of the fields %s, so they are in no pair, as %s",
-                *(counts[1], total, fields, examples[1]),
+                *(counts[1], total, names, examples[1]),
             )
 
     def __len__(self) -> int:

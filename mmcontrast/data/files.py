@@ -7,7 +7,7 @@ import random
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import fsspec
 
 from mmcontrast.data.range_cache import range_cache
 from mmcontrast.errors import UserError
+from mmcontrast.libraries import tell
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")  # of URLs that are opened; others may run or read anything
 STALLED = 30.0  # seconds without a byte after which an HTTP request is given up
@@ -76,6 +77,14 @@ def identities(names: Sequence[str]) -> list[str]:
 
 def is_remote(name: str) -> bool:
     return "://" in name
+
+
+def tell_of_newer(names: Iterable[str], than: float, what: object) -> None:
+    """Warn of local files that were written after something was made of them; their names and sizes may be as they were."""
+    newer = [name for name in names if os.path.isfile(name) and os.stat(name).st_mtime > than]
+    if newer:
+        more = f" and {len(newer) - 1} more were" if len(newer) > 1 else " was"
+        tell(f"{newer[0]}{more} written after {what} was made: if what is in them has changed, remove it and make it again")
 
 
 def open_file(name: str) -> "LocalFile | RemoteFile":

@@ -1,6 +1,7 @@
 """Run a suite's classification: zero-shot by prompts, and probes trained on embeddings."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,29 @@ def phrases_of(task: ZeroShotOptions) -> dict[str, list[str]]:
         return task.classes
     names = named_classes(task.classes) if isinstance(task.classes, str) else task.classes
     return {str(label): [name] for label, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """N embeddings of labelled samples.
+
+    Attributes:
+        rows: [N, D].
+        numbers: int64 [N], of classes.
+        groups: int64 [N].
+        matched: the labels of all that have the field.
+    """
+
+    rows: Tensor
+    numbers: Tensor
+    groups: Tensor
+    matched: MatchedLabels
+
+    @property
+    def clusters(self) -> Tensor | None:
+        """Return the groups, whose samples are drawn together; None where each class is one group, as classes are not drawn."""
+        pairs = torch.stack([self.numbers, self.groups], 1).unique(dim=0)
+        return None if len(pairs) == len(self.numbers.unique()) else self.groups
 
 
 def labels_of_classes(task: ZeroShotOptions) -> ClassLabels:
@@ -73,17 +97,17 @@ def zero_shot(
     if task.field not in table.fields:
         return
     phrases = phrases_of(task)
-    rows, labels, matched = labelled_rows(table, task.field, task.label, labels_of_classes(task), prefix)
+    labelled = labelled_rows(table, task.field, task.label, labels_of_classes(task), prefix)
     candidates = [table.compared(phrase_rows, columns=True) for phrase_rows in classes]
-    predictions, ranks = predict(table.compared(rows), candidates, labels)
+    predictions, ranks = predict(table.compared(labelled.rows), candidates, labelled.numbers)
     names = [class_phrases[0] if label.isdigit() else label for label, class_phrases in phrases.items()]
-    evaluation.add_report(prefix, report(predictions, labels, len(classes), ranks), names)
-    add_label_notes(evaluation, prefix, matched, len(labels.unique()), len(classes))
+    evaluation.add_report(prefix, report(predictions, labelled.numbers, len(classes), ranks), names, labelled.clusters)
+    add_label_notes(evaluation, prefix, labelled, len(classes))
 
 
-def add_label_notes(evaluation: Evaluation, prefix: str, matched: MatchedLabels, num_seen: int, num_classes: int) -> None:
+def add_label_notes(evaluation: Evaluation, prefix: str, labelled: LabelledRows, num_classes: int) -> None:
     """Count the samples that a task leaves out, and note them and the classes without samples."""
-    notes = []
+    notes, matched, num_seen = [], labelled.matched, len(labelled.numbers.unique())
     if matched.unlabelled:
         evaluation.values[f"{prefix}/num_unlabelled"] = matched.unlabelled
         notes.append(f"samples without a label are left out: {matched.unlabelled}")
@@ -116,9 +140,10 @@ def probe(evaluation: Evaluation, splits: dict[str, str], task: ProbeOptions, tr
     metadata = [train.metadata[row] for row in train.present[task.field].nonzero().squeeze(1).tolist()]
     classes = trained_classes(metadata, task, name)
     num_classes = len(classes.names)
-    rows, labels, matched = labelled_rows(train, task.field, task.label, classes, f"{name}, training samples")
-    if matched.unlabelled:
-        evaluation.notes.append(f"{name}: training samples without a label are left out: {matched.unlabelled}")
+    trained = labelled_rows(train, task.field, task.label, classes, f"{name}, training samples")
+    rows, labels = trained.rows, trained.numbers
+    if trained.matched.unlabelled:
+        evaluation.notes.append(f"{name}: training samples without a label are left out: {trained.matched.unlabelled}")
     tests = {
         prefix: labelled_rows(evaluation.tables[split], task.field, task.label, classes, prefix)
         for split, prefix in splits.items()
@@ -126,15 +151,15 @@ def probe(evaluation: Evaluation, splits: dict[str, str], task: ProbeOptions, tr
     }
     if not tests:
         return
-    test_labels = {prefix: truth for prefix, (_, truth, _) in tests.items()}
-    test_rows = torch.cat([split_rows for split_rows, _, _ in tests.values()])
-    sizes = [len(truth) for truth in test_labels.values()]
-    for prefix, (_, truth, matched) in tests.items():
-        add_label_notes(evaluation, prefix, matched, len(truth.unique()), num_classes)
+    test_rows = torch.cat([test.rows for test in tests.values()])
+    sizes = [len(test.rows) for test in tests.values()]
+    for prefix, test in tests.items():
+        add_label_notes(evaluation, prefix, test, num_classes)
 
     def add(kind: str, predictions: Tensor) -> None:
-        for (prefix, truth), predicted in zip(test_labels.items(), predictions.split(sizes), strict=True):
-            evaluation.add_report(f"{prefix}/{kind}", report(predicted, truth, num_classes), classes.names)
+        for (prefix, test), predicted in zip(tests.items(), predictions.split(sizes), strict=True):
+            found = report(predicted, test.numbers, num_classes)
+            evaluation.add_report(f"{prefix}/{kind}", found, classes.names, test.clusters)
 
     if "linear" in task.kinds:
         add("linear", linear_probe(rows, labels, test_rows))
@@ -144,9 +169,10 @@ def probe(evaluation: Evaluation, splits: dict[str, str], task: ProbeOptions, tr
     rarest = int(labels.bincount().min())
     for shots in (shots for shots in task.shots if "few_shot" in task.kinds and shots <= rarest):
         predictions = few_shot(rows, labels, test_rows, shots, seeds=range(task.seeds))
-        for (prefix, truth), predicted in zip(test_labels.items(), predictions.split(sizes, dim=1), strict=True):
-            evaluation.add_means(f"{prefix}/few_shot_{shots}", {"top1": (predicted == truth).double().mean(0)})
-            evaluation.values[f"{prefix}/few_shot_{shots}/top1_std_over_seeds"] = over_seeds(predicted, truth)[1]
+        for (prefix, test), predicted in zip(tests.items(), predictions.split(sizes, dim=1), strict=True):
+            right = (predicted == test.numbers).double().mean(0)
+            evaluation.add_means(f"{prefix}/few_shot_{shots}", {"top1": right}, test.clusters)
+            evaluation.values[f"{prefix}/few_shot_{shots}/top1_std_over_seeds"] = over_seeds(predicted, test.numbers)[1]
 
 
 def trained_classes(metadata: Sequence[dict[str, Any]], task: ProbeOptions, task_name: str) -> ClassLabels:
@@ -159,11 +185,8 @@ def trained_classes(metadata: Sequence[dict[str, Any]], task: ProbeOptions, task
     return ClassLabels(sorted({text for value in values if (text := label_text(value)) is not None}))
 
 
-def labelled_rows(
-    table: EmbeddingTable, field: str, label: str, classes: ClassLabels, task_name: str
-) -> tuple[Tensor, Tensor, MatchedLabels]:
-    """Return (embeddings [N, D], numbers of classes [N]) of the samples that have the field and a label of the classes, and the
-    labels of all that have the field.
+def labelled_rows(table: EmbeddingTable, field: str, label: str, classes: ClassLabels, task_name: str) -> LabelledRows:
+    """Return the samples that have the field and a label of the classes.
 
     Raises:
         UserError: as `ClassLabels.match`; if there is no such sample.
@@ -176,4 +199,5 @@ def labelled_rows(
         if matched.unmatched:
             reason = f"; {classes.mismatch_message(matched.unmatched, {})}"
         raise UserError(f"{task_name}: no sample has the field {field!r} and a label {label!r} that is a class{reason}")
-    return table.fields[field][present_rows[kept]], matched.numbers[kept], matched
+    rows = present_rows[kept]
+    return LabelledRows(table.fields[field][rows], matched.numbers[kept], table.group_ids[rows], matched)

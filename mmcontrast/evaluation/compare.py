@@ -4,10 +4,11 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.table import Table
@@ -60,7 +61,7 @@ class RunResults:
         name: of the run, unique among those that are compared.
         results: by name, "val/retrieval/image_to_text/recall_at_1".
         digests: of each split's data, if the file has them.
-        settings: `SETTINGS` of the evaluation and the precision, as JSON, if the file has them.
+        settings: `settings_of` the evaluation and the precision, as JSON, if the file has them.
     """
 
     name: str
@@ -71,7 +72,9 @@ class RunResults:
 
 
 HEADLINES = ("recall_at_1", "mean_recall_at_1", "top1", "mean_rank_variance")
-SETTINGS = ("scoring", "whiten")  # options that change results of the same names
+SETTINGS = ("scoring", "whiten")  # options that change results of the same names, as those of these tasks do
+TASKS, NO_SETTINGS = ("zero_shot", "retrieval", "languages", "probes"), ("splits", "train")
+SHOWN = 60  # characters of a setting
 SHORT = 24  # results that are shown in full
 
 
@@ -114,7 +117,7 @@ class Comparison:
         for setting in sorted({name for run in self.runs for name in run.settings}):
             values = {run.name: run.settings[setting] for run in self.runs if setting in run.settings}
             if len(set(values.values())) > 1:
-                shown = ", ".join(f"{run} {value}" for run, value in values.items())
+                shown = ", ".join(f"{run} {shorten(value, SHOWN, placeholder=' …')}" for run, value in values.items())
                 warnings.append(f"not evaluated alike: {setting} is {shown}")
         for split in self.splits:
             digests = {run.name: run.digests[split] for run in self.runs if split in run.digests}
@@ -183,7 +186,8 @@ def read(path: Path, name: str) -> RunResults:
         results = {key: Result.of(entry) for key, entry in content["results"].items()}
         data = content.get("data", {})
         digests = {split: str(entry["digest"]) for split, entry in data.items() if entry.get("digest")}
-        options = {name: value for name, value in content.get("options", {}).items() if name in SETTINGS}
+        options = settings_of(content.get("options", {}))
+        options |= {f"keys of {split}": entry["keys"] for split, entry in data.items() if entry.get("keys")}
         options |= {name: value for name, value in content.get("model", {}).items() if name == "precision"}
         settings = {name: json.dumps(value, sort_keys=True) for name, value in options.items()}
     except UserError:
@@ -191,6 +195,17 @@ def read(path: Path, name: str) -> RunResults:
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is no results.json: {type(error).__name__} {error}") from error
     return RunResults(name, path, results, digests, settings)
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that change results of the same names: `SETTINGS`, those of each task, each split's captions."""
+    settings = {name: value for name, value in options.items() if name in SETTINGS}
+    for kind in TASKS:
+        for name, task in options.get(kind, {}).items():
+            settings[f"{kind}.{name}"] = {option: value for option, value in task.items() if option not in NO_SETTINGS}
+    captions = options.get("captions")
+    by_split = captions if isinstance(captions, dict) else {}
+    return settings | {f"captions.{split}": fields for split, fields in by_split.items()}
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

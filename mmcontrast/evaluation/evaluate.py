@@ -272,6 +272,9 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
         UserError: for a missing field or split, or options that exclude each other.
     """
     fields = list(model.modalities)
+    for split in options.captions if isinstance(options.captions, dict) else ():
+        if split not in options.splits:
+            raise UserError(f"evaluation.captions: no split {split!r}; {suggestion(split, options.splits)}")
     captions = {field for split in options.splits for field in captions_of(options, split)}
     named: list[tuple[str, str | None, list[str]]] = [("captions", field, []) for field in captions]  # (task, field, splits)
     for name, task in options.zero_shot.items():
@@ -280,7 +283,7 @@ def check_tasks(options: EvaluationOptions, model: ContrastiveModel) -> None:
         for side in (retrieval.query, retrieval.candidate):
             side_fields = [side] if isinstance(side, str) else side
             named += [(f"retrieval.{name}", field, retrieval.splits) for field in side_fields]
-        if retrieval.once and (retrieval.query == retrieval.candidate or retrieval.by or retrieval.relevance):
+        if retrieval.once and (retrieval.within or retrieval.by or retrieval.relevance):
             raise UserError(f"evaluation.retrieval.{name}: once is of groups, for another field's candidates: leave it out")
     for name, language in options.languages.items():
         named += [(f"languages.{name}", field, []) for field in [*language.fields, language.candidate]]

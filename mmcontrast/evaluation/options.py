@@ -100,6 +100,12 @@ class RetrievalOptions(Options):
     once: bool | None = None
     splits: list[str] = []
 
+    @property
+    def within(self) -> bool:
+        """Return whether query and candidate are the same fields, however they are written."""
+        query, candidate = ({side} if isinstance(side, str) else {*side} for side in (self.query, self.candidate))
+        return query == candidate
+
 
 class LanguageOptions(Options):
     """Consistency of retrieval over languages: recall in each language, and the variance of ranks over them.

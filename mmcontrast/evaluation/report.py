@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmcontrast.data import ShardDataset, ShardOptions
+from mmcontrast.data.class_texts import FOLDER
+from mmcontrast.data.keys import member_name
 from mmcontrast.data.page import folded, heat_map, page, svg
 from mmcontrast.evaluation.before import before_and_after, report_split
 from mmcontrast.evaluation.classification import Report
@@ -108,6 +110,12 @@ def _curves(log: Sequence[dict[str, Any]]) -> str:
     return svg(figure)
 
 
+def _read_keys(dataset: ShardDataset) -> dict[str, list[str]]:
+    """Return the members that each field is read from, of those that the shards have."""
+    members = {FOLDER, *(extension for shard in dataset.shards for extension in shard.extensions)}
+    return {field: [key for key in keys if member_name(key) in members] for field, keys in dataset.keys.items()}
+
+
 def write_results(
     folder: Path,
     name: str,
@@ -123,6 +131,7 @@ def write_results(
             "shards": ShardOptions.of(options.splits[split]).shown(),
             "digest": datasets[split].digest,
             "samples": len(table),
+            "keys": _read_keys(datasets[split]),
         }
         for split, table in evaluation.tables.items()
     }

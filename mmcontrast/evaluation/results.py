@@ -73,9 +73,9 @@ class Evaluation:
             bounds = intervals(list(estimates.values()), clusters=clusters, resamples=self.resamples)
             self._add_intervals(names, *bounds)
 
-    def add_report(self, prefix: str, report: Report, classes: Sequence[str]) -> None:
-        """Add a classification report and its values."""
-        self.add_estimates(prefix, report.estimates)
+    def add_report(self, prefix: str, report: Report, classes: Sequence[str], clusters: Tensor | None = None) -> None:
+        """Add a classification report and its values; `clusters`: as of `add_means`."""
+        self.add_estimates(prefix, report.estimates, clusters)
         self.values[f"{prefix}/num_samples"] = int(report.support.sum())
         self.reports[prefix] = report, list(classes)
 

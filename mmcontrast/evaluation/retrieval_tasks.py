@@ -101,7 +101,7 @@ class RetrievalTasks:
         if task.by:
             labels = entries_of(self.table.metadata, task.by, prefix)
             queries, candidates = group_by_label(queries, labels), group_by_label(candidates, labels)
-        same_field = task.query == task.candidate
+        same_field = task.within
         by_group = not (task.by or task.relevance or same_field)
         once = task.once
         if once is None:

@@ -217,6 +217,10 @@ def join(
     if whole:
         if options.embed_dim not in (None, whole.embed_dim):
             raise UserError(f"model.embed_dim={options.embed_dim}: that of model.start is {whole.embed_dim}: leave it out")
+        kinds = options.projection if isinstance(options.projection, dict) else dict.fromkeys(whole.towers, options.projection)
+        for name, kind in kinds.items():
+            if name in whole.towers and kind != "linear":  # the default
+                raise UserError(f"model.projection={kind}: tower {name!r} keeps that of model.start: name new towers alone")
         arguments = {"max_logit_scale": whole.max_logit_scale} | arguments | {"embed_dim": whole.embed_dim}
         arguments["scale_per_pair"] = options.scale_per_pair or bool(whole.pairs)
     else:

@@ -74,6 +74,8 @@ class ContrastiveModel(nn.Module):
         score: ScoreOptions | None = None,
     ) -> None:
         super().__init__()
+        if logit_scale > max_logit_scale:
+            raise UserError(f"logit_scale={logit_scale:g} is above max_logit_scale={max_logit_scale:g}: raise that too")
         self.modalities, self.towers, self.tower_of = nn.ModuleDict(modalities), nn.ModuleDict(towers), dict(tower_of)
         self.projections = nn.ModuleDict(
             {name: _make_projection(name, tower.width, embed_dim, projection) for name, tower in towers.items()}

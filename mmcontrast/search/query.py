@@ -25,6 +25,7 @@ FORMAT = "mmcontrast index 1"
 INDEX, BRIDGE, TEXTS = "index.json", "bridge.safetensors", "bridge.txt"
 CODES_CANDIDATES = 10  # times k, and 100 at least: candidates from codes, which are scored again from the table
 SCORED_TOGETHER = 64  # queries
+ROUNDING = 1e-3  # by which a unit vector's length may differ from 1
 
 
 def faiss_module() -> ModuleType:
@@ -179,7 +180,8 @@ class SearchIndex:
             raise UserError(f"no row {row}: rows are 0 to {len(self) - 1}")
 
     def search(self, vectors: Tensor | np.ndarray, field: str, k: int = 10, without: Sequence[int] = ()) -> list[Any]:
-        """Return the rows nearest to an embedding [D], best first, as `Hit`s; for [Q, D], a list of them for each.
+        """Return the rows nearest to an embedding [D], best first, as `Hit`s; for [Q, D], a list of them for each. Where scores
+        are cosines, embeddings of any length are made unit vectors.
 
         Args:
             field: whose index is searched.
@@ -187,7 +189,7 @@ class SearchIndex:
             without: rows that are left out.
 
         Raises:
-            UserError: if the field has no index; for vectors of another width, or not finite.
+            UserError: if the field has no index; for vectors of another width, not finite, or zero.
         """
         self.check_field(field)
         queries = np.ascontiguousarray(torch.as_tensor(vectors, dtype=torch.float32).numpy())
@@ -197,6 +199,11 @@ class SearchIndex:
             )
         if not np.isfinite(queries).all():
             raise UserError("a query's vector is not finite (NaN or infinity)")
+        if self.table.distances is None:
+            lengths = np.linalg.norm(queries, axis=-1, keepdims=True)
+            if not lengths.all():
+                raise UserError("a query's vector is zero: it has no direction, and so no nearest row")
+            queries = np.where(np.abs(lengths - 1) > ROUNDING, queries / lengths, queries)
         kind = self.about["fields"][field]["kind"]
         with self._reading:
             index = self._index(field)

@@ -117,7 +117,8 @@ def train(job: RunContext, resume: bool = False, preemption: Preemption | None =
                 with log.paused() if log else nullcontext(), watchdog.away("mining"):
                     mining.run(done, progress)
                 batches = batches_from(done, job, accelerator, mining)
-            if is_due(done, options.checkpoint_every, total) or evaluating or stopping or mining_now:
+            keeping = any(is_due(done, every, total) for every in (options.checkpoint_every, options.keep_every))
+            if keeping or evaluating or stopping or mining_now:
                 with log.paused() if log else nullcontext(), watchdog.away("saving"):
                     if saver:
                         saver.save(done, state_of(done, job, learner))

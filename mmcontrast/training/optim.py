@@ -23,7 +23,7 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
     group's `peak_lr`: its tower's, times the tower's layer decay for every layer above (as in BEiT, arXiv:2106.08254).
 
     Raises:
-        UserError: if `tower_lr` or `layer_decay` name no tower of the model, or there is no such optimizer.
+        UserError: if `tower_lr` or `layer_decay` name no tower of the model, an optimizer is unknown, or lacks an option.
     """
     for option in ("tower_lr", "layer_decay"):
         for name in getattr(options, option).keys() - model.towers.keys():
@@ -49,6 +49,10 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
         return torch.optim.AdamW(param_groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     settings: dict[str, Any] = {"type": options.optimizer} if isinstance(options.optimizer, str) else dict(options.optimizer)
     kind = str(settings.pop("type", "adamw"))
+    for name in {"lr", "weight_decay"} & settings.keys():
+        raise UserError(f"train.optimizer.{name}: set train.{name}, which all groups of weights take it from")
+    if kind == "adamw":
+        settings = {"betas": options.betas, "eps": options.eps, **settings}
     import timm.optim
 
     if kind not in timm.optim.list_optimizers():

@@ -196,7 +196,7 @@ class TrainOptions(Options):
             tie is no improvement; step 0 counts as an evaluation to improve on.
         async_checkpoints: write checkpoints while training goes on, from a copy in memory.
         keep_checkpoints: the number of last checkpoints to keep, beside the best.
-        keep_every: keep the checkpoint of every so many steps for good; 0: none.
+        keep_every: save a checkpoint every so many steps, and keep it for good; 0: none.
         trackers: accelerate's by name, each with its options: {tensorboard: {}, wandb: {entity: my-team}}.
         profile_steps: the first and last step of a trace by torch's profiler, in profile/.
         stall_seconds: a step that takes longer, or waits longer for samples, is a stall: every rank's stack is written, and the

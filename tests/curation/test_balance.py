@@ -107,6 +107,8 @@ def test_texts_are_where_the_keys_say(tmp_path):
 def test_files_of_entries(tmp_path):
     (tmp_path / "list.json").write_text('["dog", "St. Louis"]')
     assert read_entries(str(tmp_path / "list.json")).names == ["dog", "St. Louis"]
+    (tmp_path / "spaces.txt").write_text("dog \n\n gnu\t\r\n")
+    assert read_entries(str(tmp_path / "spaces.txt")).names == ["dog", "gnu"]
     for text, message in (('["dog", 3]', "no text"), ("dog\ndog\n", "is entry 0 already")):
         (tmp_path / f"{len(text)}.txt").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -62,6 +62,14 @@ def test_the_same_bytes(tmp_path):
         assert bytes_of(tmp_path / f"{workers}") == bytes_of(tmp_path / "out")
 
 
+def test_a_score_that_no_sample_has_is_refused_and_those_without_are_counted(tmp_path):
+    folder = write_pairs(tmp_path / "data", samples=[[pair(0, 0, "a", similarity=None), pair(0, 1, "a", similarity=0.2)]])
+    frame, summary = deduplicated(folder / "*.tar", tmp_path / "out", "text", best="json:similarity")
+    assert dropped(frame) == {0: "duplicate (row 1 of shard 0)"} and summary["without json:similarity"] == 1
+    with pytest.raises(UserError, match="--best json:similarty: no sample has a number of this name"):
+        deduplicated(folder / "*.tar", tmp_path / "typo", "text", best="json:similarty")
+
+
 def test_a_shard_that_is_named_twice_is_refused(tmp_path):
     folder = planted(tmp_path / "data")
     with pytest.raises(UserError, match=r"00000.tar is named twice"):

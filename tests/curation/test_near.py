@@ -102,6 +102,13 @@ def test_it_is_the_papers(table, tmp_path):
     assert all(row["keep"] or numbers[row["duplicate_of"] - 1000] == row["cluster"] for row in rows[:550])
 
 
+def test_numbers_may_be_texts(tmp_path):
+    """As `data filter` reads them; what is none, a truth value too, comes last."""
+    write_table(tmp_path / "table", {"a": F.normalize(torch.ones(4, 12))}, width=[True, 5, "900", "wide"])
+    rows, _ = dropped(tmp_path, clusters=1, epsilon=0.1, best="width")
+    assert [row["keep"] for row in rows] == [False, False, True, False]
+
+
 def test_the_same_bytes_with_one_thread_and_with_two(table, tmp_path):
     files = []
     for threads in (1, 2, 2):

@@ -89,6 +89,18 @@ def test_what_was_interrupted_anywhere_goes_on(tmp_path, rules, monkeypatch):
     assert bytes_of(out) == expected
 
 
+def test_a_tar_that_was_written_since_is_told_of(tmp_path, caplog):
+    """Its names and sizes are those of before, which a selection knows shards by."""
+    folder = write_pairs(tmp_path / "data", shards=2)
+    run(folder / "*.tar", tmp_path / "out", ONE_PASS)
+    run(folder / "*.tar", tmp_path / "out", ONE_PASS)
+    assert "written after" not in caplog.text
+    later = (tmp_path / "out" / "stage.json").stat().st_mtime + 5
+    os.utime(folder / "00001.tar", (later, later))
+    run(folder / "*.tar", tmp_path / "out", ONE_PASS)
+    assert f"00001.tar was written after {tmp_path / 'out'} was made" in caplog.text
+
+
 def test_a_killed_command_goes_on(tmp_path):
     folder = write_pairs(tmp_path / "data", shards=16, rows=20)
     (tmp_path / "rules.yaml").write_text(json.dumps({"rules": [*ONE_PASS, {"type": "readable", "of": "image"}]}))

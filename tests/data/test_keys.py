@@ -230,6 +230,18 @@ def test_a_sample_id_that_repeats_in_tables_is_refused_when_they_are_opened(tmp_
     assert len(verify_shards(str(tmp_path / "[xy].*"), 1, progress=False)["faults"]) == 1
 
 
+def test_an_entry_that_few_samples_have_is_found(tmp_path, monkeypatch, caplog):
+    samples = [{"__key__": f"{k}", "json": {"caption": "rare"} if k == 77 else {}, "other.txt": "a"} for k in range(200)]
+    shard = write_shard(tmp_path / "x.tar", samples) and str(tmp_path / "x.tar")
+    text, keys = {"text": TextModality()}, {"text": ["json:caption"]}
+    for partial in (True, False):
+        dataset = ShardDataset(shard, text, keys, partial=partial)
+        assert [k for k in range(200) if "text" in dataset[k].values] == [77]
+    monkeypatch.setattr("mmcontrast.data.dataset.MORE_PROBES", 20)
+    assert not ShardDataset(shard, text, keys, partial=True).keys
+    assert "field 'text' is left out: of 20 samples none has json:caption" in caplog.text
+
+
 def test_sources_that_share_numbers_are_told(tmp_path):
     for name in "ab":
         tar(tmp_path / f"{name}.tar", 5, sample_id=lambda k: k)

@@ -100,6 +100,16 @@ def test_samples_with_a_single_field_are_counted_and_told(tmp_path, caplog):
     assert "sample 'b', which has .png" in told
 
 
+def test_samples_without_a_field_that_their_source_lacks_are_counted_too(tmp_path, caplog):
+    """As in a mixture, in which a source may lack a field."""
+    dataset = ShardDataset(
+        tar_of(tmp_path / "x.tar", ["a.png", "b.png"]), TEXT | {"image": ImageModality(8)}, {}, 0, True, True
+    )
+    assert list(dataset.keys) == ["image"]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("2 of 2 samples have a single one of the fields text, image")
+
+
 def test_samples_without_a_field_are_counted_and_told(tmp_path, caplog):
     names = [f"a{k}.{e}" for k in range(5) for e in ("txt", "png")] + [f"b{k}.final.txt" for k in range(4)] + ["c.mp4"]
     path = tar_of(tmp_path / "x.tar", names)

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,8 @@ from mmcontrast.embedder import load
 from mmcontrast.embedding_job import embed_shards
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, EvaluationOptions, embed_dataset, evaluate, open_splits
+from mmcontrast.evaluation.classification_tasks import LabelledRows
+from mmcontrast.evaluation.labels import MatchedLabels
 from mmcontrast.modalities import ImageModality, TextModality
 from mmcontrast.run_folder import prepare_folder
 from mmcontrast.runs import make_run_context
@@ -226,6 +229,52 @@ def test_text_fields_that_read_the_same_members_are_told_of(tmp_path, caplog):
     caplog.clear()
     opened({"shards": str(tmp_path / "t.csv"), "keys": {"french": ["named"]}}, embedder)
     assert "same texts" not in caplog.text
+
+
+def test_the_same_fields_written_otherwise_are_one_side(tmp_path):
+    """A sample is no candidate for itself, and `once` is refused."""
+    embedder = text_model("txt", "caption")
+    pd.DataFrame({"txt": WORDS, "group_id": [1, 1, 2, 2, 3, 3]}).to_csv(tmp_path / "t.csv", index=False)
+    ways = [("txt", "txt"), ("txt", ["txt"]), (["txt", "caption"], ["caption", "txt"])]
+    tasks = {str(number): {"query": query, "candidate": candidate} for number, (query, candidate) in enumerate(ways)}
+    found = evaluated(tmp_path / "t.csv", embedder, pairs=False, retrieval=tasks).values
+    alone, listed, both = (found[f"val/retrieval/{number}/recall_at_1"] for number in range(3))
+    assert alone == listed < 1 and both < 1
+    with pytest.raises(UserError, match="evaluation.retrieval.1: once is of groups"):
+        opened(tmp_path / "t.csv", embedder, retrieval={"1": tasks["1"] | {"once": True}})
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_zero_shot_draws_groups(tmp_path, grouped):
+    """Copies of a few texts are not independent: intervals are those of as many samples as there are groups."""
+    texts = [word for word in WORDS for _ in range(20)]
+    rows = pd.DataFrame({"txt": texts, "label": [k % 2 for k in range(6) for _ in range(20)]})
+    if grouped:
+        rows["group_id"] = [k for k in range(6) for _ in range(20)]
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    classes = {"classes": {"0": ["a ship"], "1": ["a tree"]}, "label": "label", "field": "txt", "prompt_field": "txt"}
+    probe = {"train": str(tmp_path / "t.csv"), "label": "label", "field": "txt", "kinds": ["knn"]}
+    full, datasets = opened(
+        tmp_path / "t.csv", text_model("txt"), pairs=False, zero_shot={"z": classes}, probes={"p": probe}, resamples=200
+    )
+    found = evaluate(text_model("txt").model, datasets, full, "cpu")
+    low, high = found.intervals["val/zero_shot/z/top1"]
+    assert 0 < found.values["val/zero_shot/z/top1"] < 1 and (high - low > 0.3) == grouped
+    assert "val/probe/p/knn/top1" in found.intervals
+
+
+def test_classes_that_are_groups_are_not_drawn():
+    """As those of templates, whose samples of a class are one group."""
+    numbers, matched = torch.tensor([0, 0, 1, 1]), MatchedLabels(torch.tensor([0, 0, 1, 1]), 0, Counter())
+    for groups, drawn in (([5, 5, 9, 9], False), ([5, 6, 9, 9], True), ([5, 5, 5, 9], True)):
+        rows = LabelledRows(torch.ones(4, 2), numbers, torch.tensor(groups), matched)
+        assert (rows.clusters is not None) == drawn
+
+
+def test_captions_of_a_split_that_is_not_there_are_refused(tmp_path):
+    pd.DataFrame({"txt": WORDS}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(UserError, match="evaluation.captions: no split 'vall'; did you mean 'val'"):
+        opened(tmp_path / "t.csv", text_model("txt"), captions={"vall": ["txt"]})
 
 
 def test_relevant_pairs_without_their_field_are_told_of(tmp_path):

@@ -159,6 +159,9 @@ def test_init_from_takes_what_load_takes(tmp_path):
     [
         ({"model": {"start": "no-such-model"}}, "no model 'no-such-model'"),
         ({"model": {"embed_dim": 32}}, "model.embed_dim=32: that of model.start is 64"),
+        ({"model": {"projection": "mlp"}}, "model.projection=mlp: tower 'image' keeps that of model.start"),
+        ({"model": {"projection": {"text": "mlp"}}}, "model.projection=mlp: tower 'text' keeps that of model.start"),
+        ({"model": {"logit_scale": 150}}, "logit_scale=150 is above max_logit_scale=100"),
         ({"model": {"lora": {"rank": 500}}}, "model.lora: towers.image: rank 500 is beyond"),
         ({"model": {"lora": {"rank": 2, "towers": ["imagee"]}}}, "did you mean 'image'"),
         ({"model": {"start": None, "lora": {"rank": 2}}}, "fields: there must be two or more, or a model to begin with"),

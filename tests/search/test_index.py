@@ -140,6 +140,17 @@ def test_the_kind_follows_rows_and_memory():
             plan_index(rows, DIM, kind)
 
 
+def test_a_query_of_any_length_is_a_direction(table, tmp_path):
+    made = table(300)
+    build_index(tmp_path / "table", progress=False)
+    index, query = SearchIndex.open(tmp_path / "table" / "index"), made.fields["a"][7]
+    hits = index.search(query, "a", 3)
+    assert hits[0].row == 7 and [hit.row for hit in index.search(5 * query, "a", 3)] == [hit.row for hit in hits]
+    assert index.search(5 * query, "a", 1)[0].score == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UserError, match="a query's vector is zero"):
+        index.search(torch.zeros(DIM), "a")
+
+
 def test_metadata_is_read_by_row_group(table, tmp_path):
     made = table(2500)
     for part in (tmp_path / "table").glob("*.parquet"):

@@ -93,6 +93,13 @@ def test_what_works_without_data_works_with_epochs(config_file):
     assert plan_run(config, available=2**36).fits
 
 
+def test_every_so_many_steps_a_checkpoint_is_saved_and_kept(config_file, tmp_path):
+    options = ["train.steps=5", "train.keep_every=2", "train.checkpoint_every=0", "train.keep_checkpoints=1"]
+    assert train(config_file, *options, "evaluation.splits={}", "evaluation.zero_shot={}").returncode == 0
+    kept = checkpoint.complete(tmp_path / "runs" / "small" / "checkpoints")
+    assert [path.name[-1] for path in kept] == ["2", "4", "5"]
+
+
 def test_a_run_of_epochs_is_evaluated_after_each_and_goes_on_for_more(config_file, tmp_path):
     """96 samples, 16 a step: 6 steps an epoch."""
     short = ["train.schedule=constant", "evaluation.zero_shot={}", "evaluation.geometry=false", "train.keep_checkpoints=9"]

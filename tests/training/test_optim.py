@@ -84,6 +84,7 @@ def test_groups_by_tower_and_layer(config_file):
         ("train.layer_decay={txt: 0.5}", "no tower 'txt'"),
         ("train.optimizer=liom", "no 'liom'.*lion"),
         ("train.optimizer={type: lion, beta: 1}", "train.optimizer lion"),
+        ("train.optimizer.weight_decay=0.3", "train.optimizer.weight_decay: set train.weight_decay"),
     ):
         with pytest.raises(UserError, match=message):
             make_optimizer(model, load_config(config_file, [wrong]).train)
@@ -140,6 +141,13 @@ def test_what_a_run_cannot_start_from_is_said_in_a_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             checkpoint.load_weights(weights_path(str(tmp_path / name)))
+
+
+def test_adamw_with_options_takes_the_others_from_the_run(config_file):
+    options = ["train.betas=[0.8, 0.77]", "train.eps=1e-3", "train.optimizer={type: adamw, amsgrad: true}"]
+    config = load_config(config_file, options)
+    groups = make_optimizer(make_run_context(config).model, config.train).param_groups
+    assert {(*group["betas"], group["eps"], group["amsgrad"]) for group in groups} == {(0.8, 0.77, 1e-3, True)}
 
 
 def test_what_is_spared_is_in_the_optimizers_groups(config_file):
