@@ -1,7 +1,7 @@
 """Orders samples into batches within clusters: similar samples are each other's hard negatives."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.ids import id_of
 from mmcontrast.data.mixture import MixtureDataset
-from mmcontrast.data.order import check_lanes, recent, share_of
+from mmcontrast.data.order import WholeEpochs
 from mmcontrast.data.row_ids import refuse_other_rows
 from mmcontrast.data.tables import open_table
 from mmcontrast.errors import UserError
@@ -18,62 +18,35 @@ from mmcontrast.modalities import DecodeError
 
 
 @dataclass(frozen=True)
-class ClusterOrder:
-    """Every step's samples are of one cluster; a pure function of (seed, epoch), as every order.
+class ClusterOrder(WholeEpochs):
+    """Every step's samples are of one cluster.
 
     An epoch permutes each cluster's samples and cuts them into batches; what is left of the clusters, one after the other in
     a random order, makes further batches of a few clusters each. The batches come in a random order, each sample once, but for
     fewer than a batch. Samples are read one by one, wherever they are, not in blocks.
 
     Attributes:
-        batch_size: of all ranks together. lanes: the number of ranks must divide it.
-        data: digest of the shards. table: of the clusters.
         clusters: [N] int64, of each sample by position, from 0 on.
     """
 
-    batch_size: int
-    seed: int
-    lanes: int
-    data: str
-    table: str
     clusters: np.ndarray = field(compare=False, repr=False)
-    epochs: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_lanes(self.lanes, self.batch_size)
-        if self.steps_per_epoch < 1:
-            raise UserError(
-                f"the training data has {len(self.clusters)} samples, fewer than train.batch_size={self.batch_size}"
-            )
 
     @property
-    def steps_per_epoch(self) -> int:
-        return len(self.clusters) // self.batch_size
+    def samples(self) -> int:
+        return len(self.clusters)
 
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common with this one."""
-        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.compare}
-
-    def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """Return (epoch, position) of each sample of one rank at a global step."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
-        share = share_of(self.batch_size, self.lanes, rank, world_size)
-        return [(epoch, position) for position in steps[step, share].tolist()]
-
-
-def _epoch(order: ClusterOrder, epoch: int) -> np.ndarray:
-    """Return the positions of an epoch's batches, [steps, batch]."""
-    random = np.random.Generator(np.random.PCG64([order.seed, epoch]))
-    size, clusters = order.batch_size, order.clusters
-    cluster_order = random.permutation(int(clusters.max()) + 1)[clusters]  # clusters in a random order
-    shuffled = random.permutation(len(clusters))
-    stream = shuffled[np.argsort(cluster_order[shuffled], kind="stable")]
-    _, first, count = np.unique(cluster_order[stream], return_index=True, return_counts=True)
-    within = np.arange(len(stream)) - np.repeat(first, count)
-    in_whole_batch = within < np.repeat(count // size * size, count)
-    steps = np.concatenate([stream[in_whole_batch], stream[~in_whole_batch]])[: order.steps_per_epoch * size].reshape(-1, size)
-    return steps[random.permutation(len(steps))]
+    def make_epoch(self, epoch: int) -> np.ndarray:
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        size, clusters = self.batch_size, self.clusters
+        cluster_order = random.permutation(int(clusters.max()) + 1)[clusters]  # clusters in a random order
+        shuffled = random.permutation(len(clusters))
+        stream = shuffled[np.argsort(cluster_order[shuffled], kind="stable")]
+        _, first, count = np.unique(cluster_order[stream], return_index=True, return_counts=True)
+        within = np.arange(len(stream)) - np.repeat(first, count)
+        in_whole_batch = within < np.repeat(count // size * size, count)
+        stream = np.concatenate([stream[in_whole_batch], stream[~in_whole_batch]])
+        steps = stream[: self.steps_per_epoch * size].reshape(-1, size)
+        return steps[random.permutation(len(steps))]
 
 
 def clusters_of(dataset: ShardDataset | MixtureDataset, table: str) -> tuple[np.ndarray, str]:

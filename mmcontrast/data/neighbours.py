@@ -1,16 +1,14 @@
 """Orders samples into batches with their nearest neighbours, each other's hard negatives (Sample4Geo, arXiv:2303.11851)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mmcontrast.data.dataset import ShardDataset
 from mmcontrast.data.mixture import MixtureDataset
 from mmcontrast.data.negatives import Candidates, UnknownIds, open_candidates, rows_of
-from mmcontrast.data.order import check_lanes, recent, share_of
-from mmcontrast.errors import UserError
+from mmcontrast.data.order import WholeEpochs
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
-class NeighbourOrder:
-    """Every step's samples are some that are drawn and their neighbours; a pure function of (seed, epoch), as every order.
+class NeighbourOrder(WholeEpochs):
+    """Every step's samples are some that are drawn and their neighbours.
 
     An epoch permutes the samples. The first of them that no batch has yet is a seed: it goes into the batch at hand, and after
     it up to `count` of its `nearest` neighbours that no batch of the epoch has yet, the nearest ones for `share` of them and
@@ -43,67 +41,37 @@ class NeighbourOrder:
     sample once, but for fewer than a batch. Samples are read one by one, wherever they are, not in blocks.
 
     Attributes:
-        batch_size: of all ranks together. lanes: the number of ranks must divide it.
-        data: digest of the shards. table: of the neighbours.
         nearest: so many of a sample's neighbours may be chosen.
         count: so many neighbours of a seed are in its batch, at most.
         share: of these, the share that are the nearest.
     """
 
-    batch_size: int
-    seed: int
-    lanes: int
-    data: str
-    table: str
     nearest: int
     count: int
     share: float
     neighbours: Neighbours = field(compare=False, repr=False)
-    epochs: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_lanes(self.lanes, self.batch_size)
-        if self.steps_per_epoch < 1:
-            raise UserError(f"the training data has {self.samples} samples, fewer than train.batch_size={self.batch_size}")
 
     @property
     def samples(self) -> int:
         return len(self.neighbours.starts) - 1
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.samples // self.batch_size
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common with this one."""
-        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.compare}
-
-    def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """Return (epoch, position) of each sample of one rank at a global step."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        steps = recent(self.epochs, epoch, lambda number: _epoch(self, number))
-        share = share_of(self.batch_size, self.lanes, rank, world_size)
-        return [(epoch, position) for position in steps[step, share].tolist()]
-
-
-def _epoch(order: NeighbourOrder, epoch: int) -> np.ndarray:
-    """Return the positions of an epoch's batches, [steps, batch]."""
-    random = np.random.Generator(np.random.PCG64([order.seed, epoch]))
-    size, total = order.batch_size, order.steps_per_epoch * order.batch_size
-    positions, filled = np.empty(total, dtype=np.int64), 0
-    free = np.ones(order.samples, dtype=bool)  # in no batch yet
-    for seed in random.permutation(order.samples).tolist():
-        if filled == total:
-            break
-        if not free[seed]:
-            continue
-        free[seed], positions[filled] = False, seed
-        filled += 1
-        if room := min(order.count, -filled % size):
-            chosen = list(_pick_neighbours(order, seed, room, free, random))
-            free[chosen], positions[filled : filled + len(chosen)] = False, chosen
-            filled += len(chosen)
-    return positions.reshape(-1, size)[random.permutation(order.steps_per_epoch)]
+    def make_epoch(self, epoch: int) -> np.ndarray:
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        size, total = self.batch_size, self.steps_per_epoch * self.batch_size
+        positions, filled = np.empty(total, dtype=np.int64), 0
+        free = np.ones(self.samples, dtype=bool)  # in no batch yet
+        for seed in random.permutation(self.samples).tolist():
+            if filled == total:
+                break
+            if not free[seed]:
+                continue
+            free[seed], positions[filled] = False, seed
+            filled += 1
+            if room := min(self.count, -filled % size):
+                chosen = list(_pick_neighbours(self, seed, room, free, random))
+                free[chosen], positions[filled : filled + len(chosen)] = False, chosen
+                filled += len(chosen)
+        return positions.reshape(-1, size)[random.permutation(self.steps_per_epoch)]
 
 
 def _pick_neighbours(

@@ -6,6 +6,7 @@ rank r of W owns lanes r·L/W … (r+1)·L/W − 1. So the position in the data 
 the windows at hand is ever in memory, so 10⁹ samples are ordered in seconds.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -106,6 +107,54 @@ class SampleOrder:
             places += [(epoch, position) for position in self._epoch(epoch).lane(lane, first, last).tolist()]
             start += last - first
         return places
+
+
+@dataclass(frozen=True)
+class WholeEpochs(ABC):
+    """An order that makes the batches of an epoch at once; a pure function of (seed, epoch), as every order.
+
+    Attributes:
+        batch_size: of all ranks together. lanes: the number of ranks must divide it.
+        data: digest of the shards. table: of what the order is made by.
+    """
+
+    batch_size: int
+    seed: int
+    lanes: int
+    data: str
+    table: str
+
+    def __post_init__(self) -> None:
+        check_lanes(self.lanes, self.batch_size)
+        if self.steps_per_epoch < 1:
+            raise UserError(f"the training data has {self.samples} samples, fewer than train.batch_size={self.batch_size}")
+
+    @property
+    @abstractmethod
+    def samples(self) -> int: ...
+
+    @abstractmethod
+    def make_epoch(self, epoch: int) -> np.ndarray:
+        """Return the positions of an epoch's batches, [steps, batch]."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.batch_size
+
+    @cached_property
+    def _epochs(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with this one."""
+        return {attribute.name: getattr(self, attribute.name) for attribute in fields(self) if attribute.compare}
+
+    def places(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """Return (epoch, position) of each sample of one rank at a global step."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        steps = recent(self._epochs, epoch, self.make_epoch)
+        share = share_of(self.batch_size, self.lanes, rank, world_size)
+        return [(epoch, position) for position in steps[step, share].tolist()]
 
 
 def recent(cache: dict[int, T], epoch: int, make: Callable[[int], T]) -> T:

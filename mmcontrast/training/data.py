@@ -177,7 +177,7 @@ def use_mined(
     batches = options.batches
     if isinstance(order, NeighbourOrder) and isinstance(batches, NeighboursOptions) and batches.table is None:
         neighbours = open_neighbours(dataset, str(table), batches.nearest, known=sample_ids)
-        order = replace(order, table=neighbours.digest, neighbours=neighbours, epochs={})
+        order = replace(order, table=neighbours.digest, neighbours=neighbours)
     return order
 
 
