@@ -141,7 +141,11 @@ class Embedder:
             if isinstance(modality, TextModality) and not isinstance(value, str | bytes):
                 raise UserError(f"a {type(value).__name__}, not a text")
             raw = modality.decode(value) if isinstance(value, bytes) else modality.encode(value)
-            prepared = modality.transform(raw, training=False)
+            prepared: Tensor | None
+            if isinstance(modality, TextModality) and modality.captions != "whole":  # a query is no list of captions
+                prepared = modality.tokens(" ".join(str(raw).split()))
+            else:
+                prepared = modality.transform(raw, training=False)
         except (OSError, *UNREADABLE) as error:
             raise UserError(f"{place}: {error or type(error).__name__}") from error
         if prepared is None:

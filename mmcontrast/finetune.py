@@ -24,7 +24,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation.labels import labels_ahead
 from mmcontrast.evaluation.prompts import TEMPLATES, named_templates
 from mmcontrast.finetune_request import Request, name_of, start_of
-from mmcontrast.modalities import AudioModality, ImageModality, Modality, TextModality
+from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Modality, TextModality
 from mmcontrast.modalities.parts import JPEG_START, PNG_START
 from mmcontrast.models import ContrastiveModel
 from mmcontrast.plan import CannotBePlanned, plan_run
@@ -268,7 +268,8 @@ def keys_of(
     used = {column for columns in keys.values() for column in columns}
     for name in fields.keys() - open_fields.keys():
         used |= set(fields[name].extensions)
-    kinds = {column: kind_of(shards[0], column) for column in shards[0].extensions if column not in {*used, *LABELS}}
+    unused = [column for column in shards[0].extensions if column not in {*used, *LABELS}] if open_fields else []
+    kinds = {column: kind_of(shards[0], column) for column in unused}
     absent: list[str] = []
     for name, modality in open_fields.items():
         fitting = [column for column, kind in kinds.items() if kind and isinstance(modality, kind)]
@@ -286,7 +287,10 @@ def keys_of(
 def kind_of(shard: ShardIndex, column: str) -> type[Modality] | None:
     """Return the modality that a column's first values look like: paths of pictures or of sounds, or texts; None: none."""
     rows = np.flatnonzero(shard.has(column))[:SAMPLED]
-    values = [shard.read(int(row), [column]).get(column, b"") for row in rows]
+    try:
+        values = [shard.read(int(row), [column]).get(column, b"") for row in rows]
+    except DecodeError:  # a structure
+        return None
     for starts, kind in MAGIC.items():
         if values and all(value.startswith(starts) for value in values):
             return kind

@@ -22,6 +22,17 @@ def model() -> Embedder:
     return Embedder(ContrastiveModel(modalities, towers, {f: f for f in towers}, 4), "a model", "cpu")
 
 
+def test_a_text_is_read_whole_by_a_model_of_captions():
+    """A field whose members list captions, a line each; a query is no list."""
+    torch.manual_seed(0)
+    modalities = {"text": TextModality(context_length=16, captions="lines"), "vector": VectorModality(3)}
+    towers = {"text": OpenClipTextTower(16, 1, 2, 16, vocab_size=49408), "vector": LinearTower(3, 4)}
+    captions = Embedder(ContrastiveModel(modalities, towers, {f: f for f in towers}, 4), "captions", "cpu")
+    one, both, joined = captions.embed(texts=["a queen", "a queen\nof chess", "a queen of chess"])
+    torch.testing.assert_close(both, joined)
+    assert not torch.allclose(one, both)
+
+
 def test_whatever_has_an_order_is_a_list(model):
     want = model.embed(texts=TEXTS)
     for texts in (

@@ -81,6 +81,7 @@ TESTED_IN = {  # file: its file of tests, and a word by which that one calls it:
         for name in ("card", "commands", "folder", "parity", "parts", "samples")
     },
     "export/onnx_embed.py": ("export/test_onnx.py", "embed.py"),
+    "export/one_field.py": ("export/test_huggingface.py", "its_card_runs"),
     "finetune_request.py": ("test_finetune.py", "finetune_request"),
     "modalities/base.py": ("modalities/test_modalities.py", "Modality"),
     "modalities/image.py": ("modalities/test_pictures.py", "ImageModality"),

@@ -187,6 +187,24 @@ def test_columns_that_cannot_be_told_apart_are_asked_for(start, tmp_path):
     assert config.fields["image"].keys == ["photo"]
 
 
+def test_columns_of_structures_are_no_texts(start, pairs, tmp_path):
+    """As boxes of objects, or Karpathy's sentences, beside a picture and a caption."""
+    rows = pandas.read_csv(pairs).rename(columns={"filepath": "image", "title": "text"})
+    rows["objects"] = [{"box": [1.0, 2.0], "name": "a chair"}] * len(rows)
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.rename(columns={"text": "words"}).to_parquet(tmp_path / "b.parquet")
+    for table, keys, text in (("a", {}, []), ("a", {"text": ["text"]}, ["text"]), ("b", {}, ["words"])):
+        config, _ = make_config(Request(start, str(tmp_path / f"{table}.parquet"), keys=keys))
+        assert (config.fields["text"].keys if "text" in config.fields else []) == text
+
+
+def test_a_folder_whose_texts_are_in_a_table_is_refused(start, pairs, tmp_path):
+    """As Hugging Face's imagefolder, with a metadata.csv beside the pictures."""
+    pairs.rename(tmp_path / "metadata.csv")
+    done = command("finetune", start, tmp_path, "--name", "x", "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 2 and "no sample has two of the fields" in " ".join(done.stderr.split()), done.stderr
+
+
 def test_a_field_that_the_data_lacks_is_not_taken(config_file, tmp_path):
     """A run of pictures, texts and sounds, on a table of pictures and texts; with a scale for each pair, and texts in chunks by
     their length, of which a plan knows nothing."""

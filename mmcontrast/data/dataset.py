@@ -80,6 +80,7 @@ class ShardDataset(Samples):
         select: str | None = None,
     ) -> None:
         self.templates, self.views = dict(templates or {}), views
+        self.pairless = ""  # why training finds no pair
         self.tolerant = bool(part and part.held_out and not training)
         self.modalities, self.seed, self.training = dict(modalities), seed, training
         self.choices = {field: choices_of(keys.get(field) or modality.extensions) for field, modality in modalities.items()}
@@ -109,7 +110,7 @@ class ShardDataset(Samples):
                 if field in self.keys:
                     self._read_stored_width(view.modalities[field], key, shards)
             view.check_widths()
-        self._warn_of_left_out_samples(wanted)
+        self._warn_of_left_out_samples(shards, wanted)
 
     def _check_fields(self, shards: str | Sequence[str], partial: bool) -> None:
         """Leave out the fields of which no sample has a member if `partial`, else refuse them.
@@ -187,7 +188,7 @@ class ShardDataset(Samples):
             entries |= {key for key in keys if entry_of(metadata, key) is not None} | {f"{ENTRY}{name}" for name in metadata}
         return entries
 
-    def _warn_of_left_out_samples(self, fields: Sequence[str]) -> None:
+    def _warn_of_left_out_samples(self, shards: str | Sequence[str], fields: Sequence[str]) -> None:
         """Warn of samples with none of the fields, or in training a single one: of all that were asked for."""
         if os.environ.get("RANK", "0") != "0":
             return
@@ -211,6 +212,11 @@ class ShardDataset(Samples):
                     examples[number] = f"shard {shard.name}, {shard.describe(int(rows[0]))}, which has {there or 'nothing'}"
                 counts[number] += len(rows)
         names, total = ", ".join(fields), len(self)
+        if self.training and len(fields) > 1 and sum(counts) == total and not self.views:
+            self.pairless = (
+                f"{shards}: no sample has two of the fields {names}, so nothing can be learnt, as {examples[1] or examples[0]}:"
+                " set the fields' keys, or, of a folder with a metadata.csv, give that table"
+            )
         if counts[0]:
             logger.warning("%d of %d samples have none of the fields %s, as %s", counts[0], total, names, examples[0])
         if counts[1] and self.training:

@@ -186,9 +186,9 @@ def _links_of_table(shard: TableIndex, columns: Sequence[str], rows: np.ndarray)
         groups = _groups_in_json(shard, rows)
     elif "group_id" in shard.table.column_names:
         for row, scalar in zip(rows.tolist(), _values(shard.table["group_id"], rows), strict=True):
-            value = scalar.as_py()
+            value = shard.entry("group_id", scalar)
             try:
-                if value is not None and value != "" and value == value:  # not NaN
+                if value is not None and value != "":
                     groups[row] = id_of("group_id", value, 0)
             except DecodeError:
                 continue

@@ -30,7 +30,7 @@ from mmcontrast.data.parts import key_array, narrowed
 from mmcontrast.data.row_ids import refuse_other_rows
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.shard_values import ids_of_shard, json_entries
-from mmcontrast.data.tables import SUFFIXES, open_table
+from mmcontrast.data.tables import SUFFIXES, TableIndex, open_table
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
 
@@ -217,13 +217,14 @@ class NamedSamples(Selection):
         Raises:
             UserError: if it has no such column, or keeps and drops one sample.
         """
-        table = open_table(str(path)).table
+        index = open_table(str(path))
+        table = index.table
         by = next((name for name in ("sample_id", "key", UID) if name in table.column_names), None)
         by = by or next((name for name in table.column_names if name.startswith(ENTRY)), None)
         if by is None:
             columns = ", ".join(table.column_names)
             raise UserError(f"select {path}: it needs a column sample_id, key or json:NAME; it has {columns}")
-        names, problem = _parse_names(table[by], by)
+        names, problem = _parse_names(index, by)
         if problem:
             raise UserError(f"select {path}, {problem}")
         dropped_with_reasons: tuple[pa.Array, pa.Array] | tuple[()] = ()
@@ -312,12 +313,14 @@ def _split_by_shard(values: pa.ChunkedArray, shards: Sequence[ShardIndex]) -> It
         start += len(shard)
 
 
-def _parse_names(column: pa.ChunkedArray, by: str) -> tuple[pa.Array, str]:
+def _parse_names(index: TableIndex, by: str) -> tuple[pa.Array, str]:
     """Return the names as they are compared, and what is wrong with them."""
+    column = index.table[by]
     if by == "sample_id" and pa.types.is_signed_integer(column.type) and not column.null_count:
         return column.cast(pa.int64()).combine_chunks(), ""
     names: list[Any] = []
-    for row, value in enumerate(column.to_pylist()):
+    for row, scalar in enumerate(column):
+        value = index.entry(by, scalar) if by == "sample_id" else scalar.as_py()
         if value is None or value == "":
             return None, f"row {row}: no {by}"
         try:

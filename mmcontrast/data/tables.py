@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmcontrast.data.arrow_copies import STATE, copy_of_file, dataset_files, open_mapped, parse_number
-from mmcontrast.data.column_types import is_binary, is_metadata, is_text, plain_type
+from mmcontrast.data.column_types import holds_bytes, is_binary, is_list, is_metadata, is_text, plain_type
 from mmcontrast.data.files import is_remote
 from mmcontrast.data.parts import ShardPart
 from mmcontrast.data.shard import Keys, ShardIndex, member_of
@@ -91,6 +91,11 @@ class TableIndex(ShardIndex):
             column = pc.struct_field(column, "bytes")
         if is_text(column.type) or is_binary(column.type):
             lengths = pc.binary_length(column)
+        elif is_list(column.type) and is_text(column.type.value_type):  # lines
+            rows = column.combine_chunks()
+            texts = pc.fill_null(pc.binary_length(pc.list_flatten(rows)).cast(pa.int64()), -1).to_numpy() + 1
+            sizes = np.bincount(pc.list_parent_indices(rows).to_numpy(), texts, len(rows)).astype(np.int64)
+            lengths = pc.if_else(rows.is_valid(), pa.array(sizes - (sizes > 0)), pa.scalar(None, pa.int64()))
         else:
             lengths = pc.if_else(pc.is_valid(column), pa.scalar(8, pa.int64()), pa.scalar(None, pa.int64()))
         return pc.fill_null(lengths.cast(pa.int64()), -1).to_numpy()
@@ -176,15 +181,22 @@ class TableIndex(ShardIndex):
     def _metadata(self, sample: int) -> dict[str, Any]:
         metadata = {}
         for name in self._metadata_columns:
-            value = _metadata_value(self.table[name][sample])
+            value = self.entry(name, self.table[name][sample])
             if value is not None:
-                metadata[name] = parse_number(value) if name in self.numbers else value
+                metadata[name] = value
         if "json" in self.table.column_names and (value := self.table["json"][sample].as_py()) is not None:
             entries = value if isinstance(value, dict) else json.loads(value)
             if not isinstance(entries, dict):
                 raise DecodeError(f"column json: a JSON {type(entries).__name__}, not an object")
             metadata |= {name: entry for name, entry in entries.items() if entry is not None}
         return metadata
+
+    def entry(self, name: str, scalar: pa.Scalar) -> Any:
+        """Return a value of a column as the row's metadata has it; what JSON cannot hold is a text."""
+        value = _metadata_value(scalar)
+        if name in self.numbers and value is not None:
+            return parse_number(value)
+        return value if isinstance(value, str | int | float | list | dict | None) else _json_default(value)
 
     @cached_property
     def _metadata_columns(self) -> list[str]:
@@ -271,6 +283,9 @@ def open_table(name: str, file_columns: Collection[str] = FILE_COLUMNS, files: s
     folder = Path(files) if files else path.parent if path.is_file() else path
     if path.suffix.lower() in (".csv", ".tsv"):
         _check_header(path, columns, {folder, path.parent})
+    for column in ("sample_id", "group_id", "sample_weight"):
+        if column in columns and holds_bytes(table[column].type):
+            raise UserError(f"{name}: column {column!r} holds bytes, not numbers or texts: write it as one of them")
     for column in columns:
         if column.lower() in ("sample_id", "group_id") and column.lower() not in columns:
             _log.warning("%s: column %r is not read as %s: rename it if that is what it is", name, column, column.lower())
@@ -336,6 +351,10 @@ def _id_column(shard: ShardIndex) -> pa.ChunkedArray:
     table = table_behind(shard)
     assert table is not None
     column = table._column("sample_id").cast(pa.large_string())
+    if "sample_id" in table.numbers:  # 1.0 is 1
+        numbers = (None if text is None else parse_number(text) for text in column.to_pylist())
+        texts = [None if number is None else str(int(number) if number == int(number) else number) for number in numbers]
+        column = pa.chunked_array([texts], pa.large_string())
     return column.take(pa.array(shard.rows)) if isinstance(shard, ShardPart) else column
 
 

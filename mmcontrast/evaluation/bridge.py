@@ -50,8 +50,11 @@ class Bridge:
         float64 rows. The last number is minus half the logarithm of the softmax's denominator."""
         bank, scale = self._side(candidates, rows)
         rows = rows.to(bank.dtype)
-        sums = [(scale * part @ bank.T).logsumexp(1) for part in rows.split(self._rows_at_once())]
-        return torch.cat([scale / 2 * rows, -torch.cat([*sums, rows.new_empty(0)])[:, None] / 2], 1)
+        lifted = rows.new_empty(len(rows), rows.shape[1] + 1)  # at once: results between parts would keep their memory apart
+        lifted[:, :-1] = scale / 2 * rows
+        for target, part in zip(lifted.split(self._rows_at_once()), rows.split(self._rows_at_once()), strict=True):
+            target[:, -1] = (scale * part @ bank.T).logsumexp(1) / -2
+        return lifted
 
     @torch.no_grad()
     def products(self, queries: Tensor, candidates: Tensor, out: Tensor | None = None) -> Tensor:
@@ -81,8 +84,11 @@ class Bridge:
         candidates [N, E]: their cosines approximate the scores where an index needs rows."""
         bank, scale = self._side(candidates, rows)
         entries = self._side(True, rows)[0]
-        means = [(scale * part @ bank.T).softmax(1) @ entries for part in rows.to(bank.dtype).split(self._rows_at_once())]
-        return F.normalize(torch.cat([*means, entries[:0]]), dim=1)
+        rows, size = rows.to(bank.dtype), self._rows_at_once()
+        means = rows.new_empty(len(rows), entries.shape[1])
+        for target, part in zip(means.split(size), rows.split(size), strict=True):
+            torch.mm((scale * part @ bank.T).softmax(1), entries, out=target)
+        return F.normalize(means, dim=1)
 
     def _side(self, candidates: bool, rows: Tensor) -> tuple[Tensor, float]:
         bank, scale = (self.candidates, self.candidate_scale) if candidates else (self.queries, self.query_scale)

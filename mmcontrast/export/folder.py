@@ -116,7 +116,8 @@ def write_export(
             writer_notes = writer.write(embedder.model, chosen, partial, **options)
             parity |= measure(embedder, chosen, test_samples, writer.reopen(partial, chosen, embedder.model), tolerance)
         (partial / PARITY).write_text(dumps(parity, indent=1), encoding="utf-8")
-        write_card(partial, out.name, embedder, chosen, kind, writer.USAGE, parity, [*notes, *writer_notes], run)
+        usage = writer.usage(embedder.model, chosen) if hasattr(writer, "usage") else writer.USAGE
+        write_card(partial, out.name, embedder, chosen, kind, usage, parity, [*notes, *writer_notes], run)
         open_to_others(*(file for file in partial.rglob("*") if file.is_file()))
         replace_folder(partial, out)
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
+from mmcontrast.export.one_field import usage_of_one_field
 from mmcontrast.export.open_clip import Half, image_half, preprocess_config, text_half
 from mmcontrast.export.parity import Reopened, opened_pictures, unit
 from mmcontrast.export.parts import image_and_text, kind_of, origin_of, scale_and_bias, unused
@@ -19,7 +20,7 @@ from mmcontrast.modalities import AudioModality, TextModality
 from mmcontrast.modalities.library import LibraryTexts
 from mmcontrast.modalities.text import OPEN_CLIP, open_clip_tokenizer
 from mmcontrast.models import ContrastiveModel, OpenClipTextTower, OpenClipTower, Origin, TransformersTower
-from mmcontrast.models.transformers import FULL_LENGTH, UNBOUNDED, positions_of
+from mmcontrast.models.transformers import FULL_LENGTH, OWN_POOLING, UNBOUNDED, positions_of
 
 USAGE = """\
 import torch
@@ -75,7 +76,8 @@ def write(model: ContrastiveModel, names: list[str], folder: Path) -> list[str]:
 def _write_transformers_model(model: ContrastiveModel, names: list[str], folder: Path, origin: Origin) -> list[str]:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    networks: list[Any] = [model.towers[model.tower_of[name]].network for name in names]
+    towers = [model.towers[model.tower_of[name]] for name in names]
+    networks: list[Any] = [tower.network for tower in towers]
     network, tensors = networks[0], dict(origin.rest)
     for tower_network in networks:
         tensors |= tower_network.state_dict()
@@ -96,12 +98,23 @@ def _write_transformers_model(model: ContrastiveModel, names: list[str], folder:
         tensors |= _score_tensors(model, names, origin.rest, network.state_dict())
         network.load_state_dict(tensors)
         tensors = network.state_dict()
+    if not dual and isinstance(towers[0], TransformersTower):
+        setattr(network.config, OWN_POOLING, towers[0].pooling)  # `load` reads it
     network.eval().save_pretrained(folder, state_dict=tensors)
     parts = _preprocessors(model, names)
     processor: Any = PROCESSOR_MAPPING.get(type(network.config), None) if dual else None
     for part in [processor(**parts)] if processor else parts.values():
         part.save_pretrained(folder)
     return []
+
+
+def usage(model: ContrastiveModel, names: list[str]) -> str:
+    """Return lines that compute embeddings with transformers alone."""
+    origin, tower = origin_of(model, names), model.towers[model.tower_of[names[0]]]
+    if origin and origin.library == "transformers" and getattr(tower, "method", "__call__") == "__call__":
+        length = getattr(model.modality(names[0]), "context_length", 0)
+        return usage_of_one_field(tower, kind_of(model, names[0]), length)
+    return USAGE
 
 
 def _score_tensors(

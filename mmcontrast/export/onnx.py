@@ -158,8 +158,9 @@ def _describe_images(model: ContrastiveModel, name: str, modality: ImageModality
         resize = modality.resize_to
         options: dict[str, Any] = {"resize": resize if modality.resize == "shortest" else [resize, resize]}
         options |= {"crop": [modality.size] * 2, "interpolation": modality.interpolation}
-        return options | {"mean": modality.mean, "std": modality.std, "channels": modality.channels, "background": background}
-    common: dict[str, Any] = {"channels": 3, "background": None}
+        options |= {"mean": modality.mean, "std": modality.std, "channels": modality.channels, "background": background}
+        return options | {"deep": background is not None}  # 16 bits are scaled to 8; libraries clip them
+    common: dict[str, Any] = {"channels": 3, "background": None, "deep": False}
     prepare: Any = modality.prepare
     if library == "open_clip":
         config = preprocess_config(origin, modality)

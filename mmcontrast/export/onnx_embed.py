@@ -88,7 +88,7 @@ def picture(value: Any, config: dict[str, Any]) -> np.ndarray:
     from PIL import Image
 
     image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-    if config["background"] and image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+    if config["deep"] and image.mode.startswith("I"):  # 16 bits, which Pillow would clip
         values = np.asarray(image).clip(0, 65535)
         grey, transparent = Image.fromarray((values / 257).round().astype(np.uint8)), image.info.get("transparency")
         if transparent is not None:

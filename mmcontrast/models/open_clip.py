@@ -1,6 +1,7 @@
 """Open models of open_clip: a whole dual encoder, one half as a tower, or its text transformer from scratch."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
-from mmcontrast.libraries import library_errors, opening, part_of_open_clip, tell
+from mmcontrast.libraries import library_errors, opening, part_of_open_clip
 from mmcontrast.modalities import PADDING, TextIds
 from mmcontrast.modalities.image import without_palette_alpha
 from mmcontrast.modalities.library import LibraryImages, LibraryTexts
@@ -274,9 +275,10 @@ def tell_of_preprocessing(name: str, file: str, used: Any) -> None:
     other = {key: value for key, value in published.items() if list_of(getattr(used, key)) != list_of(value)}
     if other:
         default = {key: getattr(used, key) for key in other}
-        tell(
+        warnings.warn(
             f"{file}: open_clip prepares pictures for a file by {default}, for the published weights of {name} by {other}:"
-            f" if it was trained from those, export it --format open_clip, and set them in {OPEN_CLIP_CONFIG}"
+            f" if it was trained from those, export it --format open_clip, and set them in {OPEN_CLIP_CONFIG}",
+            stacklevel=2,
         )
 
 

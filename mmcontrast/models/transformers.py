@@ -16,7 +16,7 @@ from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTe
 from mmcontrast.models.base import Origin, Tower
 from mmcontrast.models.contrastive import ContrastiveModel, assembled
 from mmcontrast.models.processors import Tokenizer, as_ours, extract_sound, network_inputs, prepare_pixels
-from mmcontrast.models.sentence_transformers import sentence_pooling
+from mmcontrast.models.sentence_transformers import SentenceSettings, sentence_settings
 from mmcontrast.models.sizes import OWN_SIZES, Sizes, add_tokens, resize_positions, resized_processor
 from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
 
@@ -27,6 +27,7 @@ FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio
 HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types whose halves have pooled features
 FULL_LENGTH = "siglip"  # and siglip2: trained on texts of the whole context's length
 UNBOUNDED = 512  # tokens of a text, if neither the tokenizer nor the model has a limit
+OWN_POOLING = "mmcontrast_pooling"  # in the config of an encoder that we export
 
 
 class TransformersTower(Tower):
@@ -193,7 +194,8 @@ def open_transformers(
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     refuse_hub_attention(name, config)
-    pooling = pooling or sentence_pooling(name)
+    settings = SentenceSettings(pooling) if pooling else sentence_settings(name)
+    pooling = settings.pooling or getattr(config, OWN_POOLING, None)
     kind = (config.architectures or [""])[0]
     is_half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)
     opener: Any = getattr(transformers, kind, transformers.AutoModel) if is_half else transformers.AutoModel
@@ -220,7 +222,7 @@ def open_transformers(
     tensors = network.state_dict()
     if dual:
         configs = {field: getattr(config, f"{'vision' if field == 'image' else field}_config") for field in fields}
-        modalities = {field: _make_modality(name, field, network, configs[field], sizes) for field in fields}
+        modalities = {field: _make_modality(name, field, network, configs[field], sizes, settings) for field in fields}
         towers = {}
         for field, modality in modalities.items():
             method = f"get_{field}_features"
@@ -233,7 +235,7 @@ def open_transformers(
     if config.is_encoder_decoder or network.main_input_name not in FIELD_OF:
         raise UserError(f"{name}: a {type(network).__name__} is neither a dual encoder nor an encoder of one field")
     field = FIELD_OF[network.main_input_name]
-    modality = _make_modality(name, field, network, config, sizes)
+    modality = _make_modality(name, field, network, config, sizes, settings)
     output = f"{field}_embeds" if kind.endswith("WithProjection") else "pooler_output"
     if plain:
         tower: Tower = _make_plain_tower(name, network, field, pooling)
@@ -311,7 +313,9 @@ class _PlainTower(TransformersTower):
         return features
 
 
-def _make_modality(name: str, field: str, network: nn.Module, config: Any, sizes: Sizes) -> Modality:
+def _make_modality(
+    name: str, field: str, network: nn.Module, config: Any, sizes: Sizes, settings: SentenceSettings
+) -> Modality:
     """Return the modality of a field, from the files beside the weights."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
@@ -332,7 +336,9 @@ def _make_modality(name: str, field: str, network: nn.Module, config: Any, sizes
     if sizes.new_tokens:
         config.vocab_size = add_tokens(name, network, tokenizer, sizes.new_tokens)
     positions = positions_of(network, config)
-    length = min(tokenizer.model_max_length, positions or UNBOUNDED)
+    length = min(tokenizer.model_max_length, positions or UNBOUNDED, settings.max_length or UNBOUNDED)
+    if settings.lower and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
+        raise UserError(f"{name}: sentence-transformers lowers its texts, and its tokenizer does not: that is not read here")
     if sizes.context_length:
         if positions is not None and sizes.context_length > positions:
             reason = (

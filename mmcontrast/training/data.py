@@ -59,11 +59,15 @@ def make_dataset(
         views: what teachers read of each sample.
 
     Raises:
-        UserError: for shards that do not exist, or lack a field.
+        UserError: for shards that do not exist, or lack a field, or in training have no sample with two.
     """
     modalities = training_modalities(fields, model) if training else {field: model.modality(field) for field in fields}
     keys = {name: field.keys for name, field in fields.items() if field.keys}
-    return open_dataset(shards, modalities, keys, seed=seed, training=training, partial=partial, without=without, views=views)
+    options: dict[str, Any] = {"seed": seed, "training": training, "partial": partial, "without": without, "views": views}
+    dataset = open_dataset(shards, modalities, keys, **options)
+    if dataset.pairless:
+        raise UserError(dataset.pairless)
+    return dataset
 
 
 def training_modalities(fields: Iterable[str], model: ContrastiveModel) -> dict[str, Modality]:

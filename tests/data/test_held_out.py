@@ -4,7 +4,9 @@ import io
 import json
 import random
 import tempfile
+import uuid
 from collections import defaultdict
+from datetime import datetime, timedelta
 
 import datasets
 import numpy as np
@@ -108,6 +110,40 @@ def pictures_of(captions):
     return {int(caption[1:]) // 5 for caption in captions}
 
 
+@pytest.mark.parametrize("kind", ["uuid", "date", "timestamp", "two csv"])
+def test_groups_of_any_type_are_those_of_training(tmp_path, kind):
+    """Of a CSV, pandas prints the numbers of a column with gaps as 1.0."""
+    groups = [k // 4 for k in range(NUMBER)]
+    day = datetime(2020, 1, 1)
+    values = {
+        "uuid": pa.array([uuid.UUID(int=group).bytes for group in groups], pa.uuid()),
+        "date": pa.array([(day + timedelta(group)).date() for group in groups]),
+        "timestamp": pa.array([day + timedelta(group) for group in groups]),
+    }
+    table = {"text": [f"c{k}" for k in range(NUMBER)], "group_id": values.get(kind, pa.array(groups))}
+    if kind == "two csv":
+        frame = pa.table(table).to_pandas()
+        frame[:130].to_csv(tmp_path / "a.csv", index=False)
+        frame[130:].assign(group_id=lambda rows: rows.group_id.where(rows.index != NUMBER - 1)).to_csv(
+            tmp_path / "b.csv", index=False
+        )
+        shards = str(tmp_path / "*.csv")
+    else:
+        pq.write_table(pa.table(table), tmp_path / "t.parquet")
+        shards = str(tmp_path / "t.parquet")
+    text = {"text": TextModality()}
+    parts = (open_dataset({"shards": shards, "held_out": 0.3}, text, {}), open_dataset(shards, text, {}, without=0.3))
+    held_out, rest = ({part[k].group_id for k in range(len(part))} for part in parts)
+    assert held_out and not held_out & rest
+    assert len(held_out | rest) == len(set(groups)) + (kind == "two csv")  # the last row has none
+
+
+def test_ids_in_bytes_are_refused(tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"], "group_id": [b"1", b"1"]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="column 'group_id' holds bytes, not numbers or texts"):
+        open_shards(str(tmp_path / "t.parquet"))
+
+
 def test_rows_that_show_one_picture_are_on_one_side(tmp_path):
     """Five captions of each of 60 pictures, in rows of their own, with no group: by path, by bytes, as datasets writes them."""
     captions, numbers = [f"c{k}" for k in range(NUMBER)], [k // 5 for k in range(NUMBER)]
@@ -175,7 +211,7 @@ def test_rows_that_belong_together_have_one_hash_over_several_tables(data):
     with tempfile.TemporaryDirectory() as folder:
         for number, rows in enumerate(tables):
             groups, keys, pictures = zip(*rows, strict=True)
-            group_type = data.draw(st.sampled_from([pa.int64(), pa.float64(), pa.string()]))
+            group_type = data.draw(st.sampled_from([pa.int64(), pa.float64(), pa.string(), pa.decimal128(20, 0)]))
             columns = {
                 "group_id": pa.array(groups, pa.int64()).cast(group_type),
                 "key": pa.array([f"k{k}" for k in keys]),

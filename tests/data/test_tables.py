@@ -122,6 +122,15 @@ def test_batches_are_those_of_a_tar(tmp_path, make, num_workers):
             assert {name: one[name] for name in other} == other
 
 
+def test_lists_of_captions_are_as_long_as_they_are_read(tmp_path):
+    captions = [["a", "bcd"], ["ef"], [], None, [None, "g"]]
+    pq.write_table(pa.table({"text": pa.array(captions, pa.list_(pa.string()))}), tmp_path / "t.parquet")
+    (shard,) = open_shards(str(tmp_path / "t.parquet"))
+    read = [shard.read(row, ["text"]).get("text") for row in range(5)]
+    assert read[0] == b"a\nbcd"
+    assert shard.sizes_of("text").tolist()[:2] == [5, 2] and shard.sizes_of("text")[3] == -1
+
+
 def test_a_table_is_copied_once_and_again_when_it_changes(tmp_path):
     name = as_parquet(tmp_path)
     (first,) = open_shards(name)

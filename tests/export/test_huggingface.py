@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import open_clip
@@ -54,6 +55,36 @@ def test_a_model_of_transformers_goes_back_unchanged(kind, tmp_path):
     again, first = mmcontrast.load(out), mmcontrast.load(source)
     torch.testing.assert_close(again.embed(**values), first.embed(**values), atol=1e-6, rtol=0)
     assert torch.equal(again.embed(texts=TEXTS), first.embed(texts=TEXTS))
+
+
+@pytest.mark.parametrize("pooling", ["first", "last", "mean"])
+def test_an_encoder_keeps_its_pooling_and_its_card_runs(tmp_path, pooling):
+    network = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", **WORDS))
+    perturbed(network)
+    network.save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    expected = mmcontrast.load(tmp_path / "bert", pooling=pooling)
+    export_model(tmp_path / "bert", tmp_path / "out", "huggingface", pooling=pooling)
+    assert torch.equal(mmcontrast.load(tmp_path / "out").embed(texts=TEXTS), expected.embed(texts=TEXTS))
+    card = (tmp_path / "out" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {"TEXTS": TEXTS}
+    exec(code.replace('["a caption"]', "TEXTS").replace('"out"', repr(str(tmp_path / "out"))), names)
+    torch.testing.assert_close(names["embeddings"], expected.embed(texts=TEXTS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [hf.CLIPVisionModelWithProjection, hf.Dinov2Model])
+def test_the_card_of_an_encoder_of_pictures_runs(tmp_path, kind):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+    kind(kind.config_class(**sizes, patch_size=16, projection_dim=24)).save_pretrained(tmp_path / "vit")
+    sides = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+    hf.CLIPImageProcessor(**sides).save_pretrained(tmp_path / "vit")
+    export_model(tmp_path / "vit", tmp_path / "out", "huggingface")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    names = {"picture": Image.effect_noise((32, 32), 90.0).convert("RGB")}
+    exec(code.replace('"out"', repr(str(tmp_path / "out"))), names)
+    expected = mmcontrast.load(tmp_path / "out").embed(images=[names["picture"]])
+    torch.testing.assert_close(names["embeddings"], expected, atol=1e-4, rtol=0)
 
 
 def test_a_scale_that_was_learnt_is_that_of_both_directions_of_clap(tmp_path):

@@ -9,11 +9,14 @@ import onnx
 import pytest
 import soundfile
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import export_model
+from mmcontrast.export.onnx_embed import picture
+from mmcontrast.modalities import ImageModality
 from tests.export.models import changed, run
 from tests.models.open_clip_models import save
 from tests.models.samples import TEXTS, pictures, sounds
@@ -127,3 +130,16 @@ def test_a_tower_that_computes_with_the_number_of_samples_is_not_exported(tmp_pa
     with pytest.raises(UserError, match="the number of samples that it was traced with"):
         export_model(saved(DUAL["clap"](), tmp_path / "clap"), tmp_path / "out", "onnx", fields=["audio"])
     assert not (tmp_path / "out").exists()
+
+
+def test_sixteen_bits_are_scaled_where_our_own_training_does(tmp_path):
+    """transformers and open_clip clip them, as Pillow does."""
+    values = np.linspace(0, 40000, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    common = {"background": [255, 255, 255], "channels": 1, "resize": [64, 64], "interpolation": "bicubic", "crop": None}
+    common |= {"mean": [0.0], "std": [1.0]}
+    ours = ImageModality(64, channels=1, background="white", mean=[0.0], std=[1.0])
+    want = ours(ours.collate([ours.transform(ours.decode((tmp_path / "deep.png").read_bytes()), False)]))[0].numpy()
+    np.testing.assert_allclose(picture(tmp_path / "deep.png", common | {"deep": True}), want, atol=0.5 / 255)
+    clipped = picture(tmp_path / "deep.png", common | {"deep": False})
+    np.testing.assert_array_equal(clipped[0] * 255, np.asarray(Image.open(tmp_path / "deep.png").convert("L"), np.float32))

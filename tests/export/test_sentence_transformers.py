@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 import mmcontrast
 from mmcontrast.errors import UserError
 from mmcontrast.export.folder import export_model
+from mmcontrast.models.sentence_transformers import SentenceSettings, sentence_settings
 from tests.export.models import TIMM, changed, perturbed, run
 from tests.models.samples import TEXTS, pictures, sounds, tokenizer
 from tests.models.transformers_models import DUAL, WORDS, saved
@@ -62,6 +63,17 @@ def test_text_encoders_with_their_pooling_and_projection(tmp_path):
         torch.testing.assert_close(theirs.encode(long, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
         opened = mmcontrast.load(tmp_path / pooling)  # as what it says that it is
         torch.testing.assert_close(opened.embed(texts=long), expected, atol=1e-5, rtol=0)
+    module = SentenceTransformer(str(tmp_path / "first"), device="cpu")
+    module.prompts, module.default_prompt_name = {"q": "a photo of "}, "q"
+    module.save(str(tmp_path / "settings"))  # and, as most models on the hub have it:
+    (tmp_path / "settings" / "sentence_bert_config.json").write_text('{"max_seq_length": 6, "do_lower_case": false}')
+    module = SentenceTransformer(str(tmp_path / "settings"), device="cpu")
+    assert module.max_seq_length == 6
+    with pytest.warns(match="sentence-transformers begins each text with 'a photo of ', which is not done here"):
+        settings = sentence_settings(str(tmp_path / "settings"))
+    assert settings == SentenceSettings("first", 6)
+    expected = module.encode(long, convert_to_tensor=True, prompt="")
+    torch.testing.assert_close(mmcontrast.load(tmp_path / "settings").embed(texts=long), expected, atol=1e-5, rtol=0)
     text = {"type": "text", "tokenizer": str(tmp_path / "bert"), "context_length": 12}
     tower = {"type": "transformers", "model": str(tmp_path / "bert"), "pretrained": True}
     source = run(tmp_path / "run", changed(towers__text=tower, fields__text__modality=text))
