@@ -204,7 +204,8 @@ def _write_clip(model: ContrastiveModel, names: list[str], folder: Path) -> list
     return [
         "texts go through CLIP's tokenizer of transformers, which leaves HTML entities, curly quotes, ligatures and full-width"
         " characters as they are: texts with them get other embeddings than from open_clip, which replaces them by"
-        " ftfy.fix_text and html.unescape"
+        " ftfy.fix_text and html.unescape. <|startoftext|> and <|endoftext|> in a text become its special tokens, where"
+        " open_clip reads words"
     ]
 
 

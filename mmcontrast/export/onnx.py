@@ -252,7 +252,9 @@ def _describe_texts(
     context = tower.network.context_length if fixed_length and not tower.masks else length
     description: dict[str, Any] = {"kind": "text", "tokenizer": f"{name}_tokenizer", "length": length, "clean": clean}
     description |= {"pad_id": pad_id or 0, "pad_left": pads_left, "pad_to": context if constant_width else None}
-    description |= {"mask": not fixed_length, "repair": repair}
+    # of open_clip's own encoding: the names that transformers gives its special tokens are words like others
+    literal = repair and "<|startoftext|>" in tokenizer.all_special_tokens
+    description |= {"mask": not fixed_length, "repair": repair, "literal": literal}
     if isinstance(tower, TransformersTower):
         tower.length_chunks = 1  # reading the lengths has no place in a graph
     ids = torch.ones(2, context if constant_width else 7, dtype=torch.int64)

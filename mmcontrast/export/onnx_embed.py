@@ -65,6 +65,7 @@ class Embedder:
         tokenizer = Tokenizer.from_file(str(self.folder / config["tokenizer"] / "tokenizer.json"))
         tokenizer.enable_truncation(config["length"])
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = config["literal"]
         rows = [tokenizer.encode(cleaned(text, config["clean"], config["repair"])).ids for text in values]
         width = config["pad_to"] or max(map(len, rows))
         ids = np.full((len(rows), width), config["pad_id"], dtype=np.int64)

@@ -91,7 +91,15 @@ def test_siglip_of_open_clips_and_clip_of_transformers(tmp_path):
     save_file(tensors | {"logit_bias": torch.tensor(-9.0)}, source / "open_clip_model.safetensors")
     export_model(source, tmp_path / "siglip-out", "onnx")
     files = [file for file in pictures(tmp_path) if file.name not in ("d.png", "e.png")]  # transparency, a palette
-    dirty = ["it’s a “black” queen", "Tom &amp; Jerry", "ﬁne", "ｆｕｌｌ width", "two  spaces", "a\nb"]
+    dirty = [
+        "it’s a “black” queen",
+        "Tom &amp; Jerry",
+        "ﬁne",
+        "ｆｕｌｌ width",
+        "two  spaces",
+        "a\nb",
+        "the <|endoftext|> of a",
+    ]
     rows, _, bias = embedded(tmp_path / "siglip-out", {"image": files, "text": [*TEXTS, *dirty]})
     model = mmcontrast.load(source)
     torch.testing.assert_close(rows["image"][0], model.embed(images=files), atol=1e-5, rtol=0)
