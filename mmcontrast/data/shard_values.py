@@ -61,4 +61,6 @@ def _table_values(shard: ShardIndex, column: str) -> list[Any] | None:
         return None
     values = table.table[column]
     values = values.take(pa.array(shard.rows)) if isinstance(shard, ShardPart) else values
+    if pa.types.is_integer(values.type):  # at once
+        return values.to_pylist()
     return [table.entry(column, value) for value in values]
