@@ -337,3 +337,18 @@ def test_verify_reads_what_training_would(config, tmp_path):
     report = verify_sources(*_sources(words[0], [*words[1:], f"data.select={tmp_path}/well"]), 1, progress=False)
     (fault,) = report["faults"]
     assert report["samples"] == 18 and "000000009" in fault["where"] and "000000008" in fault["error"]
+
+
+def test_ids_of_a_csv_with_gaps_are_whole_numbers(tmp_path):
+    """pandas prints 1.0 where a column has gaps; in a list, and in the data."""
+    pd.DataFrame({"text": ["a", "b", "c", "d"], "sample_id": [1.0, 2.0, None, 4.0]}).to_csv(tmp_path / "t.csv", index=False)
+    whole = open_dataset(str(tmp_path / "t.csv"), {"text": TextModality()}, {})
+    found = ids(whole)
+    assert found[:2] == [1, 2] and found[3] == 4 and whole.sample_ids().tolist() == found
+    for kept in ([1, 4], [1.0, 4.0]):
+        pd.DataFrame({"sample_id": kept}).to_csv(tmp_path / "keep.csv", index=False)
+        options = {"shards": str(tmp_path / "t.csv"), "select": str(tmp_path / "keep.csv")}
+        assert len(open_dataset(options, {"text": TextModality()}, {})) == 2
+    pd.DataFrame({"text": ["a"], "sample_id": [2]}).to_csv(tmp_path / "u.csv", index=False)
+    with pytest.raises(UserError, match="its sample_id '2' is that of"):
+        open_dataset(str(tmp_path / "[tu].csv"), {"text": TextModality()}, {})
