@@ -41,6 +41,7 @@ def start_worker(_: int = 0) -> None:
 
 @atexit.register  # before multiprocessing's own, which would wait for workers that take its SIGTERM for a scheduler's
 def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise, wherever the interpreter is on its way out
     for child in multiprocessing.active_children():
         child.kill()
 
