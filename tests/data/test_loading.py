@@ -1,6 +1,8 @@
 """Batches on their way: as many as the memory holds, few open files, and no step that takes longer with more shards."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,20 @@ def test_a_step_takes_no_longer_with_more_shards():
         for step in range(1, 60):
             order.places(step)
         assert Counted.passes == before
+
+
+AT_EXIT = """
+import atexit, time
+atexit.register(time.sleep, 0.5)  # runs after what is registered later
+import torch
+from torch.utils.data import DataLoader
+from mmcontrast.data.loading import start_worker
+batches = iter(DataLoader(torch.arange(999), batch_size=4, num_workers=2, worker_init_fn=start_worker))
+next(batches)
+"""
+
+
+def test_a_process_that_ends_beside_its_workers_says_nothing():
+    """torch raises for a worker that has ended, in whatever the interpreter does last."""
+    ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
