@@ -5,7 +5,7 @@
     python benchmarks/bridge.py runs/quick-0 runs/quick-1 runs/quick-2 --plot docs/bridge.png
     python benchmarks/bridge.py runs/quick-0 --pair runs/image-text runs/audio-text     # two models that share only texts
     python benchmarks/bridge.py --cost 20000 --bank 2000                                # time and memory beside cosine
-    python benchmarks/bridge.py --cost 200000 --candidates 10000 --bank 10000           # a twentieth of 200,000 × 200,000
+    python benchmarks/bridge.py --cost 200000 --candidates 1000 --bank 10000            # a 200th of 200,000 × 200,000
 
 Recall at 1 and 5 of image → audio and back on two splits of the quickstart: characters of the training set in a font and voices
 that were not trained on (val), and characters that neither the training set nor the bank has (val_unseen). The bank is the
