@@ -93,6 +93,23 @@ def compare(
         plot(results, queries, kinds, options.plot)
 
 
+def compare_bridged(
+    description: str | None,
+    arms: Iterable[str],
+    folder: str,
+    recalls: Callable[[Path, str, int], Recalls],
+    queries: Sequence[str],
+) -> None:
+    """Run a script that compares arms by recall at 1, by cosine and through a bridge.
+
+    Args:
+        recalls: of a folder of runs, an arm and a seed: per query, by cosine and through the bridge.
+    """
+    options = parser_of(description, arms, folder).parse_args()
+    kinds = [("#777777", "cosine"), ("#2166ac", "through the bridge")]
+    compare(options, lambda arm, seed: recalls(options.folder, arm, seed), queries, kinds)
+
+
 def spread(values: Sequence[float]) -> float:
     """Return half of the distance between the best and the worst seed."""
     return (max(values) - min(values)) / 2

@@ -10,7 +10,7 @@ English captions, English and French through pictures. Captions and speech are t
 
 from pathlib import Path
 
-from arms import Recalls, compare, parser_of, recall_at_1, table_of, train  # type: ignore[import-not-found]  # beside this file
+from arms import Recalls, compare_bridged, recall_at_1, table_of, train  # type: ignore[import-not-found]  # beside this file
 
 from mmcontrast import load
 from mmcontrast.evaluation.banks import read_bank
@@ -42,15 +42,5 @@ def recalls(folder: Path, arm: str, seed: int) -> Recalls:
     return found
 
 
-def main() -> None:
-    options = parser_of(__doc__, ARMS, "runs/stamps").parse_args()
-    compare(
-        options,
-        lambda arm, seed: recalls(options.folder, arm, seed),
-        [f"{query} → {candidate}" for query, candidate in QUERIES],
-        [("#777777", "cosine"), ("#2166ac", "through the bridge")],
-    )
-
-
 if __name__ == "__main__":
-    main()
+    compare_bridged(__doc__, ARMS, "runs/stamps", recalls, [f"{query} → {candidate}" for query, candidate in QUERIES])

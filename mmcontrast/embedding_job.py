@@ -68,7 +68,7 @@ def embed_shards(
     for table_slice in own_slices[:1]:
         table_slice.check(description)
     if made := [table_slice.record.stat().st_mtime for table_slice in own_slices if table_slice.record.exists()]:
-        tell_of_newer((shard.name for shard in samples.shards), min(made), out)
+        tell_of_newer(((shard.name, min(made)) for shard in samples.shards), out)
     if num_slices and all(table_slice.record.exists() for table_slice in own_slices):
         return TableSlice(out, 1, num_slices).complete()
     if device in (None, "cuda") and world_size > 1 and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What lists of values may be: whatever has an order, from any library; the rest is told."""
+"""Values to embed are whatever has an order, from any library; the rest is refused."""
 
 import numpy as np
 import pandas as pd

@@ -259,10 +259,12 @@ def _check_unchanged(jobs: Sequence[_Job], out: Path) -> None:
     Raises:
         UserError: for a shard that has changed.
     """
+    made: list[tuple[str, float]] = []
     for job, entry in zip(jobs, json.loads((out / MANIFEST).read_text())["shards"], strict=True):
         if _part_path(job, _content_of(_open(job)), PARTS).name != entry["part"]:
             raise UserError(f"{out} is complete, and {job.shard} has changed since: remove it, or choose another folder")
-    tell_of_newer((job.shard for job in jobs), (out / BEGUN).stat().st_mtime, out)
+        made.append((job.shard, (out / PARTS / entry["part"]).stat().st_mtime))
+    tell_of_newer(made, out)
 
 
 def _rows(job: _Job, shard: ShardIndex) -> tuple[np.ndarray, pa.Table | None]:

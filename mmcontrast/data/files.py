@@ -79,9 +79,13 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
-def tell_of_newer(names: Iterable[str], than: float, what: object) -> None:
-    """Warn of local files that were written after something was made of them; their names and sizes may be as they were."""
-    newer = [name for name in names if os.path.isfile(name) and os.stat(name).st_mtime > than]
+def tell_of_newer(made: Iterable[tuple[str, float]], what: object) -> None:
+    """Warn of local files that were written after something was made of them; their names and sizes may be as they were.
+
+    Args:
+        made: files, and when (in seconds) it was made of each.
+    """
+    newer = [name for name, time_made in made if os.path.isfile(name) and os.stat(name).st_mtime > time_made]
     if newer:
         more = f" and {len(newer) - 1} more were" if len(newer) > 1 else " was"
         tell(f"{newer[0]}{more} written after {what} was made: if what is in them has changed, remove it and make it again")

@@ -174,7 +174,7 @@ class TableIndex(ShardIndex):
     def _class_names(self) -> dict[str, list[str]]:
         """Return the names of the classes of each column of numbers that Hugging Face's datasets call a ClassLabel."""
         described = json.loads((self.table.schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = described.get("info", {}).get("features", {})
+        features = (described.get("info") or {}).get("features") or {}
         labels = {name: feature for name, feature in features.items() if isinstance(feature, dict) and "names" in feature}
         return {name: feature["names"] for name, feature in labels.items() if feature.get("_type") == "ClassLabel"}
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from rich.table import Table
@@ -117,7 +116,7 @@ class Comparison:
         for setting in sorted({name for run in self.runs for name in run.settings}):
             values = {run.name: run.settings[setting] for run in self.runs if setting in run.settings}
             if len(set(values.values())) > 1:
-                shown = ", ".join(f"{run} {shorten(value, SHOWN, placeholder=' …')}" for run, value in values.items())
+                shown = ", ".join(f"{run} {value}" for run, value in _differing(values).items())
                 warnings.append(f"not evaluated alike: {setting} is {shown}")
         for split in self.splits:
             digests = {run.name: run.digests[split] for run in self.runs if split in run.digests}
@@ -195,6 +194,17 @@ def read(path: Path, name: str) -> RunResults:
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{file} is no results.json: {type(error).__name__} {error}") from error
     return RunResults(name, path, results, digests, settings)
+
+
+def _differing(values: Mapping[str, str]) -> dict[str, str]:
+    """Return a setting of each run, JSON, cut to what may be shown; of several options those alone that differ."""
+    read = {run: json.loads(value) for run, value in values.items()}
+    if all(isinstance(value, dict) for value in read.values()):
+        names = {name for value in read.values() for name in value}
+        names = {name for name in names if len({json.dumps(value.get(name)) for value in read.values()}) > 1}
+        read = {run: {name: value[name] for name in sorted(names & value.keys())} for run, value in read.items()}
+    texts = {run: json.dumps(value, ensure_ascii=False) for run, value in read.items()}
+    return {run: text if len(text) <= SHOWN else f"{text[:SHOWN]} …" for run, text in texts.items()}
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SENTENCE_POOLINGS = {  # and what sentence-transformers calls them
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """What a model of sentence-transformers does around its transformers model; of any other model nothing.
+    """Settings of sentence-transformers around its transformers model; the defaults are those of any other model.
 
     Attributes:
         pooling: of the last hidden states; None: the model pools by itself.

@@ -50,7 +50,7 @@ def test_phrases_marks_and_what_is_no_entry():
 
 
 def test_a_frequent_entry_keeps_about_its_limit_and_a_rare_one_all(tmp_path):
-    """Of two shards: a dog in 3,000 texts, a gnu in 40, both in 20; and what matches nothing, or is no text."""
+    """Two shards have a dog in 3,000 texts, a gnu in 40, both in 20; and what matches nothing, or is no text."""
     texts = ["a dog"] * 2980 + ["a gnu"] * 20 + ["a gnu, a dog"] * 20 + ["a cat"] * 10
     random.Random(0).shuffle(texts)
     samples = [{"__key__": f"{k:05d}", "txt": text} for k, text in enumerate(texts)]
@@ -83,7 +83,7 @@ def test_a_frequent_entry_keeps_about_its_limit_and_a_rare_one_all(tmp_path):
 
 
 def test_texts_are_where_the_keys_say(tmp_path):
-    """Of the usual members one that a shard has; entries of the json as img2dataset writes them; none at all."""
+    """Texts are in a usual member that the shard has, in entries of the json as img2dataset writes them, or nowhere."""
     shards = {"captions": {"caption": "a gnu"}, "entries": {"json": {"caption": "a gnu"}}, "pictures": {"cls": "1"}}
     (tmp_path / "entries.txt").write_text("gnu\n")
     for name, members in shards.items():

@@ -112,7 +112,7 @@ def pictures_of(captions):
 
 @pytest.mark.parametrize("kind", ["uuid", "date", "timestamp", "two csv"])
 def test_groups_of_any_type_are_those_of_training(tmp_path, kind):
-    """Of a CSV, pandas prints the numbers of a column with gaps as 1.0."""
+    """Ids are divided as training reads them; pandas prints those of a CSV's column with gaps as 1.0."""
     groups = [k // 4 for k in range(NUMBER)]
     day = datetime(2020, 1, 1)
     values = {

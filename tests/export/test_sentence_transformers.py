@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import constants
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, models
 
 import mmcontrast
 from mmcontrast.errors import UserError
@@ -87,3 +88,21 @@ def test_text_encoders_with_their_pooling_and_projection(tmp_path):
         export_model(source, tmp_path / "whole", "sentence-transformers")
     with pytest.raises(UserError, match="takes text encoders of transformers"):
         export_model(run(tmp_path / "timm", TIMM), tmp_path / "whole", "sentence-transformers", fields=["image"])
+
+
+def test_settings_are_those_of_the_hub_too(tmp_path, monkeypatch):
+    """A name in the hub's cache, as its own library lays it out; a name that is not there has none."""
+    modules = [models.Transformer(str(saved_bert(tmp_path)), max_seq_length=9), models.Pooling(WORDS["hidden_size"], "cls")]
+    snapshot = tmp_path / "hub" / "models--lab--bge" / "snapshots" / ("a" * 40)
+    SentenceTransformer(modules=modules, device="cpu").save(str(snapshot))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert sentence_settings("lab/bge").pooling == sentence_settings(str(snapshot)).pooling == "first"
+    assert sentence_settings("lab/other") == sentence_settings("not a name") == SentenceSettings()
+
+
+def saved_bert(folder):
+    hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", **WORDS)).save_pretrained(folder / "bert")
+    tokenizer().save_pretrained(folder / "bert")
+    return folder / "bert"

@@ -56,7 +56,7 @@ def test_a_tree_that_one_process_makes_is_its_own():
 
 
 def weights():
-    """Of first dimensions that four ranks share evenly, unevenly, and not at all."""
+    """Tensors whose first dimensions four ranks share evenly, unevenly, and not at all."""
     torch.manual_seed(0)
     shapes = {"even": (8, 3), "uneven": (7, 2), "few": (2, 5), "one": (1,), "wide": (64, 32)}
     return {name: torch.randn(shape) for name, shape in shapes.items()}

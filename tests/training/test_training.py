@@ -315,7 +315,7 @@ def test_time_of_evaluation_is_not_in_the_rates(tmp_path, monkeypatch):
 
 
 def test_the_most_that_a_device_could_do(config_file, monkeypatch):
-    """Of a GPU by its data sheet; the name is all that is asked of it."""
+    """The peak of a GPU is its data sheet's; the name is all that is asked of it."""
     model = make_run_context(load_config(config_file)).model
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     most = peak_samples(model, "bf16", torch.device("cuda"))
