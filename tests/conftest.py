@@ -1,8 +1,10 @@
 """Small real data for every test: a few glyphs drawn, spoken and written as shards, once a session."""
 
 import os
+import random
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 if not any("gpu" in str(argument) for argument in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine; `make test-gpu` is what a card is for
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -29,12 +32,25 @@ TRAIN, VAL = 96, 24
 LETTERS = ("Latin", "Greek", "Cyrillic")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="other random inputs for every test that draws some (default: 0)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session a folder for its fork server, which ends with this process."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="mmcontrast-tests-")
         config.add_cleanup(folder.cleanup)
         os.environ |= {FOLDER: folder.name, OWNER: str(os.getpid())}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed a test by its name, so that what fails fails again, whichever tests its worker ran before."""
+    seed = zlib.crc32(f"{item.config.getoption('seed')} {item.nodeid}".encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,6 @@ from tests.curation.tables import write_table
 
 @pytest.fixture
 def made(tmp_path):
-    torch.manual_seed(torch.seed() % 2**31)
     image, text = (F.normalize(torch.randn(500, 12), dim=1) for _ in "12")
     image[3], text[3:5] = 0, 0  # absent
     return write_table(tmp_path / "table", {"image": image, "text": text}), tmp_path

@@ -61,12 +61,12 @@ def test_neighbours_vote_as_scikit_learns(temperature):
 
 
 def test_few_shots_are_drawn_by_seed():
-    (rows, labels), (test_rows, test_labels) = cloud(200), cloud(300)
+    (rows, labels), (test_rows, test_labels) = cloud(200, 0.6), cloud(300, 0.6)  # where 25 a class are better than 3 by 0.08 or more
     found = few_shot(rows, labels, test_rows, 3, seeds=(0, 1, 0))
     assert found.shape == (3, 300) and torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     mean, deviation = over_seeds(found, test_labels)
     shares = [(row == test_labels).double().mean().item() for row in found]
-    assert mean == pytest.approx(np.mean(shares)) and deviation == pytest.approx(np.std(shares, ddof=1)) and mean > 0.5
+    assert mean == pytest.approx(np.mean(shares)) and deviation == pytest.approx(np.std(shares, ddof=1)) and mean > 0.3
     many = over_seeds(few_shot(rows, labels, test_rows, 25), test_labels)
     assert many[0] > mean and np.isnan(over_seeds(found[:1], test_labels)[1])
 
