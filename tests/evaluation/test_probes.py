@@ -61,7 +61,8 @@ def test_neighbours_vote_as_scikit_learns(temperature):
 
 
 def test_few_shots_are_drawn_by_seed():
-    (rows, labels), (test_rows, test_labels) = cloud(200, 0.6), cloud(300, 0.6)  # where 25 a class are better than 3 by 0.08 or more
+    # at this noise 25 a class are better than 3 by 0.08 or more
+    (rows, labels), (test_rows, test_labels) = cloud(200, 0.6), cloud(300, 0.6)
     found = few_shot(rows, labels, test_rows, 3, seeds=(0, 1, 0))
     assert found.shape == (3, 300) and torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     mean, deviation = over_seeds(found, test_labels)

@@ -1,10 +1,7 @@
 """`contrastive_loss` against open_clip and against dense textbook forms, in value and every gradient."""
 
 import itertools
-import re
-from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 import torch._dynamo
@@ -306,76 +303,6 @@ def test_a_compiled_training_step_contains_it(whole):
     torch.testing.assert_close(compiled, plain)
     for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def class_in_the_docs(name):
-    """A class that docs/score_statistics.md shows, as it stands there."""
-    page = Path(__file__).parents[2] / "docs" / "score_statistics.md"
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if f"class {name}(" in block)
-    names = {"torch": torch, "F": F, "mmcontrast": mmcontrast, "open_clip": open_clip}
-    exec(code, names)
-    return names[name]
-
-
-def test_it_takes_the_place_of_open_clips_loss():
-    x, y = unit(9, 5, seed=0, dtype=torch.float32), unit(9, 5, seed=1, dtype=torch.float32)
-    losses = class_in_the_docs("TiledClipLoss")(), ClipLoss()
-    ours, theirs = (loss(x, y, torch.tensor(10.0), output_dict=True) for loss in losses)
-    assert ours.keys() == theirs.keys()
-    torch.testing.assert_close(ours["contrastive_loss"], theirs["contrastive_loss"])
-
-
-class Encoder(torch.nn.Embedding):
-    """As theirs: it adds the embeddings of a column to its features."""
-
-    def forward(self, features, **_):
-        return {**features, "sentence_embedding": super().forward(features["input_ids"]).mean(1)}
-
-
-def ranking_loss(model, columns, symmetric):
-    """MultipleNegativesRankingLoss (arXiv:1705.00652): all positives and hard negatives are candidates of each anchor."""
-    anchors, *others = (F.normalize(model(features)["sentence_embedding"], dim=1) for features in columns)
-    scores, own = 20.0 * anchors @ torch.cat(others).T, torch.arange(len(anchors))
-    there = F.cross_entropy(scores, own)
-    return (there + F.cross_entropy(scores[:, : len(anchors)].T, own)) / 2 if symmetric else there
-
-
-def sentence_transformers_loss(model, columns, symmetric):
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-
-    options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"} if symmetric else {}
-    return MultipleNegativesRankingLoss(model, **options)(columns, None)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("negatives", [0, 1, 2])
-@pytest.mark.parametrize("theirs", [ranking_loss, sentence_transformers_loss])
-def test_it_is_a_loss_of_sentence_transformers(theirs, negatives, symmetric):
-    """Their losses get a model, and at each step the features of every column."""
-    if theirs is sentence_transformers_loss:
-        pytest.importorskip("sentence_transformers", minversion="5.3")
-    model = Encoder(50, 16)
-    columns = [{"input_ids": torch.randint(0, 50, (9, 5))} for _ in range(2 + negatives)]
-    loss, want = (
-        class_in_the_docs("TiledRankingLoss")(model, symmetric=symmetric)(columns, None),
-        theirs(model, columns, symmetric),
-    )
-    torch.testing.assert_close(loss, want)
-    grads = (torch.autograd.grad(value, model.weight)[0] for value in (loss, want))
-    torch.testing.assert_close(*grads)
-
-
-def test_hard_negatives_of_sentence_transformers_move_away_from_their_anchors():
-    torch.manual_seed(0)
-    model = Encoder(30, 16)
-    columns = [{"input_ids": torch.arange(10 * k, 10 * k + 10)[:, None]} for k in range(3)]
-    loss, optimizer = class_in_the_docs("TiledRankingLoss")(model), torch.optim.Adam(model.parameters(), 0.05)
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss(columns).backward()
-        optimizer.step()
-    anchors, positives, negatives = F.normalize(model.weight, dim=1).split(10)
-    assert (anchors * positives).sum(1).mean() > 0.6 and (anchors * negatives).sum(1).mean() < 0.2
 
 
 @pytest.mark.parametrize("objective", ["infonce", "dcl", "siglip"])
