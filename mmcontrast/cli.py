@@ -307,7 +307,7 @@ for name in ("build", "index", "inspect", "verify"):
 for name in ("balance", "dedup", "write"):
     command(data_app, name)(getattr(curation_commands, name))
 command(data_app, "filter")(curation_commands.filter_shards)
-for name in ("mine", "score", "cluster", "dedup-near"):
+for name in ("table", "mine", "score", "cluster", "dedup-near"):
     command(data_app, name)(getattr(table_commands, name.replace("-", "_")))
 
 

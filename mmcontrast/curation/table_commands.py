@@ -1,14 +1,48 @@
 """Defines the commands that work on embedding tables: mine hard negatives, drop near duplicates, cluster."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from mmcontrast.arguments import Pretrained
+from mmcontrast.errors import UserError
+
 console = Console(stderr=True, soft_wrap=True)
 Table = Annotated[Path, typer.Argument(help="an embedding table: the OUT of mmcontrast embed", metavar="TABLE")]
 Out = Annotated[Path, typer.Argument(help="a new Parquet file", metavar="OUT.parquet")]
+
+
+def table(
+    out: Annotated[Path, typer.Argument(help="a folder for the table", metavar="OUT")],
+    vectors: Annotated[
+        list[str], typer.Argument(help="image='img_emb/*.npy', or of Parquet text=rows.parquet:COLUMN", metavar="FIELD=FILES…")
+    ],
+    metadata: Annotated[str | None, typer.Option(help="Parquet files, a row a sample: its json, ids and key")] = None,
+    key: Annotated[str | None, typer.Option(help="a column of the metadata that names a sample; default: key")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="a column that is equal for rows about one thing; default: group_id")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="what made the vectors, as ViT-B-32/laion2b_s34b_b79k: for queries")] = None,
+    pretrained: Pretrained = None,
+    normalize: Annotated[bool, typer.Option(help="take vectors of any length; only their directions count")] = False,
+) -> None:
+    """Make an embedding table of vectors that another program wrote: .npy files or columns of Parquet files.
+
+    Row i of all files is sample i. The table can be evaluated, indexed, searched, mined, deduplicated and clustered like one of
+    mmcontrast embed. docs/tables.md
+
+    mmcontrast data table laion image='img_emb/*.npy' text='text_emb/*.npy' --metadata 'metadata/*.parquet' --key image_path
+    """
+    from mmcontrast.vector_tables import write_vector_table
+
+    fields = dict(pair.partition("=")[::2] for pair in vectors)
+    if len(fields) < len(vectors) or not all(re.fullmatch(r"[\w-]+", field) and files for field, files in fields.items()):
+        raise UserError(f"{' '.join(vectors)}: not of the form FIELD=FILES, each with a field of its own")
+    rows = write_vector_table(out, fields, metadata, key, group, (model, pretrained) if model else None, normalize)
+    console.print(f"{out}: {rows} rows of {', '.join(fields)}", highlight=False)
 
 
 def mine(

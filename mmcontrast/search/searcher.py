@@ -37,7 +37,10 @@ def model_of(description: Mapping[str, Any], folder: Path, device: str | None, t
     if not isinstance(width := description.get("width"), int | None):
         raise UserError(f"{folder}: its width is {str(width)[:60]!r}: index again")
     if not description.get("model"):
-        raise UserError(f"{folder}: its table does not say which model made it: embed again with mmcontrast embed")
+        raise UserError(
+            f"{folder}: its table does not say which model made it: embed again with mmcontrast embed, or name it with"
+            " mmcontrast data table --model"
+        )
     checkpoint_options: dict[str, Any] = {name: description.get(name) for name in ("checkpoint", "pretrained")}
     options: dict[str, Any] = {"precision": description.get("precision", "fp32"), "trust_code": trust_code, "width": width}
     weights, step = description.get("weights"), checkpoint_options["checkpoint"]
