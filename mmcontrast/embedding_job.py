@@ -15,6 +15,7 @@ from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
 from mmcontrast.evaluation.embed import MANIFEST
+from mmcontrast.modalities import TextModality
 from mmcontrast.training.distributed import end_with_torchrun
 from mmcontrast.training.log import make_progress
 
@@ -83,6 +84,7 @@ def embed_shards(
     complete = False
     for table_slice in own_slices[:1]:
         table_slice.check(description)
+    description["texts"] = [field for field, modality in dataset.modalities.items() if isinstance(modality, TextModality)]
     with make_progress(rank == 0) as progress:
         for table_slice in own_slices:
             if not table_slice.record.exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mmcontrast.components import suggestion
 from mmcontrast.config import load_config, load_suite
 from mmcontrast.data import ShardDataset
 from mmcontrast.embedder import Embedder, identity, load
@@ -19,12 +20,14 @@ from mmcontrast.evaluation.banks import check_made_by
 from mmcontrast.evaluation.cache import fingerprint, keep, table_folder
 from mmcontrast.evaluation.clip_benchmark_layout import in_layout
 from mmcontrast.evaluation.embed import MANIFEST
-from mmcontrast.evaluation.evaluate import Embed, embed_split
+from mmcontrast.evaluation.evaluate import Embed, add_geometry, embed_split
 from mmcontrast.evaluation.options import BridgeOptions
-from mmcontrast.evaluation.report import write_results
+from mmcontrast.evaluation.report import REPORT, RESULTS, write_results, write_table_report
+from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.run_folder import CONFIG, run_of
 from mmcontrast.training.distributed import join_processes
 from mmcontrast.training.log import make_progress
+from mmcontrast.whole_files import write_json
 
 
 @dataclass(frozen=True)
@@ -163,3 +166,52 @@ def _embed_once(embed: Embed, model: str, group: dist.ProcessGroup | None, split
     if first:
         keep(table, folder, {"split": split})
     return table
+
+
+def is_table(folder: str) -> bool:
+    return all((Path(folder) / name).is_file() for name in (MANIFEST, "part-00000.safetensors"))
+
+
+def evaluate_table(
+    folder: Path, suite: str | None = None, overrides: Sequence[str] = (), out: Path | None = None, device: str | None = None
+) -> tuple[Evaluation, Path]:
+    """Evaluate an embedding table: retrieval, and the geometry. Write results.json and report.html, and return the results and
+    their folder.
+
+    Args:
+        suite: a YAML file; default: every pair of fields.
+        out: default: TABLE/evaluation.
+
+    Raises:
+        UserError: for a folder that holds no complete table, options that need a model or samples, or fields that it lacks.
+    """
+    options = load_suite(suite or EvaluationOptions(), overrides)
+    for option in ("splits", "zero_shot", "probes", "captions", "report_split"):
+        if getattr(options, option):
+            raise UserError(
+                f"{option}: {folder} is a table, of which retrieval and geometry are evaluated; name a model for it"
+            )
+    if isinstance(options.scoring, BridgeOptions):
+        raise UserError(f"scoring: {folder} is a table: `mmcontrast index {folder} OUT --bridge …` bridges it, or name a model")
+    table, manifest, name = EmbeddingTable.read(folder), json.loads((folder / MANIFEST).read_text()), folder.resolve().name
+    if table.curvature is not None and (options.whiten or options.scoring or options.widths):
+        raise UserError(f"whiten, scoring and widths are of cosines, and {folder} is of a hyperbolic model: leave them out")
+    sides = [side for task in options.retrieval.values() for side in (task.query, task.candidate)]
+    sides += [side for task in options.languages.values() for side in (task.fields, task.candidate)]
+    for field in (field for side in sides for field in ([side] if isinstance(side, str) else side)):
+        if field not in table.fields:
+            raise UserError(f"{folder} has no field {field!r}; {suggestion(field, table.fields)}")
+    out = out or folder / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation = Evaluation(options.resamples, tables={name: table})
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with make_progress() as progress:
+        for _, rows, target in evaluation.by_width(table, options.widths or ()):
+            RetrievalTasks(name, rows, {}, options, device, progress, None, target, manifest.get("texts", ())).run()
+    if options.geometry:
+        add_geometry(evaluation, f"{name}/geometry", table)
+    about = {"model": {option: manifest.get(option) for option in ("model", "checkpoint", "pretrained", "precision")}}
+    data = {name: {"table": str(folder), "samples": len(table)}}
+    write_json(out / RESULTS, evaluation.to_json({**about, "data": data, "options": options.model_dump(mode="json")}))
+    write_table_report(out / REPORT, name, evaluation)
+    return evaluation, out

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def start_ranks(*arguments: object, ranks: int, cwd: Path = ROOT, env: Mapping[s
 
 
 def wait_for_ranks(processes: Sequence[Process], timeout: float = 900) -> None:
-    """Wait until all have ended; ten seconds after one has failed, end the others.
+    """Wait until all have ended; a minute after one has failed, end the others.
 
     Raises:
         TimeoutExpired: after `timeout` seconds; none of them is left.
@@ -141,7 +141,7 @@ def wait_for_ranks(processes: Sequence[Process], timeout: float = 900) -> None:
                 failed_since = now
             if now > deadline:
                 raise subprocess.TimeoutExpired("ranks", timeout, processes[0].output()[1])
-            if failed_since is not None and now > failed_since + 10:
+            if failed_since is not None and now > failed_since + 60:
                 break
             time.sleep(0.005)
     finally:
@@ -176,10 +176,17 @@ def children(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, and that no other test of this session is given; from below those that the system
+    hands out by itself, to which others may connect meanwhile."""
+    file = session_folder() / "port"
+    with locked(session_folder()):
+        port = int(file.read_text()) if file.exists() else 20_000 + os.getpid() % 10_000
+        while True:
+            port = port + 1 if port < 32_000 else 20_000
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                file.write_text(str(port))
+                return port
 
 
 def real_command(arguments: Sequence[object], ranks: int = 1) -> list[str]:

@@ -18,6 +18,7 @@ if not any("gpu" in str(argument) for argument in sys.argv) and "PYTEST_XDIST_WO
 
 import numpy as np
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run here, slowly
@@ -37,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("suite", derandomize=config.getoption("seed") == 0, deadline=None)
+    settings.load_profile("suite")
     """Give the session a folder for its fork server, which ends with this process."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="mmcontrast-tests-")

@@ -1,6 +1,5 @@
 """Runs and indexes from elsewhere: opening them runs none of what they name. A file that does not appear is the proof."""
 
-import socket
 import sys
 
 import pytest
@@ -19,6 +18,7 @@ from mmcontrast.runs import make_run_context
 from mmcontrast.search import build_index
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
+from tests.command import free_port
 
 MODULE = """
 import pathlib
@@ -151,12 +151,6 @@ def make_index(folder, **manifest):
     table.write(folder, {"model": "none", "checkpoint": "last", "shards": "none.tar"} | manifest)
     build_index(folder, progress=False)
     return folder / "index"
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_the_commands_run_no_code_of_a_run_or_of_an_index_that_names_one(marker, tmp_path):

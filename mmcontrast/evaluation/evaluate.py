@@ -70,19 +70,14 @@ def evaluate(
                 for field in captions_of(options, split)
                 if field in table.fields
             }
-        for width in (None, *widths):
-            target = Evaluation(evaluation.resamples) if width else evaluation
-            split_table = table.prefix(width) if width else table
+        texts = [field for field in table.fields if isinstance(model.modality(field), TextModality)]
+        for width, split_table, target in evaluation.by_width(table, widths):
             split_captions = {field: rows.prefix(width) if width else rows for field, rows in captions.items()}
-            split_bank = bank.prefix(width) if bank and width else bank
-            RetrievalTasks(
-                model, split, split_table, split_captions, options, device, progress, group, target, split_bank
-            ).run()
+            bridge_of = partial((bank.prefix(width) if width else bank).between, model) if bank else None
+            RetrievalTasks(split, split_table, split_captions, options, device, progress, group, target, texts, bridge_of).run()
             for name, task in options.zero_shot.items():
                 if first and split in (task.splits or options.splits):
                     zero_shot(target, f"{split}/zero_shot/{name}", split_table, task, class_embeddings[name][width])
-            if width:
-                evaluation.add_prefixes(target, width)
         if first:
             evaluation.tables[split] = table
             for field in table.fields:

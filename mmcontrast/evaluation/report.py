@@ -54,6 +54,12 @@ def write_report(
     path.write_text(page(name, sections), encoding="utf-8")
 
 
+def write_table_report(path: Path, name: str, evaluation: Evaluation) -> None:
+    """Write the page of an evaluation whose samples are not at hand: results alone."""
+    sections = [f"<h2>Results</h2>{_summary(evaluation)}", "<h2>Details</h2>", folded("All results", _results(evaluation))]
+    path.write_text(page(name, sections), encoding="utf-8")
+
+
 def _summary(evaluation: Evaluation) -> str:
     """Return the main numbers: recall at 1 of every pair of fields as a matrix a split, and the headline of each task."""
     splits, rows = shown_results(evaluation)

@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -79,10 +79,17 @@ class Evaluation:
         self.values[f"{prefix}/num_samples"] = int(report.support.sum())
         self.reports[prefix] = report, list(classes)
 
-    def add_prefixes(self, narrow: "Evaluation", width: int) -> None:
-        """Add the results of the first `width` numbers of all embeddings: "…/recall_at_1@64"."""
-        self.values |= {f"{name}@{width}": value for name, value in narrow.values.items()}
-        self.intervals |= {f"{name}@{width}": interval for name, interval in narrow.intervals.items()}
+    def by_width(
+        self, table: EmbeddingTable, widths: Iterable[int]
+    ) -> Iterator[tuple[int | None, EmbeddingTable, "Evaluation"]]:
+        """Yield (None, table, this), and of each width (width, the first numbers of all embeddings, where their results go):
+        they become results of this, "…/recall_at_1@64"."""
+        yield None, table, self
+        for width in widths:
+            narrow = Evaluation(self.resamples)
+            yield width, table.prefix(width), narrow
+            self.values |= {f"{name}@{width}": value for name, value in narrow.values.items()}
+            self.intervals |= {f"{name}@{width}": interval for name, interval in narrow.intervals.items()}
 
     def _add_intervals(self, names: Sequence[str], low: Tensor, high: Tensor) -> None:
         self.intervals |= dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))

@@ -1,6 +1,6 @@
 """Run a suite's retrieval on one split: every pair of fields, the tasks it names, and consistency over languages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mmcontrast.errors import UserError
-from mmcontrast.evaluation.banks import Bank
+from mmcontrast.evaluation.bridge import Bridge
 from mmcontrast.evaluation.consistency import mean_rank_variance
 from mmcontrast.evaluation.embed import EmbeddingTable
 from mmcontrast.evaluation.labels import entries_of
@@ -21,8 +21,6 @@ from mmcontrast.evaluation.results import Evaluation
 from mmcontrast.evaluation.retrieval import query_metrics
 from mmcontrast.evaluation.retrieval_inputs import RetrievalInput, group_by_label, read_relevance, retrieval_input, whitened
 from mmcontrast.evaluation.scoring import ScoreCorrection
-from mmcontrast.modalities import TextModality
-from mmcontrast.models import ContrastiveModel
 
 
 @dataclass
@@ -34,10 +32,10 @@ class RetrievalTasks:
         table: its embeddings.
         captions: the captions of each field of which every line is one.
         evaluation: where results go; other ranks than the first take part, and drop theirs.
-        bank: of the options' bridge.
+        texts: the fields that hold texts.
+        bridge_of: (fields of the queries, fields of the candidates) → the options' bridge between them, if there is one.
     """
 
-    model: ContrastiveModel
     split: str
     table: EmbeddingTable
     captions: Mapping[str, RetrievalInput]
@@ -46,7 +44,8 @@ class RetrievalTasks:
     progress: Progress | None
     group: dist.ProcessGroup | None
     evaluation: Evaluation
-    bank: Bank | None = None
+    texts: Collection[str] = ()
+    bridge_of: Callable[[Sequence[str], Sequence[str]], Bridge | None] | None = None
 
     def __post_init__(self) -> None:
         if self.options.whiten:
@@ -169,7 +168,7 @@ class RetrievalTasks:
 
     def one_per_group(self, field: str) -> bool:
         """Return whether a field's candidates count once per group: texts of a group say the same, unless every line is one."""
-        return isinstance(self.model.modality(field), TextModality) and field not in self.captions
+        return field in self.texts and field not in self.captions
 
     @property
     def directed(self) -> bool:
@@ -185,7 +184,7 @@ class RetrievalTasks:
         if isinstance(scoring, str):
             device_rows = queries.rows.to(self.device), candidates.rows.to(self.device)
             options["scoring"] = ScoreCorrection.of(scoring, *device_rows, alike=options.get("excluded") is not None)
-        elif scoring and self.bank and (bridge := self.bank.between(self.model, *fields)):
+        elif scoring and self.bridge_of and (bridge := self.bridge_of(*fields)):
             if scoring.rows == "exact":
                 options["bridge"] = bridge
             else:

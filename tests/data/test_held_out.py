@@ -362,7 +362,8 @@ def test_a_run_is_evaluated_on_what_it_was_not_trained_on(config_file, tmp_path)
     assert results["held_out/retrieval/image_to_text/num_queries"] == len(held_out)
     again = run_suite(str(run), open_suite(str(run), None, ["resamples=0"], tmp_path / "again")).values  # by another command
     assert again.keys() == results.keys()
-    assert all(again[name] == pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in results.items())
+    one = 1.01 / len(held_out)  # of another number of threads, two candidates may change places
+    assert all(again[name] == pytest.approx(value, rel=one, abs=one) for name, value in results.items())
     refused = train(config_file, *options, "data.held_out=0.4", "--resume", "train.steps=7")
     message = " ".join(refused.stderr.split())
     assert refused.returncode == 2 and "cannot resume" in message and "(data.held_out was 0.3, is 0.4)" in message

@@ -143,7 +143,7 @@ def mutated(data, kind, place, length, filler):
 KINDS = ("cut", "remove", "insert", "flip", "overwrite")
 
 
-@settings(max_examples=300, deadline=5000)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(

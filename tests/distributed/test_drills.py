@@ -98,8 +98,8 @@ def test_a_disk_that_is_full_at_one_rank(config_file, tmp_path, beside):
 
 
 def test_a_rank_that_is_far_too_slow_is_named(config_file, tmp_path):
-    codes, text = ended(drill(config_file, tmp_path, "slow", "train.stall_seconds=20"))
-    assert 4 in codes and "no step for 20 s (train.stall_seconds)" in text, text[-3000:]
+    codes, text = ended(drill(config_file, tmp_path, "slow", "train.stall_seconds=40"))
+    assert 4 in codes and "no step for 40 s (train.stall_seconds)" in text, text[-3000:]
     lines = {int(line.split("rank ")[1].split()[0]): line for line in text.splitlines() if line.startswith("step 3, rank ")}
     assert "my_lab.py" in lines[6] and "in forward" in lines[6], text[-3000:]
     assert not any("my_lab.py" in line for rank, line in lines.items() if rank != 6)

@@ -88,7 +88,7 @@ def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, faul
     """All ranks end, as Slurm starts them and as torchrun does (`real`), which prints the code of the first that failed."""
     message, code = CASES[fault]
     faulty = f"objective={{type: my_lab:Faulty, fault: {fault}}}"
-    options = ["train.stall_seconds=6"] if fault == "stall" else []
+    options = ["train.stall_seconds=12"] if fault == "stall" else []
     done = two_ranks(config_file, tmp_path, faulty, *options, real=real)
     text = " ".join(done.stderr.split())
     if real:
@@ -114,7 +114,8 @@ def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, faul
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_endless_read_is_a_stall_of_the_loader(config_file, tmp_path, num_workers):
     endless = "fields.text.modality={type: my_lab:Endless, context_length: 24}"
-    done = two_ranks(config_file, tmp_path, endless, f"data.num_workers={num_workers}", "train.stall_seconds=6", *NO_EVALUATION)
+    options = [f"data.num_workers={num_workers}", "train.stall_seconds=12", *NO_EVALUATION]
+    done = two_ranks(config_file, tmp_path, endless, *options)
     assert done.returncode, done.stderr[-2000:]
     (line,) = [line for line in done.stderr.splitlines() if "rank 1 on" in line]
     assert "waiting for a batch for" in line and done.stderr.count("error: stalled") == 1
@@ -134,7 +135,7 @@ def test_a_file_system_that_hangs_ends_the_run_with_a_message(config_file, tmp_p
         while not os.path.ismount(mount):
             assert server.poll() is None
             time.sleep(0.05)
-        limits = ["train.stall_seconds=6", "train.pause_stall_seconds=6", "train.checkpoint_every=1", *NO_EVALUATION]
+        limits = ["train.stall_seconds=12", "train.pause_stall_seconds=6", "train.checkpoint_every=1", *NO_EVALUATION]
         process = start("train", config_file, f"run.dir={mount}", "train.steps=100000", *limits)
         wait_for(folder / "small" / "checkpoints" / "step-00000002", process)
         server.send_signal(signal.SIGSTOP)

@@ -17,7 +17,7 @@ def test_the_interval_of_a_mean_is_scipys():
             (values[:, column].numpy(),), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0)
         ).confidence_interval
         width = theirs.high - theirs.low
-        assert abs(low[column] - theirs.low) < 0.07 * width and abs(high[column] - theirs.high) < 0.07 * width
+        assert abs(low[column] - theirs.low) < 0.1 * width and abs(high[column] - theirs.high) < 0.1 * width
 
 
 def test_statistics_are_those_of_the_resamples_written_out(monkeypatch):

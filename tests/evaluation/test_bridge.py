@@ -51,6 +51,7 @@ def test_expected_rows_are_means_of_the_candidates_bank(blocks):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ranks_by_a_bridge_both_ways(dtype):
+    """In fp32 two candidates that are nearer than its rounding may change places."""
     queries, candidates, bank = unit(40, 8, 0, dtype), unit(60, 8, 1, dtype), unit(30, 8, 2, dtype)
     groups = torch.randint(20, (40,), generator=torch.Generator().manual_seed(0)), torch.arange(60) % 20
     pairs = Pairs.of_groups(*groups)
@@ -62,7 +63,8 @@ def test_ranks_by_a_bridge_both_ways(dtype):
             relevant = wanted[1] == wanted[0][query]
             order = of[query].argsort(descending=True)
             want = relevant[order].nonzero().squeeze(1) + 1
-            assert torch.equal(ranking.ranks[ranking.queries == query], want)
+            found = ranking.ranks[ranking.queries == query]
+            assert torch.equal(found, want) if dtype == torch.float64 else (found - want).abs().max() <= 1
 
 
 def test_equal_rows_are_tied_and_count_against_the_query():

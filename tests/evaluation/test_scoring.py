@@ -27,7 +27,7 @@ def dense(kind, cosines, k, beta):
 @pytest.mark.parametrize("kind", ["csls", "inverted_softmax", "margin"])
 @pytest.mark.parametrize(("number", "k", "beta"), [(40, 10, 30.0), (6, 10, 3.0)])
 def test_scores_are_the_formulas(kind, number, k, beta):
-    queries, candidates = (F.normalize(torch.randn(n, 5, dtype=torch.float64) + 1, dim=1) for n in (number, 33))
+    queries, candidates = (F.normalize(torch.randn(n, 5, dtype=torch.float64) + 2, dim=1) for n in (number, 33))
     cosines = queries @ candidates.T
     scoring, expected = ScoreCorrection.of(kind, queries, candidates, k=k, beta=beta), dense(kind, cosines, k, beta)
     rows = torch.tensor([5, 0, 3])

@@ -1,6 +1,7 @@
 """Suites of every kind of task, on shards of ours."""
 
 import os
+import re
 import sys
 import tarfile
 
@@ -97,6 +98,34 @@ def test_every_kind_of_task(run, suite_file):
     discounts = 1 / (torch.arange(5) + 2.0).log2()
     ndcg = (gains.gather(1, best) * discounts).sum(1) / (2 * discounts[0] + discounts[1])
     assert found.values["val/retrieval/graded/ndcg_at_5"] == pytest.approx(ndcg.mean().item(), rel=1e-5)
+
+
+def test_a_table_is_evaluated_as_its_model_is(run, suite_file, corpus, tmp_path):
+    suite = open_suite(str(run), str(suite_file), ["probes={}", "resamples=50", "widths=[4]", "scoring=csls"], None)
+    want = run_suite(str(run), suite, device="cpu")
+    assert mmcontrast("embed", run, corpus / "val-*.tar", tmp_path / "val").returncode == 0
+    tree = yaml.safe_load(suite_file.read_text())
+    options = {
+        "retrieval": tree["retrieval"],
+        "languages": tree["languages"],
+        "resamples": 50,
+        "widths": [4],
+        "scoring": "csls",
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(options))
+    done = mmcontrast("evaluate", tmp_path / "val", "--suite", tmp_path / "own.yaml")
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path / "val/evaluation") == pytest.approx(want.values, nan_ok=True, abs=1e-6)
+    assert "recall at 1" in (tmp_path / "val/evaluation/report.html").read_text()
+    done = mmcontrast("evaluate", tmp_path / "val", "--out", tmp_path / "plain", "resamples=0")
+    assert done.returncode == 0 and "val/retrieval/image_to_audio/recall_at_1" in results_of(tmp_path / "plain")
+    for override, message in (
+        ("zero_shot.script={label: script, classes: [a, b]}", "zero_shot: .* is a table, of which retrieval and geometry"),
+        ("scoring={type: bridge, bank: words.txt}", "index .* --bridge"),
+        ("retrieval.x={query: video, candidate: image}", "has no field 'video'"),
+    ):
+        done = mmcontrast("evaluate", tmp_path / "val", override)
+        assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
 
 def test_post_processing_changes_retrieval_alone(run, suite_file):

@@ -50,7 +50,7 @@ def test_an_architecture_with_a_checkpoint_of_its_own_trainer(architecture, tmp_
     transform = images.transform
     picture = model.model.modality("image").encode(Image.open(pictures(tmp_path)[2]))
     assert torch.equal(transform(picture, False), transform(picture, False))
-    assert not torch.equal(transform(picture, True), transform(picture, True))  # augmented
+    assert any(not torch.equal(transform(picture, True), transform(picture, True)) for _ in range(8))  # augmented
 
 
 def test_mistakes_are_one_line(architecture, tmp_path):

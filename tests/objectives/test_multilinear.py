@@ -199,4 +199,4 @@ def test_xor_is_learnt_by_all_three_fields_together_and_by_no_pair(seed):
     """Symile's published toy (arXiv:2411.01053, section 4): any two of a, b and a XOR b are independent."""
     assert xor_accuracy("multilinear", "infonce", seed) >= 0.98
     for objective in ("infonce", "siglip", "hard_negative"):
-        assert abs(xor_accuracy("all_pairs", objective, seed) - 0.5) <= 0.1  # of 256 pairs of values
+        assert abs(xor_accuracy("all_pairs", objective, seed) - 0.5) <= 0.2  # by chance: 128 pairs of values

@@ -12,6 +12,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tests.command import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 CONF = """
 ClusterName=test
@@ -60,16 +62,6 @@ def lacking() -> str:
     return "" if os.geteuid() == 0 else "only root can start Slurm's daemons"
 
 
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 class Cluster:
     """Started with its construction; `stop` ends all that it started."""
 
@@ -79,7 +71,7 @@ class Cluster:
         (folder / "state").mkdir()
         for node in ("n1", "n2"):
             (folder / f"spool-{node}").mkdir()
-        (folder / "slurm.conf").write_text(CONF.format(host=host, folder=folder, ports=free_ports(3)))
+        (folder / "slurm.conf").write_text(CONF.format(host=host, folder=folder, ports=[free_port() for _ in range(3)]))
         (folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/null,/dev/zero\n")
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)

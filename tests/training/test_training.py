@@ -80,6 +80,7 @@ def test_a_run_from_empty_folder_to_page(config_file, tmp_path):
 def test_a_killed_run_resumes_as_if_it_had_never_stopped(config_file, tmp_path):
     """SIGKILL after the second checkpoint; the weights and losses at the end are those of a run left alone, bitwise."""
     change = ["train.steps=12", "towers.text.config.hidden_dropout_prob=0.1", "data.num_workers=1", *NO_EVALUATION]
+    change.append("train.keep_checkpoints=9")  # the fourth step's does not go while it is waited for
     whole = train(config_file, *change, "run.name=whole")
     assert whole.returncode == 0, whole.stderr
 

@@ -37,15 +37,15 @@ def test_a_pause_that_does_not_end_is_a_stall(ended, tmp_path, capsys):
 
 
 def test_a_step_after_a_pause_has_its_own_limit_again(ended, tmp_path, capsys):
-    with Watchdog(0.2, tmp_path, 0, 1, pause_seconds=3600.0) as watchdog:
+    with Watchdog(2.0, tmp_path, 0, 1, pause_seconds=3600.0) as watchdog:
         with watchdog.away("evaluating"):
-            assert not ended.wait(0.5), "a pause may be longer than a step"
+            assert not ended.wait(2.5), "a pause may be longer than a step"
         watchdog.move(7, "waiting for a batch")
         assert ended.wait(60)
     told = capsys.readouterr().err
-    assert "stalled: no step for 0 s (train.stall_seconds)" in told and "step 8" in told
+    assert "stalled: no step for 2 s (train.stall_seconds)" in told and "step 8" in told
 
 
 def test_no_limit_of_pauses_is_none(ended, tmp_path):
-    with Watchdog(0.2, tmp_path, 0, 1) as watchdog, watchdog.away("saving"):
-        assert not ended.wait(0.5)
+    with Watchdog(2.0, tmp_path, 0, 1) as watchdog, watchdog.away("saving"):
+        assert not ended.wait(2.5)
