@@ -59,8 +59,8 @@ class Embedder:
     ) -> None:
         if precision not in AUTOCAST:
             raise UserError(f"precision {precision!r}: it must be one of {', '.join(AUTOCAST)}")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self.model = model.eval().to(self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device}: {' '.join(str(error).split())[:200]}") from error
@@ -104,6 +104,8 @@ class Embedder:
         kinds = [kind for kind, values in inputs.items() if values is not None]
         if len(kinds) != 1:
             raise UserError(f"embed takes one of {', '.join(inputs)} at a time")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"embed: batch_size {batch_size!r}: a whole number of at least 1")
         kind = kinds[0]
         values = _as_list(kind, inputs[kind])
         field = self.field_of(kind, field)
@@ -242,6 +244,8 @@ def _as_list(kind: str, values: Any) -> Any:
         raise UserError(f"embed: {kind} is a list, not one {type(values).__name__}")
     if isinstance(values, Mapping | set | frozenset):
         raise UserError(f"embed: {kind} is a list, not a {type(values).__name__}: its rows would have no order of yours")
+    if kind == "images" and isinstance(values, np.ndarray | Tensor) and values.ndim == 3 and values.shape[-1] in (1, 3, 4):
+        raise UserError(f"embed: images is a list, and an array {list(values.shape)} is one picture: give [picture]")
     return values if isinstance(values, list | tuple | np.ndarray | Tensor) else list(values)
 
 

@@ -16,7 +16,7 @@ from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
 from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.modalities import TextModality
-from mmcontrast.training.distributed import end_with_torchrun
+from mmcontrast.training.distributed import end_with_torchrun, rank_of_launcher
 from mmcontrast.training.log import make_progress
 
 SLICE_ROWS = 50_000  # samples
@@ -50,7 +50,7 @@ def embed_shards(
     Raises:
         UserError: as `load`; for missing shards, or without a field of the model's; if `out` holds another table.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = rank_of_launcher()
     if part and world_size > 1:
         raise UserError(f"--part {part.number}/{part.of}: the {world_size} ranks of torchrun already share the slices")
     end_with_torchrun()

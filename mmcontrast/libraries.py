@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 from mmcontrast.errors import UserError
@@ -26,6 +27,7 @@ NOISE = re.compile(
 )  # the first three: the code that opens a model checks the tensors itself
 RANDOM = re.compile(r"No pretrained weights loaded|initialized (partially|randomly)", re.IGNORECASE)
 
+ADAPTER = "adapter_config.json"  # of peft
 PARTS = "open_clip_parts"  # a package of open_clip's files whose own first lines are not run
 
 logger = logging.getLogger("mmcontrast")
@@ -156,3 +158,16 @@ def part_of_open_clip(name: str) -> ModuleType:
         package.submodule_search_locations = spec.submodule_search_locations
         sys.modules[PARTS] = importlib.util.module_from_spec(package)
     return importlib.import_module(f"{PARTS}.{name}")
+
+
+def refuse_adapter(name: str) -> None:
+    """Refuse a folder of peft, which transformers would read with its adapter where peft is installed, else without.
+
+    Raises:
+        UserError: if it is one.
+    """
+    if (Path(name) / ADAPTER).is_file():
+        raise UserError(
+            f"{name} holds an adapter of peft ({ADAPTER}): merge it first, with peft:"
+            f" AutoPeftModel.from_pretrained({name!r}).merge_and_unload().save_pretrained(OUT), or PeftModel on its base"
+        )

@@ -244,6 +244,17 @@ class TrainedRun:
     device: torch.device
 
 
+def config_of_checkpoint(folder: Path, saved: Path) -> RunConfig:
+    """Return a run's config with the model of a checkpoint: options may have changed when the run was resumed. The place of a
+    start, which may have moved, is the run's."""
+    config = load_config(folder / CONFIG)
+    if not (saved / checkpoint.CONFIG).exists():
+        return config
+    then = load_config(saved / checkpoint.CONFIG)
+    model = then.model.model_copy(update={"start": config.model.start})
+    return config.model_copy(update={"fields": then.fields, "towers": then.towers, "model": model})
+
+
 def open_run(folder: Path, which: str = "last", device: str | None = None, trust_code: bool = False) -> TrainedRun:
     """Rebuild a model from its run's folder, with the averaged weights if the run has them.
 
@@ -257,8 +268,8 @@ def open_run(folder: Path, which: str = "last", device: str | None = None, trust
     """
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run's folder (no {CONFIG})")
-    config = load_config(folder / CONFIG)
     saved = checkpoint.find(folder / "checkpoints", which)
+    config = config_of_checkpoint(folder, saved)
     with import_paths(folder, trust_code), weights_follow():
         model = model_of(config, trust_code=trust_code)
     checkpoint.check(saved)

@@ -66,7 +66,7 @@ def _run(config: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
     """Train the run of a config; `request`: that of `mmcontrast finetune`."""
     from mmcontrast.run_folder import check_folder, lock_folder, prepare_folder, remove_failed_start
     from mmcontrast.runs import make_run_context
-    from mmcontrast.training.distributed import join_processes
+    from mmcontrast.training.distributed import join_processes, reporting_lost_ranks
     from mmcontrast.training.loop import train as run_training
     from mmcontrast.training.mining import mining_options
 
@@ -85,7 +85,8 @@ def _run(config: "RunConfig", resume: bool, overwrite: bool, preemption: "Preemp
         context = make_run_context(config, resume)
         if state.is_main_process and not resume:
             prepare_folder(config, overwrite, context.config, request)
-        state.wait_for_everyone()
+        with reporting_lost_ranks():
+            state.wait_for_everyone()
         run_training(context, resume, preemption, miner)
     except UserError:
         if state.is_main_process and not resume:

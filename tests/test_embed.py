@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import mmcontrast
 from mmcontrast.cli import app
 from mmcontrast.config import load_config
+from mmcontrast.curation.run_stage import share_of_this_process
 from mmcontrast.data import write_shard
 from mmcontrast.embedder import identity
 from mmcontrast.embedding_job import embed_shards, slices_of
@@ -140,6 +141,17 @@ def test_a_rank_too_many_has_nothing_to_do(run, corpus, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert embed_shards(run, shards, out, device="cpu") == complete
     assert len(EmbeddingTable.read(out)) == 24
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("1", None), ("5", "2"), ("-1", "2")])
+def test_a_rank_that_is_none_of_the_launch_is_refused(run, corpus, tmp_path, monkeypatch, rank, world_size):
+    monkeypatch.setenv("RANK", rank)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(UserError, match=f"RANK={rank} where WORLD_SIZE="):
+        embed_shards(run, str(corpus / "val-*.tar"), tmp_path / "table")
+    with pytest.raises(UserError, match=f"RANK={rank} where WORLD_SIZE="):
+        share_of_this_process()
 
 
 def test_slices_are_bounded_and_none_is_empty():

@@ -73,6 +73,23 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
         mmcontrast.load("ViT-B-32", pretrained="laion2b_s34b_b79")
 
 
+@pytest.mark.parametrize("size", [-1, 0, None, 1.5])
+def test_a_batch_has_a_size(model, size):
+    with pytest.raises(UserError, match=f"batch_size {size}: a whole number of at least 1"):
+        model.embed(texts=["a", "b"], batch_size=size)
+
+
+def test_one_picture_is_no_list_of_its_rows(model):
+    for picture in (np.zeros((24, 24, 3), np.uint8), torch.zeros(24, 24, 4, dtype=torch.uint8)):
+        with pytest.raises(UserError, match=r"is one picture: give \[picture\]"):
+            model.embed(images=picture)
+
+
+def test_an_unknown_device_is_named(model):
+    with pytest.raises(UserError, match="device nope"):
+        Embedder(model.model, "a model", "nope")
+
+
 def test_lists_of_texts_and_pictures_of_unknown_range_are_refused(model):
     with pytest.raises(UserError, match=r"texts\[1\]: a list, not a text"):
         model.embed(texts=["a", ["b", "c"]])

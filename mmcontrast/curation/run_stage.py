@@ -34,6 +34,7 @@ from mmcontrast.data.selection import FORMAT, MANIFEST, OWN, PARTS, NamedSamples
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import is_table, open_table
 from mmcontrast.errors import UserError
+from mmcontrast.training.distributed import rank_of_launcher
 from mmcontrast.whole_files import write_json, write_text
 
 BEGUN, MEASURED, SUMMARY, REPORT = "stage.json", "measured", "summary.json", "report.html"
@@ -123,7 +124,7 @@ def share_of_this_process() -> tuple[int, int]:
     Raises:
         UserError: for an array whose tasks are not numbered from its first one on.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = rank_of_launcher()
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
         return rank, world
     task, tasks = int(os.environ["SLURM_ARRAY_TASK_ID"]), int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))

@@ -16,7 +16,7 @@ from mmcontrast.doctor.check import BAD, WARNING, Check, one_line, size
 from mmcontrast.training.cost import peak_flops
 
 IN_USE = 0.1  # share of a GPU's memory that another process holds, from which a warning is given
-MEETING_SECONDS = 90  # in which all processes have started and reduced
+MEETING_SECONDS = 300  # in which all processes have started and reduced; a step of it that hangs ends after a minute
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # side of the matrices
 COPIED = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # bytes
 TIMES = 5

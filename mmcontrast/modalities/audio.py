@@ -202,6 +202,9 @@ class _Stream(soundfile.SoundFile):
 class _Bytes(io.BytesIO):
     """Bytes that ignore invalid seeks of a damaged header, as libsndfile's callbacks print what they raise."""
 
+    def __repr__(self) -> str:  # in libsndfile's messages
+        return f"{self.getbuffer().nbytes} bytes"
+
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
             return super().seek(offset, whence)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmcontrast.errors import UserError
-from mmcontrast.libraries import opening
+from mmcontrast.libraries import opening, refuse_adapter
 from mmcontrast.models.contrastive import ContrastiveModel
 from mmcontrast.models.sizes import OWN_SIZES, Sizes
 
@@ -97,6 +97,7 @@ def resolved(name: str) -> tuple[str, str]:
     prefixed = prefix if colon and prefix in LIBRARIES else None
     if prefixed or prefix == "local-dir":
         name = rest
+    refuse_adapter(name)
     if Path(name).is_dir() and (library := library_of(Path(name))):
         if prefixed not in (None, library):
             raise UserError(f"{name} is a folder of {library}, not of {prefixed}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcontrast.errors import UserError
-from mmcontrast.libraries import opening
+from mmcontrast.libraries import opening, refuse_adapter
 from mmcontrast.modalities import PADDING, Modality
 from mmcontrast.modalities.library import LibraryAudio, LibraryImages, LibraryTexts
 from mmcontrast.models.base import Origin, Tower
@@ -136,6 +136,7 @@ def _make_network(model: str, overrides: dict[str, Any], pretrained: bool) -> "P
     """Return a network of the library, with its weights or random ones."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
+    refuse_adapter(model)
     if model in CONFIG_MAPPING and not pretrained:
         config = AutoConfig.for_model(model, **overrides)
     else:

@@ -112,6 +112,7 @@ def contrastive_loss(
     """
     if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(LOCAL_NEGATIVES.format(dist.get_world_size()), stacklevel=3)  # outside_autocast is between
+    group_ids = ids_by_field(embeddings, ids)
     first = next(iter(embeddings.values()))
     scorer: Objective = build(objective, OBJECTIVES, "objective", Objective)
     if scorer.stateful and scorer is not objective:
@@ -119,7 +120,7 @@ def contrastive_loss(
     pairs: Pairing = build(pairing, PAIRINGS, "pairing", Pairing)
     pairs.check(scorer)
     inputs = LossInputs(
-        ids=ids_by_field(embeddings, ids),
+        ids=group_ids,
         sample_ids=None if sample_ids is None else sample_ids.to(first.device, non_blocking=True),
         weights=weights_of(sample_weights, first),
         values=values_by_name(sample_values or {}, scorer, first),
@@ -245,8 +246,15 @@ def _loss(
             signals[f"{term_name(term)}/loss"] = value.detach()
         loss, total_weight = loss + weights[term] * value, total_weight + weights[term]
     if total_weight < sum(weights.values()) or len(terms) < len(weights):  # data parallelism expects all to take part
-        loss = loss + sum(rows.sum(dtype=dtype) for rows in embeddings.values()) * 0.0
+        loss = loss + sum(_zero(value, dtype) for value in (*embeddings.values(), logit_scale, logit_bias))
     return loss / (total_weight or 1.0)
+
+
+def _zero(value: Any, dtype: torch.dtype) -> Tensor | float:
+    """Return 0 with a gradient of 0 to a tensor, or to those of a mapping, whatever they hold."""
+    if isinstance(value, Mapping):
+        return sum(_zero(each, dtype) for each in value.values())
+    return value.reshape(-1)[:0].sum(dtype=dtype) if isinstance(value, Tensor) else 0.0
 
 
 def _weighted_sum(losses: Tensor, weights: Tensor | None, share: float) -> Tensor:

@@ -119,6 +119,8 @@ def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Te
     Raises:
         ValueError: for embeddings or ids that do not fit; it names the field.
     """
+    if not isinstance(embeddings, Mapping) or not all(isinstance(rows, Tensor) for rows in embeddings.values()):
+        raise ValueError("embeddings are tensors by field: {'image': [N, D], 'text': [N, D]}")
     if len(embeddings) < 2:
         raise ValueError(f"a contrastive loss needs two fields at least, not {list(embeddings)}")
     first, reference = next(iter(embeddings.items()))
@@ -132,8 +134,10 @@ def ids_by_field(embeddings: Mapping[str, Tensor], ids: Tensor | Mapping[str, Te
             raise ValueError(f"field {field!r} is {rows.dtype}: embeddings are floating point")
     if ids is None:
         return None
-    ids_of = dict.fromkeys(embeddings, ids) if isinstance(ids, Tensor) else dict(ids)
+    ids_of = dict(ids) if isinstance(ids, Mapping) else dict.fromkeys(embeddings, ids)
     for field, values in ids_of.items():
+        if not isinstance(values, Tensor):
+            raise ValueError(f"ids of field {field!r} must be an int64 tensor [{len(reference)}], not {type(values).__name__}")
         if field not in embeddings:
             raise ValueError(f"ids names a field {field!r} that embeddings lack; they have {', '.join(embeddings)}")
         if values.dtype != torch.int64 or values.shape != reference.shape[:1]:

@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -32,6 +33,7 @@ MAX_HEAD = 2 * 2**20  # bytes of a request's address and headers: a text over MA
 CONNECTIONS = 64
 SEARCHES = 4  # at a time with a file, and as many without one
 UPLOADS = ("image", "audio")
+FORM_END = 1024  # bytes, among which a whole form has its last boundary
 
 
 class Ask(BaseModel):
@@ -204,15 +206,21 @@ async def uploads(request: Request) -> dict[str, Any]:
     if int(request.headers.get("content-length", 0)) > MAX_UPLOAD:
         raise too_much
 
+    end = b""
+
     async def limited() -> AsyncGenerator[bytes, None]:
+        nonlocal end
         read = 0
         async for chunk in request.stream():
-            read += len(chunk)
+            read, end = read + len(chunk), (end + chunk)[-FORM_END:]
             if read > MAX_UPLOAD:
                 raise too_much
             yield chunk
 
     form = await MultiPartParser(request.headers, limited(), max_files=len(UPLOADS), max_fields=0).parse()
+    _, options = parse_options_header(request.headers["content-type"])
+    if b"--" + options[b"boundary"] + b"--" not in end:
+        raise UserError("the form is cut off before its end")
     names = [name for name, _ in form.multi_items()]
     if sorted(names) != sorted(set(names) & set(UPLOADS)):
         raise UserError(f"a search takes one file of each of {', '.join(UPLOADS)}; this form has {', '.join(names)[:80]}")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -225,7 +226,7 @@ def _flush(path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Return all checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name))
 
 
 def prune(folder: Path, keep: int, every: int = 0) -> None:
@@ -258,23 +259,26 @@ def mark_best(folder: Path, values: Mapping[int, float]) -> None:
 
 
 def best_of(folder: Path) -> Path | None:
-    """Return the best checkpoint of a folder, None if none is marked."""
-    file = folder / BEST
-    return folder / json.loads(file.read_text())["checkpoint"] if file.exists() else None
+    """Return the best checkpoint of a folder, None if none is marked, or it is no longer there."""
+    try:
+        best = folder / json.loads((folder / BEST).read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return best if best in complete(folder) else None
 
 
-def find(folder: Path, which: str) -> Path:
+def find(folder: Path, which: str | int) -> Path:
     """Return the checkpoint named "last", "best" or a step's number.
 
     Raises:
         UserError: if there is none.
     """
-    checkpoints = complete(folder)
+    checkpoints, which = complete(folder), str(which)
     if which == "last" and checkpoints:
         return checkpoints[-1]
     if which == "best" and (best := best_of(folder)):
         return best
-    if which.isdigit() and (folder / f"step-{int(which):08d}").exists():
+    if re.fullmatch("[0-9]+", which) and (folder / f"step-{int(which):08d}").exists():
         return folder / f"step-{int(which):08d}"
     steps = ", ".join(str(int(checkpoint.name.removeprefix("step-"))) for checkpoint in checkpoints) or "none"
     raise UserError(f"no checkpoint {which!r} in {folder}; there are steps: {steps}")

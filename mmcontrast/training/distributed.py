@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from mmcontrast.errors import PeerLost, leave_exit_code
+from mmcontrast.errors import PeerLost, UserError, leave_exit_code
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while one evaluates; the watchdog finds stalls sooner
@@ -54,6 +54,18 @@ def end_now(code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
+
+
+def rank_of_launcher() -> tuple[int, int]:
+    """Return (rank, number of ranks), as torchrun says by the environment; (0, 1) without it.
+
+    Raises:
+        UserError: for a rank that is none of them: a variable that something else has set.
+    """
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} where WORLD_SIZE={world_size}: unset both, or start with torchrun")
+    return rank, world_size
 
 
 @contextmanager

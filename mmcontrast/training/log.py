@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmcontrast.errors import UserError
 from mmcontrast.strict_json import dumps
 
 
@@ -53,8 +54,17 @@ class StepLines:
         self.file = path.open("a", buffering=1)
 
     def add(self, values: dict[str, Any]) -> None:
-        """Append a line."""
-        self.file.write(dumps(values) + "\n")
+        """Append a line.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        try:
+            self.file.write(dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.file.name} cannot be written to ({error.strerror}): make room, and continue with --resume"
+            ) from error
 
 
 class StepLog(StepLines):

@@ -1,6 +1,7 @@
 """Save and restore a run's state: weights, optimizer, objective and data order, on any number of ranks, whole or in shards."""
 
-from collections.abc import Container, Iterator, Mapping
+import logging
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmcontrast.training.parallel import in_shards, shard_all_like, shard_like
 from mmcontrast.training.step import Learner
 from mmcontrast.training.tensors import read_parts
 
+logger = logging.getLogger("mmcontrast")
 TABLE = "objective/"  # begins the names of an objective's tables, among the shards of a checkpoint
 OF_CONFIG = ("lr", "peak_lr", "weight_decay", "betas", "eps")  # options of a group that a resumed run takes from its config
 
@@ -66,12 +68,19 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
     return {"kind": type(getattr(optimizer, "optimizer", optimizer)).__name__, "groups": groups, "state": state}, shards
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, Any], shards: Path) -> None:
-    """Load an optimizer's saved state; rates, decays and betas stay those of the optimizer.
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    saved: dict[str, Any],
+    shards: Path,
+    own: Container[str] = OF_CONFIG,
+) -> None:
+    """Load an optimizer's saved state.
 
     Args:
         saved: as `optimizer_state` returned it.
         shards: the folder of its state in shards, if there was any.
+        own: options of its groups that stay those of the optimizer; others it may have counted itself.
 
     Raises:
         ValueError: if it was another optimizer, or other weights learn.
@@ -92,7 +101,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: di
     groups = []
     for group in now["groups"]:  # some optimizers count their steps in them
         saved_group = next(candidate for candidate in saved["groups"] if group["params"][0] in candidate["params"])
-        kept = {option: value for option, value in group.items() if option in OF_CONFIG or option not in saved_group}
+        kept = {option: value for option, value in group.items() if option in own or option not in saved_group}
         groups.append(saved_group | kept | {"params": [numbers[name] for name in group["params"]]})
     placed = {
         numbers[name]: {
@@ -186,9 +195,17 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
         raise UserError(f"{job.folder} already has {state['step']} steps, more than {wanted}")
     check_start(job.model, path)
     check_teachers(job, state.get("teachers", []))
+    before, now = (yaml.safe_load(config) for config in ((path / checkpoint.CONFIG).read_text(encoding="utf-8"), job.config))
+    lora_before, lora = (config.get("model", {}).get("lora") for config in (before, now))
+    if lora_before != lora:
+        raise UserError(
+            f"cannot resume {job.folder} with model.lora={lora}: it was {lora_before}; give it back, or start another run with"
+            " train.init_from"
+        )
     load(job.model, checkpoint.weights_file(path))
     try:
-        load_optimizer(learner.optimizer, job.model, state["optimizer"], path / checkpoint.SHARDS)
+        own = {*OF_CONFIG, *options_of_optimizer(before), *options_of_optimizer(now)}
+        load_optimizer(learner.optimizer, job.model, state["optimizer"], path / checkpoint.SHARDS, own)
     except (ValueError, KeyError) as error:
         raise UserError(f"cannot resume {job.folder}: another optimizer, or other weights learn ({error})") from error
     if learner.accelerator.scaler and state["scaler"]:
@@ -202,7 +219,27 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
         load_weights(learner.queue, state["queue"], f"the queue in {path}")
     elif learner.queue:
         raise UserError(f"cannot resume {job.folder} with a queue: it had none; start another run with train.init_from")
+    if learner.accelerator.is_main_process and (changes := changed_options(before, now)):
+        logger.warning("resumed with other options: %s", "; ".join(changes))
     return state["step"]
+
+
+def options_of_optimizer(config: Mapping[str, Any]) -> Iterable[str]:
+    """Return the options that a config names for its optimizer itself."""
+    optimizer = config["train"].get("optimizer")
+    return optimizer.keys() - {"type"} if isinstance(optimizer, dict) else ()
+
+
+def changed_options(before: Any, now: Any, name: str = "") -> list[str]:
+    """Return the options that differ between two configs, as "train.lr was 0.1, is 0.2"; not the run's name, place and length."""
+    if before == now or name in ("run", "train.steps", "train.epochs"):
+        return []
+    if isinstance(before, dict) and isinstance(now, dict) and "type" not in before | now:
+        keys = [*before, *(key for key in now if key not in before)]
+        changes = (changed_options(before.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
+        return [change for each in changes for change in each]
+    was, is_now = (yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0][:80] for value in (before, now))
+    return [f"{name} was {was}, is {is_now}"]
 
 
 def check_order(job: RunContext, path: Path, saved: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ CASES = {
     "raise": ("the third step of rank 1", 1),
     "refuse": ("error: rank 1 has no more licences", 2),
     "nan": ("error: step 3: the loss is nan", 3),
-    "stall": ("error: stalled: no step for 6 s", 4),
+    "stall": ("error: stalled: no step for 12 s", 4),
     "die": ("", 9),
 }
 
@@ -109,6 +109,12 @@ def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, faul
     if fault == "stall":
         assert "rank 0 on" in text and "rank 1 on" in text and "my_lab.py" in text and "forward" in text
         assert "time.sleep(1000)" in (run / "stalled" / "rank-00001.txt").read_text()
+
+
+def test_a_start_that_the_first_rank_refuses_ends_the_other_with_a_line(config_file, tmp_path):
+    done = two_ranks(config_file, tmp_path, "--resume")
+    text = " ".join(done.stderr.split())
+    assert sorted(done.codes) == [2, PEER_LOST] and "error: no run at" in text and "Traceback" not in text, done.stderr
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])

@@ -80,6 +80,8 @@ def test_a_run_resumes_to_the_last_bit_and_refuses_another_start(tmp_path):
     for name in files:
         again = load_file(last / name)
         assert all(torch.equal(tensor, again[key]) for key, tensor in whole[name].items()) and len(again) == len(whole[name])
+    refused = train(config, "--resume", "train.steps=6", "model.lora.alpha=64")
+    assert refused.returncode == 2 and "cannot resume" in refused.stderr and "alpha" in refused.stderr, refused.stderr
     shutil.rmtree(folder)
     start_of("clip", folder)
     refused = train(config, "--resume", "train.steps=6")

@@ -1,10 +1,13 @@
 """Whose model a name is; and what is said where there is none."""
 
+import json
+
 import pytest
+import transformers
 
 import mmcontrast
 from mmcontrast.errors import UserError
-from mmcontrast.models import resolved
+from mmcontrast.models import TransformersTower, resolved
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,21 @@ def test_a_folder_that_is_no_model_hides_no_architecture(tmp_path, monkeypatch):
     for name in ("runs/none", "transformers:runs/none", str(tmp_path / "runs")):
         with pytest.raises(UserError, match="holds no model: neither config.yaml"):
             resolved(name)
+
+
+def test_an_adapter_of_peft_is_refused(tmp_path):
+    """As peft's save_pretrained leaves it; transformers reads it or not, as peft is installed or not."""
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "bert-base-uncased", "r": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    for name in (str(tmp_path), f"transformers:{tmp_path}"):
+        with pytest.raises(UserError, match="holds an adapter of peft .* merge it first"):
+            resolved(name)
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds an adapter of peft"):
+        mmcontrast.load(str(tmp_path))
+    with pytest.raises(UserError, match="holds an adapter of peft"):
+        TransformersTower(str(tmp_path), pretrained=True)
 
 
 @pytest.mark.parametrize(

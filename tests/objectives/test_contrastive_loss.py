@@ -113,6 +113,12 @@ def test_nothing_present_is_zero_and_still_steps():
     ids = {"a": torch.tensor([-1, 2, -1]), "b": torch.tensor([1, -1, -1])}
     loss, dx, dy = value_and_grads(lambda x, y: contrastive_loss({"a": x, "b": y}, logit_scale=10.0, ids=ids), x, y)
     assert loss == 0 and not dx.any() and not dy.any()
+    x[0], scale, bias = torch.nan, torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    for scales, biases in ((scale, bias), ({"a-b": scale}, {"a-b": bias})):  # as data parallelism wants them: all take part
+        rows = {"a": x.clone().requires_grad_(), "b": y}
+        loss = contrastive_loss(rows, objective="siglip", logit_scale=scales, logit_bias=biases, ids=ids)
+        grads = torch.autograd.grad(loss, [rows["a"], scale, bias])
+        assert loss == 0 and not any(grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
@@ -255,6 +261,7 @@ def test_hard_negatives_weigh_more_the_larger_beta():
         ({"extra_negatives": {"a": torch.zeros(2, 5)}}, "extra_negatives of field 'a'"),
         ({"extra_negatives": {"a": (torch.zeros(2, 4).double(), torch.arange(2))}}, "pass ids"),
         ({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for 3"),
+        ({"ids": [0, 1, 2]}, "ids of field 'a' must be an int64 tensor .3., not list"),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -266,8 +273,11 @@ def test_mistakes_are_named(change, message):
 def test_shapes_are_checked_by_field():
     with pytest.raises(ValueError, match="field 'b'"):
         contrastive_loss({"a": torch.zeros(3, 4), "b": torch.zeros(2, 4)}, logit_scale=1.0)
-    with pytest.raises(ValueError, match="two fields"):
-        contrastive_loss({"a": torch.zeros(3, 4)}, logit_scale=1.0)
+    for fields in ({"a": torch.zeros(3, 4)}, {}):
+        with pytest.raises(ValueError, match="two fields"):
+            contrastive_loss(fields, logit_scale=1.0)
+    with pytest.raises(ValueError, match="embeddings are tensors by field"):
+        contrastive_loss((torch.zeros(3, 4), torch.zeros(3, 4)), logit_scale=1.0)
 
 
 def test_objectives_see_the_sample_ids_of_their_anchors():

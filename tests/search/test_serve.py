@@ -247,7 +247,8 @@ def test_bodies_that_are_no_form(server):
     assert "takes one file of each" in refused(server, "/api/search", form(model=b"x"), FORM)[1]
     twice = form(image=picture())[: -len(f"--{BOUNDARY}--\r\n")] + form(image=picture())
     assert "image, image" in refused(server, "/api/search", twice, FORM)[1]
-    refused(server, "/api/search", form(image=picture())[:-30], FORM)  # cut off
+    for missing in (3, 10, 30):
+        assert "cut off" in refused(server, "/api/search?q=a", form(image=picture())[:-missing], FORM)[1]
 
 
 def test_other_sites_and_other_names(server):

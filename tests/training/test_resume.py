@@ -5,14 +5,17 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmcontrast.embedder import load
 from mmcontrast.errors import UserError
 from mmcontrast.objectives import GlobalContrastive
 from mmcontrast.training import checkpoint
 from mmcontrast.training.checkpoint import Contents
+from mmcontrast.training.log import StepLines
 from mmcontrast.training.saver import Saver
 from mmcontrast.training.state import load_objective
 from tests.command import NO_EVALUATION, train
@@ -48,6 +51,35 @@ def test_rates_and_decays_are_those_of_the_config(config_file, run):
             torch.testing.assert_close(after[name], weights, rtol=1e-6, atol=1e-8)
     state = checkpoint.load_state(run / "checkpoints" / "step-00000003")["optimizer"]["state"]
     assert {float(one["step"]) for one in state.values()} == {3.0}  # its memory is that of before
+
+
+def test_changed_options_are_told_and_those_of_an_optimizer_count(config_file, tmp_path):
+    options = [*NO_EVALUATION, "train.schedule=constant"]
+    first = train(config_file, *options, "train.steps=2", "train.optimizer={type: sgd, momentum: 0.9}")
+    assert first.returncode == 0, first.stderr
+    changes = ["train.optimizer={type: sgd, momentum: 0.1}", "objective=dcl", "train.steps=3"]
+    done = train(config_file, *options, *changes, "--resume")
+    text = " ".join(done.stderr.split())
+    assert done.returncode == 0 and "resumed with other options: " in text, text
+    assert "objective was infonce, is dcl" in text and "momentum: 0.1" in text and "train.steps" not in text
+    for step, momentum in ((2, 0.9), (3, 0.1)):
+        state = checkpoint.load_state(tmp_path / "runs/small/checkpoints" / f"step-{step:08d}")
+        assert {group["momentum"] for group in state["optimizer"]["groups"]} == {momentum}
+    same = train(config_file, *options, *changes[:2], "train.steps=4", "--resume")
+    assert same.returncode == 0 and "resumed with other options" not in same.stderr
+
+
+def test_a_checkpoint_stays_the_model_that_it_was_when_options_change(config_file, tmp_path):
+    """An option that changes what a model computes and not the shapes of its weights: the mean of its pictures."""
+    done = train(config_file, "train.steps=2", *NO_EVALUATION)
+    assert done.returncode == 0, done.stderr
+    run, picture = tmp_path / "runs" / "small", np.random.randint(0, 255, (24, 24, 3), dtype=np.uint8)  # noqa: NPY002
+    before = load(run, checkpoint=2, device="cpu").embed(images=[picture])
+    change = "fields.image.modality.mean=[0.1]"
+    done = train(config_file, "train.steps=3", *NO_EVALUATION, change, "--resume")
+    assert done.returncode == 0 and "fields.image.modality was" in " ".join(done.stderr.split()), done.stderr
+    assert torch.equal(load(run, checkpoint=2, device="cpu").embed(images=[picture]), before)
+    assert not torch.equal(load(run, device="cpu").embed(images=[picture]), before)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +124,32 @@ def test_without_its_checksums_a_checkpoint_is_refused_and_nan_is_never_the_best
         manifest.write_text(text) if text else manifest.unlink()
         with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
             checkpoint.check(tmp_path / "step-00000003")
+
+
+def test_what_lies_beside_checkpoints_is_none(tmp_path):
+    with Saver(tmp_path, 1, 5, beside=False) as saver:
+        for step in (1, 2):
+            saver.save(step, Contents({"w": torch.ones(1)}, {}, {}, ""))
+        saver.mark_best({2: 0.5})
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000002-backup")
+        (tmp_path / "step-00000009.tar").touch()
+        saver.save(3, Contents({"w": torch.ones(1)}, {}, {}, ""))
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert checkpoint.find(tmp_path, "last").name == "step-00000003" == checkpoint.find(tmp_path, 3).name
+    shutil.rmtree(tmp_path / "step-00000002")
+    for best in ((tmp_path / checkpoint.BEST).read_text(), "", "{}"):  # of a checkpoint that is gone; torn
+        (tmp_path / checkpoint.BEST).write_text(best)
+        with pytest.raises(UserError, match="no checkpoint 'best' in .*; there are steps: 3"):
+            checkpoint.find(tmp_path, "best")
+    with pytest.raises(UserError, match="no checkpoint '²'"):
+        checkpoint.find(tmp_path, "²")
+
+
+def test_a_full_disk_at_a_line_of_the_log_is_one_line(tmp_path):
+    lines = StepLines(tmp_path / "metrics.jsonl", 0)
+    lines.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(UserError, match="/dev/full cannot be written to .No space left on device.: make room"):
+        lines.add({"step": 1})
 
 
 def test_a_memory_that_ranks_divide_goes_on_on_other_numbers_of_them(config_file, tmp_path):
