@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,8 +45,6 @@ app = typer.Typer(
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Build and look into webdataset shards.")
 app.add_typer(data_app, name="data")
-if TYPE_CHECKING:
-    from mmcontrast.evaluation import Evaluation
 
 console = Console(stderr=True, soft_wrap=True)
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
@@ -108,27 +106,21 @@ def evaluate(
     torchrun --nproc-per-node 8 -m mmcontrast evaluate MODEL. An embedding table may stand in MODEL's place: retrieval of every
     field by every other.
     """
+    from mmcontrast.evaluation import results_table
     from mmcontrast.suites import evaluate_table, is_table, open_suite, run_suite
 
     if is_table(model):
         results, folder = evaluate_table(Path(model), suite, overrides or (), out, device)
-        print_results(results, folder)
-        return
-    opened_suite = open_suite(model, suite, overrides or (), out, checkpoint, pretrained)
-    results = run_suite(
-        model, opened_suite, checkpoint=checkpoint, pretrained=pretrained, device=device, precision=precision, cached=cache,
-        trust_code=trust_code,
-    )  # fmt: skip
+    else:
+        opened_suite = open_suite(model, suite, overrides or (), out, checkpoint, pretrained)
+        folder = opened_suite.out
+        results = run_suite(
+            model, opened_suite, checkpoint=checkpoint, pretrained=pretrained, device=device, precision=precision,
+            cached=cache, trust_code=trust_code,
+        )  # fmt: skip
     if results.values:
-        print_results(results, opened_suite.out)
-
-
-def print_results(results: "Evaluation", folder: Path) -> None:
-    """Print the table of an evaluation, and where its files are."""
-    from mmcontrast.evaluation import results_table
-
-    console.print(results_table(results))
-    console.print(f"results: {folder / 'results.json'}\npage:    {folder / 'report.html'}", highlight=False)
+        console.print(results_table(results))
+        console.print(f"results: {folder / 'results.json'}\npage:    {folder / 'report.html'}", highlight=False)
 
 
 @command(app, "compare")

@@ -25,7 +25,7 @@ from mmcontrast.evaluation.options import BridgeOptions
 from mmcontrast.evaluation.report import REPORT, RESULTS, write_results, write_table_report
 from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.run_folder import CONFIG, run_of
-from mmcontrast.training.distributed import join_processes
+from mmcontrast.training.distributed import join_processes, rank_of_launcher
 from mmcontrast.training.log import make_progress
 from mmcontrast.whole_files import write_json
 
@@ -176,7 +176,7 @@ def evaluate_table(
     folder: Path, suite: str | None = None, overrides: Sequence[str] = (), out: Path | None = None, device: str | None = None
 ) -> tuple[Evaluation, Path]:
     """Evaluate an embedding table: retrieval, and the geometry. Write results.json and report.html, and return the results and
-    their folder.
+    their folder. Of several ranks the first alone does so.
 
     Args:
         suite: a YAML file; default: every pair of fields.
@@ -202,6 +202,8 @@ def evaluate_table(
         if field not in table.fields:
             raise UserError(f"{folder} has no field {field!r}; {suggestion(field, table.fields)}")
     out = out or folder / "evaluation"
+    if rank_of_launcher()[0]:
+        return Evaluation(), out
     out.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation(options.resamples, tables={name: table})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -231,7 +231,7 @@ def options_of_optimizer(config: Mapping[str, Any]) -> Iterable[str]:
 
 
 def changed_options(before: Any, now: Any, name: str = "") -> list[str]:
-    """Return the options that differ between two configs, as "train.lr was 0.1, is 0.2"; not the run's name, place and length."""
+    """Return the options that differ between two configs, "train.lr was 0.1, is 0.2"; not the run's name, place and length."""
     if before == now or name in ("run", "train.steps", "train.epochs"):
         return []
     if isinstance(before, dict) and isinstance(now, dict) and "type" not in before | now:
