@@ -1,6 +1,5 @@
 """Makes an embedding table of vectors that another program wrote: .npy files, or columns of Parquet files."""
 
-import bisect
 import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ def write_vector_table(
     model: tuple[str, str | None] | None = None,
     normalize: bool = False,
 ) -> int:
-    """Write an embedding table of vectors in files, and return its number of rows. One part of it at a time is in memory.
+    """Write an embedding table of vectors in files, and return its number of rows. One part of it at a time is in memory, and of
+    Parquet the columns of one file.
 
     Row i of every field is sample i. A vector of zeros, or a null in Parquet, is absent. Vectors of length 1 but for the
     rounding of half precision become float32 of length 1.
@@ -118,19 +119,12 @@ class Files:
     def rows_of(self, file: str) -> int:
         return parquet(file).metadata.num_rows
 
-    def position(self, row: int) -> tuple[str, int]:
-        """Return (file, row of the file)."""
-        number = bisect.bisect_right(self.ends, row)
-        return self.files[number], row - (self.ends[number - 1] if number else 0)
-
     def slices(self, start: int, stop: int) -> list[tuple[str, int, int]]:
         """Return (file, first row, row after the last) of the files that hold rows."""
         found = []
-        while start < stop:
-            file, first = self.position(start)
-            number = min(stop - start, self.ends[self.files.index(file)] - start)
-            found.append((file, first, first + number))
-            start += number
+        for file, begin, end in zip(self.files, [0, *self.ends], self.ends, strict=False):
+            if max(start, begin) < min(stop, end):
+                found.append((file, max(start, begin) - begin, min(stop, end) - begin))
         return found
 
 
@@ -160,7 +154,12 @@ class Vectors(Files):
             raise UserError(f"{file}: {shape}, where vectors are floating-point numbers [rows, dim]")
         return array
 
-    def read(self, file: str, first: int, stop: int) -> np.ndarray:
+    def width_of(self, file: str) -> int | None:
+        """Return how many numbers the vectors of a file have; None if it has none."""
+        return self.array(file).shape[1]
+
+    def read(self, file: str, first: int, stop: int, width: int) -> np.ndarray:
+        """Return rows [rows, width] of a file."""
         return self.array(file)[first:stop]
 
     def unit_rows(self, start: int, stop: int, normalize: bool) -> Tensor:
@@ -169,12 +168,12 @@ class Vectors(Files):
         Raises:
             UserError: for one that is not finite, or of another length unless `normalize`; for widths that differ.
         """
-        pieces = [self.read(*part) for part in self.slices(start, stop)]
-        width = self.read(*self.slices(0, 1)[0]).shape[1]
-        for piece, (file, _, _) in zip(pieces, self.slices(start, stop), strict=True):
-            if piece.shape[1] != width:
-                raise UserError(f"{file}: vectors of {piece.shape[1]} numbers, where {self.files[0]} has {width}")
-        values = torch.from_numpy(np.concatenate(pieces).astype(np.float64 if normalize else np.float32))
+        width = next((width for file in self.files if (width := self.width_of(file))), 0)
+        slices = self.slices(start, stop)
+        for file, _, _ in slices:
+            if self.width_of(file) not in (None, width):
+                raise UserError(f"{file}: vectors of {self.width_of(file)} numbers, where others have {width}")
+        values = torch.from_numpy(np.concatenate([self.read(*part, width) for part in slices]).astype(np.float64))
         lengths = values.norm(dim=1)
         of_other_length = ((lengths - 1).abs() > LENGTH) & (lengths > 0) & (not normalize)
         for wrong, what in (
@@ -182,9 +181,9 @@ class Vectors(Files):
             (of_other_length, "has not length 1: if only directions count, --normalize"),
         ):
             if wrong.any():
-                row = int(wrong.nonzero()[0])
-                file, number = self.position(start + row)
-                length = f"length {lengths[row]:.4g}; {int(wrong.sum())} are so"
+                row = start + int(wrong.nonzero()[0])
+                ((file, number, _),) = self.slices(row, row + 1)
+                length = f"length {lengths[row - start]:.4g}; {int(wrong.sum())} are so"
                 raise UserError(f"{file}, row {number}: the vector {what} ({length})")
         return F.normalize(values, dim=1).float()
 
@@ -200,19 +199,32 @@ class ParquetVectors(Vectors):
         check_column(file, self.column, "")
         return parquet(file).metadata.num_rows
 
-    def read(self, file: str, first: int, stop: int) -> np.ndarray:
+    def column_of(self, file: str) -> pa.Array:
+        """Return the column of a file as lists of numbers.
+
+        Raises:
+            UserError: if it holds anything else.
+        """
         column = column_of(file, self.column)
         kind = plain_type(column.type)
         if not is_list(kind) or not pa.types.is_floating(kind.value_type):
-            raise UserError(
-                f"{file}: column {self.column!r} holds {column.type}, where vectors are lists of floating-point numbers"
-            )
-        rows = column.slice(first, stop - first).cast(kind).to_numpy(zero_copy_only=False)
-        widths = {len(row) for row in rows if row is not None}
+            raise UserError(f"{file}: column {self.column!r} holds {column.type}, where vectors are lists of floats")
+        return column.cast(kind).combine_chunks()
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - as long as its files are read
+    def width_of(self, file: str) -> int | None:
+        widths = sorted(pc.unique(pc.list_value_length(self.column_of(file)).drop_null()).to_pylist())
         if len(widths) > 1:
-            raise UserError(f"{file}: column {self.column!r} has vectors of {min(widths)} and of {max(widths)} numbers")
-        blank = np.zeros(widths.pop() if widths else 1, np.float32)
-        return np.stack([blank if row is None else row for row in rows])
+            raise UserError(f"{file}: column {self.column!r} has vectors of {widths[0]} and of {widths[-1]} numbers")
+        return widths[0] if widths else None
+
+    def read(self, file: str, first: int, stop: int, width: int) -> np.ndarray:
+        column = self.column_of(file).slice(first, stop - first)
+        rows = np.zeros((len(column), width))
+        rows[column.is_valid().to_numpy(zero_copy_only=False)] = (
+            column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        )
+        return rows
 
 
 class Records(Files):
@@ -258,7 +270,7 @@ def parquet(file: str) -> pq.ParquetFile:
         raise UserError(f"{file}: not a Parquet file ({' '.join(str(error).split())[:200]})") from error
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def column_of(file: str, name: str) -> pa.ChunkedArray:
     return parquet(file).read([name]).column(name)
 
