@@ -40,7 +40,7 @@ def write_vector_table(
     model: tuple[str, str | None] | None = None,
     normalize: bool = False,
 ) -> int:
-    """Write an embedding table of vectors in files, and return its number of rows. One part of it at a time is in memory, and of
+    """Write an embedding table of vectors in files, and return its number of rows. One part of it at a time is in memory, of
     Parquet the columns of one file.
 
     Row i of every field is sample i. A vector of zeros, or a null in Parquet, is absent. Vectors of length 1 but for the
