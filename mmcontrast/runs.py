@@ -176,8 +176,7 @@ def open_start(start: StartOptions, weights: bool = True, trust_code: bool = Fal
     for option in start.sizes.given:
         start.sizes.refuse(f"model.start: {start.model}", option, f"a run has the sizes of its own config: {EXPORT_FIRST}")
     if not weights:
-        config = config_of_checkpoint(folder, checkpoint.find(folder / "checkpoints", which))
-        return model_of(config, weights=False, trust_code=trust_code)
+        return model_of(load_config(folder / CONFIG), weights=False, trust_code=trust_code)
     return open_run(folder, which, "cpu", trust_code).model
 
 
