@@ -14,7 +14,6 @@ from mmcontrast.data.row_ids import row_ids
 from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
-from mmcontrast.evaluation.embed import MANIFEST
 from mmcontrast.modalities import TextModality
 from mmcontrast.training.distributed import end_with_torchrun, rank_of_launcher
 from mmcontrast.training.log import make_progress
@@ -64,7 +63,7 @@ def embed_shards(
     own_slices = [] if part is None else [part]
     if num_slices and part is None:
         own_slices = TableSlice.all(out, num_slices)[rank::world_size]
-    if not num_slices and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):
+    if not num_slices:
         EmbeddingTable.refuse_to_overwrite(out)
     for table_slice in own_slices[:1]:
         table_slice.check(description)

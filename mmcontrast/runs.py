@@ -252,7 +252,7 @@ def config_of_checkpoint(folder: Path, saved: Path) -> RunConfig:
         return config
     then = load_config(saved / checkpoint.CONFIG)
     model = then.model.model_copy(update={"start": config.model.start})
-    return config.model_copy(update={"fields": then.fields, "towers": then.towers, "model": model})
+    return config.model_copy(update={"fields": then.fields, "towers": then.towers, "model": model, "score": then.score})
 
 
 def open_run(folder: Path, which: str = "last", device: str | None = None, trust_code: bool = False) -> TrainedRun:

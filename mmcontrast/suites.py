@@ -120,10 +120,7 @@ def run_suite(
         check_made_by(options.scoring.bank, identity(model, checkpoint, pretrained))
     if not options.splits:
         raise UserError(f"{suite.name or model}: nothing to evaluate, as no splits are named")
-    try:
-        suite.out.mkdir(parents=True, exist_ok=True)  # before the work
-    except OSError as error:
-        raise UserError(f"{suite.out}: no folder for results ({error.strerror})") from error
+    _make_folder(suite.out)  # before the work
     weights = fingerprint(embedder.model)
     evaluation = evaluate_embedder(embedder, datasets, options, weights if cached else None, group)
     if state.is_main_process:
@@ -168,6 +165,13 @@ def _embed_once(embed: Embed, model: str, group: dist.ProcessGroup | None, split
     return table
 
 
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: no folder for results ({error.strerror})") from error
+
+
 def is_table(folder: str) -> bool:
     return all((Path(folder) / name).is_file() for name in (MANIFEST, "part-00000.safetensors"))
 
@@ -201,17 +205,25 @@ def evaluate_table(
     for field in (field for side in sides for field in ([side] if isinstance(side, str) else side)):
         if field not in table.fields:
             raise UserError(f"{folder} has no field {field!r}; {suggestion(field, table.fields)}")
+    for name_of_task, task in options.retrieval.items():
+        if task.splits:
+            raise UserError(f"retrieval.{name_of_task}.splits: {folder} is a table, which has no splits: leave it out")
+    if len(table.fields) < 2 and not options.retrieval and not options.geometry:
+        raise UserError(f"{folder} has one field, {', '.join(table.fields)}, and no task: nothing to evaluate")
     out = out or folder / "evaluation"
     if rank_of_launcher()[0]:
         return Evaluation(), out
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     evaluation = Evaluation(options.resamples, tables={name: table})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with make_progress() as progress:
-        for _, rows, target in evaluation.by_width(table, options.widths or ()):
+        widths = [width for width in options.widths or () if width < manifest["dim"]]
+        for _, rows, target in evaluation.by_width(table, widths):
             RetrievalTasks(name, rows, {}, options, device, progress, None, target, manifest.get("texts", ())).run()
     if options.geometry:
         add_geometry(evaluation, f"{name}/geometry", table)
+    if not evaluation.values:
+        raise UserError(f"{folder}: nothing to evaluate, as neither a pair of fields nor a task has results")
     about = {"model": {option: manifest.get(option) for option in ("model", "checkpoint", "pretrained", "precision")}}
     data = {name: {"table": str(folder), "samples": len(table)}}
     write_json(out / RESULTS, evaluation.to_json({**about, "data": data, "options": options.model_dump(mode="json")}))

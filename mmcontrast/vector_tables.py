@@ -1,8 +1,8 @@
 """Makes an embedding table of vectors that another program wrote: .npy files, or columns of Parquet files."""
 
+import json
 import re
 from collections.abc import Collection, Mapping
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcontrast.components import suggestion
-from mmcontrast.data.column_types import is_list, is_metadata, plain_type
+from mmcontrast.data.column_types import is_list, plain_type
 from mmcontrast.data.files import expand_shards, is_remote
-from mmcontrast.data.ids import ids_of
+from mmcontrast.data.ids import ids_of, stable_hash
+from mmcontrast.data.row_ids import VECTORS
+from mmcontrast.data.tables import TableIndex, open_table
 from mmcontrast.embedder import identity
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
@@ -40,8 +42,7 @@ def write_vector_table(
     model: tuple[str, str | None] | None = None,
     normalize: bool = False,
 ) -> int:
-    """Write an embedding table of vectors in files, and return its number of rows. One part of it at a time is in memory, of
-    Parquet the columns of one file.
+    """Write an embedding table of vectors in files, and return its number of rows. One part of it at a time is in memory.
 
     Row i of every field is sample i. A vector of zeros, or a null in Parquet, is absent. Vectors of length 1 but for the
     rounding of half precision become float32 of length 1.
@@ -50,7 +51,7 @@ def write_vector_table(
         out: the folder of the table.
         fields: per field its files, a pattern as of shards: .npy of [rows, dim], or Parquet with ":COLUMN" behind it. Several
             are read in the order of the numbers in their names.
-        metadata: Parquet with a row a sample, whose columns are the samples' json. `sample_id`, `group_id` and `key` are the
+        metadata: tables with a row a sample, whose columns are the samples' json. `sample_id`, `group_id` and `key` are the
             samples' own, in place of the rows' numbers.
         key, group: columns of it to take in place of `key` and `group_id`.
         model: the name and `pretrained` of the model that made the vectors, as of `load`: queries are embedded with it.
@@ -61,18 +62,19 @@ def write_vector_table(
             than 1 without `normalize`; a repeated sample_id; a folder that holds a table.
     """
     EmbeddingTable.refuse_to_overwrite(out)
-    vectors = {field: Vectors.open(pattern) for field, pattern in fields.items()}
+    vectors = {field: Vectors.of(pattern) for field, pattern in fields.items()}
     columns = {files.column for files in vectors.values() if isinstance(files, ParquetVectors)}
     records = Records(metadata, key, group, columns) if metadata else None
     if not records and (key or group):
         raise UserError("--key and --group name columns of the metadata: name its files with --metadata")
-    rows = {name: len(files) for name, files in [*vectors.items(), *([("metadata", records)] if records else [])]}
-    total = next(iter(rows.values()))
-    if set(rows.values()) != {total} or not total:
-        numbers = ", ".join(f"{name} has {number}" for name, number in rows.items())
-        raise UserError(f"row i of all files is sample i, but their numbers of rows differ or are 0: {numbers}")
+    total = check_rows(vectors | ({"metadata": records} if records else {}))
     description = {"vectors": dict(fields)} | (identity(model[0], "last", model[1]) if model else {})
-    out.mkdir(parents=True, exist_ok=True)
+    if not records or not records.has_sample_ids:
+        description["row_ids"] = {VECTORS: ""}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: no folder for a table ({error.strerror})") from error
     parts: list[dict[str, Any]] = []
     sample_ids = torch.empty(total, dtype=torch.int64)
     with make_progress(True) as progress:
@@ -98,6 +100,28 @@ def write_vector_table(
     return total
 
 
+def check_rows(files: Mapping[str, "Files"]) -> int:
+    """Return how many rows the files of every field have.
+
+    Raises:
+        UserError: if their numbers differ, or are 0; if, of as many files of each, those that go together have other numbers in
+            their names, or of rows.
+    """
+    (first, reference), *others = files.items()
+    for name, other in others:
+        for mine, yours in (
+            zip(reference.files, other.files, strict=True) if len(reference.files) == len(other.files) > 1 else ()
+        ):
+            numbers = [re.findall(r"\d+", Path(file).name) for file in (mine, yours)]
+            if all(numbers) and int(numbers[0][-1]) != int(numbers[1][-1]):
+                raise UserError(f"{mine} of {first} would go with {yours} of {name}: name the files so that all are there")
+    rows = {name: len(each) for name, each in files.items()}
+    if set(rows.values()) != {len(reference)} or not len(reference):
+        counts = ", ".join(f"{name} has {number}" for name, number in rows.items())
+        raise UserError(f"row i of all files is sample i, but their numbers of rows differ or are 0: {counts}")
+    return len(reference)
+
+
 class Files:
     """Rows of several files, numbered through.
 
@@ -117,7 +141,7 @@ class Files:
         return self.ends[-1]
 
     def rows_of(self, file: str) -> int:
-        return parquet(file).metadata.num_rows
+        raise NotImplementedError
 
     def slices(self, start: int, stop: int) -> list[tuple[str, int, int]]:
         """Return (file, first row, row after the last) of the files that hold rows."""
@@ -132,7 +156,7 @@ class Vectors(Files):
     """Vectors of .npy files [rows, dim]."""
 
     @staticmethod
-    def open(pattern: str) -> "Vectors":
+    def of(pattern: str) -> "Vectors":
         """Return the vectors of a pattern, which ends with ":COLUMN" for Parquet."""
         files, colon, column = pattern.rpartition(":")
         if colon and files.lower().endswith(PARQUET):
@@ -174,6 +198,8 @@ class Vectors(Files):
             if self.width_of(file) not in (None, width):
                 raise UserError(f"{file}: vectors of {self.width_of(file)} numbers, where others have {width}")
         values = torch.from_numpy(np.concatenate([self.read(*part, width) for part in slices]).astype(np.float64))
+        if normalize:  # whose squares may be too large or small for a float
+            values /= values.abs().amax(1, keepdim=True).nan_to_num(1.0).where(values.any(1, keepdim=True), 1.0)
         lengths = values.norm(dim=1)
         of_other_length = ((lengths - 1).abs() > LENGTH) & (lengths > 0) & (not normalize)
         for wrong, what in (
@@ -195,87 +221,95 @@ class ParquetVectors(Vectors):
         self.column = column
         super().__init__(pattern)
 
-    def rows_of(self, file: str) -> int:
-        check_column(file, self.column, "")
-        return parquet(file).metadata.num_rows
-
-    def column_of(self, file: str) -> pa.Array:
-        """Return the column of a file as lists of numbers.
+    def open(self, file: str) -> pq.ParquetFile:
+        """Open a file whose column holds lists of numbers.
 
         Raises:
-            UserError: if it holds anything else.
+            UserError: if it does not.
         """
-        column = column_of(file, self.column)
-        kind = plain_type(column.type)
+        try:
+            opened = pq.ParquetFile(file)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{file}: not a Parquet file ({' '.join(str(error).split())[:200]})") from error
+        names = opened.schema_arrow.names
+        if self.column not in names:
+            raise UserError(f"{file} has no column {self.column!r}; {suggestion(self.column, names)}")
+        kind = plain_type(opened.schema_arrow.field(self.column).type)
         if not is_list(kind) or not pa.types.is_floating(kind.value_type):
-            raise UserError(f"{file}: column {self.column!r} holds {column.type}, where vectors are lists of floats")
-        return column.cast(kind).combine_chunks()
+            raise UserError(f"{file}: column {self.column!r} holds {kind}, where vectors are lists of floats")
+        return opened
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - as long as its files are read
+    def rows_of(self, file: str) -> int:
+        with self.open(file) as opened:
+            return opened.metadata.num_rows
+
     def width_of(self, file: str) -> int | None:
-        widths = sorted(pc.unique(pc.list_value_length(self.column_of(file)).drop_null()).to_pylist())
-        if len(widths) > 1:
-            raise UserError(f"{file}: column {self.column!r} has vectors of {widths[0]} and of {widths[-1]} numbers")
-        return widths[0] if widths else None
+        with self.open(file) as opened:
+            kind = plain_type(opened.schema_arrow.field(self.column).type)
+            if pa.types.is_fixed_size_list(kind):
+                return kind.list_size
+            batches = opened.iter_batches(1024, columns=[self.column])
+            return next((len(vector) for batch in batches for vector in batch.column(0).drop_null()), None)
 
     def read(self, file: str, first: int, stop: int, width: int) -> np.ndarray:
-        column = self.column_of(file).slice(first, stop - first)
-        rows = np.zeros((len(column), width))
-        rows[column.is_valid().to_numpy(zero_copy_only=False)] = (
-            column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-        )
+        with self.open(file) as opened:
+            starts = [0, *accumulate(opened.metadata.row_group(k).num_rows for k in range(opened.num_row_groups))]
+            groups = [k for k in range(opened.num_row_groups) if starts[k] < stop and starts[k + 1] > first]
+            column = opened.read_row_groups(groups, [self.column]).column(0).slice(first - starts[groups[0]], stop - first)
+        column = column.cast(plain_type(column.type)).combine_chunks()
+        lengths = pc.unique(pc.list_value_length(column.drop_null())).to_pylist()
+        if any(length != width for length in lengths):
+            raise UserError(
+                f"{file}: column {self.column!r} has vectors of {min(lengths)} to {max(lengths)} numbers, not {width}"
+            )
+        rows, present = np.zeros((len(column), width)), column.is_valid().to_numpy(zero_copy_only=False)
+        rows[present] = column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
         return rows
 
 
 class Records(Files):
-    """The samples' json and ids: the columns of Parquet files, without those of vectors."""
+    """The samples' json and ids: the columns of tables, but for those of vectors."""
 
     def __init__(self, pattern: str, key: str | None, group: str | None, vectors: Collection[str]) -> None:
+        self.tables: dict[str, TableIndex] = {}
         super().__init__(pattern)
-        self.key, self.group, self.vectors = key, group, vectors
-        for option, column in (("--key ", key), ("--group ", group)):
-            if column:
-                check_column(self.files[0], column, option)
+        self.key, self.group, self.vectors = key or "key", group or "group_id", vectors
+        columns = {name for table in self.tables.values() for name in table.table.column_names}
+        self.has_sample_ids, self.has_groups = "sample_id" in columns, self.group in columns
+        for option, name in (("--key ", key), ("--group ", group), ("", "key"), ("", "group_id"), ("", "sample_id")):
+            for file, table in self.tables.items():
+                if (option and name and name not in table.table.column_names) or name in table.undescribed:
+                    why = f"holds {table.table.schema.field(name).type}" if name in table.undescribed else "is not there"
+                    names = [one for one in table.table.column_names if one not in table.undescribed]
+                    raise UserError(
+                        f"{option}{name}: a column of numbers or texts, which in {file} {why}; {suggestion(name, names)}"
+                    )
+
+    def rows_of(self, file: str) -> int:
+        self.tables[file] = table = open_table(file)
+        return len(table)
 
     def read(self, start: int, stop: int) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
-        """Return (sample id, group id) and the json of rows."""
+        """Return (sample id, group id) and the json of rows. A row without an id among others that have one gets one that no
+        other has."""
         ids: list[tuple[int, int]] = []
         entries: list[dict[str, Any]] = []
         for file, first, last in self.slices(start, stop):
-            names = [name for name in parquet(file).schema_arrow.names if name not in self.vectors]
-            names = [name for name in names if is_metadata(column_of(file, name))]
-            columns = {name: column_of(file, name).slice(first, last - first).to_pylist() for name in names}
-            for row in range(last - first):
-                entry = {name: values[row] for name, values in columns.items() if values[row] is not None}
+            for row in range(first, last):
                 number = start + len(entries)
+                own = stable_hash(f"row {number}")
                 try:
-                    ids.append(ids_of(entry | {"group_id": entry.get(self.group or "group_id")}, number))
+                    entry = json.loads(self.tables[file].read(row, ["json"])["json"])
+                    entry = {name: value for name, value in entry.items() if name not in self.vectors}
+                    group = entry.get(self.group, own if self.has_groups else None)
+                    ids.append(ids_of(entry | {"group_id": group}, own if self.has_sample_ids else number))
                 except DecodeError as error:
-                    raise UserError(f"{file}, row {first + row}: {error}") from error
-                entries.append(entry | {"key": str(entry.get(self.key or "key", number))})
+                    raise UserError(f"{file}, row {row}: {error}") from error
+                key = entry.get(self.key, number)
+                entries.append(entry | {"key": str(int(key) if isinstance(key, float) and key.is_integer() else key)})
         return ids, entries
 
 
 def by_numbers(name: str) -> list[tuple[int, str]]:
     """Return what sorts names by the numbers in them: img_emb_2.npy before img_emb_10.npy."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-@lru_cache(maxsize=4096)
-def parquet(file: str) -> pq.ParquetFile:
-    """Return an open Parquet file."""
-    try:
-        return pq.ParquetFile(file)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: not a Parquet file ({' '.join(str(error).split())[:200]})") from error
-
-
-@lru_cache(maxsize=16)
-def column_of(file: str, name: str) -> pa.ChunkedArray:
-    return parquet(file).read([name]).column(name)
-
-
-def check_column(file: str, name: str, option: str) -> None:
-    names = parquet(file).schema_arrow.names
-    if name not in names:
-        raise UserError(f"{option}{name}: {file} has no such column; {suggestion(name, names)}")

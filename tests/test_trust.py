@@ -1,5 +1,6 @@
 """Runs and indexes from elsewhere: opening them runs none of what they name. A file that does not appear is the proof."""
 
+import shutil
 import sys
 
 import pytest
@@ -49,12 +50,13 @@ def make_run(folder, changes=None, **top):
     tree = {"fields": FIELDS, "towers": {"a": TOWER, "b": TOWER}, "model": {"embed_dim": 3}, "data": {"train": "none.tar"}}
     tree |= {"train": {"steps": 1, "batch_size": 2}, "run": {"name": folder.name}} | top
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    text = yaml.safe_dump(tree)
+    (folder / "config.yaml").write_text(text)
     config = load_config(folder / "config.yaml")
     weights = {}
     if not top:
         weights = mmcontrast.runs.make_model(config.fields, config.towers, config.model, 0).state_dict()
-    checkpoint.save(folder / "checkpoints", 1, Contents(weights, {}, {}, ""))
+    checkpoint.save(folder / "checkpoints", 1, Contents(weights, {}, {}, text))
     return folder
 
 
@@ -89,6 +91,11 @@ def test_a_run_that_is_loaded_imports_and_calls_nothing(marker, tmp_path):
             run = make_run(tmp_path / f"run{(number := number + 1)}", **changes)
             with pytest.raises(UserError, match=rf"{run}: its .*{kind} is '{command[0]}'.*--trust-code"):
                 mmcontrast.load(run)
+            honest = make_run(tmp_path / f"honest{number}")  # but for the config of its checkpoint
+            shutil.rmtree(honest / "checkpoints")
+            shutil.copytree(run / "checkpoints", honest / "checkpoints")
+            with pytest.raises(UserError, match=rf"{honest}: its .*{kind} is '{command[0]}'.*--trust-code"):
+                mmcontrast.load(honest)
     assert not ran.exists() and module not in sys.modules
 
 
@@ -105,7 +112,7 @@ def test_code_that_is_trusted_is_imported_and_called_only_if_it_is_a_component(m
     assert not ran.exists()
     run = make_run(tmp_path / "mine", towers={"a": {**TOWER, "type": f"{module}:Tower"}, "b": TOWER})
     made = mmcontrast.runs.make_model(*(getattr(load_config(run / "config.yaml"), k) for k in ("fields", "towers", "model")), 0)
-    checkpoint.save(run / "checkpoints", 1, Contents(made.state_dict(), {}, {}, ""))
+    checkpoint.save(run / "checkpoints", 1, Contents(made.state_dict(), {}, {}, (run / "config.yaml").read_text()))
     assert ran.exists()
     embedded = mmcontrast.load(run, trust_code=True).embed(vectors=[[1.0, 2.0, 3.0, 4.0]])
     assert embedded.shape == (1, 3)

@@ -1,6 +1,9 @@
 """Embedding tables of vectors from elsewhere: .npy and Parquet as numpy, pandas and datasets write them."""
 
+import datetime
 import json
+from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +16,8 @@ from typer.testing import CliRunner
 
 from mmcontrast import vector_tables
 from mmcontrast.cli import app
+from mmcontrast.data import open_shards
+from mmcontrast.data.rewriting import write_selected
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable
 from mmcontrast.search import SearchIndex
@@ -95,6 +100,83 @@ def test_a_column_that_datasets_wrote(tmp_path):
     assert [entry["key"] for entry in table.metadata] == list("abcdef")
 
 
+def test_ids_that_some_rows_lack_are_nobody_elses(tmp_path):
+    """Rows without a group, or an id, among others: not the number of their row, which may be another's."""
+    np.save(tmp_path / "x.npy", unit(6))
+    frame = pd.DataFrame(
+        {"sample_id": ["7", None, "2", "3", None, "5"], "g": [3, None, None, None, 1, 1], "n": [10, 2, None, 4, 5, 6]}
+    )
+    for number, rows in enumerate((slice(0, 3), slice(3, 6))):
+        frame[rows].to_parquet(tmp_path / f"m{number}.parquet")
+    write_vector_table(tmp_path / "t", {"x": f"{tmp_path}/x.npy"}, f"{tmp_path}/m*.parquet", key="n", group="g")
+    table = EmbeddingTable.read(tmp_path / "t")
+    assert table.group_ids[4] == table.group_ids[5] == 1 and table.group_ids[0] == 3 and len(table.group_ids.unique()) == 5
+    assert table.sample_ids[[0, 2, 3, 5]].tolist() == [7, 2, 3, 5] and len(table.sample_ids.unique()) == 6
+    assert [entry["key"] for entry in table.metadata] == ["10", "2", "2", "4", "5", "6"]
+
+
+def test_metadata_of_every_kind(tmp_path):
+    """Times and decimals are texts, as in any table of ours; bytes name nothing."""
+    np.save(tmp_path / "x.npy", unit(2))
+    columns = {
+        "day": pd.to_datetime(["2026-11-27", "2026-11-28"]),
+        "price": [Decimal("1.5"), None],
+        "uuid": [b"a" * 16, b"b" * 16],
+        "nested": [{"a": 1, "b": datetime.date(2026, 1, 1)}, None],
+        "many": [list(range(100)), list(range(100))],
+    }
+    pd.DataFrame(columns).to_parquet(tmp_path / "m.parquet")
+    metadata = f"{tmp_path}/m.parquet"
+    write_vector_table(tmp_path / "t", {"x": f"{tmp_path}/x.npy"}, metadata, group="day")
+    entry = EmbeddingTable.read(tmp_path / "t").metadata[0]
+    assert (
+        entry["day"].startswith("2026-11-27") and entry["nested"]["b"] == "2026-01-01" and not {"uuid", "many"} & entry.keys()
+    )
+    for options in ({"key": "uuid"}, {"group": "uuid"}, {"group": "many"}):
+        with pytest.raises(UserError, match=r"a column of numbers or texts, which in .*m\.parquet holds"):
+            write_vector_table(tmp_path / "u", {"x": f"{tmp_path}/x.npy"}, metadata, **options)
+
+
+def test_files_that_do_not_go_together(tmp_path):
+    for name in ("img_0", "img_2", "txt_0", "txt_1"):
+        np.save(tmp_path / f"{name}.npy", unit(4))
+    with pytest.raises(UserError, match=r"img_2\.npy of image would go with .*txt_1\.npy of text"):
+        write_vector_table(tmp_path / "t", {"image": f"{tmp_path}/img_*.npy", "text": f"{tmp_path}/txt_*.npy"})
+
+
+def test_files_of_others_are_never_replaced(tmp_path):
+    frame = pd.DataFrame({"text": list("abcd"), "v": unit(4).tolist()})
+    frame.to_parquet(tmp_path / "part-00000.parquet")
+    before = (tmp_path / "part-00000.parquet").read_bytes()
+    with pytest.raises(UserError, match=r"part-00000\.parquet is of something else, and a table would replace it"):
+        write_vector_table(tmp_path, {"text": f"{tmp_path}/part-00000.parquet:v"})
+    assert (tmp_path / "part-00000.parquet").read_bytes() == before
+    write_vector_table(tmp_path / "t", {"text": f"{tmp_path}/part-00000.parquet:v"})
+    (tmp_path / "t" / "manifest.json").unlink()  # as if it had been interrupted
+    assert write_vector_table(tmp_path / "t", {"text": f"{tmp_path}/part-00000.parquet:v"}) == 4
+    with pytest.raises(UserError, match="/proc/x: no folder for a table"):
+        write_vector_table(Path("/proc/x"), {"text": f"{tmp_path}/part-00000.parquet:v"})
+
+
+def test_rows_without_ids_are_no_samples_ids(tmp_path):
+    """A selection by the numbers of rows is refused where samples have ids of their own, which may be the same numbers."""
+    rows = unit(8)
+    rows[1], rows[3] = rows[0], rows[2]
+    np.save(tmp_path / "x.npy", rows)
+    pd.DataFrame({"sample_id": range(7, -1, -1), "text": list("abcdefgh")}).to_csv(tmp_path / "own.csv", index=False)
+    pd.DataFrame({"text": list("abcdefgh")}).to_csv(tmp_path / "rows.csv", index=False)
+    for metadata, table in ((None, "numbers"), (f"{tmp_path}/own.csv", "own")):
+        write_vector_table(tmp_path / table, {"text": f"{tmp_path}/x.npy"}, metadata)
+        arguments = ["data", "dedup-near", str(tmp_path / table), str(tmp_path / f"{table}.parquet"), "--field", "text"]
+        assert (done := CliRunner().invoke(app, arguments)).exit_code == 0, done.output
+    with pytest.raises(UserError, match="made of vectors that are known by the numbers of their rows"):
+        write_selected(str(tmp_path / "own.csv"), tmp_path / "new", str(tmp_path / "numbers.parquet"), workers=1)
+    write_selected(str(tmp_path / "own.csv"), tmp_path / "new", str(tmp_path / "own.parquet"), workers=1)
+    (shard,) = open_shards(str(tmp_path / "new" / "*.tar"))
+    kept = {json.loads(shard.read(row, ["json"])["json"])["sample_id"] for row in range(len(shard))}
+    assert len(kept) == 6 and len(kept & {7, 6}) == len(kept & {5, 4}) == 1  # of each two equal rows one
+
+
 def test_vectors_of_any_length_are_asked_for(tmp_path):
     rows = unit(4)
     np.save(tmp_path / "x.npy", 3 * rows)
@@ -104,6 +186,12 @@ def test_vectors_of_any_length_are_asked_for(tmp_path):
     manifest = json.loads((tmp_path / "table/manifest.json").read_text())
     assert (manifest["model"], manifest["pretrained"]) == ("ViT-B-32", "laion2b")  # as `load` takes them, for queries
     torch.testing.assert_close(EmbeddingTable.read(tmp_path / "table").fields["x"].double().numpy(), rows, rtol=0, atol=1e-6)
+    for scale in (1e-300, 1e-30, 1e200):
+        np.save(tmp_path / "y.npy", scale * rows)
+        write_vector_table(tmp_path / f"{scale}", {"x": f"{tmp_path}/y.npy"}, normalize=True)
+        torch.testing.assert_close(
+            EmbeddingTable.read(tmp_path / f"{scale}").fields["x"].double().numpy(), rows, rtol=0, atol=1e-6
+        )
     with pytest.raises(UserError, match="already holds an embedding table"):
         write_vector_table(tmp_path / "table", {"x": f"{tmp_path}/x.npy"})
 
@@ -139,11 +227,14 @@ def test_mistakes(tmp_path):
         ({"a": "w-*.npy"}, r"w-1\.npy: vectors of 6 numbers, where others have 8"),
         ({"a": "nothing-*.npy"}, "no shard at"),
         ({"a": "rows.parquet"}, r"name the column of the vectors, as .*rows\.parquet:embedding"),
-        ({"a": "rows.parquet:w"}, "w: .*rows.parquet has no such column"),
+        ({"a": "rows.parquet:w"}, "rows.parquet has no column 'w'"),
         ({"a": "rows.parquet:name"}, "column 'name' holds .*string, where vectors are lists"),
-        ({"a": "rows.parquet:v"}, "vectors of 1 and of 2 numbers"),
+        ({"a": "rows.parquet:v"}, "has vectors of 1 to 2 numbers, not 1"),
         ({"a": "ok.npy", "metadata": rows}, "rows 1 and 3 have one sample_id"),
-        ({"a": "ok.npy", "metadata": rows, "key": "title"}, "--key title: .*rows.parquet has no such column"),
+        (
+            {"a": "ok.npy", "metadata": rows, "key": "title"},
+            "--key title: a column of numbers or texts, which in .*rows.parquet is not there",
+        ),
         ({"a": "ok.npy", "group": "name"}, "name its files with --metadata"),
     ):
         with pytest.raises(UserError, match=message):

@@ -18,7 +18,7 @@ from mmcontrast.data.parts import ShardPart
 from mmcontrast.data.selection import open_selection
 from mmcontrast.data.shard import COMPOUND, KNOWN, MemberIndex, ShardIndex
 from mmcontrast.data.tables import FILE_COLUMNS, TableIndex, is_table, open_table, table_behind
-from mmcontrast.data.writer import MANIFEST, write_shard
+from mmcontrast.data.writer import MANIFEST, remove_partial, write_shard
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
 from mmcontrast.whole_files import write_json
@@ -83,6 +83,7 @@ def write_selected(
     split = {"samples": sum(map(len, shards)), "members": dict(sorted(members.items())), "shards": entries}
     manifest = {"select": select, "splits": {name: split}}
     write_json(folder / MANIFEST, manifest)
+    remove_partial(folder)
     return manifest
 
 

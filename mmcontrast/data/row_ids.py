@@ -11,6 +11,7 @@ from mmcontrast.data.shard import ShardIndex
 from mmcontrast.data.tables import RowKeys, table_behind
 from mmcontrast.errors import UserError
 
+VECTORS = "<vectors>"  # in place of a table's name: vectors whose rows have no ids but their numbers
 SUMMARY = b"mmcontrast"  # metadata of a Parquet file: what made it, as JSON
 
 
@@ -28,7 +29,7 @@ def refuse_other_rows(source: str | Path, shards: Iterable[ShardIndex], option: 
         source: a file, or a folder of files, that `mmcontrast data score`, `mine` and the like wrote; others are not checked.
 
     Raises:
-        UserError: for a table that has changed since.
+        UserError: for a table that has changed since, and for samples that have ids.
     """
     path = Path(source)
     file = next(iter(sorted(path.glob("*.parquet"))), path) if path.is_dir() else path
@@ -36,6 +37,12 @@ def refuse_other_rows(source: str | Path, shards: Iterable[ShardIndex], option: 
         written = json.loads(pq.read_metadata(file).metadata[SUMMARY])["table"]["row_ids"]
     except (KeyError, TypeError, ValueError, OSError, pa.ArrowException):
         return
+    shards = list(shards)
+    if VECTORS in written and len(row_ids(shards)) < len({shard.name for shard in shards}):
+        raise UserError(
+            f"{option}: {source} was made of vectors that are known by the numbers of their rows, and these samples have ids of"
+            " their own: make the table again, with mmcontrast data table --metadata and a column sample_id"
+        )
     for name, digest in row_ids(shards).items():
         if written.get(name, digest) != digest:
             raise UserError(

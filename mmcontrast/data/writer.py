@@ -12,7 +12,7 @@ import webdataset
 from rich.console import Console
 from rich.progress import track
 
-from mmcontrast.whole_files import write_json
+from mmcontrast.whole_files import write_json, write_whole
 
 MANIFEST = "manifest.json"
 Sample = dict[str, Any]  # "__key__" and one value per extension: bytes, str (txt) or a dict (json)
@@ -21,22 +21,22 @@ Sample = dict[str, Any]  # "__key__" and one value per extension: bytes, str (tx
 def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write one tar under a temporary name, flush it to the disk, then rename it; return its manifest entry, with how many
     members it has of each extension."""
-    partial = path.with_name(f"{path.name}.partial")
     members: Counter[str] = Counter()
-    count = checksum = 0
-    with partial.open("wb") as file:
-        with webdataset.TarWriter(file, mtime=0) as writer:
-            for sample in samples:
-                writer.write(sample)
-                members.update(name for name in sample if not name.startswith("__"))
-                count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    with partial.open("rb") as file:
-        while data := file.read(2**24):
-            checksum = zlib.crc32(data, checksum)
-    entry = {"name": path.name, "samples": count, "bytes": partial.stat().st_size, "crc32": checksum}
-    os.replace(partial, path)
+    entry: dict[str, Any] = {"name": path.name, "samples": 0, "bytes": 0, "crc32": 0}
+
+    def write(partial: Path) -> None:
+        with partial.open("wb+") as file:
+            with webdataset.TarWriter(file, mtime=0) as writer:
+                for sample in samples:
+                    writer.write(sample)
+                    members.update(name for name in sample if not name.startswith("__"))
+                    entry["samples"] += 1
+            entry["bytes"] = file.tell()
+            file.seek(0)
+            while data := file.read(2**24):
+                entry["crc32"] = zlib.crc32(data, entry["crc32"])
+
+    write_whole(path, write)
     return entry | {"members": dict(sorted(members.items()))}
 
 
@@ -89,7 +89,14 @@ def write_corpus(
             if shard.name not in names:
                 shard.unlink()
     write_json(folder / MANIFEST, manifest)  # last: a corpus with a manifest is complete
+    remove_partial(folder)
     return manifest
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the partial shards that killed processes have left, when all are there; others that write them know that."""
+    for partial in folder.glob(".*.tar.*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def _run_job(job: tuple[Path, Source, str, Sequence[Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -130,6 +131,9 @@ class EmbeddingTable:
             raise UserError(f"{folder} already holds an embedding table, or slices of one: remove it, or choose another folder")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
+        for path in [*folder.glob("part-*.parquet"), *folder.glob("part-*.safetensors")]:
+            if not is_part(path):
+                raise UserError(f"{path} is of something else, and a table would replace it: choose another folder")
 
     @classmethod
     def read(cls, folder: Path | str) -> "EmbeddingTable":
@@ -195,6 +199,17 @@ class EmbeddingTable:
         for field, rows in self.fields.items():
             present_rows = self.present[field].nonzero().squeeze(1)
             check(rows[present_rows], partial(row_name, field, present_rows))
+
+
+def is_part(path: Path) -> bool:
+    """Return whether a file is a part of an embedding table, perhaps of one that was interrupted."""
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_schema(path).names == ["key", "sample_id", "group_id", "metadata"]
+        with safe_open(path, "pt") as file:
+            return any(name.startswith("present.") for name in file.keys())  # noqa: SIM118 - no mapping
+    except (OSError, pa.ArrowException, SafetensorError):
+        return False
 
 
 @torch.no_grad()

@@ -196,12 +196,15 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
     check_start(job.model, path)
     check_teachers(job, state.get("teachers", []))
     before, now = (yaml.safe_load(config) for config in ((path / checkpoint.CONFIG).read_text(encoding="utf-8"), job.config))
-    lora_before, lora = (config.get("model", {}).get("lora") for config in (before, now))
-    if lora_before != lora:
-        raise UserError(
-            f"cannot resume {job.folder} with model.lora={lora}: it was {lora_before}; give it back, or start another run with"
-            " train.init_from"
-        )
+    for name, was, is_now in (
+        ("model.lora", before.get("model", {}).get("lora"), now.get("model", {}).get("lora")),
+        ("score", before.get("score"), now.get("score")),
+    ):
+        if was != is_now:
+            raise UserError(
+                f"cannot resume {job.folder} with {name}={is_now}: it was {was}; give it back, or start another run with"
+                " train.init_from"
+            )
     load(job.model, checkpoint.weights_file(path))
     try:
         own = {*OF_CONFIG, *options_of_optimizer(before), *options_of_optimizer(now)}
@@ -210,7 +213,13 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
         raise UserError(f"cannot resume {job.folder}: another optimizer, or other weights learn ({error})") from error
     if learner.accelerator.scaler and state["scaler"]:
         learner.accelerator.scaler.load_state_dict(state["scaler"])
-    load_objective(job.objective, state["objective"], path / checkpoint.SHARDS)
+    try:
+        load_objective(job.objective, state["objective"], path / checkpoint.SHARDS)
+    except (RuntimeError, KeyError) as error:
+        reason = f"{before['objective']} and {now['objective']} remember other things of earlier steps"
+        raise UserError(
+            f"cannot resume {job.folder} with another objective: {reason}; start another run with train.init_from"
+        ) from error
     if learner.averaged:
         load(learner.averaged, checkpoint.weights_file(path, averaged=True))
     if learner.queue and (path / checkpoint.QUEUE).exists():

@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -54,7 +55,7 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
     expected = bytes_of(tmp_path / "new")
     for gone in ("manifest.json", "train-00001.tar"):
         (tmp_path / "new" / gone).unlink()
-    (tmp_path / "new" / "train-00001.tar.partial").write_bytes(b"torn")
+    (tmp_path / "new" / ".train-00001.tar.0.partial").write_bytes(b"torn")
     when = os.stat(tmp_path / "new" / "train-00000.tar").st_mtime_ns
     write_selected(*given, workers=1)
     assert bytes_of(tmp_path / "new") == expected and os.stat(tmp_path / "new" / "train-00000.tar").st_mtime_ns == when
@@ -64,6 +65,19 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds other shards"):
         write_selected(str(folder / "0*.tar"), folder, str(tmp_path / "own.csv"), "x", 3, workers=1)
     assert rewriting.BEGUN in expected
+
+
+def test_two_at_once_write_what_one_does(tmp_path):
+    """Each shard under a name of its own until it is whole: nobody counts what another has just begun."""
+    folder = write_pairs(tmp_path / "data", shards=3)
+    (tmp_path / "own.csv").write_text("sample_id\n" + "\n".join(map(str, range(150))))
+    given = str(folder / "*.tar"), str(tmp_path / "own.csv"), "train", 2
+    write_selected(given[0], tmp_path / "one", *given[1:], workers=1)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda _: write_selected(given[0], tmp_path / "two", *given[1:], workers=1), range(2)):
+            pass
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
+    assert not verify_shards(str(tmp_path / "two" / "*.tar"), 1, progress=False)["faults"]
 
 
 def test_files_of_a_table_are_members_by_their_suffix(tmp_path):

@@ -109,7 +109,7 @@ def test_a_table_is_evaluated_as_its_model_is(run, suite_file, corpus, tmp_path)
         "retrieval": tree["retrieval"],
         "languages": tree["languages"],
         "resamples": 50,
-        "widths": [4],
+        "widths": [4, 64],
         "scoring": "csls",
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(options))
@@ -119,12 +119,13 @@ def test_a_table_is_evaluated_as_its_model_is(run, suite_file, corpus, tmp_path)
     assert "recall at 1" in (tmp_path / "val/evaluation/report.html").read_text()
     done = mmcontrast("evaluate", tmp_path / "val", "--out", tmp_path / "plain", "resamples=0")
     assert done.returncode == 0 and "val/retrieval/image_to_audio/recall_at_1" in results_of(tmp_path / "plain")
-    for override, message in (
-        ("zero_shot.script={label: script, classes: [a, b]}", "zero_shot: .* is a table, of which retrieval and geometry"),
-        ("scoring={type: bridge, bank: words.txt}", "index .* --bridge"),
-        ("retrieval.x={query: video, candidate: image}", "has no field 'video'"),
+    for overrides, message in (
+        (["zero_shot.script={label: script, classes: [a, b]}"], "zero_shot: .* is a table, of which retrieval and geometry"),
+        (["scoring={type: bridge, bank: words.txt}"], "index .* --bridge"),
+        (["retrieval.x={query: video, candidate: image}"], "has no field 'video'"),
+        (["pairs=false", "geometry=false"], "nothing to evaluate"),
     ):
-        done = mmcontrast("evaluate", tmp_path / "val", override)
+        done = mmcontrast("evaluate", tmp_path / "val", *overrides)
         assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
 

@@ -99,8 +99,8 @@ class InOrder:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def train_clip(folder, ranks, accumulate, own_loss=False):
-    """Train a small CLIPModel for four steps of 16 pairs, or of `accumulate` times 16; return the log."""
+def train_clip(folder, ranks, accumulate, own_loss=False, kind="CLIP"):
+    """Train a small CLIPModel or SiglipModel for four steps of 16 pairs, or of `accumulate` times 16; return the log."""
     torch.manual_seed(0)
     texts = F.pad(F.pad(torch.randint(3, 50, (128, 6)), (1, 0), value=1), (0, 1), value=2)
     samples = [
@@ -114,7 +114,7 @@ def train_clip(folder, ranks, accumulate, own_loss=False):
 
     base = transformers.Trainer if own_loss else class_in_the_docs("ContrastiveTrainer")
     trainer = type("OrderedTrainer", (InOrder, base), {})(
-        transformers.CLIPModel(transformers.CLIPConfig(**CLIP)),
+        getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**CLIP)),
         transformers.TrainingArguments(
             str(folder), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=4,
             per_device_train_batch_size=16 // ranks, per_device_eval_batch_size=16 // ranks,
@@ -134,8 +134,9 @@ def train_clip_on_two(rank, folder, port):
     Path(folder, f"{rank}.json").write_text(json.dumps(log))
 
 
-def test_it_trains_in_transformers_trainer_as_clips_own_loss(tmp_path):
-    ours, theirs = train_clip(tmp_path, 1, 1), train_clip(tmp_path, 1, 1, own_loss=True)
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_it_trains_in_transformers_trainer_as_the_models_own_loss(tmp_path, kind):
+    ours, theirs = (train_clip(tmp_path, 1, 1, own_loss, kind) for own_loss in (False, True))
     assert [list(entry) for entry in ours] == [["loss", "grad_norm"]] * 4 + [["eval_loss"], ["train_loss"]]
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(yours, rel=1e-4)

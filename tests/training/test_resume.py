@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def test_changed_options_are_told_and_those_of_an_optimizer_count(config_file, t
         assert {group["momentum"] for group in state["optimizer"]["groups"]} == {momentum}
     same = train(config_file, *options, *changes[:2], "train.steps=4", "--resume")
     assert same.returncode == 0 and "resumed with other options" not in same.stderr
+
+
+def test_what_an_objective_or_a_score_remembers_is_not_exchanged(config_file, tmp_path):
+    options = [*NO_EVALUATION, "train.steps=2"]
+    assert train(config_file, *options, "objective=global", "score={type: lorentz, curvature: 1.0}").returncode == 0
+    for changes, message in (
+        (["objective=infonce", "score={type: lorentz, curvature: 1.0}"], "with another objective: global and infonce remember"),
+        (["objective=global", "score={type: lorentz, curvature: 0.2}"], "cannot resume .* with score="),
+    ):
+        done = train(config_file, *NO_EVALUATION, "train.steps=3", *changes, "--resume")
+        assert done.returncode == 2 and re.search(message, " ".join(done.stderr.split())), done.stderr
 
 
 def test_a_checkpoint_stays_the_model_that_it_was_when_options_change(config_file, tmp_path):
