@@ -109,9 +109,8 @@ def check_rows(files: Mapping[str, "Files"]) -> int:
     """
     (first, reference), *others = files.items()
     for name, other in others:
-        for mine, yours in (
-            zip(reference.files, other.files, strict=True) if len(reference.files) == len(other.files) > 1 else ()
-        ):
+        aligned = len(other.files) == len(reference.files) > 1
+        for mine, yours in zip(reference.files, other.files, strict=True) if aligned else ():
             numbers = [re.findall(r"\d+", Path(file).name) for file in (mine, yours)]
             if all(numbers) and int(numbers[0][-1]) != int(numbers[1][-1]):
                 raise UserError(f"{mine} of {first} would go with {yours} of {name}: name the files so that all are there")
@@ -197,7 +196,8 @@ class Vectors(Files):
         for file, _, _ in slices:
             if self.width_of(file) not in (None, width):
                 raise UserError(f"{file}: vectors of {self.width_of(file)} numbers, where others have {width}")
-        values = torch.from_numpy(np.concatenate([self.read(*part, width) for part in slices]).astype(np.float64))
+        rows = np.concatenate([self.read(*part, width) for part in slices])
+        values = torch.from_numpy(rows.astype(np.float64 if normalize else np.float32))
         if normalize:  # whose squares may be too large or small for a float
             values /= values.abs().amax(1, keepdim=True).nan_to_num(1.0).where(values.any(1, keepdim=True), 1.0)
         lengths = values.norm(dim=1)
