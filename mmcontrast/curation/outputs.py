@@ -1,5 +1,6 @@
 """Writes the outputs of stages of embedding tables: one Parquet file that appears whole, a summary, and a page."""
 
+import fcntl
 import hashlib
 import html
 import os
@@ -112,6 +113,30 @@ def parquet_file(out: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other processes from making the same output within it, by a lock beside it.
+
+    Raises:
+        UserError: if another one does, or the folder cannot be written.
+    """
+    file = out.with_name(f".{out.name}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process makes {out}: wait for its end; one alone does, also under torchrun") from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def finish(out: Path, writer: pq.ParquetWriter, summary: dict[str, Any], sections: Iterable[str]) -> None:

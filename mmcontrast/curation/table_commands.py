@@ -76,12 +76,14 @@ def mine(
     """
     from mmcontrast.curation.mine import MiningOptions
     from mmcontrast.curation.mine import mine as mine_table
+    from mmcontrast.curation.outputs import alone
 
     options = MiningOptions(
         query, candidate, count, range_min, range_max, max_score, min_score, absolute_margin, relative_margin,
         sampling, seed, search, recall,  # type: ignore[arg-type]
     )  # fmt: skip
-    summary = mine_table(table, out, options, device)
+    with alone(out):
+        summary = mine_table(table, out, options, device)
     _print_mined(summary)
 
 
@@ -134,8 +136,10 @@ def dedup_near(
     mmcontrast data dedup-near table unique.parquet --field image --epsilon 0.03
     """
     from mmcontrast.curation.near import drop_near_duplicates
+    from mmcontrast.curation.outputs import alone
 
-    summary = drop_near_duplicates(table, out, field, epsilon, clusters, best, seed)
+    with alone(out):
+        summary = drop_near_duplicates(table, out, field, epsilon, clusters, best, seed)
     share = summary["dropped"] / summary["samples"]
     console.print(f"{summary['kept']:,} of {summary['samples']:,} samples are kept, {share:.1%} dropped", highlight=False)
     at = ", ".join(f"{number:,} at {epsilon}" for epsilon, number in summary["dropped_at_epsilon"].items())
@@ -159,8 +163,10 @@ def cluster(
     mmcontrast data cluster table clusters.parquet --field image --clusters 1000
     """
     from mmcontrast.curation.cluster import cluster as cluster_table
+    from mmcontrast.curation.outputs import alone
 
-    summary = cluster_table(table, out, field, clusters, seed, iterations)
+    with alone(out):
+        summary = cluster_table(table, out, field, clusters, seed, iterations)
     sizes = f"{summary['smallest']:,} to {summary['largest']:,} samples each, {summary['median']:,.0f} in the median"
     console.print(f"{clusters:,} clusters of {sizes}", highlight=False)
     if summary["without_field"]:

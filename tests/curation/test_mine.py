@@ -1,6 +1,7 @@
 """Mined negatives against float64 by hand with every option, and against sentence-transformers."""
 
 import json
+import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from data_pipelines.glyphs.glyphs import Glyphs
+from mmcontrast.cli import app
 from mmcontrast.config import load_config
 from mmcontrast.curation.blocks import Blocks
 from mmcontrast.curation.mine import MiningOptions, mine
+from mmcontrast.curation.outputs import alone
 from mmcontrast.data import open_dataset, training_batches
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, embed
@@ -357,3 +361,34 @@ def test_mistakes_are_named(tmp_path):
     table.write(tmp_path / "twice")
     with pytest.raises(UserError, match=r"rows 0 \('k0'\) and 2 \('k2'\) have one sample_id, 1000"):
         mine(tmp_path / "twice", tmp_path / "m.parquet", MiningOptions("a", "a"), progress=False)
+
+
+def hold(out, held, done):
+    with alone(out):
+        held.set()
+        done.wait(120)
+
+
+def test_two_commands_do_not_make_one_output(tmp_path):
+    """Started twice, or by every rank of torchrun: the second says so at once, and leaves the first's blocks alone."""
+    rows = F.normalize(torch.randn(20, 4), dim=1)
+    write_table(tmp_path / "table", {"a": rows, "b": rows.flip(0)})
+    fork = multiprocessing.get_context("fork")
+    held, done = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path / "out.parquet", held, done))
+    other.start()
+    try:
+        assert held.wait(120)
+        for command in (
+            ["mine", "--query", "a", "--candidate", "b"],
+            ["dedup-near", "--field", "a"],
+            ["cluster", "--field", "a"],
+        ):
+            arguments = [str(tmp_path / "table"), str(tmp_path / "out.parquet"), *command[1:]]
+            refused = CliRunner().invoke(app, ["data", command[0], *arguments])
+            assert refused.exit_code == 2 and "another process makes" in refused.output, refused.output
+    finally:
+        done.set()
+        other.join()
+    assert CliRunner().invoke(app, ["data", "mine", *arguments[:2], "--query", "a", "--candidate", "b"]).exit_code == 0
+    assert not list(tmp_path.glob(".*"))
