@@ -382,7 +382,7 @@ def test_two_commands_do_not_make_one_output(tmp_path):
         for command in (
             ["mine", "--query", "a", "--candidate", "b"],
             ["dedup-near", "--field", "a"],
-            ["cluster", "--field", "a"],
+            ["cluster", "--field", "a", "--clusters", "2"],
         ):
             arguments = [str(tmp_path / "table"), str(tmp_path / "out.parquet"), *command[1:]]
             refused = CliRunner().invoke(app, ["data", command[0], *arguments])
