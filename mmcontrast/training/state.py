@@ -243,7 +243,7 @@ def changed_options(before: Any, now: Any, name: str = "") -> list[str]:
     """Return the options that differ between two configs, "train.lr was 0.1, is 0.2"; not the run's name, place and length."""
     if before == now or name in ("run", "train.steps", "train.epochs"):
         return []
-    if isinstance(before, dict) and isinstance(now, dict) and "type" not in before | now:
+    if isinstance(before, dict) and isinstance(now, dict) and before.get("type") == now.get("type"):
         keys = [*before, *(key for key in now if key not in before)]
         changes = (changed_options(before.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys)
         return [change for each in changes for change in each]
