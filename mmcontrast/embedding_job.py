@@ -14,6 +14,7 @@ from mmcontrast.data.row_ids import row_ids
 from mmcontrast.embedder import identity, load
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation import EmbeddingTable, TableSlice, embed_dataset
+from mmcontrast.evaluation.embed import MANIFEST, refuse_other_parts
 from mmcontrast.modalities import TextModality
 from mmcontrast.training.distributed import end_with_torchrun, rank_of_launcher
 from mmcontrast.training.log import make_progress
@@ -63,7 +64,9 @@ def embed_shards(
     own_slices = [] if part is None else [part]
     if num_slices and part is None:
         own_slices = TableSlice.all(out, num_slices)[rank::world_size]
-    if not num_slices:
+    if not num_slices:  # another rank may write its first slice at this moment
+        refuse_other_parts(out)
+    if not num_slices and ((out / MANIFEST).exists() or (out.exists() and not out.is_dir())):
         EmbeddingTable.refuse_to_overwrite(out)
     for table_slice in own_slices[:1]:
         table_slice.check(description)

@@ -173,6 +173,7 @@ def _make_folder(out: Path) -> None:
 
 
 def is_table(folder: str) -> bool:
+    """Return whether a folder is a complete embedding table."""
     return all((Path(folder) / name).is_file() for name in (MANIFEST, "part-00000.safetensors"))
 
 
@@ -208,8 +209,6 @@ def evaluate_table(
     for name_of_task, task in options.retrieval.items():
         if task.splits:
             raise UserError(f"retrieval.{name_of_task}.splits: {folder} is a table, which has no splits: leave it out")
-    if len(table.fields) < 2 and not options.retrieval and not options.geometry:
-        raise UserError(f"{folder} has one field, {', '.join(table.fields)}, and no task: nothing to evaluate")
     out = out or folder / "evaluation"
     if rank_of_launcher()[0]:
         return Evaluation(), out

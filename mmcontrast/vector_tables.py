@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -121,7 +122,7 @@ def check_rows(files: Mapping[str, "Files"]) -> int:
     return len(reference)
 
 
-class Files:
+class Files(ABC):
     """Rows of several files, numbered through.
 
     Attributes:
@@ -139,8 +140,9 @@ class Files:
     def __len__(self) -> int:
         return self.ends[-1]
 
+    @abstractmethod
     def rows_of(self, file: str) -> int:
-        raise NotImplementedError
+        """Return how many rows a file has."""
 
     def slices(self, start: int, stop: int) -> list[tuple[str, int, int]]:
         """Return (file, first row, row after the last) of the files that hold rows."""

@@ -154,6 +154,13 @@ def test_a_rank_that_is_none_of_the_launch_is_refused(run, corpus, tmp_path, mon
         share_of_this_process()
 
 
+def test_files_of_others_are_not_replaced(run, corpus, tmp_path):
+    (tmp_path / "part-00000.parquet").write_bytes(b"another program's")
+    with pytest.raises(UserError, match="part-00000.parquet is of something else"):
+        embed_shards(run, str(corpus / "val-*.tar"), tmp_path)
+    assert (tmp_path / "part-00000.parquet").read_bytes() == b"another program's"
+
+
 def test_slices_are_bounded_and_none_is_empty():
     for samples in (1, 5, 100, 101, 12345):
         for rows in (1, 7, 100, 100_000):

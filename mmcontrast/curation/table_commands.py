@@ -1,4 +1,4 @@
-"""Defines the commands that work on embedding tables: mine hard negatives, drop near duplicates, cluster."""
+"""Defines the commands of embedding tables: make one, mine hard negatives, score pairs, drop near duplicates, cluster."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def table(
     vectors: Annotated[
         list[str], typer.Argument(help="image='img_emb/*.npy', or of Parquet text=rows.parquet:COLUMN", metavar="FIELD=FILES…")
     ],
-    metadata: Annotated[str | None, typer.Option(help="Parquet files, a row a sample: its json, ids and key")] = None,
+    metadata: Annotated[str | None, typer.Option(help="Parquet or CSV files, a row a sample: its json, ids, key")] = None,
     key: Annotated[str | None, typer.Option(help="a column of the metadata that names a sample; default: key")] = None,
     group: Annotated[
         str | None, typer.Option(help="a column that is equal for rows about one thing; default: group_id")

@@ -131,9 +131,7 @@ class EmbeddingTable:
             raise UserError(f"{folder} already holds an embedding table, or slices of one: remove it, or choose another folder")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
-        for path in [*folder.glob("part-*.parquet"), *folder.glob("part-*.safetensors")]:
-            if not is_part(path):
-                raise UserError(f"{path} is of something else, and a table would replace it: choose another folder")
+        refuse_other_parts(folder)
 
     @classmethod
     def read(cls, folder: Path | str) -> "EmbeddingTable":
@@ -199,6 +197,17 @@ class EmbeddingTable:
         for field, rows in self.fields.items():
             present_rows = self.present[field].nonzero().squeeze(1)
             check(rows[present_rows], partial(row_name, field, present_rows))
+
+
+def refuse_other_parts(folder: Path) -> None:
+    """Check that a folder has no files of something else under the names of a table's parts.
+
+    Raises:
+        UserError: if it has.
+    """
+    for path in [*folder.glob("part-*.parquet"), *folder.glob("part-*.safetensors")]:
+        if not is_part(path):
+            raise UserError(f"{path} is of something else, and a table would replace it: choose another folder")
 
 
 def is_part(path: Path) -> bool:

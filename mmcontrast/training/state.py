@@ -73,7 +73,7 @@ def load_optimizer(
     model: nn.Module,
     saved: dict[str, Any],
     shards: Path,
-    own: Container[str] = OF_CONFIG,
+    own: Container[str],
 ) -> None:
     """Load an optimizer's saved state.
 

@@ -62,7 +62,7 @@ def test_hubs_are_counted():
 
 
 def uniformity_of(x, drawn):
-    """Of a resample, without the pairs of a row with itself: they are no pairs of different rows."""
+    """Return the uniformity of drawn rows, without the pairs of a row with itself, which are no pairs of different rows."""
     times = drawn.bincount(minlength=len(x)).double()
     kernel = (-4 + 4 * x @ x.T).exp().fill_diagonal_(0)
     return float((times @ kernel @ times / (times.sum() ** 2 - times.square().sum())).log())

@@ -89,7 +89,7 @@ def test_no_code_in_a_checkpoint_is_run(architecture, tmp_path):
 
 @pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion2b_s34b_b79k", False)])
 def test_weights_that_want_quick_gelu_get_it(monkeypatch, tag, quick):
-    """What is asked of open_clip, before anything would be downloaded."""
+    """Checks the options that open_clip is given, before anything would be downloaded."""
     asked = {}
 
     def create_model(*_, **options):

@@ -101,7 +101,7 @@ class Cluster:
             time.sleep(0.1)
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, Restarts, ExitCode, …"""
+        """Return what Slurm says of a job: JobState, Restarts, ExitCode, …"""
         words = self.call("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.partition("=")[::2] for word in words)
 
