@@ -38,9 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Give the session a folder for its fork server, which ends with this process."""
     settings.register_profile("suite", derandomize=config.getoption("seed") == 0, deadline=None)
     settings.load_profile("suite")
-    """Give the session a folder for its fork server, which ends with this process."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="mmcontrast-tests-")
         config.add_cleanup(folder.cleanup)
@@ -92,6 +92,16 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture
 def config_file(corpus, tmp_path) -> Path:
     return write_config(corpus, tmp_path)
+
+
+@pytest.fixture
+def vectors_file(tmp_path) -> Path:
+    """The config of a run of linear towers, which starts in a fraction of the time of one with a library's."""
+    from tests.training import teaching  # which imports the trainer
+
+    return teaching.write_config(
+        tmp_path, teaching.write_vectors(tmp_path / "train.tar"), "small", train={"steps": 6, "checkpoint_every": 2}
+    )
 
 
 def write_config(corpus: Path, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -94,20 +95,29 @@ def test_flops_of_a_sample_are_counted_without_touching_the_model():
     assert isinstance(model.towers["a"].network.weight.detach().sum().item(), float)
 
 
-@pytest.mark.slow(minutes=1)
-def test_recomputed_blocks_keep_their_inputs_alone():
-    config = CONFIGS / "clip-vit-b-32.yaml"
+@pytest.fixture
+def of_blocks(tmp_path) -> Path:
+    """The config of two transformers of three blocks, at a batch of 8,192."""
+    text = {"type": "transformers", "model": "bert", "config": BERT | {"num_hidden_layers": 3}}
+    towers = {"image": {"type": "timm", "model": "test_vit", "img_size": 64, "patch_size": 8, "depth": 3}, "text": text}
+    fields = {"image": {"modality": {"type": "image", "size": 64}, "tower": "image"}}
+    fields["text"] = {"modality": {"type": "text", "context_length": 64}, "tower": "text"}
+    train = {"batch_size": 8192, "precision": "bf16"}
+    return write_config(tmp_path, "none.tar", fields=fields, towers=towers, train=train)
 
+
+@pytest.mark.slow
+def test_recomputed_blocks_keep_their_inputs_alone(of_blocks):
     def planned(*overrides: str):
-        return plan_run(load_config(config, ["train.batch_size=512", "train.micro_batch_size=null", *overrides]), 8)
+        return plan_run(load_config(of_blocks, overrides), 8)
 
     plain, again, sharded = planned(), planned("train.recompute=[image, text]"), planned("train.parallel=fsdp")
     assert again.flops_per_sample == plain.flops_per_sample
     assert all(again.towers[name].saved < plain.towers[name].saved / 4 for name in plain.towers)
     step = "gradients and activations, at their peak"
     assert again.memory[step] < plain.memory[step] / 2
-    assert sharded.memory["weights"] == pytest.approx(plain.memory["weights"] / 8, rel=1e-6)
-    assert sharded.memory["weights that are fetched"] < plain.memory["weights"] / 2 and sharded.notes
+    assert sharded.memory["weights"] == math.ceil(plain.memory["weights"] / 8)
+    assert sharded.memory["weights that are fetched"] < plain.memory["weights"] and sharded.notes
     assert "buckets for the gradients' reduction" not in sharded.memory
     with pytest.raises(UserError, match="train.recompute: no tower 'picture'"):
         planned("train.recompute=[picture]")
@@ -128,10 +138,9 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
-@pytest.mark.slow(minutes=1)
-def test_the_advice_fits_and_twice_of_it_does_not():
-    config = str(CONFIGS / "quickstart.yaml")
-    small = [config, "--memory", "2", "--devices", "2", "--json", "train.batch_size=8192"]
+@pytest.mark.slow
+def test_the_advice_fits_and_twice_of_it_does_not(of_blocks):
+    small = [str(of_blocks), "--memory", "2", "--devices", "2", "--json"]
     done = run(*small)
     found = json.loads(done.stdout)
     assert done.exit_code == 1 and not found["fits"]
@@ -139,8 +148,8 @@ def test_the_advice_fits_and_twice_of_it_does_not():
     advised = run(*small, f"train.micro_batch_size={found['largest']}")
     assert advised.exit_code == 0 and json.loads(advised.stdout)["total"] <= 2 * GIB
     assert run(*small, f"train.micro_batch_size={2 * found['largest']}").exit_code == 1
-    hopeless = run(config, "--memory", "1")
-    assert hopeless.exit_code == 1 and "with any train.micro_batch_size: set train.recompute=[image, text, " in hopeless.stdout
+    hopeless = run(str(of_blocks), "--memory", "1")
+    assert hopeless.exit_code == 1 and "with any train.micro_batch_size: set train.recompute=[image, text]" in hopeless.stdout
 
 
 def test_every_copy_of_the_weights_is_counted(tmp_path):

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from mmcontrast.modalities import PADDING, TextModality
 from mmcontrast.models import ContrastiveModel
@@ -132,7 +132,7 @@ def fakes() -> Iterator[None]:
 
     nn.Module._apply = keep  # type: ignore[method-assign]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _ZeroContents():
+        with _Shapes(allow_non_fake_inputs=True):
             yield
     finally:
         nn.Module._apply = convert  # type: ignore[method-assign]
@@ -177,15 +177,15 @@ def count_flops(model: ContrastiveModel, values: Mapping[str, Tensor], keep_grad
     outputs: list[Tensor] = []
     # attention as plain products: which fused attention a device picks, and whether torch's table of FLOPs knows it, changes
     # from version to version; what a fused one computes twice does not count either
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), _AsOnGpu():
+    with _Products() as counter, sdpa_kernel(SDPBackend.MATH), _AsOnGpu():
         for field, batch in values.items():
-            before = counter.get_total_flops()
+            before = counter.flops
             outputs.append(model.encode(field, batch))
-            forward[field] = (counter.get_total_flops() - before) / samples
-        before = counter.get_total_flops()
+            forward[field] = (counter.flops - before) / samples
+        before = counter.flops
         total = torch.stack([output.sum() for output in outputs]).sum()
         gradients = torch.autograd.grad(total, trainable, allow_unused=True)
-        backward = (counter.get_total_flops() - before) / samples
+        backward = (counter.flops - before) / samples
     if keep_gradients:
         for parameter, gradient in zip(trainable, gradients, strict=True):
             parameter.grad = gradient
@@ -256,13 +256,27 @@ class _AliveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class _ZeroContents(TorchDispatchMode):
-    """Answers questions for a content, such as `batch.isnan().any()`, with False or 0."""
+class _Shapes(FakeTensorMode):
+    """Computes shapes alone, and answers questions for a content, such as `batch.isnan().any()`, with False or 0."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return {torch.bool: False}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Products(TorchDispatchMode):
+    """Counts the FLOPs of products and convolutions, by torch's formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class _AsOnGpu(TorchFunctionMode):

@@ -84,12 +84,12 @@ CASES = {
     ("fault", "real"),
     [*((fault, False) for fault in CASES), *(pytest.param(fault, True, marks=pytest.mark.slow) for fault in ("stall", "die"))],
 )
-def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, fault, real):
+def test_a_rank_in_trouble_ends_all_with_one_message(vectors_file, tmp_path, fault, real):
     """All ranks end, as Slurm starts them and as torchrun does (`real`), which prints the code of the first that failed."""
     message, code = CASES[fault]
     faulty = f"objective={{type: my_lab:Faulty, fault: {fault}}}"
     options = ["train.stall_seconds=12"] if fault == "stall" else []
-    done = two_ranks(config_file, tmp_path, faulty, *options, real=real)
+    done = two_ranks(vectors_file, tmp_path, faulty, *options, real=real)
     text = " ".join(done.stderr.split())
     if real:
         assert done.returncode and re.search(rf"exitcode ?: {code}\b", text), done.stderr[-3000:]
@@ -105,14 +105,14 @@ def test_a_rank_in_trouble_ends_all_with_one_message(config_file, tmp_path, faul
         assert (tmp_path / "code").read_text() == {"nan": "3", "stall": "4"}[fault]
     if fault == "nan":
         stopped = json.loads((run / "stopped.json").read_text())
-        assert stopped["step"] == 3 and len(stopped["ids"]) == 16
+        assert stopped["step"] == 3 and len(stopped["ids"]) == 8
     if fault == "stall":
         assert "rank 0 on" in text and "rank 1 on" in text and "my_lab.py" in text and "forward" in text
         assert "time.sleep(1000)" in (run / "stalled" / "rank-00001.txt").read_text()
 
 
-def test_a_start_that_the_first_rank_refuses_ends_the_other_with_a_line(config_file, tmp_path):
-    done = two_ranks(config_file, tmp_path, "--resume")
+def test_a_start_that_the_first_rank_refuses_ends_the_other_with_a_line(vectors_file, tmp_path):
+    done = two_ranks(vectors_file, tmp_path, "--resume")
     text = " ".join(done.stderr.split())
     assert sorted(done.codes) == [2, PEER_LOST] and "error: no run at" in text and "Traceback" not in text, done.stderr
 
@@ -130,7 +130,7 @@ def test_an_endless_read_is_a_stall_of_the_loader(config_file, tmp_path, num_wor
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("bindfs") and Path("/dev/fuse").exists()), reason="needs bindfs and /dev/fuse")
-def test_a_file_system_that_hangs_ends_the_run_with_a_message(config_file, tmp_path):
+def test_a_file_system_that_hangs_ends_the_run_with_a_message(vectors_file, tmp_path):
     """A FUSE file system, stopped in the middle of a run: the stack, what does not answer, and code 4; nothing that was saved
     is lost, and the run goes on from there."""
     folder, mount = tmp_path / "disk", tmp_path / "mount"
@@ -141,8 +141,8 @@ def test_a_file_system_that_hangs_ends_the_run_with_a_message(config_file, tmp_p
         while not os.path.ismount(mount):
             assert server.poll() is None
             time.sleep(0.05)
-        limits = ["train.stall_seconds=12", "train.pause_stall_seconds=6", "train.checkpoint_every=1", *NO_EVALUATION]
-        process = start("train", config_file, f"run.dir={mount}", "train.steps=100000", *limits)
+        limits = ["train.stall_seconds=12", "train.pause_stall_seconds=6", "train.checkpoint_every=1"]
+        process = start("train", vectors_file, f"run.dir={mount}", "train.steps=100000", *limits)
         wait_for(folder / "small" / "checkpoints" / "step-00000002", process)
         server.send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 300
@@ -161,7 +161,7 @@ def test_a_file_system_that_hangs_ends_the_run_with_a_message(config_file, tmp_p
     last = checkpoint.find(folder / "small" / "checkpoints", "last")
     checkpoint.check(last)
     done = int(last.name.removeprefix("step-"))
-    resumed = train(config_file, f"run.dir={folder}", f"train.steps={done + 2}", *NO_EVALUATION, "--resume")
+    resumed = train(vectors_file, f"run.dir={folder}", f"train.steps={done + 2}", "--resume")
     assert resumed.returncode == 0, resumed.stderr
 
 
@@ -178,11 +178,11 @@ def wait_for(path, process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_warned_run_saves_and_continues_as_if_it_had_never_stopped(config_file, tmp_path, number):
+def test_a_warned_run_saves_and_continues_as_if_it_had_never_stopped(vectors_file, tmp_path, number):
     """In its second step, with data workers, to which a scheduler sends the signal too."""
-    options = ["train.steps=8", "data.num_workers=1", "objective={type: my_lab:Faulty, fault: wait}", *NO_EVALUATION]
+    options = ["train.steps=8", "data.num_workers=1", "objective={type: my_lab:Faulty, fault: wait}"]
     env = {"PYTHONPATH": str(tmp_path)}
-    process = start_training(config_file, tmp_path, *options, real=number == signal.SIGTERM)
+    process = start_training(vectors_file, tmp_path, *options, real=number == signal.SIGTERM)
     wait_for(tmp_path / "waiting", process)
     for pid in [*children(process.pid), process.pid]:
         os.kill(pid, number)
@@ -192,17 +192,17 @@ def test_a_warned_run_saves_and_continues_as_if_it_had_never_stopped(config_file
     assert f"{number.name}: finishing the step" in errors and "is saved: continue with --resume" in " ".join(errors.split())
     run = tmp_path / "runs" / "small"
     assert checkpoint.find(run / "checkpoints", "last").name == "step-00000002"
-    assert train(config_file, *options, "--resume", env=env).returncode == 0
-    whole = train(config_file, *options, "run.name=whole", env=env)
+    assert train(vectors_file, *options, "--resume", env=env).returncode == 0
+    whole = train(vectors_file, *options, "run.name=whole", env=env)
     assert whole.returncode == 0, whole.stderr
     last = [tmp_path / "runs" / name / "checkpoints" / "step-00000008" for name in ("whole", "small")]
     ends = [load_file(folder / checkpoint.WEIGHTS) for folder in last]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
-def test_a_second_warning_ends_at_once(config_file, tmp_path):
+def test_a_second_warning_ends_at_once(vectors_file, tmp_path):
     """In the third step, which does not end."""
-    process = start_training(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: wait}", "train.steps=400")
+    process = start_training(vectors_file, tmp_path, "objective={type: my_lab:Faulty, fault: wait}", "train.steps=400")
     wait_for(tmp_path / "waiting", process)
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 300
@@ -216,9 +216,9 @@ def test_a_second_warning_ends_at_once(config_file, tmp_path):
     assert checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last").name == "step-00000002"
 
 
-def test_the_same_warning_by_two_ways_is_one(config_file, tmp_path):
+def test_the_same_warning_by_two_ways_is_one(vectors_file, tmp_path):
     """A scheduler signals every process of a job, and torchrun passes on what it gets itself."""
-    process = start_training(config_file, tmp_path, "objective={type: my_lab:Faulty, fault: wait}", "train.steps=400")
+    process = start_training(vectors_file, tmp_path, "objective={type: my_lab:Faulty, fault: wait}", "train.steps=400")
     wait_for(tmp_path / "waiting", process)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         process.send_signal(number)
@@ -229,16 +229,17 @@ def test_the_same_warning_by_two_ways_is_one(config_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_warned_rank_is_enough(config_file, tmp_path):
+def test_one_warned_rank_is_enough(vectors_file, tmp_path):
     """SIGUSR1 reaches rank 1 alone; both save the same step and end."""
-    process = start_training(config_file, tmp_path, "train.steps=400", "data.lanes=2", ranks=2, real=True)
-    run = tmp_path / "runs" / "small"
-    wait_for(run / "checkpoints" / "step-00000002", process)
+    waiting = "objective={type: my_lab:Faulty, fault: wait}"
+    process = start_training(vectors_file, tmp_path, waiting, "train.steps=400", ranks=2, real=True)
+    wait_for(tmp_path / "waiting", process)
     (second,) = [pid for pid in children(process.pid) if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()]
     os.kill(second, signal.SIGUSR1)
+    (tmp_path / "go").touch()
     _, errors = process.communicate(timeout=300)
     text = " ".join(errors.split())
     assert process.returncode and "exitcode : 75" in text and text.count("is saved: continue with --resume") == 1, errors[
         -3000:
     ]
-    assert 2 <= int(checkpoint.find(run / "checkpoints", "last").name[-8:]) < 400
+    assert int(checkpoint.find(tmp_path / "runs" / "small" / "checkpoints", "last").name[-8:]) in (3, 4)

@@ -84,13 +84,13 @@ class Cluster:
             self.call("slurmctld", "-i", "-c")
             for node in ("n1", "n2"):
                 self.call("slurmd", "-c", "-N", node)
-            self.wait(lambda: self.call("sinfo", "-h", "-o", "%t").split() == ["idle"], 60, "idle nodes")
+            self.wait(lambda: self.call("sinfo", "-h", "-o", "%t").split() == ["idle"], 120, "idle nodes")
         except BaseException:
             self.stop()
             raise
 
     def call(self, *command: str, **options) -> str:
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120, **options)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=300, **options)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -105,7 +105,7 @@ class Cluster:
         words = self.call("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.partition("=")[::2] for word in words)
 
-    def end_of(self, number: str, seconds: float = 120) -> dict[str, str]:
+    def end_of(self, number: str, seconds: float = 400) -> dict[str, str]:
         over = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: self.job(number)["JobState"] in over, seconds, f"end of job {number}")
         return self.job(number)

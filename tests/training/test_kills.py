@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from mmcontrast.training import checkpoint
 from tests import command
 
-CONVNEXT = {"type": "timm", "model": "test_convnext", "in_chans": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
-CONVNEXT = json.dumps(CONVNEXT)  # without batch norms, which see ranks apart
+VIT = {"type": "timm", "model": "test_vit", "in_chans": 1, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+IMAGE, AUDIO = (json.dumps(VIT | {"img_size": size}) for size in ([48, 48], [32, 64]))  # no batch norm, which sees ranks apart
 STEPS = 33
 SETTINGS = [
     f"train.steps={STEPS}", "train.checkpoint_every=3", "train.warmup_steps=12", "train.lr=1e-3", "data.num_workers=1",
     "data.lanes=4", "data.record_samples=true", "evaluation.splits={}", "evaluation.zero_shot={}",
-    f"towers.image={CONVNEXT}", f"towers.audio={CONVNEXT}",
-    "fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200",
+    f"towers.image={IMAGE}", f"towers.audio={AUDIO}",
+    "fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=186",
 ]  # fmt: skip
 DROPOUT = "towers.text.config.hidden_dropout_prob=0.1"
 
