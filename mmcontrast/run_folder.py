@@ -12,6 +12,7 @@ from mmcontrast.config import RunConfig, load_config
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.before import BEFORE, EVALUATIONS
 from mmcontrast.evaluation.report import LOG
+from mmcontrast.file_lock import lock_file
 from mmcontrast.training import checkpoint
 from mmcontrast.training.mining import FOLDER as MINED
 from mmcontrast.training.sample_log import BAD_SAMPLES, SAMPLES, STOPPED
@@ -82,10 +83,8 @@ def lock_folder(config: RunConfig) -> IO[str]:
         lock = _lock_file(config.folder).open("a")
     except OSError as error:
         raise UserError(f"{config.folder} cannot be written ({error.strerror}): set run.dir or run.name") from error
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no data worker inherits it
-    except OSError as error:
-        raise UserError(f"another process is training {config.folder}: wait for its end, or choose another run.name") from error
+    if not lock_file(lock, wait=False, how=fcntl.lockf):  # which no data worker inherits
+        raise UserError(f"another process is training {config.folder}: wait for its end, or choose another run.name")
     return lock
 
 

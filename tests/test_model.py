@@ -9,6 +9,7 @@ from torch import nn
 
 from mmcontrast.modalities import VectorModality
 from mmcontrast.models import ContrastiveModel, LinearTower, Tower
+from mmcontrast.plan.memory import CannotBePlanned, flops_of
 from mmcontrast.types import Batch
 
 
@@ -96,6 +97,16 @@ def test_a_row_that_is_alone_gets_the_running_statistics():
     model.eval()
     torch.testing.assert_close(out.fields["c"][1], model(alone).fields["c"][1])
     assert model.towers["own"].network[1].num_batches_tracked == 0
+
+
+def test_an_error_of_a_tower_names_it_and_what_it_was_given():
+    towers = {"one": LinearTower(6, 4), "two": LinearTower(7, 4)}
+    model = ContrastiveModel({f: VectorModality(6) for f in "ab"}, towers, {"a": "one", "b": "two"}, 4)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied") as raised:
+        model.encode("b", torch.ones(3, 6))
+    assert raised.value.__notes__ == ["in tower 'two', given field 'b' as [3, 6] of torch.float32"]
+    with pytest.raises(CannotBePlanned, match=r"shapes cannot be multiplied .* in tower 'two', given field 'b'"):
+        flops_of(model)
 
 
 def test_the_scale_is_clamped():

@@ -1,6 +1,5 @@
 """Writes the outputs of stages of embedding tables: one Parquet file that appears whole, a summary, and a page."""
 
-import fcntl
 import hashlib
 import html
 import os
@@ -18,6 +17,7 @@ from mmcontrast.components import suggestion
 from mmcontrast.data.page import page
 from mmcontrast.data.row_ids import SUMMARY
 from mmcontrast.errors import UserError
+from mmcontrast.file_lock import lock_file
 from mmcontrast.search.table import StoredTable
 from mmcontrast.strict_json import dumps
 from mmcontrast.whole_files import write_json, write_text, write_whole
@@ -129,10 +129,8 @@ def alone(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process makes {out}: wait for its end; one alone does, also under torchrun") from error
+        if not lock_file(lock, wait=False):
+            raise UserError(f"another process makes {out}: wait for its end; one alone does, also under torchrun")
         try:
             yield
         finally:

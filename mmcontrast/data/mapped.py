@@ -6,7 +6,6 @@
 It is one file because a process may map some tens of thousands at most, and a thousand million samples are more tars than that.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,6 +25,7 @@ from mmcontrast.data.files import LocalFile, RemoteFile, is_remote, open_file
 from mmcontrast.data.range_cache import cache_root
 from mmcontrast.data.shard import Keys
 from mmcontrast.data.tar import VERSION, TarIndex, index_file, index_tar
+from mmcontrast.file_lock import lock_file
 
 MAGIC = b"mmindex1"
 LEAST = 2**24  # bytes of indexes from which they are put together: fewer are read as fast as they are mapped
@@ -166,5 +166,5 @@ def _lock(path: Path) -> Iterator[bool]:
         yield False
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, wait=True)
         yield True

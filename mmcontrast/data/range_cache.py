@@ -1,6 +1,5 @@
 """Keeps remote bytes that were read on the local disk, up to a size; any number of processes may read and write."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmcontrast.errors import UserError
+from mmcontrast.file_lock import lock_file
 
 CHUNK = 4 * 2**20  # bytes that are fetched and kept together
 KEPT_FREE = 2 * 2**30  # of the disk: beyond that nothing more is kept
@@ -92,7 +92,7 @@ class RangeCache:
             yield
             return
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock, wait=True)
             yield
 
     def _store(self, path: Path, data: bytes) -> None:

@@ -140,7 +140,17 @@ class ContrastiveModel(nn.Module):
     def encode(self, field: str, values: Tensor) -> Tensor:
         """Return the unit embeddings [P, D] of P collated values of one field (tangent vectors for a hyperbolic model), in at
         least fp32, whatever the towers compute in."""
-        return self._project(field, self.towers[self.tower_of[field]](self.modalities[field](values)))
+        return self._project(field, self._features(field, values))
+
+    def _features(self, field: str, values: Tensor) -> Tensor:
+        """Return what a field's tower makes of its values. An error gets a note of which tower it is, and what it was given."""
+        name = self.tower_of[field]
+        try:
+            features: Tensor = self.towers[name](self.modalities[field](values))
+        except Exception as error:
+            error.add_note(f"in tower {name!r}, given field {field!r} as {list(values.shape)} of {values.dtype}")
+            raise
+        return features
 
     def _project(self, field: str, features: Tensor) -> Tensor:
         """Return the embeddings of a field's features."""
@@ -164,7 +174,7 @@ class ContrastiveModel(nn.Module):
             return self.encode(field, values)
         if name not in features:
             with torch.random.fork_rng([values.device] if values.device.type == "cuda" else []):
-                features[name] = self.towers[tower](self.modalities[field](values))
+                features[name] = self._features(field, values)
         return self._project(field, features[name])
 
     def forward(self, batch: Batch, features: dict[str, Tensor] | None = None) -> Embeddings:
