@@ -90,7 +90,7 @@ def test_a_killed_table_goes_on_where_it_was(run, corpus, tmp_path, ranks):
     """Every rank stops itself when it has two slices and is about to have a third, and is killed there."""
     out, shards = tmp_path / "table", str(corpus / "train-*.tar")
     (tmp_path / "sitecustomize.py").write_text(STOPS)
-    options = ["--device", "cpu", "--batch-size", 2, "--slice-rows", 2]
+    options = ["--device", "cpu", "--batch-size", 8, "--slice-rows", 8]
     process = start("embed", run, shards, out, *options, ranks=ranks, real=True, env={"PYTHONPATH": str(tmp_path)})
 
     def working():
@@ -110,8 +110,8 @@ def test_a_killed_table_goes_on_where_it_was(run, corpus, tmp_path, ranks):
     (out / ".slice-killed").mkdir(exist_ok=True)
     again = embed(run, shards, out)  # on another number of ranks, too
     assert again.returncode == 0, again.stderr
-    assert records(out).items() > done.items() and len(records(out)) == 48
-    assert embed_shards(run, shards, tmp_path / "once", device="cpu", batch_size=2)
+    assert records(out).items() > done.items() and len(records(out)) == 12
+    assert embed_shards(run, shards, tmp_path / "once", device="cpu", batch_size=8)
     same(EmbeddingTable.read(out), EmbeddingTable.read(tmp_path / "once"))
     assert not [path for path in out.iterdir() if path.is_dir()]
     manifest = json.loads((out / "manifest.json").read_text())

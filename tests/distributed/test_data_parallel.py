@@ -31,43 +31,50 @@ class Margin(Objective):
 """
 
 
-@pytest.mark.parametrize(
-    ("launcher", "case"),
-    [
-        (None, "my own objective, a queue, and caching on two ranks"),
-        pytest.param(ACCELERATE, "my own objective, a queue, and caching on two ranks", marks=pytest.mark.slow),
-        pytest.param(TORCHRUN, "plain", marks=pytest.mark.slow),
-    ],
-    ids=["forks", "accelerate", "torchrun"],
-)
-def test_two_ranks_train_as_one(config_file, tmp_path, launcher, case):
-    """Batch norm sees each rank's own part, so the towers have none here; the loss sees all of the batch. An objective that
-    is written outside the package and named by import path gets tiles, ranks and caching like any other."""
+CONVNEXT = {"type": "timm", "model": "test_convnext", "in_chans": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+OWN = ["objective={type: my_lab:Margin, margin: 0.2}"]
+
+
+@pytest.fixture
+def my_lab(tmp_path):
+    """The environment of an objective that is written outside the package and named by import path."""
     (tmp_path / "my_lab.py").write_text(MARGIN)
-    environment = {"PYTHONPATH": str(tmp_path)}
-    convnext = {"type": "timm", "model": "test_convnext", "in_chans": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
-    convnext = json.dumps(convnext)
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def check_alike(runs, last, rtol=1e-3, atol=2e-5):
+    """Check that the runs `one` and `two` have the same losses, and weights at the end."""
+    logs = [(runs / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == last
+    weights = [load_file(runs / name / "checkpoints" / f"step-{last:08d}" / "model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=rtol, atol=atol)
+
+
+def test_two_ranks_train_as_one(config_file, tmp_path, my_lab):
+    """With an objective of one's own, a queue and caching. Batch norm sees each rank's own part, so the towers have none here;
+    the loss sees all of the batch."""
+    convnext = json.dumps(CONVNEXT)
     options = ["train.steps=4", "data.lanes=4", "train.lr=1e-4", f"towers.image={convnext}", f"towers.audio={convnext}"]
     options += ["fields.image.modality.size=48", "fields.audio.modality.mels=32", "fields.audio.modality.hop=200"]
-    for name, ranks in (("one", 1), ("two", 2)):
-        command = ["train", str(config_file), *options, f"run.name={name}"]
-        if case != "plain":
-            command += ["objective={type: my_lab:Margin, margin: 0.2}", "train.queue_size=21"]
-            command += ["train.micro_batch_size=3"] if name == "two" else []
-        command += NO_EVALUATION if name == "one" else []
-        if launcher and ranks > 1:
-            command = [sys.executable, *launcher, "-m", "mmcontrast", *command]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ | environment)
-        else:
-            done = mmcontrast(*command, ranks=ranks, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert launcher or "FutureWarning" not in done.stderr, done.stderr[-3000:]
-    logs = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
-    losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    weights = [
-        load_file(tmp_path / "runs" / name / "checkpoints" / "step-00000004" / "model.safetensors") for name in ("one", "two")
-    ]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=2e-5)
+    options += [*OWN, "train.queue_size=21"]
+    for name, ranks, own in (("one", 1, NO_EVALUATION), ("two", 2, ["train.micro_batch_size=3"])):
+        done = mmcontrast("train", config_file, *options, *own, f"run.name={name}", ranks=ranks, env=my_lab)
+        assert done.returncode == 0 and "FutureWarning" not in done.stderr, done.stderr[-3000:]
+    check_alike(tmp_path / "runs", 4)
+    assert (tmp_path / "runs" / "two" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
+def test_launchers_start_ranks_that_train_as_one(vectors_file, tmp_path, my_lab, launcher):
+    options = [*OWN, "train.queue_size=21", f"evaluation.splits={{val: {tmp_path / 'train.tar'}}}"]
+    alone = mmcontrast("train", vectors_file, *options, "run.name=one", env=my_lab)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    options += ["train.micro_batch_size=3", "run.name=two"]
+    command = [sys.executable, *launcher, "-m", "mmcontrast", "train", str(vectors_file), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ | my_lab)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_alike(tmp_path / "runs", 6)
     assert (tmp_path / "runs" / "two" / "results.json").exists()

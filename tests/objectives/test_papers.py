@@ -62,7 +62,7 @@ class Pair(torch.nn.Module):
 def train(model, loss_of, steps=150, batch=96, seed=0, lr=3e-3):
     """loss_of(letters [N], pictures [N, pixels]) → loss; each step draws letters, and a typeface for each."""
     pictures, generator = letters()[0], torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05, fused=True)
     for _ in range(steps):
         chosen = torch.randint(len(pictures), (batch,), generator=generator)
         fonts = torch.randint(len(FONTS) - 1, (batch,), generator=generator)
