@@ -38,8 +38,8 @@ def flops_of(model: ContrastiveModel) -> Flops:
     try:
         return count_flops(model, make_values(model, SMALLEST), keep_gradients=True)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CannotBePlanned(" ".join([f"this model cannot be planned: {reason}", *getattr(error, "__notes__", [])])) from error
+        reason = " ".join([" ".join(str(error).split())[:200], *getattr(error, "__notes__", [])])
+        raise CannotBePlanned(f"this model cannot be planned: {reason}") from error
 
 
 def part_memory(model: ContrastiveModel, samples: int, options: TrainOptions, several: bool) -> Bytes:
