@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -17,7 +18,7 @@ from mmcontrast.options import Component, Options
 from mmcontrast.training.data_options import DataOptions
 from mmcontrast.training.held_out import with_held_out
 from mmcontrast.training.options import TrainOptions
-from mmcontrast.yaml_files import parse_yaml, read_yaml
+from mmcontrast.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 T = TypeVar("T", bound=Options)
 # parts of an error's location that name one of several allowed forms, not a key
@@ -87,7 +88,7 @@ class RunConfig(Options):
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -113,8 +114,8 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str] = (), path: str | P
         _apply(tree, override, ("objective", "pairing"))
     _drop_replaced(tree, overrides)
     tree.setdefault("run", {})
-    if isinstance(tree["run"], dict):
-        tree["run"].setdefault("name", Path(path).stem)
+    if isinstance(tree["run"], dict) and tree["run"].get("name") is None:
+        tree["run"]["name"] = Path(path).stem
     _read_tasks(tree.get("evaluation"), path)
     return _validate(path, tree, RunConfig, overrides)
 
@@ -139,22 +140,34 @@ def load_suite(suite: str | Path | EvaluationOptions, overrides: Sequence[str] =
 
 
 def _validate(path: str | Path, tree: dict[str, Any], options: type[T], overrides: Sequence[str] = ()) -> T:
-    """Validate a tree. An override to null of an option that may not be null restores its default."""
-    values = (override.partition("=") for override in overrides)
-    nulls = {tuple(option.split(".")) for option, _, value in values if parse_yaml(value) is None}
+    """Validate a tree. An override to null of an option that may not be null restores its default; of one that is a text, what
+    YAML reads as a number or a date is the text that it was: run.name=12e4567."""
+    given = {tuple(option.split(".")): value for option, _, value in (override.partition("=") for override in overrides)}
     while True:
         try:
             return options.model_validate(tree)
         except ValidationError as error:
-            refused = {tuple(part for part in map(str, e["loc"]) if not FORM.fullmatch(part)) for e in error.errors()}
-            if not nulls & refused:
+            errors = [
+                (tuple(part for part in map(str, e["loc"]) if not FORM.fullmatch(part)), e["type"]) for e in error.errors()
+            ]
+            meant = next((name for name, kind in errors if name in given and _meant(tree, name, given[name], kind)), None)
+            if meant is None:
                 raise UserError(f"{path}: {_first_error(error, options)}") from error
-            for *parents, last in nulls & refused:
-                group = tree
-                for parent in parents:
-                    group = group[parent]
-                del group[last]
-            nulls -= refused
+            del given[meant]
+
+
+def _meant(tree: dict[str, Any], name: tuple[str, ...], value: str, kind: str) -> bool:
+    """Put into a tree what a refused override means, and return whether it means anything else than what YAML reads."""
+    for parent in name[:-1]:
+        tree = tree[parent]
+    parsed = parse_yaml(value)
+    if parsed is None:
+        del tree[name[-1]]
+    elif kind == "string_type" and not isinstance(parsed, str | dict | list):
+        tree[name[-1]] = value.strip()
+    else:
+        return False
+    return True
 
 
 def _read_tasks(evaluation: Any, path: str | Path) -> None:
@@ -211,6 +224,8 @@ def _first_error(error: ValidationError, root: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     of_group = first["type"] == "value_error" and len(first["loc"]) < 2  # its input is a whole group of options
     value = "" if first["type"] == "missing" or of_group else f" (found {str(first['input'])[:60]!r})"
+    if first["type"] == "string_type" and isinstance(first["input"], int | float | date):
+        value += f": YAML reads a {type(first['input']).__name__} there, so write the text in quotes"
     return f"{'.'.join(path) or 'config'}: {message[:1].lower()}{message[1:]}{value}"
 
 

@@ -1,4 +1,5 @@
-"""Reads YAML as people mean it: `1e-3` is a number, a repeated key is a mistake, and a file cannot expand without limit."""
+"""Reads YAML as people mean it: `1e-3` is a number, a repeated key is a mistake, and a file cannot expand without limit; and
+writes what it reads."""
 
 import re
 from collections.abc import Hashable
@@ -53,9 +54,19 @@ class _Loader(yaml.SafeLoader):
             seen[key] = key_node.value
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would read as a number, such as "12e4567"."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+
+
+def dump_yaml(value: Any) -> str:
+    """Return the YAML of a value, which `parse_yaml` reads as the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str) -> Any:

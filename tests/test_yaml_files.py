@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mmcontrast.cli import app
 from mmcontrast.config import load_config, load_suite
 from mmcontrast.errors import UserError
-from mmcontrast.yaml_files import parse_yaml, read_yaml
+from mmcontrast.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 LETTERS = Path(__file__).parents[1] / "configs" / "letters.yaml"
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 30))
@@ -91,7 +91,28 @@ def test_what_is_meant_is_read_as_before(tmp_path):
     deep = "[" * 60 + "]" * 60
     assert parse_yaml(deep) == yaml.safe_load(deep)
     wide = {f"class {k}": [f"a photo of {k}", "another"] for k in range(1000)}
-    assert parse_yaml(yaml.safe_dump(wide)) == wide
+    assert parse_yaml(dump_yaml(wide)) == wide
+
+
+@pytest.mark.parametrize("text", ["12e4567", "1e5", "1_000", "0x1f", "yes", "2024-01-01", "1:30", "~", "null", "", "007", "é"])
+def test_a_text_that_looks_like_something_else_stays_a_text(config_file, text):
+    """As the short name of a commit may: a run's own config.yaml has it as it was, and an override means what it says."""
+    tree = {text: [text], "in": {"a list": [1e5, 1, True, None, text]}}
+    assert parse_yaml(dump_yaml(tree)) == tree
+    if text not in ("", "~", "null"):
+        config = load_config(
+            config_file, [f"run.name={text}", f"evaluation.zero_shot.script.classes={{{text!r}: [a], b: [b]}}"]
+        )
+        assert config.run.name == text
+        config_file.write_text(config.to_yaml())
+        assert load_config(config_file) == config and text in config.evaluation.zero_shot["script"].classes
+    assert load_config(config_file, ["run.name=null"]).run.name == "small"
+
+
+def test_a_number_where_a_file_has_a_text_is_said(tmp_path, config_file):
+    config_file.write_text(config_file.read_text().replace("name: small", "name: 12e4567"))
+    with pytest.raises(UserError, match=r"run.name: .* \(found 'inf'\): YAML reads a float there, so write the text in quotes"):
+        load_config(config_file)
 
 
 @settings(max_examples=300, deadline=None)
@@ -103,4 +124,4 @@ def test_any_text_is_read_or_refused(text):
     except yaml.YAMLError:
         return
     assert time.process_time() - began < 5
-    yaml.safe_dump(tree)
+    assert repr(parse_yaml(dump_yaml(tree))) == repr(tree)

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmcontrast.embedder import Embedder
 from mmcontrast.evaluation.results import DETAILS
 from mmcontrast.export.parts import kind_of
+from mmcontrast.yaml_files import dump_yaml
 
 LIBRARIES = {
     "open_clip": "open_clip",
@@ -44,7 +43,7 @@ def write_card(
     }
     if sorted(kinds.values()) == ["image", "text"]:
         front_matter["pipeline_tag"] = "zero-shot-image-classification"
-    yaml_header = yaml.safe_dump(front_matter, sort_keys=False)
+    yaml_header = dump_yaml(front_matter)
     yaml_header += "license:  # to be filled in by the author, as in: apache-2.0\n"
     yaml_header += "datasets:  # to be filled in by the author\n"
     lines = [

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
@@ -43,6 +42,7 @@ from mmcontrast.training.trace import tracing
 from mmcontrast.training.watchdog import Watchdog
 from mmcontrast.types import Batch
 from mmcontrast.whole_files import write_text
+from mmcontrast.yaml_files import parse_yaml
 
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
 
@@ -61,7 +61,7 @@ def train(job: RunContext, resume: bool = False, preemption: Preemption | None =
         UserError: for data that cannot be decoded, a checkpoint that does not fit, a full disk.
     """
     options, total = job.options, job.options.total_steps
-    accelerator = make_accelerator(options, job.name, job.folder, yaml.safe_load(job.config))
+    accelerator = make_accelerator(options, job.name, job.folder, parse_yaml(job.config))
     main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     if options.channels_last:
         job.model.to(memory_format=torch.channels_last)

@@ -22,6 +22,7 @@ from mmcontrast.training.mining import Mining
 from mmcontrast.training.parallel import in_shards, shard_all_like, shard_like
 from mmcontrast.training.step import Learner
 from mmcontrast.training.tensors import read_parts
+from mmcontrast.yaml_files import parse_yaml
 
 logger = logging.getLogger("mmcontrast")
 TABLE = "objective/"  # begins the names of an objective's tables, among the shards of a checkpoint
@@ -195,7 +196,7 @@ def restore(path: Path, job: RunContext, learner: Learner, mining: Mining | None
         raise UserError(f"{job.folder} already has {state['step']} steps, more than {wanted}")
     check_start(job.model, path)
     check_teachers(job, state.get("teachers", []))
-    before, now = (yaml.safe_load(config) for config in ((path / checkpoint.CONFIG).read_text(encoding="utf-8"), job.config))
+    before, now = (parse_yaml(config) for config in ((path / checkpoint.CONFIG).read_text(encoding="utf-8"), job.config))
     for name, was, is_now in (
         ("model.lora", before.get("model", {}).get("lora"), now.get("model", {}).get("lora")),
         ("score", before.get("score"), now.get("score")),
@@ -261,7 +262,7 @@ def check_order(job: RunContext, path: Path, saved: Mapping[str, Any]) -> None:
     for name in sorted(saved.keys() | order.keys()):
         before, after = str(saved.get(name)), str(order.get(name))
         if before != after:
-            data, data_before = yaml.safe_load(job.config)["data"], saved_data(path)
+            data, data_before = parse_yaml(job.config)["data"], saved_data(path)
             changes = [
                 f"data.{option} was {data_before.get(option)}, is {data.get(option)}"
                 for option in ("held_out", "select")
@@ -276,7 +277,7 @@ def check_order(job: RunContext, path: Path, saved: Mapping[str, Any]) -> None:
 
 def saved_data(path: Path) -> Any:
     """Return the `data` of a checkpoint's config."""
-    return yaml.safe_load((path / checkpoint.CONFIG).read_text(encoding="utf-8"))["data"]
+    return parse_yaml((path / checkpoint.CONFIG).read_text(encoding="utf-8"))["data"]
 
 
 def check_start(model: ContrastiveModel, path: Path) -> None:
