@@ -1,6 +1,7 @@
 """Read a run's configuration: YAML with dotted overrides, typed and frozen; unknown keys are refused with the nearest one."""
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
@@ -30,11 +31,19 @@ class RunOptions(Options):
 
     Attributes:
         name: the folder's name; default: the config file's.
-        dir: the folder that it is in.
+        dir: the folder that it is in; "~" and "$SCRATCH" are those of the environment.
     """
 
     name: str
     dir: str = "runs"
+
+    @field_validator("dir")
+    @classmethod
+    def _expand(cls, value: str) -> str:
+        expanded = os.path.expandvars(os.path.expanduser(value))
+        if "$" in expanded:
+            raise ValueError("it names a variable that is not set")
+        return expanded
 
 
 class RunConfig(Options):

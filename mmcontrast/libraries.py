@@ -66,13 +66,14 @@ def library_messages(name: object) -> Iterator[None]:
             library_logger.handlers = handlers
         kept_warnings = [str(warning.message) for warning in warned if not issubclass(warning.category, NOISE_KINDS)]
         for message in collector.messages + kept_warnings:
+            if NOISE.search(message) or (_weights_follow.get() and RANDOM.search(message)):
+                continue
             tell(f"{name}: {' '.join(message.split())[:300]}")
 
 
 def tell(line: str) -> None:
     """Log a line that matters, on the first rank, if it was not logged before."""
-    noise = NOISE.search(line) or (_weights_follow.get() and RANDOM.search(line))
-    if not noise and line not in _logged and os.environ.get("RANK", "0") == "0":
+    if line not in _logged and os.environ.get("RANK", "0") == "0":
         _logged.add(line)
         logger.warning("warning: %s", line)
 

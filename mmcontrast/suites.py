@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,9 @@ from mmcontrast.evaluation.retrieval_tasks import RetrievalTasks
 from mmcontrast.run_folder import CONFIG, run_of
 from mmcontrast.training.distributed import join_processes, rank_of_launcher
 from mmcontrast.training.log import make_progress
-from mmcontrast.whole_files import write_json
+from mmcontrast.whole_files import write_json, write_text
+
+SOURCE = "suite"  # a file beside results: the path of their suite
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Suite:
         name: of the file or the folder; empty: a run's own evaluation.
         options: of the evaluation.
         out: the folder of its results.
+        source: its path; empty: a run's own evaluation.
     """
 
     name: str
     options: EvaluationOptions
     out: Path
+    source: str = ""
 
 
 def open_suite(
@@ -60,7 +65,8 @@ def open_suite(
         source: a YAML file, or a folder in CLIP_benchmark's layout; None: the run's own evaluation.
         out: default: the run's folder for its own evaluation of its last checkpoint, RUN/evaluations/SUITE for another suite,
             evaluations/MODEL/SUITE for a model that is no run. With overrides the name of the suite, or "own", gets a digest of
-            them, so that nothing is replaced by other options' results.
+            them, and with results of another suite of the same name there one of its path, so that nothing is replaced by other
+            options' results.
 
     Raises:
         UserError: for an invalid suite; without one, if the model is no run.
@@ -76,16 +82,19 @@ def open_suite(
         return Suite("", load_suite(load_config(run / CONFIG).evaluation, overrides), out or default_out)
     folder, _, split = source.partition(":")
     if in_layout(Path(folder)):
-        name = Path(folder).name + (f"-{split}" if split else "")
-        options = load_suite(EvaluationOptions(splits={Path(folder).name: source}), overrides)
+        name = Path(folder).absolute().name
+        options = load_suite(EvaluationOptions(splits={name: source}), overrides)
+        name += f"-{split}" if split else ""
     else:
         name, options = Path(source).stem, load_suite(source, overrides)
     name += f"-{changed}" if changed else ""
-    if run is not None:
-        name += "" if step == "last" else f"-checkpoint-{step}"
-        return Suite(name, options, out or run / "evaluations" / name)
     model_name = "--".join([model, *([pretrained] if pretrained else [])]).strip("/").replace("/", "--")
-    return Suite(name, options, out or Path("evaluations") / model_name / name)
+    evaluations = Path("evaluations") / model_name if run is None else run / "evaluations"
+    name += f"-checkpoint-{step}" if run is not None and step != "last" else ""
+    path = os.path.abspath(source)
+    if (file := evaluations / name / SOURCE).is_file() and file.read_text(encoding="utf-8", errors="replace") != path:
+        name += f"-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+    return Suite(name, options, out or evaluations / name, path)
 
 
 def run_suite(
@@ -125,6 +134,8 @@ def run_suite(
     evaluation = evaluate_embedder(embedder, datasets, options, weights if cached else None, group)
     if state.is_main_process:
         description = {"model": identity(model, checkpoint, pretrained) | {"fingerprint": weights, "precision": precision}}
+        if suite.source:
+            write_text(suite.out / SOURCE, suite.source, errors="replace")
         write_results(suite.out, suite.name or Path(model).name, evaluation, embedder.model, datasets, options, description)
     return evaluation
 

@@ -5,6 +5,12 @@ from pathlib import Path
 from mmcontrast.errors import UserError
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text, parted as those of a file are: by \\n, \\r\\n or \\r, unlike by `str.splitlines`."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def read_text(path: str | Path) -> str:
     """Return a file's text, UTF-8 with or without a byte order mark.
 

@@ -68,6 +68,15 @@ def test_overrides_reach_every_level(config_file):
     assert config.fields["image"].modality["size"] == 12
 
 
+def test_the_folder_of_runs_is_where_the_environment_says(config_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    for given, folder in (("~/runs", "/home/someone/runs"), ("$SCRATCH/r", "/scratch/r"), ("${SCRATCH}/~", "/scratch/~")):
+        assert load_config(config_file, [f"run.dir={given}"]).run.dir == folder
+    with pytest.raises(UserError, match=r"run.dir: it names a variable that is not set .found '\$NOWHERE/runs'"):
+        load_config(config_file, ["run.dir=$NOWHERE/runs"])
+
+
 def test_the_resolved_config_reads_back_as_itself(config_file, tmp_path):
     config = load_config(config_file, ["train.betas=[0.9,0.95]"])
     (tmp_path / "again.yaml").write_text(config.to_yaml())

@@ -25,7 +25,7 @@ MAY_IMPORT = {  # unit: what stands directly below it; what those may import, it
     "score": ["types"],
     "objectives": ["score", "components", "types"],
     "libraries": ["trust"],
-    "modalities": ["libraries", "components", "types"],
+    "modalities": ["libraries", "components", "types", "text_files"],
     "models": ["modalities", "options"],
     "data": ["modalities", "options", "yaml_files", "whole_files", "file_lock"],
     "data_commands": ["runs", "arguments"],

@@ -78,9 +78,11 @@ def test_noise_is_not_told_and_all_is_as_before(logged, capfd):
         logging.info("nothing")
         warnings.warn("a size that does not fit", UserWarning, stacklevel=1)
         raise KeyError
+    libraries.tell("/data/symlinks/val.tar, field 'deprecated_name': ours are told whatever names are in them")
     assert logged() == [
         "warning: a model: No checkpoint found of the head",
         "warning: a model: something of the root",
         "warning: a model: a size that does not fit",
+        "warning: /data/symlinks/val.tar, field 'deprecated_name': ours are told whatever names are in them",
     ]
     assert [(library_logger, list(library_logger.handlers)) for library_logger, _ in before] == before

@@ -53,6 +53,8 @@ def blend(
         raise UserError(f"blend takes one of --alpha, --curve and --soup, {' and '.join(modes) or 'none'} given")
     if soup is not None and soup not in SOUPS:
         raise UserError(f"--soup {soup}: it is uniform or greedy")
+    if out is not None and not curve:
+        raise UserError(f"--out is of --curve: with {modes[0]} the folder comes last, after the models")
     if soup == "greedy" and len(metric or ()) != 1:
         raise UserError("--soup greedy needs --metric with one result's name, as val/retrieval/image_to_text/recall_at_1")
     names, target = (models, out) if curve else (models[:-1], Path(models[-1]))

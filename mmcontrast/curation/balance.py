@@ -20,7 +20,7 @@ from mmcontrast.curation.stage import PRIVATE, Decisions, Judgement, Stage
 from mmcontrast.data.shard import ShardIndex
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import DecodeError
-from mmcontrast.text_files import read_text
+from mmcontrast.text_files import lines_of, read_text
 
 SET_APART, SPACES = ",.;:?!`", "\t\n\r"
 _SPACED = str.maketrans({**{mark: f" {mark} " for mark in SET_APART}, **dict.fromkeys(SPACES, " ")})
@@ -103,7 +103,7 @@ def read_entries(path: str) -> Entries:
     """
     text = read_text(path)
     try:
-        lines = (line.strip() for line in text.splitlines())
+        lines = (line.strip() for line in lines_of(text))
         names = json.loads(text) if text.lstrip().startswith("[") else [line for line in lines if line]
         if not all(isinstance(name, str) for name in names):
             raise ValueError("an entry that is no text")

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.csv
@@ -23,6 +25,7 @@ STATE = "state.json"  # of a Hugging Face dataset
 ROWS = 1024  # of a batch of the copy
 CSV_BLOCK = 2**24  # bytes that are parsed at a time: no row is longer
 VERSION = 3  # of the copies
+UNUSED = 86_400  # seconds after which a copy of a file that has changed goes: another machine may have its own such file
 
 
 def open_mapped(arrow: Sequence[Path]) -> pa.Table:
@@ -57,6 +60,8 @@ def copy_of_file(path: Path) -> tuple[tuple[Path, ...], str, list[str]]:
     copy, digest_file = folder / f"{path_hash}-{version}.arrow", folder / f"{path_hash}-{version}.digest"
     try:
         open_mapped([copy])
+        with suppress(OSError):
+            os.utime(copy)  # it is in use
         digest, *numbers = digest_file.read_text().split("\n")
         return (copy,), digest, [json.loads(name) for name in numbers]
     except (OSError, ValueError, pa.ArrowException):
@@ -68,8 +73,9 @@ def copy_of_file(path: Path) -> tuple[tuple[Path, ...], str, list[str]]:
         text = "\n".join([digest, *map(json.dumps, numbers)])
         _write_atomically(digest_file, lambda partial: partial.write_text(text))
         for outdated in {*folder.glob(f"{path_hash}-*")} - {copy, digest_file}:  # of the file before it changed
-            if not outdated.name.endswith(".partial"):
-                outdated.unlink(missing_ok=True)
+            with suppress(OSError):  # another process was faster; it is another user's
+                if not outdated.name.endswith(".partial") and time.time() - outdated.stat().st_mtime > UNUSED:
+                    outdated.unlink()
     except OSError as error:
         if error.errno is None:  # Arrow's, about what it reads
             raise ValueError(str(error)) from error
@@ -79,9 +85,7 @@ def copy_of_file(path: Path) -> tuple[tuple[Path, ...], str, list[str]]:
 
 def _write_atomically(target: Path, write: Callable[[Path], object]) -> str:
     """Write a file under a temporary name first, and return its digest."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f"{target.name}-", suffix=".partial")
-    os.close(handle)
-    partial = Path(name)
+    partial = target.with_name(f"{target.name}-{uuid4().hex}.partial")
     try:
         write(partial)
         with partial.open("rb") as written:

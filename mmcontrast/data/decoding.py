@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mmcontrast.data.class_texts import CLASS_NAME, class_of, group_of, prompt_of
-from mmcontrast.data.ids import ids_of, read_json, stable_hash, weight_of
+from mmcontrast.data.ids import ids_of, read_json, shown, stable_hash, weight_of
 from mmcontrast.data.keys import ENTRY, chosen, entries_of
 from mmcontrast.data.views import TeacherView
 from mmcontrast.errors import UserError
@@ -72,7 +72,7 @@ def decode_sample(
         templates: per field that holds names of classes, what its texts are made of.
         views: what teachers read of the same fields.
     """
-    sample = Sample({}, default, default, {"key": key}, views=tuple({} for _ in views))
+    sample = Sample({}, default, default, {"key": shown(key)}, views=tuple({} for _ in views))
     if isinstance(members, Exception):
         return replace(sample, error=str(members), lost=isinstance(members, UserError))
     extension = "json"

@@ -39,13 +39,16 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     """
     files: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not is_remote(pattern) and os.path.lexists(pattern):  # whatever its name, as a[1].csv
+            files.append(pattern)
+            continue
         try:
             names = list(braceexpand.braceexpand(pattern))
         except ValueError as error:
             raise UserError(f"the braces of {pattern!r} do not match: write {{00000..00025}}") from error
         for expanded in names:
             if not is_remote(expanded):
-                matches = sorted(glob.glob(expanded, recursive=True))
+                matches = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
             elif "*" in expanded:
                 filesystem = _filesystem(expanded)
                 paths = _retry(partial(filesystem.glob, expanded), expanded)

@@ -1,7 +1,8 @@
 """A folder of files, `a.jpg` beside `a.txt`, read like a shard."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +37,21 @@ class FolderIndex(MemberIndex):
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
+def _files(folder: Path, name: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Yield the names of all files in a folder, and in those below it and linked from it, but for links to what is above."""
+    state = folder.stat()
+    if (place := (state.st_dev, state.st_ino)) not in above:
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                yield from _files(Path(entry.path), f"{name}{entry.name}/", (*above, place))
+            elif entry.is_file():
+                yield f"{name}{entry.name}"
+
+
 def index_folder(name: str) -> FolderIndex:
     """Index a folder. The files of a sample lie in one folder; samples are in the order of their names."""
     path = Path(name)
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    names = sorted(_files(path))
     names.sort(key=lambda member: sample_of(member)[0])  # `a.b/x` between `a.png` and `a.txt` would part them
     states = [(path / member).stat() for member in names]
     members = Members.collect(

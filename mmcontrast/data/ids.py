@@ -10,13 +10,15 @@ from typing import Any
 from mmcontrast.modalities import DecodeError
 
 LARGEST_WEIGHT = 3.4e38  # of float32
+HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # what may be half of a pair of surrogates
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as Python prints it: other texts are hashed
 
 _DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))  # made once
 
 
 def read_json(data: bytes) -> dict[str, Any]:
-    """Parse a sample's json. NaN, which JSON does not have and some write for missing values, is read as null.
+    """Parse a sample's json. NaN, which JSON does not have and some write for missing values, is read as null; half of a pair
+    of surrogates, as of an emoji that was cut, as U+FFFD.
 
     Raises:
         DecodeError: if it is not an object.
@@ -24,11 +26,27 @@ def read_json(data: bytes) -> dict[str, Any]:
     try:
         encoding = "utf-8" if data[:1] == b"{" and data[1:2] != b"\0" else json.detect_encoding(data)
         metadata = _DECODER.decode(data.decode(encoding, "surrogatepass"))
+        if HALF.search(data):
+            metadata = _without_halves(metadata)
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error
     if not isinstance(metadata, dict):
         raise DecodeError(f"a JSON {type(metadata).__name__}, not an object")
     return metadata
+
+
+def _without_halves(value: Any) -> Any:
+    """Return a value of JSON whose texts can be written as UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_without_halves(name): _without_halves(entry) for name, entry in value.items()}
+    return [_without_halves(entry) for entry in value] if isinstance(value, list) else value
+
+
+def shown(key: str) -> str:
+    """Return a key as a text that can be written; what is not UTF-8 in it as \\xff."""
+    return key if key.isascii() else key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def ids_of(metadata: Mapping[str, Any], default: int) -> tuple[int, int]:

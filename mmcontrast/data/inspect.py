@@ -22,6 +22,7 @@ from mmcontrast.modalities import AudioModality, DecodeError, ImageModality, Tex
 from mmcontrast.modalities.audio import UNKNOWN, open_sound
 from mmcontrast.modalities.image import FORMATS
 from mmcontrast.modalities.parts import check_parts
+from mmcontrast.text_files import lines_of
 
 MEASURED, SHOWN = 2000, 24  # samples, evenly spread over the shards: those that are measured, and shown on the page
 ALPHA = "alpha"  # a measure that is counted, and has no quantiles
@@ -113,7 +114,7 @@ def _measure(chosen: Sequence[tuple[ShardIndex, int]], extensions: Sequence[str]
 
 def _measure_text(data: bytes) -> dict[str, float]:
     text = data.decode("utf-8")
-    return {"words": len(text.split()), "lines": len(text.strip().splitlines())}
+    return {"words": len(text.split()), "lines": len(lines_of(text.strip()))}
 
 
 def _measure_picture(data: bytes) -> dict[str, float]:

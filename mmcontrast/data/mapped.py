@@ -11,13 +11,13 @@ import json
 import logging
 import mmap
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -126,11 +126,12 @@ def _write(path: Path, files: Sequence[File]) -> bool:
     tars: list[Any] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".partial")
+        partial = path.with_name(f"{path.stem}-{uuid4().hex}.partial")
+        target = partial.open("xb")
     except OSError:
         return False
     try:
-        with os.fdopen(handle, "wb") as target:
+        with target:
             target.write(MAGIC)
             for file in files:
                 index = index_tar(file.name, file=file)
@@ -143,12 +144,12 @@ def _write(path: Path, files: Sequence[File]) -> bool:
                 tars.append([len(index), len(index.keys.text), kind, *dtypes, index.digest, index.notes])
             header = json.dumps({"stamp": _stamp(files), "extensions": list(kinds), "tars": tars}).encode()
             target.write(header + len(header).to_bytes(8, "little"))
-        os.replace(name, path)
+        os.replace(partial, path)
         return True
     except OSError:  # a cache that cannot be written is none
         return False
     finally:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _shrink(numbers: np.ndarray) -> np.ndarray:

@@ -3,12 +3,12 @@
 import hashlib
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from uuid import uuid4
 
 from mmcontrast.errors import UserError
 from mmcontrast.file_lock import lock_file
@@ -98,13 +98,12 @@ class RangeCache:
     def _store(self, path: Path, data: bytes) -> None:
         if shutil.disk_usage(self.folder).free < KEPT_FREE + len(data):
             return
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-", suffix=".partial")
+        partial = path.with_name(f"{path.name}-{uuid4().hex}.partial")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+            partial.write_bytes(data)
             os.replace(partial, path)
         except OSError:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
         self.written += len(data)
         if self.written > self.limit // 100:

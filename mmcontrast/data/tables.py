@@ -72,7 +72,10 @@ class TableIndex(ShardIndex):
 
     @cached_property
     def table(self) -> pa.Table:
-        return open_mapped(self.arrow)
+        try:
+            return open_mapped(self.arrow)
+        except OSError as error:  # nothing is wrong with the rows
+            raise UserError(f"{self.name}: its Arrow copy is gone ({error}): start again, which makes it anew") from error
 
     @cached_property
     def _sizes(self) -> dict[str, np.ndarray]:
@@ -92,10 +95,7 @@ class TableIndex(ShardIndex):
         if is_text(column.type) or is_binary(column.type):
             lengths = pc.binary_length(column)
         elif is_list(column.type) and is_text(column.type.value_type):  # lines
-            rows = column.combine_chunks()
-            texts = pc.fill_null(pc.binary_length(pc.list_flatten(rows)).cast(pa.int64()), -1).to_numpy() + 1
-            sizes = np.bincount(pc.list_parent_indices(rows).to_numpy(), texts, len(rows)).astype(np.int64)
-            lengths = pc.if_else(rows.is_valid(), pa.array(sizes - (sizes > 0)), pa.scalar(None, pa.int64()))
+            lengths = pa.chunked_array([_lengths_of_lines(rows) for rows in column.chunks], pa.int64())
         else:
             lengths = pc.if_else(pc.is_valid(column), pa.scalar(8, pa.int64()), pa.scalar(None, pa.int64()))
         return pc.fill_null(lengths.cast(pa.int64()), -1).to_numpy()
@@ -151,9 +151,12 @@ class TableIndex(ShardIndex):
 
         Raises:
             DecodeError: for a value that cannot be read, or a file that does not exist.
+            UserError: if the Arrow copy is gone.
         """
         try:
             return self._read(sample, extensions)
+        except UserError:
+            raise
         except (ValueError, TypeError, LookupError, RuntimeError, OSError, pa.ArrowException) as error:
             raise DecodeError(f"row {sample} cannot be read ({error})") from error
 
@@ -244,10 +247,20 @@ class TableIndex(ShardIndex):
             raise DecodeError(
                 "a URL: files of a table are read from a disk. Download them first; img2dataset's shards are read as is"
             )
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
-            raise DecodeError(f"{path} is not in {self.folder}: set `files` of this source to its folder")
+        folder = Path(os.path.abspath(self.folder))
+        path = Path(os.path.abspath(folder / name))  # may be a link to anywhere: who made the folder made it
+        if not path.is_relative_to(folder):
+            path = path.resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise DecodeError(f"{path} is not in {self.folder}: set `files` of this source to its folder")
         return path
+
+
+def _lengths_of_lines(rows: pa.Array) -> pa.Array:
+    """Return the lengths of lists of texts that are joined by line breaks."""
+    texts = pc.fill_null(pc.binary_length(pc.list_flatten(rows)).cast(pa.int64()), -1).to_numpy() + 1
+    sizes = np.bincount(pc.list_parent_indices(rows).to_numpy(), texts, len(rows)).astype(np.int64)
+    return pc.if_else(rows.is_valid(), pa.array(sizes - (sizes > 0)), pa.scalar(None, pa.int64()))
 
 
 def is_table(name: str) -> bool:

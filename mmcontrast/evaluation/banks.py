@@ -18,7 +18,7 @@ from mmcontrast.evaluation.bridge import Bridge, mean_rows
 from mmcontrast.evaluation.embed import MANIFEST, EmbeddingTable, embed_texts
 from mmcontrast.modalities import DecodeError, TextModality
 from mmcontrast.models import ContrastiveModel
-from mmcontrast.text_files import read_text
+from mmcontrast.text_files import lines_of, read_text
 
 TEXTS_AT_ONCE = 256
 
@@ -84,7 +84,7 @@ def read_texts(source: str | Path) -> list[str]:
     Raises:
         UserError: as `read_text`; if there is none.
     """
-    texts = list(dict.fromkeys(line.strip() for line in read_text(source).splitlines() if line.strip()))
+    texts = list(dict.fromkeys(line.strip() for line in lines_of(read_text(source)) if line.strip()))
     if not texts:
         raise UserError(f"bank {source}: no line has a text")
     return texts

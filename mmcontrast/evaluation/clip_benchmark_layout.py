@@ -8,7 +8,7 @@ from mmcontrast.data import ShardOptions
 from mmcontrast.data.class_texts import check_template
 from mmcontrast.errors import UserError
 from mmcontrast.evaluation.options import EvaluationOptions, ZeroShotOptions
-from mmcontrast.text_files import read_text
+from mmcontrast.text_files import lines_of, read_text
 
 KIND, CLASSES, TEMPLATES = "dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"
 
@@ -85,7 +85,7 @@ def names_in(file: Path, least: int = 1) -> list[str]:
     Raises:
         UserError: for a blank line, or fewer than `least`.
     """
-    lines = [line.strip() for line in read_text(file).splitlines()]
+    lines = [line.strip() for line in lines_of(read_text(file))]
     for number, line in enumerate(lines, 1):
         if not line:
             raise UserError(f"{file}, line {number}: a blank line among {len(lines)}, where each is a name: remove it")

@@ -19,7 +19,7 @@ from mmcontrast.evaluation.gallery import galleries, gallery
 from mmcontrast.evaluation.options import EvaluationOptions
 from mmcontrast.evaluation.results import Evaluation, shown_results
 from mmcontrast.models import ContrastiveModel
-from mmcontrast.whole_files import write_json
+from mmcontrast.whole_files import write_json, write_text
 
 LOG, RESULTS, REPORT = "metrics.jsonl", "results.json", "report.html"
 LISTED, MATRIX = 100, 40  # the most classes of a table, and of a matrix of confusion
@@ -51,13 +51,13 @@ def write_report(
         *(_classes(task, *report) for task, report in evaluation.reports.items()),
         folded("All results", _results(evaluation)),
     ]
-    path.write_text(page(name, sections), encoding="utf-8")
+    write_text(path, page(name, sections), errors="backslashreplace")
 
 
 def write_table_report(path: Path, name: str, evaluation: Evaluation) -> None:
     """Write the page of an evaluation whose samples are not at hand: results alone."""
     sections = [f"<h2>Results</h2>{_summary(evaluation)}", "<h2>Details</h2>", folded("All results", _results(evaluation))]
-    path.write_text(page(name, sections), encoding="utf-8")
+    write_text(path, page(name, sections), errors="backslashreplace")
 
 
 def _summary(evaluation: Evaluation) -> str:

@@ -22,7 +22,7 @@ from mmcontrast.evaluation.sending import device_of, from_first
 from mmcontrast.evaluation.whitening import whiten
 from mmcontrast.modalities import DecodeError, TextModality
 from mmcontrast.models import ContrastiveModel
-from mmcontrast.text_files import read_text
+from mmcontrast.text_files import lines_of, read_text
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def read_relevance(
     """
     known_keys = Counter(entry["key"] for entry in table.metadata)
     gains: dict[tuple[str, str], float] = {}
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text(file)), 1):
         try:
             query, _, candidate, gain = line.split()
             gains[query, candidate] = float(gain)

@@ -11,6 +11,7 @@ from torch.utils.data import get_worker_info
 
 from mmcontrast.libraries import part_of_open_clip, refused, tell
 from mmcontrast.modalities.base import DecodeError, Modality
+from mmcontrast.text_files import lines_of
 
 OPEN_CLIP = "open_clip"
 PADDING = -1  # after the end of a text in a batch of token ids: no token has this id
@@ -122,7 +123,7 @@ class TextModality(Modality):
     @staticmethod
     def lines(raw: str) -> list[str]:
         """Return the lines of a text that are not empty."""
-        return [line.strip() for line in raw.splitlines() if line.strip()]
+        return [line.strip() for line in lines_of(raw) if line.strip()]
 
     def by_lines(self) -> "TextModality":
         """Return a copy that reads each line as a caption."""

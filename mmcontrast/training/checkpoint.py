@@ -4,6 +4,7 @@ They are written under a temporary name, flushed to the disk, and renamed: a fol
 optimizer's state of weights in shards is a folder in it, written by all ranks through torch's distributed checkpoints.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -110,7 +111,7 @@ def save(folder: Path, step: int, contents: Contents, shards: "Future[Any] | Non
         for name, tensors in contents.files.items():
             write_tensors(partial / name, tensors, whole, metadata)
         torch.save(contents.state, partial / STATE)
-        (partial / CONFIG).write_text(contents.config)
+        (partial / CONFIG).write_text(contents.config, encoding="utf-8")
         if shards:
             shards.result()
         checksums = {name: _checksum(file) for name, file in _files(partial).items()}
@@ -216,10 +217,13 @@ def _copy(tree: Any) -> Any:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or folder to the disk; some file systems flush no folders, and say that it is invalid."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

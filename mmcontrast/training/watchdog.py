@@ -106,7 +106,7 @@ class Watchdog:
         """Write this rank's report; on the first rank, put the lines of all ranks that report in time into `lines`."""
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.report_file(self.rank).write_text(f"{line}\n\n{frames}")
+            self.report_file(self.rank).write_text(f"{line}\n\n{frames}", encoding="utf-8", errors="replace")
         deadline = time.monotonic() + GRACE
         while self.rank == 0 and len(lines) < self.world_size and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -233,7 +233,7 @@ def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
         entry.size = 4
         tar.addfile(entry, io.BytesIO(b"text"))
     (batch,) = all_batches(ShardDataset(str(tmp_path / "x.tar"), {"text": TextModality()}, {}), 1)
-    assert len(batch) == 1 and batch.metadata[0]["key"] == "caf\udce9"
+    assert len(batch) == 1 and batch.metadata[0]["key"] == "caf\\xe9"
     assert [*inspect_shards([str(tmp_path / "x.tar")], tmp_path / "page.html")] and (tmp_path / "page.html").exists()
 
 

@@ -254,6 +254,27 @@ def test_results_of_a_checkpoint_are_not_written_into_it(run):
     run_suite(name, suite, device="cpu")  # it can still be read
 
 
+def test_suites_of_one_name_have_folders_of_their_own(run, suite_file, corpus, tmp_path, monkeypatch):
+    others = []
+    for name in ("coco", "flickr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "suite.yaml").write_text(
+            f"{{splits: {{{name}: '{corpus}/val-*.tar'}}, resamples: 0, geometry: false}}"
+        )
+        suite = open_suite(str(run), str(tmp_path / name / "suite.yaml"), [], None)
+        run_suite(str(run), suite, device="cpu")
+        others.append(suite.out)
+    assert others[0] == run / "evaluations" / "suite" and others[1].name.startswith("suite-")
+    for name, out in zip(("coco", "flickr"), others, strict=True):  # again, and from elsewhere
+        monkeypatch.chdir(tmp_path / name)
+        assert open_suite(str(run), "suite.yaml", [], None).out == out
+        assert all(result.startswith(f"{name}/") for result in results_of(out))
+    retrieval(tmp_path / "wds_captions")
+    monkeypatch.chdir(tmp_path / "wds_captions")
+    suite = open_suite(str(run), ".", [], None)
+    assert suite.out.name == "wds_captions" and list(suite.options.splits) == ["wds_captions"]
+
+
 def test_data_in_a_layout_leaves_other_splits_as_they_are(run, suite_file, tmp_path):
     options = ["resamples=0", "geometry=false"]
     options += [f"{task}.splits=[val]" for task in ("retrieval.graded", "retrieval.same_script", "probes.script")]

@@ -153,6 +153,7 @@ def test_what_is_no_pair_is_refused(config_file, corpus, tmp_path):
         "one of --alpha, --curve and --soup": [str(base), str(base)],
         "uniform or greedy": [str(base), str(base), "out", "--soup", "best"],
         "needs --metric": [str(base), str(base), "out", "--soup", "greedy"],
+        "--out is of --curve": [str(base), "a", "b", "--soup", "uniform", "--out", "c"],
         "OUT comes last": [str(base), "out", "--alpha", "0.5"],
         "blends two models: 3 named": [str(base)] * 3 + ["--curve"],
     }
