@@ -73,6 +73,7 @@ class RunResults:
 HEADLINES = ("recall_at_1", "mean_recall_at_1", "top1", "mean_rank_variance")
 SETTINGS = ("scoring", "whiten")  # options that change results of the same names, as those of these tasks do
 TASKS, NO_SETTINGS = ("zero_shot", "retrieval", "languages", "probes"), ("splits", "train")
+PROBE = "probe "  # begins the name of a probe's training data, among the digests
 SHOWN = 60  # characters of a setting
 SHORT = 24  # results that are shown in full
 
@@ -118,7 +119,9 @@ class Comparison:
             if len(set(values.values())) > 1:
                 shown = ", ".join(f"{run} {value}" for run, value in _differing(values).items())
                 warnings.append(f"not evaluated alike: {setting} is {shown}")
-        for split in self.splits:
+        probes = {name for run in self.runs for name in run.digests if name.startswith(PROBE)}
+        shown_probes = (name for name in sorted(probes) if any(f"/probe/{name.removeprefix(PROBE)}/" in n for n in self.names))
+        for split in (*self.splits, *shown_probes):
             digests = {run.name: run.digests[split] for run in self.runs if split in run.digests}
             if len(set(digests.values())) > 1:
                 shown = ", ".join(f"{run} {digest[:12]}" for run, digest in digests.items())

@@ -141,6 +141,7 @@ def write_results(
         }
         for split, table in evaluation.tables.items()
     }
+    data |= {name: {"digest": each.digest, "samples": len(each)} for name, each in datasets.items() if name not in data}
     write_json(folder / RESULTS, evaluation.to_json({**description, "data": data, "options": options.model_dump(mode="json")}))
     step = description.get("training", {}).get("step")
     write_report(folder / REPORT, name, evaluation, read_log(folder / LOG), step, model, datasets, options)

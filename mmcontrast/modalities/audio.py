@@ -107,6 +107,8 @@ class AudioModality(Modality):
             raise DecodeError(f"a sample rate of {rate} Hz")
         if sound.dtype.kind != "f":
             half = 2.0 ** (8 * sound.itemsize - 1)
+            if sound.itemsize > 2 and 0 < (loudest := int(sound.max())) < half / 2**15:
+                raise DecodeError(f"{sound.dtype} samples of at most {loudest}: if they are of 16 bits, give them as int16")
             sound = sound / half - (sound.dtype.kind == "u")
         sound = _checked(sound.astype(np.float32))
         return self.stored([sound if rate == self.sample_rate else soxr.resample(sound, rate, self.sample_rate)])

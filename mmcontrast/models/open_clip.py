@@ -148,6 +148,8 @@ def _half(model: str, part: str, pretrained: str | None, options: dict[str, Any]
     with opening(f"open_clip's {model!r} with pretrained={pretrained!r}", f"open_clip tower {model}"):
         options = {"force_quick_gelu": quick_gelu(model, pretrained)} | options
         whole = open_clip.create_model(model, pretrained=pretrained, force_custom_text=True, **options)
+        if pretrained and ":" not in model and Path(pretrained).is_file() and not options["force_quick_gelu"]:
+            tell_of_activation(model, pretrained)
         for half, network in (("image", whole.visual), ("text", whole.text)):
             check_loaded(network, f"pretrained_{half}_path", options.get(f"pretrained_{half}_path"))
     network = whole.visual if part == "image" else whole.text
@@ -234,6 +236,7 @@ def open_open_clip(name: str, pretrained: str | None, weights: bool = True, size
     preprocess = PreprocessCfg(**whole.visual.preprocess_cfg)
     if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(name):
         tell_of_preprocessing(name, pretrained, preprocess)
+        tell_of_activation(name, pretrained)
     prepare = partial(_pixels, image_transform_v2(preprocess, is_train=False))
     augmented = partial(_pixels, image_transform_v2(preprocess, is_train=True))
     size = preprocess.size if isinstance(preprocess.size, int) else max(preprocess.size)
@@ -267,6 +270,19 @@ def published_preprocessing(name: str) -> dict[str, Any]:
     keys = ("mean", "std", "interpolation", "resize_mode")
     settings = [{key: tag[key] for key in keys if tag.get(key)} for tag in tags]
     return settings[0] if settings and all(setting == settings[0] for setting in settings) else {}
+
+
+def tell_of_activation(name: str, file: str) -> None:
+    """Warn where a file is opened with GELU, and published weights of the architecture were trained with QuickGELU."""
+    import open_clip
+
+    tags = [tag for tag in open_clip.list_pretrained_tags_by_model(name) if quick_gelu(name, tag)]
+    if tags and not open_clip.get_model_config(name).get("quick_gelu"):
+        warnings.warn(
+            f"{file} is opened with GELU, and {', '.join(tags)} of {name} were trained with QuickGELU: if it is one of those,"
+            f" or was trained from one, open {name}-quickgelu",
+            stacklevel=2,
+        )
 
 
 def tell_of_preprocessing(name: str, file: str, used: Any) -> None:

@@ -31,17 +31,20 @@ class SentenceSettings:
     lower: bool = False
 
 
-def sentence_settings(name: str) -> SentenceSettings:
+def sentence_settings(name: str, pooling: str | None = None) -> SentenceSettings:
     """Return the settings of a folder, or a name on the hub, of sentence-transformers. A default prompt is told of.
+
+    Args:
+        pooling: in place of its own, and of what comes after that.
 
     Raises:
         UserError: for one with modules that are not read here, as a Dense layer.
     """
     modules = _read(name, "modules.json")
     if modules is None:
-        return SentenceSettings()
+        return SentenceSettings(pooling)
     paths = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
-    if others := paths.keys() - {"Transformer", "Pooling", "Normalize"}:
+    if (others := paths.keys() - {"Transformer", "Pooling", "Normalize"}) and not pooling:
         raise UserError(
             f"{name} is a model of sentence-transformers with {', '.join(sorted(others))}, which is not read here: open the"
             " model that it was made of, or name pooling to leave that out"
@@ -52,7 +55,8 @@ def sentence_settings(name: str) -> SentenceSettings:
         warnings.warn(message, stacklevel=2)
     options = _read(name, _within(paths.get("Transformer", ""), "sentence_bert_config.json")) or {}
     length, lower = options.get("max_seq_length"), bool(options.get("do_lower_case"))
-    return SentenceSettings(_pooling(name, paths["Pooling"]) if "Pooling" in paths else None, length, lower)
+    own = _pooling(name, paths["Pooling"]) if "Pooling" in paths and not pooling else None
+    return SentenceSettings(pooling or own, length, lower)
 
 
 def _pooling(name: str, path: str) -> str:

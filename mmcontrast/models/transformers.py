@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmcontrast.components import suggestion
 from mmcontrast.errors import UserError
 from mmcontrast.libraries import opening, refuse_adapter
 from mmcontrast.modalities import PADDING, Modality
@@ -23,6 +24,7 @@ from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NO_CONFIG = {"attn_implementation", "dtype", "torch_dtype"}  # what opens a model takes beside the options of its config
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
 HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types whose halves have pooled features
 FULL_LENGTH = "siglip"  # and siglip2: trained on texts of the whole context's length
@@ -137,11 +139,16 @@ def _make_network(model: str, overrides: dict[str, Any], pretrained: bool) -> "P
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
     refuse_adapter(model)
-    if model in CONFIG_MAPPING and not pretrained:
-        config = AutoConfig.for_model(model, **overrides)
-    else:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **overrides)
+    known = model in CONFIG_MAPPING and not pretrained
+    make = (
+        partial(AutoConfig.for_model, model) if known else partial(AutoConfig.from_pretrained, model, trust_remote_code=False)
+    )
+    config, plain = make(**overrides), make() if overrides else None
     refuse_hub_attention(model, config)
+    for option in sorted(overrides.keys() - NO_CONFIG):  # the library keeps what nothing reads
+        if not hasattr(plain, option):
+            names = plain.to_dict() if plain else ()
+            raise UserError(f"transformers tower {model!r}: config has no option {option!r}; {suggestion(option, names)}")
     if pretrained:
         network, info = AutoModel.from_pretrained(
             model, trust_remote_code=False, output_loading_info=True, **{"dtype": torch.float32} | overrides
@@ -195,7 +202,7 @@ def open_transformers(
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     refuse_hub_attention(name, config)
-    settings = SentenceSettings(pooling) if pooling else sentence_settings(name)
+    settings = sentence_settings(name, pooling)
     pooling = settings.pooling or getattr(config, OWN_POOLING, None)
     kind = (config.architectures or [""])[0]
     is_half = kind.endswith("WithProjection") or config.model_type.startswith(HALVES)

@@ -128,8 +128,8 @@ def contrastive_loss(
         own=own_by_field(embeddings, own_negatives or {}),
         teachers=teachers_by_field(embeddings, teacher, teacher_scale),
     )
-    if sample_ids is not None and len(sample_ids) != len(first):
-        raise ValueError(f"sample_ids has {len(sample_ids)} entries for {len(first)} samples")
+    if sample_ids is not None and (sample_ids.shape != (len(first),) or sample_ids.dtype != torch.int64):
+        raise ValueError(f"sample_ids must be int64 [{len(first)}], not {sample_ids.dtype} {list(sample_ids.shape)}")
     link: Hyperbolic | None = build(score, SCORES, "score", Hyperbolic)
     check_together(scorer, pairs, inputs, link)
     if link is not None:

@@ -192,7 +192,9 @@ class SearchIndex:
             UserError: if the field has no index; for vectors of another width, not finite, or zero.
         """
         self.check_field(field)
-        queries = np.ascontiguousarray(torch.as_tensor(vectors, dtype=torch.float32).numpy())
+        if k < 1:
+            raise UserError(f"k={k}: at least 1 hit")
+        queries = np.ascontiguousarray(torch.as_tensor(vectors, dtype=torch.float32).detach().cpu().numpy())
         if queries.ndim not in (1, 2) or queries.shape[-1] != self.table.query_dim:
             raise UserError(
                 f"a query of shape {tuple(queries.shape)}: the index takes vectors of {self.table.query_dim} numbers"

@@ -59,7 +59,7 @@ def make_optimizer(model: ContrastiveModel, options: TrainOptions) -> torch.opti
         raise UserError(f"train.optimizer: no {kind!r}; {suggestion(kind, map(str, timm.optim.list_optimizers()))}")
     try:
         return timm.optim.create_optimizer_v2(param_groups, opt=kind, lr=options.lr, **settings)
-    except (TypeError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"train.optimizer {kind}: {error}") from error
 
 

@@ -27,6 +27,7 @@ def _check_order(steps: tuple[int, int]) -> tuple[int, int]:
 MatryoshkaWidths = Annotated[
     list[Positive] | dict[Positive, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)
 ]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Stages = Annotated[dict[Annotated[int, Field(ge=0)], T], AfterValidator(_check_first_step)]  # values by their first step
 
 
@@ -226,8 +227,8 @@ class TrainOptions(Options):
     freeze: dict[str, Positive | None] = {}
     unfreeze_at: dict[str, Positive] = {}
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: Annotated[float, Field(ge=0)] = 1e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -16,6 +16,7 @@ from mmcontrast.errors import EveryRankError
 from mmcontrast.training.context import RunContext
 from mmcontrast.training.grad_cache import batch_norms
 from mmcontrast.training.log import StepLines
+from mmcontrast.training.options import TrainOptions
 from mmcontrast.types import Batch
 
 SAMPLES, BAD_SAMPLES = "samples.jsonl", "bad_samples.jsonl"
@@ -61,6 +62,22 @@ class SampleLog:
         return {"bad_samples": self.bad.total()} | by_source
 
 
+def first_steps(options: TrainOptions) -> Iterator[tuple[str, int]]:
+    """Yield options that count from a step on, with it."""
+    if options.mine_every and options.mine and not options.mine.first:
+        yield "train.mine_every", options.mine_every
+    if options.bridge:
+        yield "train.bridge.start", options.bridge.start
+    if options.profile_steps:
+        yield "train.profile_steps", options.profile_steps[0] - 1
+    for pattern, until in options.freeze.items():
+        if until is not None:
+            yield f"train.freeze, to train {pattern}", until
+    for name, stages in (("resolution", options.resolution), ("patch_dropout", options.patch_dropout)):
+        for of, values in stages.items():
+            yield from ((f"train.{name}.{of}", step) for step in values)
+
+
 def warnings(job: RunContext) -> Iterator[str]:
     """Yield warnings of options whose effect a user may not expect."""
     options, names = job.options, batch_norms(job.model)
@@ -75,6 +92,9 @@ def warnings(job: RunContext) -> Iterator[str]:
             f"train.warmup_steps={options.warmup_steps}: the run has {options.total_steps} steps, so the learning rate rises to"
             " its end; set it to a tenth of them or so"
         )
+    for option, step in first_steps(options):
+        if step >= options.total_steps:
+            yield f"{option}: step {step} is not reached, as the run has {options.total_steps} steps: it has no effect"
     if job.data.sequential:
         yield (
             "data.sequential: shards are drawn with replacement; no epoch shows each sample once, batches depend on the numbers"

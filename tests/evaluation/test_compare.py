@@ -81,6 +81,15 @@ def test_other_data_are_warned_of(tmp_path):
     assert warning == "val: not the same data or options: x/num_samples is d 100, e 90"
 
 
+def test_probes_that_were_trained_on_other_data_are_warned_of(tmp_path):
+    a, b = (write(tmp_path / name, {"val/probe/p/linear/top1": 0.5, "val/x/top1": 0.1}) for name in "ab")
+    for folder, digest in ((a, "one"), (b, "all")):
+        content = json.loads((folder / "results.json").read_text())
+        content["data"] |= {"probe p": {"digest": digest, "samples": 9}, "probe other": {"digest": digest, "samples": 9}}
+        (folder / "results.json").write_text(json.dumps(content))
+    assert compare([a, b]).warnings() == ["probe p: not the same data: a one, b all"]
+
+
 def test_other_settings_are_warned_of(tmp_path):
     options = {"scoring": None, "whiten": False, "resamples": 10}
     a = write(tmp_path / "a", {"val/x/top1": 0.5}, options=options, model={"precision": "fp32"})

@@ -73,6 +73,8 @@ def test_text_encoders_with_their_pooling_and_projection(tmp_path):
     with pytest.warns(match="sentence-transformers begins each text with 'a photo of ', which is not done here"):
         settings = sentence_settings(str(tmp_path / "settings"))
     assert settings == SentenceSettings("first", 6)
+    with pytest.warns(match="sentence-transformers begins each text with 'a photo of '"):
+        assert sentence_settings(str(tmp_path / "settings"), "mean") == SentenceSettings("mean", 6)
     expected = module.encode(long, convert_to_tensor=True, prompt="")
     torch.testing.assert_close(mmcontrast.load(tmp_path / "settings").embed(texts=long), expected, atol=1e-5, rtol=0)
     text = {"type": "text", "tokenizer": str(tmp_path / "bert"), "context_length": 12}

@@ -128,6 +128,11 @@ def test_samples_that_are_no_sound_are_refused():
 def test_integers_in_a_program_are_of_their_types_range():
     for dtype, scale, middle in ((np.int16, 32767, 0), (np.int32, 2**31 - 1, 0), (np.uint8, 127, 128), (np.float64, 1, 0)):
         assert_same(modality().encode(((tone() * scale + middle).astype(dtype), RATE)), tone())
+    sixteen = (tone() * 32767).astype(np.int16)
+    for dtype in (np.int32, np.int64):  # as a sum of channels, or a list, makes of it
+        with pytest.raises(DecodeError, match=r"int.. samples of at most \d+: if they are of 16 bits, give them as int16"):
+            modality().encode((sixteen.astype(dtype), RATE))
+    assert not modality().encode((np.zeros(9000, dtype=np.int64), RATE)).any()
     for samples, rate in (
         (tone(), 0),
         (tone(), -1),

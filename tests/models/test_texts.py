@@ -15,6 +15,7 @@ from mmcontrast.models import TOWERS, make_model
 from mmcontrast.models.options import FieldOptions, ModelOptions
 from tests.tokenizers import CAPTIONS, LONG, TOKENIZERS
 
+FNET = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 400}  # without attention
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 400}
 LENGTH = 24
 TEXTS = [*CAPTIONS, LONG, "<|endoftext|> in the middle <|endoftext|> and at the end </s> <pad> [SEP] [PAD]<|endoftext|>"]
@@ -138,7 +139,7 @@ def test_open_clips_hugging_face_towers(kind, tmp_path):
         ("bert", {"model": "bert", "config": SMALL | {"max_position_embeddings": 16}}, "that takes texts of 16 tokens: set"),
         ("gpt2", {"model": "gpt2", "config": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}}, "texts of 8 tokens"),
         ("roberta", {"model": "roberta", "config": SMALL | {"max_position_embeddings": 25, "pad_token_id": 1}}, "texts of 23"),
-        ("bert", {"model": "fnet", "config": {**SMALL, "num_hidden_layers": 1}}, "takes no attention_mask"),
+        ("bert", {"model": "fnet", "config": FNET}, "takes no attention_mask"),
         (None, {"type": "open_clip_text", "context_length": 16}, "context_length=24 for a tower that takes texts of 16 tokens"),
         ("bert", {"type": "open_clip_text", "vocab_size": 400}, r"highest id of a text for its end \(pool_type argmax\)"),
         ("gpt2", {"type": "open_clip_text", "vocab_size": 400, "pool_type": "last"}, "has no padding token"),

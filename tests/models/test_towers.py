@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+import transformers
 
+from mmcontrast import libraries
 from mmcontrast.components import build
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, TextModality
 from mmcontrast.models import TOWERS, make_modalities, make_model
+from mmcontrast.models.open_clip import open_open_clip
 from mmcontrast.models.options import FieldOptions, ModelOptions
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -153,6 +156,38 @@ def test_weights_that_were_trained_with_quick_gelu_get_it(tagged, model, pretrai
             torch.testing.assert_close(tower(batch), encode(batch), atol=1e-6, rtol=1e-6)
 
 
+def test_a_file_of_weights_that_may_want_quick_gelu_is_told_of(tagged, caplog):
+    file = str(tagged / "w.pt")
+    for model, told in (("tiny", True), ("tiny-quickgelu", False)):
+        libraries._logged.clear()
+        caplog.clear()
+        build({"type": "open_clip", "model": model, "part": "text", "pretrained": file}, TOWERS, "tower")
+        open_open_clip_quietly(model, file)
+        said = [line for line in caplog.messages if "openai of tiny were trained with QuickGELU" in line]
+        assert bool(said) == told and all(file in line and "open tiny-quickgelu" in line for line in said)
+
+
+def open_open_clip_quietly(model, file):
+    with libraries.library_messages(model):
+        open_open_clip(model, file)
+
+
+def test_options_that_no_config_has_are_refused(tmp_path):
+    """transformers keeps them, and trains its default: here 768 wide, of 12 layers."""
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+    for option, like in (("hiden_size", "hidden_size"), ("num_layers", "num_hidden_layers"), ("dropout", "")):
+        with pytest.raises(UserError, match=f"config has no option '{option}'.*{like}"):
+            build({"type": "transformers", "model": "bert", "config": small | {option: 4}}, TOWERS, "tower")
+    made = {"type": "transformers", "model": "distilbert", "config": {"hidden_size": 8, "n_layers": 1, "n_heads": 2}}
+    made["config"] |= {"vocab_size": 20, "hidden_dim": 8, "attn_implementation": "eager"}  # an alias; of the opening
+    assert build(made, TOWERS, "tower").width == 8
+    transformers.BertConfig(**small).save_pretrained(tmp_path / "bert")
+    spec = {"type": "transformers", "model": str(tmp_path / "bert"), "config": {"num_hidden_layers": 2}}
+    assert len(build(spec, TOWERS, "tower").network.encoder.layer) == 2
+    with pytest.raises(UserError, match="config has no option 'hidden_dropout'"):
+        build(spec | {"config": {"hidden_dropout": 0.0}}, TOWERS, "tower")
+
+
 def test_a_file_that_holds_no_weights_is_said_in_a_line(tagged):
     for name in ("broken.pt", "tiny.json"):
         spec = {"type": "open_clip", "model": "tiny", "part": "text", "pretrained": str(tagged / name)}
@@ -221,12 +256,19 @@ def test_padding_that_would_mix_into_the_features_is_refused():
         tower(waves)
 
 
-@pytest.mark.parametrize("model", ["bert", "qwen2", "roberta", "clip_text_model"])
-def test_the_tokenizers_padding_is_the_towers(model):
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("bert", {"hidden_dropout_prob": 0.0}),
+        ("qwen2", {"num_key_value_heads": 2}),
+        ("roberta", {"hidden_dropout_prob": 0.0}),
+        ("clip_text_model", {}),
+    ],
+)
+def test_the_tokenizers_padding_is_the_towers(model, more):
     """Whatever the model's own config says: a text's features do not depend on what stands beside it."""
     text = {"modality": {"type": "text", "context_length": 12}, "tower": "text"}
-    config = SMALL | {"vocab_size": 49408, "num_key_value_heads": 2, "hidden_dropout_prob": 0.0}
-    config = config if model != "clip_text_model" else SMALL | {"vocab_size": 49408}
+    config = SMALL | {"vocab_size": 49408} | more
     for pooling in ("mean", "last"):
         spec = {"type": "transformers", "model": model, "config": config, "pooling": pooling}
         fields = {name: FieldOptions(**text) for name in ("a", "b")}

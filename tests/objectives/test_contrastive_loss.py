@@ -260,7 +260,8 @@ def test_hard_negatives_weigh_more_the_larger_beta():
         ({"pairing": {"type": "anchor", "field": "c"}}, "no field 'c'"),
         ({"extra_negatives": {"a": torch.zeros(2, 5)}}, "extra_negatives of field 'a'"),
         ({"extra_negatives": {"a": (torch.zeros(2, 4).double(), torch.arange(2))}}, "pass ids"),
-        ({"sample_ids": torch.arange(2)}, "sample_ids has 2 entries for 3"),
+        ({"sample_ids": torch.arange(2)}, r"sample_ids must be int64 .3., not torch.int64 .2."),
+        ({"sample_ids": torch.arange(3, dtype=torch.int32)}, r"sample_ids must be int64 .3., not torch.int32"),
         ({"ids": [0, 1, 2]}, "ids of field 'a' must be an int64 tensor .3., not list"),
     ],
 )

@@ -150,6 +150,10 @@ def test_a_query_of_any_length_is_a_direction(table, tmp_path):
     assert index.search(5 * query, "a", 1)[0].score == pytest.approx(1, abs=1e-5)
     with pytest.raises(UserError, match="a query's vector is zero"):
         index.search(torch.zeros(DIM), "a")
+    assert index.search(query.clone().requires_grad_(), "a", 1)[0].row == row
+    for k in (0, -1):
+        with pytest.raises(UserError, match=f"k={k}: at least 1 hit"):
+            index.search(query, "a", k)
 
 
 def test_metadata_is_read_by_row_group(table, tmp_path):

@@ -218,3 +218,20 @@ def test_a_run_with_locked_weights_an_average_and_another_optimizer(config_file,
     refused = train(config_file, *options, "--resume", "train.steps=8", "train.freeze={}")
     assert refused.returncode == 2 and "other weights learn" in " ".join(refused.stderr.split())
     assert json.loads((run / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train.betas=[0.9, 1.0]", "train.betas.1: input should be less than 1"),
+        ("train.eps=-1", "train.eps: input should be greater than or equal to 0"),
+        ("train.optimizer={type: lion, betas: [0.9, 1.5]}", "train.optimizer lion: Invalid beta"),
+    ],
+)
+def test_what_an_optimizer_refuses_is_one_line(vectors_file, option, message):
+    def make():
+        job = make_run_context(load_config(vectors_file, [option]))
+        return make_optimizer(job.model, job.options)
+
+    with pytest.raises(UserError, match=message):
+        make()

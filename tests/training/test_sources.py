@@ -208,6 +208,16 @@ def test_what_does_not_go_together_is_refused(config_file, corpus, options, mess
         make_run_context(load_config(config_file, [option.replace("{corpus}", str(corpus)) for option in options]))
 
 
+def test_steps_that_never_come_are_told_of(vectors_file):
+    options = ["train.steps=100", "train.freeze={a: 500, b: 50}", "train.profile_steps=[101, 102]", "data.negatives={field: b}"]
+    options += ["train.mine_every=100", "train.mine={query: a, candidate: b}"]
+    job = make_run_context(load_config(vectors_file, options))
+    told = list(warnings(job))
+    assert [line.partition(":")[0] for line in told] == ["train.mine_every", "train.profile_steps", "train.freeze, to train a"]
+    assert all("is not reached, as the run has 100 steps: it has no effect" in line for line in told)
+    assert not list(warnings(make_run_context(load_config(vectors_file, [*options, "train.steps=1000"]))))
+
+
 def test_a_cache_too_small_for_what_is_shuffled_is_told_of(config_file, corpus, monkeypatch):
     with serving(corpus) as server:
         job = make_run_context(load_config(config_file, [f"data.train={server.url}/train-0000{{0..2}}.tar"]))
