@@ -24,7 +24,8 @@ from mmcontrast.trust import NEVER_RUN, refuse_hub_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_CONFIG = {"attn_implementation", "dtype", "torch_dtype"}  # what opens a model takes beside the options of its config
+# what opens a config or a model takes beside the config's options
+NO_CONFIG = {"attn_implementation", "dtype", "torch_dtype", "revision", "subfolder", "cache_dir", "token", "local_files_only"}
 FIELD_OF = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
 HALVES = ("clip_", "siglip_", "siglip2_", "clap_", "metaclip_2_")  # model types whose halves have pooled features
 FULL_LENGTH = "siglip"  # and siglip2: trained on texts of the whole context's length
@@ -143,12 +144,8 @@ def _make_network(model: str, overrides: dict[str, Any], pretrained: bool) -> "P
     make = (
         partial(AutoConfig.for_model, model) if known else partial(AutoConfig.from_pretrained, model, trust_remote_code=False)
     )
-    config, plain = make(**overrides), make() if overrides else None
+    config = make(**overrides)
     refuse_hub_attention(model, config)
-    for option in sorted(overrides.keys() - NO_CONFIG):  # the library keeps what nothing reads
-        if not hasattr(plain, option):
-            names = plain.to_dict() if plain else ()
-            raise UserError(f"transformers tower {model!r}: config has no option {option!r}; {suggestion(option, names)}")
     if pretrained:
         network, info = AutoModel.from_pretrained(
             model, trust_remote_code=False, output_loading_info=True, **{"dtype": torch.float32} | overrides
@@ -156,6 +153,11 @@ def _make_network(model: str, overrides: dict[str, Any], pretrained: bool) -> "P
         if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
             raise UserError(f"{model}: {len(missing)} tensors are not in its checkpoint, as {missing[0]}")
         return network
+    plain = make(**{option: value for option, value in overrides.items() if option in NO_CONFIG})
+    for option in sorted(overrides.keys() - NO_CONFIG):  # the library would keep what nothing reads
+        if not hasattr(plain, option):
+            names = plain.to_dict()
+            raise UserError(f"transformers tower {model!r}: config has no option {option!r}; {suggestion(option, names)}")
     return AutoModel.from_config(config, trust_remote_code=False)
 
 
