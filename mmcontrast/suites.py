@@ -91,9 +91,9 @@ def open_suite(
     model_name = "--".join([model, *([pretrained] if pretrained else [])]).strip("/").replace("/", "--")
     evaluations = Path("evaluations") / model_name if run is None else run / "evaluations"
     name += f"-checkpoint-{step}" if run is not None and step != "last" else ""
-    path = os.path.abspath(source)
-    if (file := evaluations / name / SOURCE).is_file() and file.read_text(encoding="utf-8", errors="replace") != path:
-        name += f"-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+    path = os.fsencode(os.path.abspath(source)).decode("utf-8", "backslashreplace")
+    if (file := evaluations / name / SOURCE).is_file() and file.read_text(encoding="utf-8") != path:
+        name += f"-{hashlib.sha256(path.encode()).hexdigest()[:6]}"
     return Suite(name, options, out or evaluations / name, path)
 
 
@@ -135,7 +135,7 @@ def run_suite(
     if state.is_main_process:
         description = {"model": identity(model, checkpoint, pretrained) | {"fingerprint": weights, "precision": precision}}
         if suite.source:
-            write_text(suite.out / SOURCE, suite.source, errors="replace")
+            write_text(suite.out / SOURCE, suite.source)
         write_results(suite.out, suite.name or Path(model).name, evaluation, embedder.model, datasets, options, description)
     return evaluation
 

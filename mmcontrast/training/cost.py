@@ -274,7 +274,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
+        if formula := flop_registry.get(getattr(func, "_overloadpacket", None)):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
