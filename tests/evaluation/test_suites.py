@@ -1,5 +1,6 @@
 """Suites of every kind of task, on shards of ours."""
 
+import json
 import os
 import re
 import sys
@@ -82,6 +83,8 @@ def test_every_kind_of_task(run, suite_file):
     ):  # fmt: skip
         low, high = found.intervals[f"val/{name}"]
         assert low <= found.values[f"val/{name}"] + 1e-9 and high >= low, name
+    data = json.loads((suite.out / "results.json").read_text())["data"]
+    assert data.keys() == {"val", "probe script"} and data["probe script"]["samples"] == 96 and data["probe script"]["digest"]
     table = found.tables["val"]
     scripts = np.array([entry["script"] for entry in table.metadata])
     rows = table.fields["image"].double()
