@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +51,7 @@ def test_half_an_emoji_is_a_replacement_character():
     read = read_json(HALF)
     assert read == {"title": "cut \ufffd", "deep": [{"\ufffd": "whole 😀"}], "sample_id": "\ufffd"}
     assert read_json(b'{"a": "\xed\xa0\xbd"}') == {"a": "\ufffd"}  # as some write it in UTF-8
+    assert read_json(HALF.decode().encode("utf-16")) == read
     assert ids_of(read, 0)[0] == ids_of(read_json(HALF), 1)[0] > 0
     assert (shown("caf\udce9"), shown("café"), shown("plain")) == ("caf\\xe9", "café", "plain")
 
@@ -85,6 +87,20 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "data" / "dog" / "all").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "gone").symlink_to(tmp_path / "nowhere")
     assert list(index_folder(str(tmp_path / "data")).keys) == ["cat/1", "dog/1", "kitty/1"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(folder):  # as anyone but root is refused
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="closed cannot be read: Permission denied"):
+        index_folder(str(tmp_path))
 
 
 def test_a_table_of_linked_files(tmp_path):

@@ -176,6 +176,13 @@ def test_a_micro_batch_that_is_the_whole_batch_is_no_part_of_it(tmp_path, monkey
     assert whole.time.parts["towers"] == plain.time.parts["towers"] < cached.time.parts["towers"]
 
 
+def test_inputs_that_a_tower_refuses_are_said_in_a_line(of_blocks):
+    with pytest.raises(
+        UserError, match=r"cannot be planned: Input .* in tower 'image', given field 'image' as \[2, 3, 60, 60\]"
+    ):
+        plan_run(load_config(of_blocks, ["fields.image.modality.size=60"]))
+
+
 def test_a_table_and_mistakes(tmp_path):
     done = run(str(CONFIGS / "quickstart.yaml"))
     assert done.exit_code == 0 and "fits with" in done.stdout and "computed, not measured" in done.stdout

@@ -61,7 +61,8 @@ def copy_of_file(path: Path) -> tuple[tuple[Path, ...], str, list[str]]:
     try:
         open_mapped([copy])
         with suppress(OSError):
-            os.utime(copy)  # it is in use
+            for file in (copy, digest_file):
+                os.utime(file)  # it is in use
         digest, *numbers = digest_file.read_text().split("\n")
         return (copy,), digest, [json.loads(name) for name in numbers]
     except (OSError, ValueError, pa.ArrowException):

@@ -49,9 +49,16 @@ def _files(folder: Path, name: str = "", above: tuple[tuple[int, int], ...] = ()
 
 
 def index_folder(name: str) -> FolderIndex:
-    """Index a folder. The files of a sample lie in one folder; samples are in the order of their names."""
+    """Index a folder. The files of a sample lie in one folder; samples are in the order of their names.
+
+    Raises:
+        UserError: if a folder in it cannot be read.
+    """
     path = Path(name)
-    names = sorted(_files(path))
+    try:
+        names = sorted(_files(path))
+    except OSError as error:
+        raise UserError(f"{error.filename or name} cannot be read: {error.strerror}") from error
     names.sort(key=lambda member: sample_of(member)[0])  # `a.b/x` between `a.png` and `a.txt` would part them
     states = [(path / member).stat() for member in names]
     members = Members.collect(

@@ -10,7 +10,6 @@ from typing import Any
 from mmcontrast.modalities import DecodeError
 
 LARGEST_WEIGHT = 3.4e38  # of float32
-HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # what may be half of a pair of surrogates
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as Python prints it: other texts are hashed
 
 _DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))  # made once
@@ -25,8 +24,13 @@ def read_json(data: bytes) -> dict[str, Any]:
     """
     try:
         encoding = "utf-8" if data[:1] == b"{" and data[1:2] != b"\0" else json.detect_encoding(data)
-        metadata = _DECODER.decode(data.decode(encoding, "surrogatepass"))
-        if HALF.search(data):
+        try:
+            text = data.decode(encoding)
+            may_have_halves = "\\ud" in text or "\\uD" in text
+        except UnicodeDecodeError:
+            text, may_have_halves = data.decode(encoding, "surrogatepass"), True
+        metadata = _DECODER.decode(text)
+        if may_have_halves:
             metadata = _without_halves(metadata)
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"not JSON as it should be ({error or type(error).__name__})") from error

@@ -33,11 +33,11 @@ def flops_of(model: ContrastiveModel) -> Flops:
     """Count a model's FLOPs for one sample; its parameters keep the gradients.
 
     Raises:
-        CannotBePlanned: if the contents of a batch decide how the model computes.
+        CannotBePlanned: if the contents of a batch decide how the model computes, or a tower refuses its inputs.
     """
     try:
         return count_flops(model, make_values(model, SMALLEST), keep_gradients=True)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    except (NotImplementedError, RuntimeError, ValueError, AssertionError) as error:  # timm asserts
         reason = " ".join([" ".join(str(error).split())[:200], *getattr(error, "__notes__", [])])
         raise CannotBePlanned(f"this model cannot be planned: {reason}") from error
 

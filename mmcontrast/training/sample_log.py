@@ -94,7 +94,7 @@ def warnings(job: RunContext) -> Iterator[str]:
         )
     for option, step in first_steps(options):
         if step >= options.total_steps:
-            yield f"{option}: step {step} is not reached, as the run has {options.total_steps} steps: it has no effect"
+            yield f"{option}: it counts after step {step}, and the run has {options.total_steps} steps: it has no effect"
     if job.data.sequential:
         yield (
             "data.sequential: shards are drawn with replacement; no epoch shows each sample once, batches depend on the numbers"

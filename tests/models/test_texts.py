@@ -173,7 +173,7 @@ def test_lengths_are_of_texts_alone():
 
 
 def test_a_batch_of_texts_is_any_librarys_padding_away():
-    """What a tower of one's own gets: ids, and −1."""
+    """Check that a tower of one's own gets ids, and −1 as padding."""
     modality = TextModality(context_length=6)
     assert modality.collate([modality.tokens("!"), modality.tokens("a ! b")]).tolist() == [
         [49406, 256, 49407, -1, -1],

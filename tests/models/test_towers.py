@@ -11,7 +11,7 @@ from mmcontrast.components import build
 from mmcontrast.errors import UserError
 from mmcontrast.modalities import AudioModality, TextModality
 from mmcontrast.models import TOWERS, make_modalities, make_model
-from mmcontrast.models.open_clip import open_open_clip
+from mmcontrast.models.open_clip import open_open_clip, quick_gelu
 from mmcontrast.models.options import FieldOptions, ModelOptions
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -165,6 +165,16 @@ def test_a_file_of_weights_that_may_want_quick_gelu_is_told_of(tagged, caplog):
         open_open_clip_quietly(model, file)
         said = [line for line in caplog.messages if "openai of tiny were trained with QuickGELU" in line]
         assert bool(said) == told and all(file in line and "open tiny-quickgelu" in line for line in said)
+
+
+def test_the_architecture_that_is_named_instead_is_there():
+    """Of open_clip's own table of published weights, whose names are all that a user may have a file of."""
+    import open_clip
+
+    names = open_clip.list_models()
+    quick = [name for name in names if any(quick_gelu(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name))]
+    plain = [name for name in quick if not open_clip.get_model_config(name).get("quick_gelu")]
+    assert {"ViT-B-32", "ViT-L-14", "RN50"} <= set(plain) and all(f"{name}-quickgelu" in names for name in plain)
 
 
 def open_open_clip_quietly(model, file):

@@ -1,4 +1,4 @@
-"""Where samples come from, in whole runs: what is replaced, counted, refused, resumed."""
+"""Check whole runs by where their samples come from: what is replaced, counted, refused, resumed."""
 
 import json
 import shutil
@@ -214,7 +214,7 @@ def test_steps_that_never_come_are_told_of(vectors_file):
     job = make_run_context(load_config(vectors_file, options))
     told = list(warnings(job))
     assert [line.partition(":")[0] for line in told] == ["train.mine_every", "train.profile_steps", "train.freeze, to train a"]
-    assert all("is not reached, as the run has 100 steps: it has no effect" in line for line in told)
+    assert all("and the run has 100 steps: it has no effect" in line for line in told)
     assert not list(warnings(make_run_context(load_config(vectors_file, [*options, "train.steps=1000"]))))
 
 

@@ -1,10 +1,7 @@
 """The loop on real shards: a run's folder, exact resume after SIGKILL, refusals, and a loss that is not finite."""
 
-import errno
 import json
-import os
 import shutil
-import stat
 import time
 
 import pytest
@@ -220,25 +217,6 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, 2, Contents(weights, {}, state, "a: 1"))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.load_state(checkpoint.find(tmp_path, "last")) == state
-
-
-def test_a_file_system_that_flushes_no_folders(tmp_path, monkeypatch):
-    flush, numbers = os.fsync, iter((errno.EINVAL, errno.EIO))
-
-    def refuse(number):
-        def fsync(descriptor):
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                raise OSError(number, os.strerror(number))
-            flush(descriptor)
-
-        return fsync
-
-    contents = Contents({"w": torch.ones(3)}, {}, {"step": 1}, "a: 1")
-    monkeypatch.setattr(checkpoint.os, "fsync", refuse(next(numbers)))
-    checkpoint.check(checkpoint.save(tmp_path, 1, contents))
-    monkeypatch.setattr(checkpoint.os, "fsync", refuse(next(numbers)))
-    with pytest.raises(UserError, match="Input/output error"):
-        checkpoint.save(tmp_path, 2, contents)
 
 
 def test_checkpoints_beside_the_training(tmp_path, monkeypatch):
